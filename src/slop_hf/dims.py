@@ -1,0 +1,135 @@
+"""`ModelDims`: a point in the space of model configurations.
+
+No torch here: a configuration is any object with the attributes of a transformers config, or a dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+from .errors import DimsError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The sizes that growth can change, under the names of the transformers config.
+
+    Args:
+        hidden_size: width h of the residual stream.
+        intermediate_size: width f of the feed-forward network.
+        num_hidden_layers: depth l.
+        num_attention_heads: query heads a.
+        num_key_value_heads: key/value heads; default, one for each query head.
+        head_dim: size of a head; default `hidden_size // num_attention_heads`.
+
+    Raises:
+        DimsError: for a structure that transformers could not build or reload.
+
+    >>> dims = ModelDims(768, 2048, 6, 6)
+    >>> dims.head_dim, dims.num_key_value_heads
+    (128, 6)
+    >>> str(dims)
+    '(768, 2048, 6, 6)'
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass completes its own defaults through object.__setattr__.
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        self._check_positive(except_for="head_dim")
+        if self.hidden_size % self.num_attention_heads:
+            raise DimsError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}: "
+                "transformers refuses such a config on reload; choose heads that divide the hidden size"
+            )
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        self._check_positive()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise DimsError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                f"{self.num_key_value_heads}: each key/value head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise DimsError(
+                f"head_dim {self.head_dim} is odd, rotary embeddings rotate pairs: "
+                f"give an even head_dim, or heads that divide hidden_size {self.hidden_size} evenly"
+            )
+
+    def _check_positive(self, except_for: str = "") -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != except_for and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise DimsError(f"{field.name} must be a positive whole number, got {value!r}")
+
+    def __str__(self) -> str:
+        text = f"({self.hidden_size}, {self.intermediate_size}, {self.num_hidden_layers}, {self.num_attention_heads}"
+        if self.num_key_value_heads != self.num_attention_heads:
+            text += f", kv {self.num_key_value_heads}"
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            text += f", head_dim {self.head_dim}"
+        return text + ")"
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelDims:
+        """The dims of a transformers config (or of the dict in a `config.json`).
+
+        >>> ModelDims.from_config({"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+        ...                        "num_attention_heads": 4, "num_key_value_heads": 2}).head_dim
+        16
+        """
+        get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+        values = {field.name: get(field.name) for field in fields(cls)}
+        missing = [name for name, value in values.items() if value is None and name not in _DERIVED]
+        if missing:
+            kind = type(config).__name__
+            raise DimsError(f"{kind} has no {', '.join(missing)}: expected a config with Llama's field names")
+        return cls(**{name: value or 0 for name, value in values.items()})
+
+    def to_config(self, base_config: ConfigT) -> ConfigT:
+        """A new config of `base_config`'s class with these dims, everything else as it was.
+
+        It is built by the constructor, so transformers validates it; `head_dim` is always written, since
+        left implicit it would follow the hidden size silently.
+        """
+        settings = base_config.to_dict()  # type: ignore[attr-defined]
+        return type(base_config)(**{**settings, **self.as_dict()})
+
+    def as_dict(self) -> dict[str, int]:
+        """The fields as config entries."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def replace(self, **changes: int) -> ModelDims:
+        """A copy with some fields changed; `head_dim` and the key/value heads stay as they are."""
+        unknown = sorted(set(changes) - {field.name for field in fields(self)})
+        if unknown:
+            raise DimsError(f"unknown dimension {', '.join(unknown)}; known: {', '.join(self.as_dict())}")
+        return replace(self, **changes)
+
+    @classmethod
+    def parse(cls, text: str) -> ModelDims:
+        """Dims from `"hidden,ffn,layers,heads[,kv_heads[,head_dim]]"`, the paper's order.
+
+        >>> ModelDims.parse("768,2048,6,6").num_hidden_layers
+        6
+        """
+        parts = [part.strip() for part in text.strip("() ").split(",")]
+        if not 4 <= len(parts) <= 6 or not all(part.isdigit() for part in parts):
+            raise DimsError(f"cannot read dims {text!r}: expected hidden,ffn,layers,heads[,kv_heads[,head_dim]]")
+        return cls(*(int(part) for part in parts))
+
+
+_DERIVED = ("num_key_value_heads", "head_dim")

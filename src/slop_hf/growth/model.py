@@ -1,0 +1,91 @@
+"""`grow_model`: growth in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..dims import ModelDims
+from ..errors import GrowthError
+from ..schedule import GrowthStage
+from .plan import GrowthPlan, plan_growth
+from .tensors import generator_for, grow_tensor
+
+
+def grow_model(
+    model: PreTrainedModel,
+    operator: str | GrowthStage,
+    new_dims: int | Mapping[str, int] | ModelDims | None = None,
+    *,
+    init: str | Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A larger model that begins with the weights of `model`.
+
+    Old weights keep their values at the slots that the axis maps give them; new entries are initialised by `init`
+    (Eq. 15 to 20 of the paper by default). The result is a stock transformers model with the grown config, the
+    source's dtype, device and training mode, and embeddings tied if the source's are. `model` is left untouched.
+
+    Args:
+        model: a causal language model of a family in `architectures.ARCHITECTURES`.
+        operator: "layer", "mha", "ffn" or "hidden"; or a `GrowthStage`, which brings dims and init.
+        new_dims: the new value of the operator's own dimension, a mapping of config fields, or `ModelDims`. Heads
+            and ffn may follow `hidden`; the size of a head never changes.
+        init: a name in `growth.INITS`, or a mapping from operator to name; None takes the paper's (`random`; layers
+            `stack`).
+        seed: the new entries depend on it and on each parameter's name, and on nothing else.
+
+    Raises:
+        GrowthError: unknown operator or init, shrinking, nothing to grow, a model that its table does not describe.
+        DimsError: a structure that transformers could not reload.
+        ArchitectureError: a family without a table.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2)
+    >>> grown = grow_model(LlamaForCausalLM(config), "ffn", 96)
+    >>> grown.config.intermediate_size, grown.model.layers[0].mlp.down_proj.weight.shape
+    (96, torch.Size([32, 96]))
+    """
+    plan = plan_growth(model.config, operator, new_dims, init=init, seed=seed)
+    weights = grow_weights(dict(model.named_parameters()), plan)
+    return build_model(model, plan, weights)
+
+
+def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[str, torch.Tensor]:
+    """The grown weights by name; the source is not changed and shares no storage with them.
+
+    Raises:
+        GrowthError: where the weights are not those that the family's table describes.
+    """
+    expected = {old for _, old, _ in plan.parameters()}
+    missing, strays = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    if missing or strays:
+        what = f"has no {missing[0]}" if missing else f"has a parameter {strays[0]}"
+        raise GrowthError(
+            f"the model {what}, unlike the axis table of {plan.architecture.model_type!r}; "
+            "merge adapters and undo quantisation before growing"
+        )
+    return {
+        new: grow_tensor(weights[old], plan.maps(row), plan.fill(row), generator_for(plan.seed, new))
+        for new, old, row in plan.parameters()
+    }
+
+
+def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A stock model of the plan's new dims around `weights`, which it takes over without a copy."""
+    config = plan.new.to_config(source.config)
+    config._attn_implementation = source.config._attn_implementation
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one bar for each growth would bury the trainer's own
+    try:
+        grown = type(source).from_pretrained(None, config=config, state_dict=weights, dtype=source.dtype)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if source.generation_config is not None:
+        grown.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
+    return grown.to(source.device).train(source.training)

@@ -1,0 +1,160 @@
+"""`StageRecord` and `RunDirectory`: what really happened, and where a run keeps it.
+
+    output_dir/
+      schedule.yaml                       the plan, as run
+      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json
+      stage-1-layer/ ...                  the same after each stage
+      stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
+      report/                             tables and figures
+
+A stage's directory is complete or absent: it is written aside and renamed. `optimizer.safetensors` lies in it until
+the next stage has something of its own to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .dims import ModelDims
+from .errors import RunError
+from .schedule import GrowthSchedule
+from .serialization import parse, to_json
+
+SCHEDULE_FILE = "schedule.yaml"
+RECORD_FILE = "stage.json"
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What happened in one stage.
+
+    Args:
+        stage: its number; 0 is the initial model.
+        name: the name of its directory.
+        operators: what grew at its beginning.
+        dims: its structure.
+        parameters: the model's true number of parameters.
+        tokens, total_tokens: tokens trained on in this stage, and up to its end.
+        first_token: position of its first token in the run's token stream.
+        steps, global_step: optimizer steps of this stage, and up to its end.
+        flops, total_flops: training FLOPs (`cost.flops_per_token`) of this stage, and up to its end.
+        seconds: wall-clock seconds of training, evaluation at the end left out.
+        devices: processes that shared the work; `seconds * devices / 3600` are device hours.
+        train_loss: mean training loss over the stage's last logging interval, in nats a token.
+        eval_loss: loss on the held-out data at the end of the stage.
+        eval_loss_after_growth: the same right after the growth, before training.
+        perplexity: `exp(eval_loss)`.
+        init: the inits of the growth, by operator.
+        growth_seed: the seed that new entries were drawn with.
+        versions: of slop_hf, transformers and torch.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    stage: int
+    name: str
+    dims: ModelDims
+    parameters: int
+    tokens: int
+    total_tokens: int
+    first_token: int
+    steps: int
+    global_step: int
+    flops: float
+    total_flops: float
+    seconds: float
+    operators: tuple[str, ...] = ()
+    devices: int = 1
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_loss_after_growth: float | None = None
+    perplexity: float | None = None
+    init: dict[str, str] = field(default_factory=dict)
+    growth_seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The record as JSON text."""
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> StageRecord:
+        """Read a record.
+
+        Raises:
+            RunError: where the file is not one.
+        """
+        return parse(cls, _read_json(Path(path)), where=str(path), error=RunError)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run on disk, for those who resume it and those who report on it."""
+
+    path: Path
+
+    def __init__(self, path: str | Path) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run lies here."""
+        return (self.path / SCHEDULE_FILE).is_file()
+
+    @property
+    def schedule(self) -> GrowthSchedule:
+        """The schedule of the run.
+
+        Raises:
+            RunError: where there is no run.
+        """
+        if not self.exists:
+            raise RunError(f"{self.path} is not a run: it has no {SCHEDULE_FILE}; give the output directory of `slop train`")
+        return GrowthSchedule.from_yaml(self.path / SCHEDULE_FILE)
+
+    def stage_dir(self, number: int) -> Path:
+        """Where a finished stage lies."""
+        return self.path / self.schedule.stage_name(number)
+
+    def running_dir(self, number: int) -> Path:
+        """Where a stage in training keeps its checkpoints."""
+        return self.path / f"{self.schedule.stage_name(number)}.running"
+
+    @property
+    def finished_stages(self) -> int:
+        """How many stages have finished, the initial one counted; they come first and without a gap."""
+        names = self.schedule.stage_names
+        return next((n for n, name in enumerate(names) if not (self.path / name).is_dir()), len(names))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every stage has."""
+        return self.finished_stages == len(self.schedule.structures)
+
+    def records(self) -> list[StageRecord]:
+        """The records of the finished stages, in order."""
+        return [StageRecord.from_json(self.stage_dir(number) / RECORD_FILE) for number in range(self.finished_stages)]
+
+    def history(self) -> list[dict[str, Any]]:
+        """The log of all finished stages on one axis.
+
+        Entries hold `step`, `stage`, `tokens` and `train_flops` (all counted over the run) beside `loss` or
+        `eval_loss`.
+        """
+        if not self.finished_stages:
+            return []
+        return list(_read_json(self.stage_dir(self.finished_stages - 1) / STATE_FILE)["log_history"])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; the stage is not complete") from None
+    except json.JSONDecodeError as caught:
+        raise RunError(f"{path}: not valid JSON ({caught})") from None

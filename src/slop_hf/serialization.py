@@ -1,0 +1,133 @@
+"""Reading and writing values: YAML and JSON files to and from frozen dataclasses.
+
+pydantic checks types and unknown keys; its errors become one line that names file, key and remedy.
+Files are written aside and renamed, so that a reader finds a whole file or none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import SlopError
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `65e9` as a string; token counts are written that way, so read it as a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _first in "0123456789+-":
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(
+        0, ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"))
+    )
+
+
+def parse(cls: type[T], data: Any, *, where: str, error: type[SlopError] = SlopError) -> T:
+    """Build a `cls` from plain data (nested dicts, lists, scalars).
+
+    Args:
+        cls: a dataclass, whose `__pydantic_config__` should forbid unknown keys.
+        data: what a YAML or JSON file held.
+        where: the name of the file or argument, for the error message.
+        error: the class of error to raise.
+
+    Raises:
+        error: with every fault of `data` on one line each.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as caught:
+        faults = [_describe(fault, cls) for fault in caught.errors()]
+        raise error(f"{where}: " + "; ".join(faults)) from None
+
+
+def _describe(fault: Any, cls: type) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(field.name for field in dataclasses.fields(cls)) if "." not in path else ""
+        return f"unknown key '{path}'" + (f" (known: {known})" if known else "")
+    if fault["type"].startswith("missing"):
+        return f"missing key '{path}'"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message
+
+
+def plain(value: Any) -> Any:
+    """The value as dicts, lists and scalars, with fields that are None or empty left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: plain(item) for name, item in items if item is not None and item != () and item != {}}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopError) -> Any:
+    """The content of a YAML (or JSON) file; numbers such as `65e9` are numbers."""
+    try:
+        # The loader derives from SafeLoader: it builds no Python objects.
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except yaml.YAMLError as caught:
+        raise error(f"{path}: not valid YAML ({' '.join(str(caught).split())})") from None
+
+
+def to_yaml(value: Any) -> str:
+    """A value as YAML text, fields in the order of their declaration."""
+    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_json(value: Any) -> str:
+    """A value as indented JSON text."""
+    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file aside, flush it to disk and rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    return path
+
+
+@contextmanager
+def written_aside(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A fresh directory to write into, which becomes `target` in one rename when the block ends well.
+
+    A reader finds a whole directory or none. Where the block fails, what it wrote is removed.
+    """
+    target = Path(target)
+    aside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -1,0 +1,98 @@
+"""What crosses a boundary between stages: weights, AdamW's moments, the trainer's state; in memory and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
+
+from ..errors import RunError
+from ..growth import AdamWState
+from ..records import OPTIMIZER_FILE, RECORD_FILE, STATE_FILE, RunDirectory, StageRecord
+from ..serialization import write_text, written_aside
+
+
+def read_adamw_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> AdamWState:
+    """The state of a torch AdamW by parameter name; empty before its first step. Tensors are not copied."""
+    return {
+        name: {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+        for name, parameter in model.named_parameters()
+        if optimizer.state.get(parameter)
+    }
+
+
+def load_adamw_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module, state: AdamWState) -> None:
+    """Put a state by parameter name into a fresh AdamW; its own groups and hyper-parameters stay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    # load_state_dict puts each tensor where this kind of AdamW (fused, capturable, ...) wants it.
+    optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})
+
+
+def write_stage(
+    run: RunDirectory,
+    record: StageRecord,
+    model: PreTrainedModel,
+    processing_class: Any,
+    trainer_state: TrainerState,
+    optimizer_state: AdamWState,
+) -> Path:
+    """Write a finished stage: a stock model with its record, or nothing at all."""
+    target = run.stage_dir(record.stage)
+    use_cache = model.config.use_cache
+    with written_aside(target) as directory:
+        model.config.use_cache = True  # Trainer turns it off, and would leave it so in every published config
+        try:
+            model.save_pretrained(directory)
+        finally:
+            model.config.use_cache = use_cache
+        if processing_class is not None:
+            processing_class.save_pretrained(directory)
+        if optimizer_state:
+            tensors = {f"{key}/{name}": value for name, moments in optimizer_state.items() for key, value in moments.items()}
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / OPTIMIZER_FILE)
+        trainer_state.save_to_json(str(directory / STATE_FILE))
+        write_text(directory / RECORD_FILE, record.to_json())
+    return target
+
+
+def read_stage(run: RunDirectory, number: int) -> tuple[PreTrainedModel, AdamWState, TrainerState]:
+    """Model, AdamW's state (empty where none was kept) and trainer's state of a finished stage."""
+    directory = run.stage_dir(number)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    state: AdamWState = {}
+    if (directory / OPTIMIZER_FILE).is_file():
+        with safe_open(directory / OPTIMIZER_FILE, framework="pt") as file:
+            for entry in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                key, _, name = entry.partition("/")
+                state.setdefault(name, {})[key] = file.get_tensor(entry)
+    return model, state, TrainerState.load_from_json(str(directory / STATE_FILE))
+
+
+def last_checkpoint(run: RunDirectory, number: int) -> Path | None:
+    """The newest of Trainer's checkpoints inside an unfinished stage; they are complete or absent."""
+    found = run.running_dir(number).glob("checkpoint-*")
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check_same_schedule(run: RunDirectory, schedule: Any) -> None:
+    """Refuse to resume a run of another schedule.
+
+    Raises:
+        RunError: naming the first stage that differs.
+    """
+    found = run.schedule
+    if found == schedule:
+        return
+    pairs = zip(zip(found.structures, found.tokens, strict=True), zip(schedule.structures, schedule.tokens, strict=True))
+    where = next((number for number, (old, new) in enumerate(pairs) if old != new), None)
+    what = f"stage {where} differs" if where is not None else "they differ in their number of stages or inits"
+    raise RunError(
+        f"{run.path} holds a run of another schedule ({what}); resume with {run.path / 'schedule.yaml'}, "
+        "or choose another output directory"
+    )
