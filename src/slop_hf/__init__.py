@@ -14,34 +14,50 @@ if TYPE_CHECKING:
     from .data import prepare_data as prepare_data
     from .dims import ModelDims as ModelDims
     from .errors import SlopError as SlopError
+    from .growth import GrowthReceipt as GrowthReceipt
     from .growth import grow_adamw_state as grow_adamw_state
+    from .growth import grow_checkpoint as grow_checkpoint
     from .growth import grow_model as grow_model
+    from .growth import plan_checkpoint_growth as plan_checkpoint_growth
     from .planner import SlopPlanner as SlopPlanner
     from .records import RunDirectory as RunDirectory
     from .records import StageRecord as StageRecord
+    from .report import comparison_table as comparison_table
+    from .report import summarise as summarise
     from .report import write_report as write_report
     from .schedule import GrowthSchedule as GrowthSchedule
     from .schedule import GrowthStage as GrowthStage
     from .space import ConfigSpace as ConfigSpace
+    from .training import RunConfig as RunConfig
     from .training import SlopTrainer as SlopTrainer
     from .training import SlopTrainingArguments as SlopTrainingArguments
+    from .training import build_trainer as build_trainer
+    from .training import preview_run as preview_run
 
 _HOMES = {
     "ConfigSpace": "space",
     "DataConfig": "data",
+    "GrowthReceipt": "growth",
     "GrowthSchedule": "schedule",
     "GrowthStage": "schedule",
     "ModelDims": "dims",
+    "RunConfig": "training",
     "RunDirectory": "records",
     "SlopError": "errors",
     "SlopPlanner": "planner",
     "SlopTrainer": "training",
     "SlopTrainingArguments": "training",
     "StageRecord": "records",
+    "build_trainer": "training",
+    "comparison_table": "report",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",
+    "grow_checkpoint": "growth",
     "grow_model": "growth",
+    "plan_checkpoint_growth": "growth",
     "prepare_data": "data",
+    "preview_run": "training",
+    "summarise": "report",
     "write_report": "report",
 }
 

@@ -14,6 +14,9 @@ from .architectures import Parameter, architecture_of, setting
 #: The paper's model where nothing else is said: Llama with Llama's SentencePiece vocabulary, not tied.
 DEFAULT_CONFIG: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
 
+#: Bytes of training state in float32 with AdamW: weights, gradients and two moments; activations are not in it.
+TRAINING_BYTES_PER_PARAMETER = 16
+
 
 def paper_params(dims: Any) -> Any:
     """The parameter count of the paper's objective, `l * (6h^2 + 3hf)`.
@@ -62,14 +65,6 @@ def flops_per_token(dims: Any, config: Any = DEFAULT_CONFIG, sequence_length: in
 def weight_bytes(dims: Any, config: Any = DEFAULT_CONFIG, bytes_per_parameter: int = 4) -> Any:
     """Bytes of the weights alone; 4 a parameter in float32, 2 in bfloat16."""
     return count_parameters(dims, config) * bytes_per_parameter
-
-
-def training_bytes(dims: Any, config: Any = DEFAULT_CONFIG) -> Any:
-    """Bytes of the training state in float32 with AdamW: weights, gradients and two moments, 16 a parameter.
-
-    Activations are not in it.
-    """
-    return count_parameters(dims, config) * 16
 
 
 def axis_sizes(dims: Any, config: Any = DEFAULT_CONFIG) -> dict[str, Any]:

@@ -8,14 +8,14 @@ Cost: (number of targets) x (number of operators)! paths, a few dozen bytes each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 
 import numpy as np
 
 from .dims import ModelDims
 from .errors import PlanError
-from .objectives import NEED_TOKENS, OBJECTIVES, Paths
+from .objectives import NEED_TOKENS, OBJECTIVES, Paths, flops
 from .operators import OPERATORS, operator_named, operators_between
 from .schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage, token_shares
 from .space import ConfigSpace, DimsArray
@@ -64,7 +64,9 @@ class SlopPlanner:
         tokens: float | None = None,
         initial_share: float = PAPER_INITIAL_SHARE,
     ) -> list[GrowthSchedule]:
-        """The best schedules, best first; equal scores are ordered by target, then by sequence.
+        """The best schedules, best first.
+
+        Equal scores are ordered by the FLOPs of stages of equal length, then by target and sequence.
 
         Args:
             top_k: how many schedules.
@@ -90,17 +92,17 @@ class SlopPlanner:
                 "counts that divide both hidden sizes"
             )
         scores = np.stack([OBJECTIVES[self.objective](paths) for paths in candidates], axis=1)
-        best = self._best(scores, loadable, top_k)
+        even = np.stack([flops(replace(paths, tokens=np.ones(len(orders[0]) + 1))) for paths in candidates], axis=1)
+        best = self._best(np.where(loadable, scores, np.inf), even, top_k)
         return [self._schedule(candidates[order], orders[order], target, shares) for target, order in best]
 
     @staticmethod
-    def _best(scores: np.ndarray, loadable: np.ndarray, top_k: int) -> list[tuple[int, int]]:
-        """Indices (target, order) of the smallest of `scores` [targets, orders]."""
+    def _best(scores: np.ndarray, tie_break: np.ndarray, top_k: int) -> list[tuple[int, int]]:
+        """Indices (target, order) of the smallest finite `scores` [targets, orders]."""
         # Products of the same factors in another order differ in the last bits: round before ranking.
-        ranks = np.where(loadable, np.round(np.log(scores), 10), np.inf).ravel()
-        chosen = np.argsort(ranks, kind="stable")[:top_k]
-        pairs = [divmod(int(index), scores.shape[1]) for index in chosen if np.isfinite(ranks[index])]
-        return pairs
+        ranks = np.round(np.log(scores), 10).ravel()
+        chosen = np.lexsort((tie_break.ravel(), ranks))[:top_k]  # stable, so that equal ones keep their order
+        return [divmod(int(index), scores.shape[1]) for index in chosen if np.isfinite(ranks[index])]
 
     def _reachable_targets(self) -> list[ModelDims]:
         """The targets that every operator grows towards, with no dimension left behind."""

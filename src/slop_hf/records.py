@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,7 +107,7 @@ class RunDirectory:
         """Whether a run lies here."""
         return (self.path / SCHEDULE_FILE).is_file()
 
-    @property
+    @cached_property
     def schedule(self) -> GrowthSchedule:
         """The schedule of the run.
 

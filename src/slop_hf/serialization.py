@@ -13,6 +13,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,10 +50,16 @@ def parse(cls: type[T], data: Any, *, where: str, error: type[SlopError] = SlopE
         error: with every fault of `data` on one line each.
     """
     try:
-        return TypeAdapter(cls).validate_python(data)
+        return _adapter(cls).validate_python(data)
     except ValidationError as caught:
         faults = [_describe(fault, cls) for fault in caught.errors()]
         raise error(f"{where}: " + "; ".join(faults)) from None
+
+
+@lru_cache(maxsize=None)
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    """Building one takes longer than reading most files."""
+    return TypeAdapter(cls)
 
 
 def _describe(fault: Any, cls: type) -> str:
@@ -131,3 +139,14 @@ def written_aside(target: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a record depends on."""
+    found = {}
+    for name in ("slop-hf", "transformers", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,18 +1,23 @@
 """Growing models and optimizer states by axis maps."""
 
 from .adamw import AdamWState, grow_adamw_state
+from .checkpoint import grow_checkpoint, plan_checkpoint_growth
 from .inits import INITS, resolve_inits
 from .model import build_model, grow_model, grow_weights
 from .plan import GrowthPlan, plan_growth
+from .receipt import GrowthReceipt
 
 __all__ = [
     "INITS",
     "AdamWState",
     "GrowthPlan",
+    "GrowthReceipt",
     "build_model",
     "grow_adamw_state",
+    "grow_checkpoint",
     "grow_model",
     "grow_weights",
+    "plan_checkpoint_growth",
     "plan_growth",
     "resolve_inits",
 ]

@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator, set_seed
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from .. import __version__
 from ..data.order import BlockOrder
 from ..dims import ModelDims
 from ..errors import DataError, RunError
 from ..growth import AdamWState, build_model, grow_adamw_state, grow_weights, plan_growth
 from ..records import OPTIMIZER_FILE, SCHEDULE_FILE, RunDirectory, StageRecord
 from ..schedule import GrowthSchedule
-from ..serialization import write_text
+from ..serialization import versions, write_text
 from .arguments import SlopTrainingArguments
 from .boundary import (
     check_same_schedule,
@@ -34,6 +32,7 @@ from .boundary import (
     read_stage,
     write_stage,
 )
+from .callbacks import LogStageEnd
 from .spans import StageSpan, stage_spans
 
 logger = logging.get_logger(__name__)
@@ -95,6 +94,7 @@ class SlopTrainer(Trainer):
         self._span = self.spans[0]
         self._carried: AdamWState = {}
         self._writing: Path | None = None
+        self.add_callback(LogStageEnd(lambda: self._span.end_step))
         self._seconds_before = self._stage_began = self._evaluation_seconds = 0.0
 
     # ---- The run -----------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class SlopTrainer(Trainer):
             perplexity=math.exp(eval_loss) if eval_loss is not None else None,
             init=dict(plan_growth(self._before(span), span.growth).inits) if span.growth else {},
             growth_seed=self._growth_seed(span) if span.growth else None,
-            versions={"slop_hf": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)},
+            versions=versions(),
         )
 
     def _before(self, span: StageSpan) -> Any:

@@ -1,0 +1,52 @@
+# Each target works on a fresh clone: it makes .venv, installs what it needs and runs.
+# A stamp in .venv tells what is installed, so that the second time is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+INPUTS := pyproject.toml constraints.txt src/slop_hf/__init__.py
+# Two test processes of one thread each; ARGS goes to pytest, as in make test ARGS="-k planner".
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+.PHONY: help demo test check slow constraints clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/.runtime  ## plan, train, grow and report a tiny model on CPU, into runs/demo
+	$(BIN)/python recipes/demo.py --output-dir runs/demo
+
+test: $(VENV)/.dev  ## run the tests and the doctests
+	$(PYTEST) $(ARGS)
+
+check: $(VENV)/.dev  ## lint, format check and type check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+slow: $(VENV)/.dev  ## run the tests that take minutes
+	$(PYTEST) -m slow $(ARGS)
+
+constraints: $(VENV)/.dev  ## pin the newest versions in constraints.txt
+	$(PIP) install uv
+	{ sed '/^#/!d' constraints.txt; \
+	  grep '^torch==' constraints.txt | $(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev \
+	    --no-annotate --no-header pyproject.toml - | grep -vE "^(cuda-|nvidia-|triton==)|== 'emscripten'"; \
+	} > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean:  ## remove .venv and caches, not runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# venv writes pip last: where it is, the environment is whole.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(INPUTS) | $(BIN)/pip
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS) | $(BIN)/pip
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.runtime

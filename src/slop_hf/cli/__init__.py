@@ -1,0 +1,39 @@
+"""The `slop` command: plan, grow, train, report.
+
+Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
+no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import SlopError
+from .grow import grow
+from .plan import plan
+from .report import report
+from .train import train
+
+app = typer.Typer(
+    name="slop",
+    help="Grow a small language model into a large one, in stages: plan a schedule, train through it, report.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(plan)
+app.command()(grow)
+app.command()(train)
+app.command()(report)
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on stderr and exit code 2."""
+    try:
+        app()
+    except SlopError as caught:
+        print(f"error: {caught}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,21 @@
+"""Reports: runs on disk as tables, figures, Markdown and JSON. No torch, no transformers."""
+
+from __future__ import annotations
+
+from .figures import loss_figure, path_figure
+from .summary import RunSummary, marginal_utility, run_names, summarise
+from .tables import comparison_markdown, comparison_table, stage_markdown
+from .write import write_report
+
+__all__ = [
+    "RunSummary",
+    "comparison_markdown",
+    "comparison_table",
+    "loss_figure",
+    "marginal_utility",
+    "path_figure",
+    "run_names",
+    "stage_markdown",
+    "summarise",
+    "write_report",
+]

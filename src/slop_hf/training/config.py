@@ -1,0 +1,200 @@
+"""`RunConfig`: a whole run as one YAML file, and the trainer that it describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig, PreTrainedModel, set_seed
+
+from ..baselines import from_scratch
+from ..data import Corpus, DataConfig, documents, load_tokenizer, prepare_data
+from ..dims import ModelDims
+from ..errors import DataError, RunError, SlopError
+from ..records import RunDirectory
+from ..schedule import GrowthSchedule
+from ..serialization import parse, read_yaml
+from .arguments import SlopTrainingArguments
+from .spans import StageSpan, stage_spans
+from .trainer import SlopTrainer
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: schedule, model, data and training arguments.
+
+    Args:
+        schedule: the growth schedule, in place, or the path of its file.
+        model: fields of the initial model's config that growth leaves alone, such as `tie_word_embeddings`
+            (`model_type` is `llama` unless given); or `pretrained`, a directory or Hub id to begin with.
+        data: the corpus and how it is cut.
+        training: fields of `SlopTrainingArguments`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    schedule: GrowthSchedule | str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """Read a run from YAML.
+
+        Args:
+            path: of the file; a `schedule` given as a path is read relative to it.
+            overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`.
+
+        Raises:
+            RunError: naming the file and the key at fault.
+        """
+        content = read_yaml(path, error=RunError) or {}
+        if not isinstance(content, dict):
+            raise RunError(f"{path}: expected a mapping with the keys schedule, model, data and training")
+        for key, value in (overrides or {}).items():
+            *parents, last = key.split(".")
+            section = content
+            for parent in parents:
+                section = section.setdefault(parent, {})
+                if not isinstance(section, dict):
+                    raise RunError(f"cannot set {key}: {parent} is not a section of {path}")
+            section[last] = value
+        if isinstance(content.get("schedule"), str):
+            content["schedule"] = str(Path(path).parent / content["schedule"])
+        return parse(cls, content, where=str(path), error=RunError)
+
+    def with_schedule(self, schedule: GrowthSchedule | str | None) -> RunConfig:
+        """The same run of another schedule; None leaves it as it is."""
+        return self if schedule is None else dataclasses.replace(self, schedule=schedule)
+
+    def read_schedule(self) -> GrowthSchedule:
+        """The schedule, from its file where it is a path.
+
+        Raises:
+            RunError: where there is none.
+        """
+        if self.schedule is None:
+            raise RunError("the run has no schedule: write one into the config, or pass one made by `slop plan -o FILE`")
+        return GrowthSchedule.from_yaml(self.schedule) if isinstance(self.schedule, str) else self.schedule
+
+    def arguments(self, output_dir: str | Path) -> SlopTrainingArguments:
+        """The training arguments.
+
+        Raises:
+            RunError: for an unknown or unusable one.
+        """
+        known = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
+        _refuse_unknown(self.training, known, "training")
+        settings = {"report_to": "none", **self.training, "output_dir": str(output_dir)}
+        try:
+            return cast(SlopTrainingArguments, HfArgumentParser(SlopTrainingArguments).parse_dict(settings)[0])  # type: ignore[arg-type]
+        except SlopError:
+            raise
+        except (ValueError, TypeError) as caught:
+            raise RunError(f"training: {' '.join(str(caught).split())}") from None
+
+    def model_config(self, dims: ModelDims, vocab_size: int) -> PreTrainedConfig:
+        """The initial model's config.
+
+        Raises:
+            RunError: for an unknown field or family, or a pre-trained model that cannot be read.
+        """
+        settings = dict(self.model)
+        pretrained = settings.pop("pretrained", None)
+        try:
+            if pretrained is not None:
+                if settings:
+                    raise RunError(f"model: {', '.join(settings)} cannot change a pretrained model; leave it out")
+                return AutoConfig.from_pretrained(pretrained)
+            family = settings.pop("model_type", "llama")
+            base = AutoConfig.for_model(family)
+            _refuse_unknown(settings, [*base.to_dict(), "rope_theta"], "model")
+            return dims.to_config(type(base)(**{"vocab_size": vocab_size, **settings}))
+        except SlopError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError) as caught:
+            raise RunError(f"model: {' '.join(str(caught).split())}") from None
+
+
+def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = False, **kwargs: Any) -> SlopTrainer:
+    """The trainer of a run: prepares the data, makes or loads the initial model.
+
+    Args:
+        config: the run.
+        output_dir: where it writes.
+        scratch: train the schedule's target from random weights with the same FLOPs instead.
+        kwargs: more arguments of `SlopTrainer`, such as `callbacks`.
+
+    Raises:
+        SlopError: for what cannot run, before training begins.
+    """
+    args = config.arguments(output_dir)
+    schedule = _arm(config, scratch)
+    corpus = prepare_data(config.data)
+    model = _initial_model(config, schedule, corpus, args.seed)
+    return SlopTrainer(
+        model,
+        args,
+        schedule=schedule,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.held_out if len(corpus.held_out) else None,
+        processing_class=corpus.tokenizer,
+        **kwargs,
+    )
+
+
+def preview_run(config: RunConfig, output_dir: str | Path, *, scratch: bool = False) -> tuple[StageSpan, ...]:
+    """What a run would do, without doing it: the spans of its stages in one process.
+
+    Raises:
+        SlopError: for what cannot run, as far as it shows without reading the whole corpus.
+    """
+    args = config.arguments(output_dir)
+    schedule = _arm(config, scratch)
+    if RunDirectory(output_dir).exists:
+        raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
+    next(documents(config.data))  # refuses a source that is missing or empty
+    tokenizer = config.data.tokenizer
+    vocab_size = config.data.vocab_size if tokenizer is None else len(load_tokenizer(tokenizer))
+    model_config = config.model_config(schedule.initial, vocab_size)
+    dims = ModelDims.from_config(model_config)
+    if dims != schedule.initial:
+        raise RunError(f"the pretrained model has {dims}, the schedule begins with {schedule.initial}; plan from this model")
+    if config.data.block_size > model_config.max_position_embeddings:
+        raise DataError(
+            f"block_size {config.data.block_size} is above the model's max_position_embeddings "
+            f"{model_config.max_position_embeddings}; cut shorter blocks"
+        )
+    per_step = args.train_batch_size * args.gradient_accumulation_steps
+    return stage_spans(schedule, model_config, config.data.block_size, per_step)
+
+
+def _arm(config: RunConfig, scratch: bool) -> GrowthSchedule:
+    schedule = config.read_schedule()
+    if not scratch:
+        return schedule
+    model_config = config.model_config(schedule.initial, config.data.vocab_size)
+    return from_scratch(schedule, model_config, config.data.block_size)
+
+
+def _initial_model(config: RunConfig, schedule: GrowthSchedule, corpus: Corpus, seed: int) -> PreTrainedModel:
+    model_config = config.model_config(schedule.initial, len(corpus.tokenizer))
+    pretrained = config.model.get("pretrained")
+    if pretrained is not None:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(pretrained, dtype="auto"))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model_config, name, getattr(corpus.tokenizer, name))
+    set_seed(seed)
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config))
+
+
+def _refuse_unknown(given: Iterable[str], known: list[str], section: str) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise RunError(f"{section}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))

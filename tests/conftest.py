@@ -1,0 +1,14 @@
+"""Tests run offline, quietly and on one thread; the libraries read these settings when they are first imported."""
+
+import os
+import tempfile
+
+_hf_home = tempfile.TemporaryDirectory(prefix="slop-hf-tests-", ignore_cleanup_errors=True)  # removed at exit
+
+os.environ.update(
+    HF_HOME=_hf_home.name,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)

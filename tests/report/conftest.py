@@ -1,0 +1,22 @@
+"""Runs to report on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import write_run
+
+from slop_hf.records import RunDirectory
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., RunDirectory]:
+    """`write_run` under the test's own directory, by name."""
+
+    def make(name: str = "grown", *args: Any, **kwargs: Any) -> RunDirectory:
+        return write_run(tmp_path / name, *args, **kwargs)
+
+    return make

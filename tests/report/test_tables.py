@@ -1,0 +1,68 @@
+"""Tables, cell by cell."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from report_runs import SCRATCH
+from rich.console import Console
+
+from slop_hf.report import comparison_markdown, comparison_table, stage_markdown, summarise
+from slop_hf.report.tables import COMPARISON_COLUMNS, STAGE_COLUMNS, count, significant
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+@pytest.fixture
+def summaries(make_run):
+    runs = [make_run("slop"), make_run("scratch", SCRATCH), make_run("half", stages=2)]
+    return [summarise(run) for run in runs]
+
+
+def test_comparison_as_markdown(summaries):
+    heading, rule, slop, scratch, half = comparison_markdown(summaries).splitlines()
+    assert cells(heading) == [name for name, _ in COMPARISON_COLUMNS]
+    assert len(cells(rule)) == len(COMPARISON_COLUMNS)
+    assert cells(slop)[:4] == ["slop", "(128, 352, 4, 4, kv 2)", "l-f-h", "1.69e+14"]
+    assert cells(slop)[5:8] == ["36.0 + 72.0 + 108.0 + 144.0", "360.0", "2.05M"]
+    assert [cells(scratch)[number] for number in (2, 3, 9)] == ["–"] * 3
+    assert cells(half)[0] == "half (2 of 4 stages)"
+
+
+def test_comparison_in_the_terminal_has_the_same_cells(summaries):
+    out = io.StringIO()
+    Console(file=out, width=220).print(comparison_table(summaries))
+    for line in comparison_markdown(summaries).splitlines()[2:]:
+        assert all(cell in out.getvalue() for cell in cells(line))
+
+
+def test_names_are_no_markup(make_run):
+    summary = summarise(make_run(), name="a[bold]|b")
+    out = io.StringIO()
+    Console(file=out, width=220).print(comparison_table([summary]))
+    assert "a[bold]|b" in out.getvalue()
+    assert r"a[bold]\|b" in comparison_markdown([summary])
+
+
+def test_stages_as_markdown(make_run):
+    records = make_run().records()
+    heading, _, *rows = stage_markdown(records).splitlines()
+    assert cells(heading) == [name for name, _ in STAGE_COLUMNS]
+    assert [cells(row)[1] for row in rows] == ["–", "layer", "ffn", "hidden, mha"]
+    assert cells(rows[0])[8] == "–" and cells(rows[0])[5] == "200"
+    assert cells(rows[3])[9] == f"{records[3].eval_loss:.4f}" and cells(rows[3])[10] == f"{records[3].perplexity:.2f}"
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0, "0"), (999, "999"), (999_600, "1M"), (99_949, "99.9k"), (1.02e9, "1.02B"), (3.2e15, "3,200T")]
+)
+def test_count(value, text):
+    assert count(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(0.0, "0"), (-66.94, "-66.9"), (0.0012345, "0.00123"), (1234.5, "1,230")])
+def test_significant(value, text):
+    assert significant(value) == text

@@ -1,0 +1,117 @@
+"""The report as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from report_runs import SCRATCH
+
+from slop_hf.errors import RunError
+from slop_hf.report import comparison_markdown, stage_markdown, summarise, write_report
+
+FILES = ["loss.png", "path.png", "report.json", "report.md"]
+
+
+@pytest.fixture
+def text_only(monkeypatch):
+    """Leave the figures out where only the text matters: they are what takes time."""
+    for name in ("loss_figure", "path_figure"):
+        monkeypatch.setattr(f"slop_hf.report.write.{name}", lambda runs, path: path.write_bytes(b""))
+
+
+def test_report_on_one_run_lies_in_it(make_run):
+    run = make_run()
+    target = write_report([run])
+    assert target == run.path / "report"
+    assert sorted(file.name for file in target.iterdir()) == FILES
+    text = (target / "report.md").read_text()
+    assert text.startswith("# grown\n") and "unfinished" not in text
+    assert comparison_markdown([summarise(run)]) in text and stage_markdown(run.records()) in text
+    assert 'from_pretrained("../stage-3-hidden")' in text
+    assert all((target / link).is_file() for link in re.findall(r"!\[.*?\]\((.*?)\)", text))
+    assert str(run.path.parent) not in text
+    assert "\n\n\n" not in text and text.endswith("\n") and not text.endswith("\n\n")
+
+
+def test_comparison_of_runs(make_run, tmp_path, text_only):
+    paths = [make_run("slop").path, str(make_run("scratch", SCRATCH).path)]
+    target = write_report(paths, tmp_path / "out" / "here")
+    text = (target / "report.md").read_text()
+    assert text.startswith("# Comparison of 2 runs\n")
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == ["slop", "scratch", "Columns"]
+    for path in re.findall(r'Model.*from_pretrained\("(.*)"\)', text):
+        assert (target / path / "stage.json").is_file()
+    assert "trained without growth" in text and "by the sequence l-f-h" in text
+    slop, scratch = json.loads((target / "report.json").read_text())["runs"]
+    assert slop["summary"]["sequence"] == "l-f-h" and len(slop["stages"]) == 4
+    assert scratch["stages"][0]["dims"]["hidden_size"] == 128 and "marginal_utility" not in scratch["summary"]
+
+
+def test_runs_of_one_name_are_told_apart(make_run, text_only):
+    text = (write_report([make_run("a/run"), make_run("b/run")]) / "report.md").read_text()
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == ["a/run", "b/run", "Columns"]
+
+
+def test_unfinished_run_is_marked(make_run, text_only):
+    text = (write_report(make_run(stages=2)) / "report.md").read_text()
+    assert "**grown is unfinished**: 2 of 4 stages" in text and "grown (2 of 4 stages)" in text
+    assert 'from_pretrained("../stage-1-layer")' in text
+
+
+def test_report_is_written_again(make_run, text_only):
+    run = make_run()
+    target = write_report([run])
+    first = {file: (target / file).read_bytes() for file in FILES}
+    (target / "report.md").write_text("old")
+    write_report([run])
+    assert {file: (target / file).read_bytes() for file in FILES} == first
+
+
+def test_diverged_run_is_reported_in_strict_json(make_run, text_only):
+    target = write_report([make_run(perplexity=math.inf)])
+    text = (target / "report.json").read_text()
+    json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert "| inf |" in (target / "report.md").read_text()
+
+
+def test_missing_evaluation_leaves_dashes(make_run, text_only):
+    target = write_report([make_run(perplexity=None, eval_loss=None, eval_loss_after_growth=None)])
+    text = (target / "report.md").read_text()
+    assert "held-out loss None" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("bad", ["", "empty", "no-such"])
+def test_bad_directory_is_refused_before_writing(make_run, tmp_path, bad):
+    run = make_run()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="is not a run"):
+        write_report([run, tmp_path / bad], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(make_run, tmp_path):
+    run = make_run()
+    with pytest.raises(RunError, match="no runs"):
+        write_report([])
+    with pytest.raises(RunError, match="more than once"):
+        write_report([run, run.path])
+    with pytest.raises(RunError, match="no finished stage"):
+        write_report([run, make_run("new", stages=0)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        write_report([run], tmp_path / "file")
+    with pytest.raises(RunError, match=r"stage\.json: no such file"):
+        (run.stage_dir(1) / "stage.json").unlink()
+        write_report([run])
+    assert not (run.path / "report").exists()
+
+
+def test_relative_paths_have_names(make_run, monkeypatch, text_only):
+    run = make_run()
+    monkeypatch.chdir(run.path)
+    assert (write_report(".") / "report.md").read_text().startswith("# grown\n")
+    assert Path("report/loss.png").is_file()
