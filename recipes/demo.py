@@ -1,7 +1,7 @@
 """The demo: plan, train through four growths, compare with training from scratch at equal FLOPs, report, sample.
 
-    make demo                                        # or
-    python recipes/demo.py --output-dir runs/demo    # again after a kill: it goes on where it stopped
+make demo                                        # or
+python recipes/demo.py --output-dir runs/demo    # again after a kill: it goes on where it stopped
 """
 
 from __future__ import annotations

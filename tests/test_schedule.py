@@ -25,7 +25,11 @@ def test_yaml_round_trip(tmp_path):
 
 def test_token_counts_may_be_written_with_an_exponent(tmp_path):
     path = tmp_path / "schedule.yaml"
-    text = SCHEDULE.to_yaml().replace("tokens: 1000\n", "tokens: 1e3\n").replace("initial_tokens: 5000", "initial_tokens: 5E3")
+    text = (
+        SCHEDULE.to_yaml()
+        .replace("tokens: 1000\n", "tokens: 1e3\n")
+        .replace("initial_tokens: 5000", "initial_tokens: 5E3")
+    )
     assert "1e3" in text and "5E3" in text
     path.write_text(text)
     assert GrowthSchedule.from_yaml(path) == SCHEDULE

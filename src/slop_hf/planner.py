@@ -115,7 +115,9 @@ class SlopPlanner:
                 reasons.append(f"{target}: {reason}")
         if not reachable:
             more = f" (and {len(reasons) - 1} more targets)" if len(reasons) > 1 else ""
-            raise PlanError(f"no target can be reached from {self.initial} by {', '.join(self.operators)}; {reasons[0]}{more}")
+            raise PlanError(
+                f"no target can be reached from {self.initial} by {', '.join(self.operators)}; {reasons[0]}{more}"
+            )
         return reachable
 
     def _obstacle(self, target: ModelDims) -> str | None:

@@ -115,7 +115,9 @@ class RunDirectory:
             RunError: where there is no run.
         """
         if not self.exists:
-            raise RunError(f"{self.path} is not a run: it has no {SCHEDULE_FILE}; give the output directory of `slop train`")
+            raise RunError(
+                f"{self.path} is not a run: it has no {SCHEDULE_FILE}; give the output directory of `slop train`"
+            )
         return GrowthSchedule.from_yaml(self.path / SCHEDULE_FILE)
 
     def stage_dir(self, number: int) -> Path:

@@ -13,10 +13,10 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -50,14 +50,14 @@ def parse(cls: type[T], data: Any, *, where: str, error: type[SlopError] = SlopE
         error: with every fault of `data` on one line each.
     """
     try:
-        return _adapter(cls).validate_python(data)
+        return cast(T, _adapter(cast(Any, cls)).validate_python(data))
     except ValidationError as caught:
         faults = [_describe(fault, cls) for fault in caught.errors()]
         raise error(f"{where}: " + "; ".join(faults)) from None
 
 
-@lru_cache(maxsize=None)
-def _adapter(cls: type) -> TypeAdapter[Any]:
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     """Building one takes longer than reading most files."""
     return TypeAdapter(cls)
 
@@ -88,12 +88,16 @@ def plain(value: Any) -> Any:
 def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopError) -> Any:
     """The content of a YAML (or JSON) file; numbers such as `65e9` are numbers."""
     try:
-        # The loader derives from SafeLoader: it builds no Python objects.
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        return read_yaml_text(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except yaml.YAMLError as caught:
         raise error(f"{path}: not valid YAML ({' '.join(str(caught).split())})") from None
+
+
+def read_yaml_text(text: str) -> Any:
+    """What a YAML text says; numbers such as `65e9` are numbers."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds no Python objects
 
 
 def to_yaml(value: Any) -> str:

@@ -127,7 +127,7 @@ class ConfigSpace:
                 nearest = f"; the nearest is {candidates.at(best)} with {counts[best]:.4g}"
             raise PlanError(
                 f"no structure grown from {initial} has {self.target_params:.4g} parameters within "
-                f"{self.tolerance:.1%}{nearest}; raise the tolerance or loosen the bounds on layers and hidden / layers"
+                f"{self.tolerance:.1%}{nearest}; raise the tolerance or loosen the bounds on layers and shape"
             )
         return [candidates.at(index) for index in chosen]
 
@@ -145,4 +145,5 @@ class ConfigSpace:
                     rows += [(hidden, ffn, layers, heads, heads // group) for layers in range(low, high + 1)]
             hidden += self.hidden_multiple
         table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 5)
-        return DimsArray(*table.T, head_dim=np.full(len(table), initial.head_dim, dtype=np.int64))
+        sizes = dict(zip((item.name for item in fields(DimsArray)), table.T, strict=False))
+        return DimsArray(**sizes, head_dim=np.full(len(table), initial.head_dim, dtype=np.int64))

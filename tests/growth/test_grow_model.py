@@ -10,8 +10,10 @@ from slop_hf import GrowthStage, ModelDims, grow_model
 from slop_hf.errors import ArchitectureError, DimsError, GrowthError
 from slop_hf.growth import plan_growth
 
+DIMS = ModelDims(48, 64, 2, 4)
 
-def llama(dims=ModelDims(48, 64, 2, 4), **settings):
+
+def llama(dims=DIMS, **settings):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=80, max_position_embeddings=64, **settings)
     model = LlamaForCausalLM(dims.to_config(config))
@@ -194,7 +196,9 @@ def test_every_old_entry_survives_in_random_structures(data):
     draw = data.draw
     group, kv, size = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 3))
     heads = group * kv
-    old = ModelDims(heads * draw(st.integers(1, 3)) * 2, draw(st.integers(1, 9)), draw(st.integers(1, 3)), heads, kv, size)
+    old = ModelDims(
+        heads * draw(st.integers(1, 3)) * 2, draw(st.integers(1, 9)), draw(st.integers(1, 3)), heads, kv, size
+    )
     more_group = group + draw(st.integers(0, 2))
     more_kv = kv + draw(st.integers(0, 2))
     new_heads = more_group * more_kv

@@ -52,7 +52,10 @@ def grow(
         size = count_parameters(plan.new, plan.config)
         what = {"from": str(plan.old), "to": str(plan.new), "inits": dict(plan.inits), "parameters": size}
         what["weight_bytes"] = weight_bytes(plan.new, plan.config, bytes_per_parameter=4)
-        lines = [f"would grow {source} {plan.old} to {output} {plan.new}", f"{size:,} parameters, inits {dict(plan.inits)}"]
+        lines = [
+            f"would grow {source} {plan.old} to {output} {plan.new}",
+            f"{size:,} parameters, inits {dict(plan.inits)}",
+        ]
         print(json.dumps(what, indent=2) if as_json else "\n".join(lines))
         return
     receipt = slop_hf.grow_checkpoint(source, output, stage, seed=seed, max_shard_size=max_shard_size)

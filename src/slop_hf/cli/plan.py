@@ -37,7 +37,9 @@ def plan(
     target: Annotated[
         list[str] | None, typer.Option(help="A target structure, like --initial; give it again for more.")
     ] = None,
-    operators: Annotated[str, typer.Option(help=f"Dimensions to grow, of {', '.join(OPERATORS)}.")] = "layer,ffn,hidden",
+    operators: Annotated[
+        str, typer.Option(help=f"Dimensions to grow, of {', '.join(OPERATORS)}.")
+    ] = "layer,ffn,hidden",
     objective: Annotated[str, typer.Option(help=f"What to minimise: {', '.join(OBJECTIVES)}.")] = "delta_params",
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="How many schedules.")] = 5,
     tokens: Annotated[
@@ -54,7 +56,9 @@ def plan(
     max_layers: Annotated[int, typer.Option(help="Greatest depth of a target.")] = 64,
     min_aspect: Annotated[float, typer.Option(help="Least hidden size / layers of a target.")] = 24,
     max_aspect: Annotated[float, typer.Option(help="Greatest hidden size / layers of a target.")] = 384,
-    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary, for parameters and FLOPs. Default 32000.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Vocabulary, for parameters and FLOPs. Default 32000.")
+    ] = None,
     tied: Annotated[bool, typer.Option("--tied", help="Input and output embeddings are tied.")] = False,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a training sequence, for FLOPs.")] = 2048,
     output: Annotated[

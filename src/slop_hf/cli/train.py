@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from ..cost import TRAINING_BYTES_PER_PARAMETER
 from ..errors import RunError
 from ..records import RunDirectory
 from ..schedule import GrowthSchedule
+from ..serialization import read_yaml_text
 
 if TYPE_CHECKING:
     from ..training import StageSpan
@@ -59,8 +61,10 @@ def train(
         else:
             Console().print(_table(spans, str(output)))
         return
-    trainer = slop_hf.build_trainer(run_config, output, scratch=scratch)
-    trainer.train(resume_from_checkpoint=resume and RunDirectory(output).exists)
+    # What transformers prints while it trains would get into the JSON.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        trainer = slop_hf.build_trainer(run_config, output, scratch=scratch)
+        trainer.train(resume_from_checkpoint=resume and RunDirectory(output).exists)
     records = RunDirectory(output).records()
     if as_json:
         print("[" + ",\n".join(record.to_json().rstrip() for record in records) + "]")
@@ -75,8 +79,7 @@ def _overrides(changes: list[str]) -> dict[str, Any]:
     for key, equals, _ in pairs:
         if not equals:
             raise RunError(f"--set {key}: expected key=value, such as training.learning_rate=1e-3")
-    # Numbers such as 1e-3 are strings to YAML 1.1; the fields' own types sort that out.
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    return {key: read_yaml_text(value) for key, _, value in pairs}
 
 
 def _row(span: StageSpan) -> dict[str, Any]:
@@ -94,7 +97,9 @@ def _row(span: StageSpan) -> dict[str, Any]:
 def _table(spans: tuple[StageSpan, ...], name: str) -> Table:
     """What the run would do, a row a stage."""
     state = max(span.parameters for span in spans) * TRAINING_BYTES_PER_PARAMETER / 2**20
-    caption = f"largest training state (float32 weights, gradients, two moments): {state:,.0f} MiB, without activations"
+    caption = (
+        f"largest training state (float32 weights, gradients, two moments): {state:,.0f} MiB, without activations"
+    )
     table = Table(box=SIMPLE, title=f"{name} would train", caption=caption)
     table.add_column("stage", no_wrap=True)
     table.add_column("structure")

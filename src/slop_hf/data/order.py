@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ class BlockOrder(Dataset[dict[str, Any]]):
         self.first = first
         self.blocks = blocks
         self.seed = seed
+        self._count = len(dataset)
         self._pass = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
@@ -41,14 +41,10 @@ class BlockOrder(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.blocks:
             raise IndexError(index)
-        number, position = divmod(self.first + index, len(_sized(self.dataset)))
+        number, position = divmod(self.first + index, self._count)
         if number != self._pass:
-            self._permutation = np.random.default_rng((self.seed, number)).permutation(len(_sized(self.dataset)))
+            self._permutation = np.random.default_rng((self.seed, number)).permutation(self._count)
             self._pass = number
         example = self.dataset[int(self._permutation[position])]
         # Causal models shift the labels themselves.
         return example if "labels" in example else {**example, "labels": example["input_ids"]}
-
-
-def _sized(dataset: Any) -> Sized:
-    return dataset  # type: ignore[no-any-return]

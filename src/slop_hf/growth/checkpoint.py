@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -70,10 +71,8 @@ def grow_checkpoint(
     grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
     with written_aside(target) as directory:
         grown.save_pretrained(directory, max_shard_size=max_shard_size)
-        try:
+        with suppress(OSError, ValueError):  # a checkpoint without a tokenizer is grown without one
             AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-        except (OSError, ValueError):
-            pass  # a checkpoint without a tokenizer is grown without one
         receipt = GrowthReceipt(
             source=str(source),
             operators=tuple(plan.inits),

@@ -86,7 +86,7 @@ def plan_growth(
             )
     else:
         new = resolve_dims(old, operator, new_dims)
-        operators = _operators_of(old, new, operator)
+        operators = tuple(_operators_of(old, new, operator))
     inits = resolve_inits(operators, init)
     layers = LAYER_INITS[inits.get("layer", "stack")](old.num_hidden_layers, new.num_hidden_layers)
     return GrowthPlan(architecture, config, old, new, inits, seed, axis_maps(old, new), tuple(layers))

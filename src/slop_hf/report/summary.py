@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ..dims import ModelDims
@@ -131,7 +132,7 @@ def marginal_utility(perplexities: Sequence[float], hours: Sequence[float]) -> f
         )
     if not all(hour > 0 for hour in hours):
         raise RunError(f"hours must be positive, got {list(hours)}: a stage without training has no marginal utility")
-    drops = (before - after for before, after in zip(perplexities, perplexities[1:], strict=False))
+    drops = (before - after for before, after in pairwise(perplexities))
     return sum(drop / hour for drop, hour in zip(drops, hours, strict=True))
 
 

@@ -44,7 +44,8 @@ class SlopTrainingArguments(TrainingArguments):
     )
     growth_seed: int = field(default=0, metadata={"help": "Seed of the entries that growth draws at random."})
     carry_optimizer_state: bool = field(
-        default=True, metadata={"help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew."}
+        default=True,
+        metadata={"help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew."},
     )
     eval_after_growth: bool = field(
         default=True, metadata={"help": "Evaluate right after each growth as well as at the end of each stage."}
@@ -56,7 +57,9 @@ class SlopTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_steps > 0 or self.num_train_epochs != 1.0:
-            raise RunError("max_steps and num_train_epochs have no meaning here; a stage lasts for its schedule's tokens")
+            raise RunError(
+                "max_steps and num_train_epochs have no meaning here; a stage lasts for its schedule's tokens"
+            )
         if self.train_sampling_strategy != "sequential":
             raise RunError(
                 f"train_sampling_strategy must stay 'sequential', got {self.train_sampling_strategy!r}: "
@@ -66,8 +69,9 @@ class SlopTrainingArguments(TrainingArguments):
             raise RunError("load_best_model_at_end cannot work across stages of different shapes; leave it out")
         if self.push_to_hub:
             raise RunError("push_to_hub would push unfinished stages; push the finished stage directories instead")
-        if self.carry_optimizer_state and self.optim not in ADAMW:
+        optim = getattr(self.optim, "value", self.optim)
+        if self.carry_optimizer_state and optim not in ADAMW:
             raise RunError(
-                f"optim {str(self.optim)!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
+                f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
                 "set carry_optimizer_state to false to start it anew in every stage"
             )

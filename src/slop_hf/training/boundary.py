@@ -54,8 +54,12 @@ def write_stage(
         if processing_class is not None:
             processing_class.save_pretrained(directory)
         if optimizer_state:
-            tensors = {f"{key}/{name}": value for name, moments in optimizer_state.items() for key, value in moments.items()}
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / OPTIMIZER_FILE)
+            tensors = {
+                f"{key}/{name}": value for name, moments in optimizer_state.items() for key, value in moments.items()
+            }
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / OPTIMIZER_FILE
+            )
         trainer_state.save_to_json(str(directory / STATE_FILE))
         write_text(directory / RECORD_FILE, record.to_json())
     return target
@@ -89,8 +93,10 @@ def check_same_schedule(run: RunDirectory, schedule: Any) -> None:
     found = run.schedule
     if found == schedule:
         return
-    pairs = zip(zip(found.structures, found.tokens, strict=True), zip(schedule.structures, schedule.tokens, strict=True))
-    where = next((number for number, (old, new) in enumerate(pairs) if old != new), None)
+    old = zip(found.structures, found.tokens, strict=True)
+    new = zip(schedule.structures, schedule.tokens, strict=True)
+    pairs = enumerate(zip(old, new, strict=False))
+    where = next((number for number, (before, after) in pairs if before != after), None)
     what = f"stage {where} differs" if where is not None else "they differ in their number of stages or inits"
     raise RunError(
         f"{run.path} holds a run of another schedule ({what}); resume with {run.path / 'schedule.yaml'}, "

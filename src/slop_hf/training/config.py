@@ -7,9 +7,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_type_hints
 
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from ..baselines import from_scratch
 from ..data import Corpus, DataConfig, documents, load_tokenizer, prepare_data
@@ -79,7 +85,9 @@ class RunConfig:
             RunError: where there is none.
         """
         if self.schedule is None:
-            raise RunError("the run has no schedule: write one into the config, or pass one made by `slop plan -o FILE`")
+            raise RunError(
+                "the run has no schedule: write one into the config, or pass one made by `slop plan -o FILE`"
+            )
         return GrowthSchedule.from_yaml(self.schedule) if isinstance(self.schedule, str) else self.schedule
 
     def arguments(self, output_dir: str | Path) -> SlopTrainingArguments:
@@ -90,9 +98,13 @@ class RunConfig:
         """
         known = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
         _refuse_unknown(self.training, known, "training")
-        settings = {"report_to": "none", **self.training, "output_dir": str(output_dir)}
+        hints = get_type_hints(SlopTrainingArguments)
+        given = {
+            key: parse(hints[key], value, where=f"training.{key}", error=RunError)
+            for key, value in self.training.items()
+        }
         try:
-            return cast(SlopTrainingArguments, HfArgumentParser(SlopTrainingArguments).parse_dict(settings)[0])  # type: ignore[arg-type]
+            return SlopTrainingArguments(**{"report_to": "none", **given, "output_dir": str(output_dir)})
         except SlopError:
             raise
         except (ValueError, TypeError) as caught:
@@ -164,7 +176,9 @@ def preview_run(config: RunConfig, output_dir: str | Path, *, scratch: bool = Fa
     model_config = config.model_config(schedule.initial, vocab_size)
     dims = ModelDims.from_config(model_config)
     if dims != schedule.initial:
-        raise RunError(f"the pretrained model has {dims}, the schedule begins with {schedule.initial}; plan from this model")
+        raise RunError(
+            f"the pretrained model has {dims}, the schedule begins with {schedule.initial}; plan from this model"
+        )
     if config.data.block_size > model_config.max_position_embeddings:
         raise DataError(
             f"block_size {config.data.block_size} is above the model's max_position_embeddings "

@@ -61,6 +61,8 @@ class SlopTrainer(Trainer):
         RunError, DataError: for what cannot be trained, before training begins.
     """
 
+    args: SlopTrainingArguments
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -99,7 +101,7 @@ class SlopTrainer(Trainer):
 
     # ---- The run -----------------------------------------------------------------------------------------------
 
-    def train(  # type: ignore[override]
+    def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
@@ -129,7 +131,9 @@ class SlopTrainer(Trainer):
                 self._grow(span)
             output = self._train_stage(span, checkpoint, ignore_keys_for_eval) or output
             if self.state.global_step < span.end_step:
-                logger.warning(f"{span.name} stopped at step {self.state.global_step} of {span.end_step}; resume to go on")
+                logger.warning(
+                    f"{span.name} stopped at step {self.state.global_step} of {span.end_step}; resume to go on"
+                )
                 break
             self._finish(span)
             checkpoint = None
@@ -158,7 +162,11 @@ class SlopTrainer(Trainer):
                 raise RunError(f"{resume} is not a checkpoint of the stage in training; resume with True")
         if checkpoint is not None:
             logger.info(f"Resuming {self.schedule.stage_name(number)} from {checkpoint}")
-            return number, str(checkpoint), cast(PreTrainedModel, type(self.model).from_pretrained(checkpoint, dtype="auto"))
+            return (
+                number,
+                str(checkpoint),
+                cast(PreTrainedModel, type(self.model).from_pretrained(checkpoint, dtype="auto")),
+            )
         if number == 0:
             self.state = TrainerState()
             return 0, None, None
@@ -172,7 +180,7 @@ class SlopTrainer(Trainer):
             self._move_model_to_device(model, self.args.device)
         self.accelerator.free_memory()
         self.model = self.model_wrapped = model
-        self.optimizer = self.lr_scheduler = None  # type: ignore[assignment]
+        self.optimizer = self.lr_scheduler = None
         self.callback_handler.model = model
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
 
@@ -188,16 +196,18 @@ class SlopTrainer(Trainer):
         logger.info(f"{span.name}: grown from {plan.old} to {plan.new}, {span.parameters:,} parameters")
 
     def _growth_seed(self, span: StageSpan) -> int:
-        return cast(SlopTrainingArguments, self.args).growth_seed + span.number
+        return self.args.growth_seed + span.number
 
-    def _train_stage(self, span: StageSpan, checkpoint: str | None, ignore_keys: list[str] | None) -> TrainOutput | None:
+    def _train_stage(
+        self, span: StageSpan, checkpoint: str | None, ignore_keys: list[str] | None
+    ) -> TrainOutput | None:
         """Train one stage for its tokens, from its beginning or from a checkpoint inside it."""
         self._span = span
         clock = Path(checkpoint or "", CLOCK_FILE)
         self._seconds_before = json.loads(clock.read_text())["seconds"] if clock.is_file() else 0.0
-        if checkpoint is None and span.growth is not None and self.eval_dataset is not None:
-            if cast(SlopTrainingArguments, self.args).eval_after_growth:
-                self.evaluate()
+        just_grown = checkpoint is None and span.growth is not None
+        if just_grown and self.eval_dataset is not None and self.args.eval_after_growth:
+            self.evaluate()
         self._stage_began, self._evaluation_seconds = time.perf_counter(), 0.0
         if not span.steps:
             return None
@@ -258,7 +268,7 @@ class SlopTrainer(Trainer):
 
     def _drop_optimizer_state(self, number: int) -> None:
         """Remove a stage's optimizer state once the next stage has something of its own to resume from."""
-        if number >= 0 and not cast(SlopTrainingArguments, self.args).keep_optimizer_states:
+        if number >= 0 and not self.args.keep_optimizer_states:
             (self.run.stage_dir(number) / OPTIMIZER_FILE).unlink(missing_ok=True)
 
     def _stage_seconds(self) -> float:
@@ -285,7 +295,9 @@ class SlopTrainer(Trainer):
     ) -> tuple[int, int]:
         """Begin a stage where the one before ended, so that steps and logs count over the run."""
         before = self.state
-        super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         if resume_from_checkpoint is None:
             self.state.global_step = self._span.first_step
             self.state.total_flos = before.total_flos
@@ -348,7 +360,9 @@ class SlopTrainer(Trainer):
         if "train_runtime" in logs:
             done = self.state.global_step - self._initial_global_step
             logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
-            logs["train_samples_per_second"] = round(done * self._span.blocks / self._span.steps / logs["train_runtime"], 3)
+            logs["train_samples_per_second"] = round(
+                done * self._span.blocks / self._span.steps / logs["train_runtime"], 3
+            )
         self.state.epoch = tokens / (len(self.blocks) * self.block_size)
         super().log(logs, start_time)
 
@@ -372,7 +386,9 @@ def _check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_cl
         )
     entries = len(processing_class) if hasattr(processing_class, "__len__") else 0
     if entries > model.config.vocab_size:
-        raise RunError(f"the tokenizer has {entries} entries, the model's vocabulary {model.config.vocab_size}; they must fit")
+        raise RunError(
+            f"the tokenizer has {entries} entries, the model's vocabulary {model.config.vocab_size}; they must fit"
+        )
 
 
 def _block_size(dataset: Any, model: PreTrainedModel) -> int:
@@ -383,7 +399,7 @@ def _block_size(dataset: Any, model: PreTrainedModel) -> int:
     block_size = len(dataset[0]["input_ids"])
     limit = model.config.max_position_embeddings
     if block_size > limit:
-        raise DataError(f"blocks have {block_size} tokens, the model's max_position_embeddings is {limit}; cut them shorter")
+        raise DataError(
+            f"blocks have {block_size} tokens, the model's max_position_embeddings is {limit}; cut them shorter"
+        )
     return block_size
-
-

@@ -1,0 +1,63 @@
+"""A staged run small enough for a test: four stages of eight steps, over random tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTrainingArguments
+
+BLOCK, BATCH, STEPS = 16, 4, 8
+TOKENS = BLOCK * BATCH * STEPS
+SCHEDULE = GrowthSchedule(
+    ModelDims(16, 32, 2, 2),
+    (
+        GrowthStage(("layer",), ModelDims(16, 32, 3, 2), TOKENS),
+        GrowthStage(("ffn",), ModelDims(16, 48, 3, 2), TOKENS),
+        GrowthStage(("hidden", "mha"), ModelDims(32, 48, 3, 4), TOKENS),
+    ),
+    initial_tokens=TOKENS,
+)
+
+
+def blocks(count: int, seed: int = 0, size: int = BLOCK) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 40, (count, size), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def small_model(dims: ModelDims = SCHEDULE.initial) -> LlamaForCausalLM:
+    set_seed(0)
+    config = LlamaConfig(vocab_size=40, max_position_embeddings=BLOCK, tie_word_embeddings=True, attention_dropout=0.1)
+    return LlamaForCausalLM(dims.to_config(config))
+
+
+def arguments(output_dir: Path, **settings: Any) -> SlopTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": BATCH,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+    }
+    return SlopTrainingArguments(**{**defaults, **settings})
+
+
+def trainer(
+    output_dir: Path, *, schedule: GrowthSchedule = SCHEDULE, data: Any = None, **settings: Any
+) -> SlopTrainer:
+    """A trainer of the run; `callbacks`, `eval_dataset` and the like may be among the settings."""
+    names = ("callbacks", "eval_dataset", "compute_metrics", "processing_class", "model", "optimizers", "model_init")
+    own = {name: settings.pop(name) for name in names if name in settings}
+    own.setdefault("model", small_model(schedule.initial))
+    own.setdefault("eval_dataset", blocks(8, seed=1))
+    train = blocks(4 * BATCH * STEPS + 8) if data is None else data
+    return SlopTrainer(args=arguments(output_dir, **settings), schedule=schedule, train_dataset=train, **own)
