@@ -17,22 +17,24 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.order import BlockOrder
-from ..dims import ModelDims
-from ..errors import DataError, RunError
+from ..errors import RunError
 from ..growth import AdamWState, build_model, grow_adamw_state, grow_weights, plan_growth
-from ..records import OPTIMIZER_FILE, SCHEDULE_FILE, RunDirectory, StageRecord
+from ..records import OPTIMIZER_FILE, SCHEDULE_FILE, RunDirectory
 from ..schedule import GrowthSchedule
-from ..serialization import versions, write_text
+from ..serialization import write_text
 from .arguments import SlopTrainingArguments
 from .boundary import (
+    MAX_EXPONENT,
     check_same_schedule,
     last_checkpoint,
     load_adamw_state,
     read_adamw_state,
     read_stage,
+    stage_record,
     write_stage,
 )
 from .callbacks import LogStageEnd
+from .checks import check_blocks, check_growths, check_model
 from .spans import StageSpan, stage_spans
 
 logger = logging.get_logger(__name__)
@@ -81,8 +83,8 @@ class SlopTrainer(Trainer):
             raise RunError(f"args must be SlopTrainingArguments, got {type(args).__name__}")
         self.schedule = schedule
         self.run = RunDirectory(args.output_dir)
-        _check_model(model, schedule, kwargs.get("processing_class"))
-        block_size = _block_size(train_dataset, model)
+        check_model(model, schedule, kwargs.get("processing_class"))
+        block_size = check_blocks(train_dataset, model)
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -91,8 +93,7 @@ class SlopTrainer(Trainer):
         self.block_size = block_size
         blocks_per_step = self.get_total_train_batch_size(self.args)
         self.spans = stage_spans(schedule, model.config, block_size, blocks_per_step)
-        for span in self.spans[1:]:  # refuse now what a boundary would refuse after hours
-            plan_growth(self.spans[span.number - 1].dims.to_config(model.config), cast(Any, span.growth))
+        check_growths(self.spans, model.config)
         self._span = self.spans[0]
         self._carried: AdamWState = {}
         self._writing: Path | None = None
@@ -227,44 +228,12 @@ class SlopTrainer(Trainer):
         if optimizer is not None:
             self._carried = read_adamw_state(optimizer, cast(torch.nn.Module, self.model))
         if self.is_world_process_zero() and not self.run.stage_dir(span.number).exists():
-            record = self._record(span, seconds, metrics)
+            history = self.state.log_history
+            record = stage_record(span, history, metrics, seconds, self.args.world_size, self._growth_seed(span))
             model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
             write_stage(self.run, record, model, self.processing_class, self.state, self._carried)
             shutil.rmtree(self.run.running_dir(span.number), ignore_errors=True)
             self._drop_optimizer_state(span.number - 1)
-
-    def _record(self, span: StageSpan, seconds: float, metrics: dict[str, float]) -> StageRecord:
-        of_stage = [entry for entry in self.state.log_history if entry.get("stage") == span.number]
-        losses = [entry["loss"] for entry in of_stage if "loss" in entry]
-        grown = [entry for entry in of_stage if _held_out_loss(entry) is not None and entry["step"] == span.first_step]
-        eval_loss = _held_out_loss(metrics)
-        return StageRecord(
-            stage=span.number,
-            name=span.name,
-            operators=span.growth.operators if span.growth else (),
-            dims=span.dims,
-            parameters=span.parameters,
-            tokens=span.tokens,
-            total_tokens=span.first_token + span.tokens,
-            first_token=span.first_token,
-            steps=span.steps,
-            global_step=span.end_step,
-            flops=span.flops,
-            total_flops=span.first_flops + span.flops,
-            seconds=seconds,
-            devices=self.args.world_size,
-            train_loss=losses[-1] if losses else None,
-            eval_loss=eval_loss,
-            eval_loss_after_growth=_held_out_loss(grown[0]) if span.growth and grown else None,
-            perplexity=math.exp(eval_loss) if eval_loss is not None else None,
-            init=dict(plan_growth(self._before(span), span.growth).inits) if span.growth else {},
-            growth_seed=self._growth_seed(span) if span.growth else None,
-            versions=versions(),
-        )
-
-    def _before(self, span: StageSpan) -> Any:
-        """The config before the stage's growth."""
-        return self.spans[span.number - 1].dims.to_config(cast(PreTrainedModel, self.model).config)
 
     def _drop_optimizer_state(self, number: int) -> None:
         """Remove a stage's optimizer state once the next stage has something of its own to resume from."""
@@ -356,7 +325,7 @@ class SlopTrainer(Trainer):
         tokens, flops = self._span.at_step(self.state.global_step)
         logs.update({"stage": self._span.number, "tokens": tokens, "train_flops": flops})
         for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
-            logs[name.removesuffix("loss") + "perplexity"] = math.exp(min(logs[name], 700.0))
+            logs[name.removesuffix("loss") + "perplexity"] = math.exp(min(logs[name], MAX_EXPONENT))
         if "train_runtime" in logs:
             done = self.state.global_step - self._initial_global_step
             logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
@@ -369,37 +338,3 @@ class SlopTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch by `cost.flops_per_token`, the number that planner and report use."""
         return round(inputs["input_ids"].numel() * self._span.flops / max(self._span.tokens, 1))
-
-
-def _held_out_loss(metrics: dict[str, float]) -> float | None:
-    """The loss in what `evaluate` returns; the mean over data sets where there are several."""
-    losses = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("loss")]
-    return sum(losses) / len(losses) if losses else None
-
-
-def _check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: Any) -> None:
-    dims = ModelDims.from_config(model.config)
-    if dims != schedule.initial:
-        raise RunError(
-            f"the model has {dims}, the schedule begins with {schedule.initial}; "
-            "plan from this model (`slop plan --from MODEL`), or give the schedule's initial model"
-        )
-    entries = len(processing_class) if hasattr(processing_class, "__len__") else 0
-    if entries > model.config.vocab_size:
-        raise RunError(
-            f"the tokenizer has {entries} entries, the model's vocabulary {model.config.vocab_size}; they must fit"
-        )
-
-
-def _block_size(dataset: Any, model: PreTrainedModel) -> int:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(f"train_dataset must be map-style (with len and index), got {type(dataset).__name__}")
-    if not len(dataset):
-        raise DataError("train_dataset is empty; give a larger corpus or a smaller block_size")
-    block_size = len(dataset[0]["input_ids"])
-    limit = model.config.max_position_embeddings
-    if block_size > limit:
-        raise DataError(
-            f"blocks have {block_size} tokens, the model's max_position_embeddings is {limit}; cut them shorter"
-        )
-    return block_size

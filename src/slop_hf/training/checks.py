@@ -1,0 +1,64 @@
+"""What `SlopTrainer` refuses before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..dims import ModelDims
+from ..errors import DataError, RunError
+from ..growth import plan_growth
+from ..schedule import GrowthSchedule
+from .spans import StageSpan
+
+
+def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: Any) -> None:
+    """Refuse a model that is not the schedule's initial one, or too small for the tokenizer.
+
+    Raises:
+        RunError: naming both sides.
+    """
+    dims = ModelDims.from_config(model.config)
+    if dims != schedule.initial:
+        raise RunError(
+            f"the model has {dims}, the schedule begins with {schedule.initial}; "
+            "plan from this model (`slop plan --from MODEL`), or give the schedule's initial model"
+        )
+    entries = len(processing_class) if hasattr(processing_class, "__len__") else 0
+    if entries > model.config.vocab_size:
+        raise RunError(
+            f"the tokenizer has {entries} entries, the model's vocabulary {model.config.vocab_size}; they must fit"
+        )
+
+
+def check_blocks(dataset: Any, model: PreTrainedModel) -> int:
+    """The number of tokens in a block of the training data.
+
+    Raises:
+        DataError: for data that is not map-style, empty, or longer than the model's positions.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(f"train_dataset must be map-style (with len and index), got {type(dataset).__name__}")
+    if not len(dataset):
+        raise DataError("train_dataset is empty; give a larger corpus or a smaller block_size")
+    block_size = len(dataset[0]["input_ids"])
+    limit = model.config.max_position_embeddings
+    if block_size > limit:
+        raise DataError(
+            f"blocks have {block_size} tokens, the model's max_position_embeddings is {limit}; cut them shorter"
+        )
+    return block_size
+
+
+def check_growths(spans: Sequence[StageSpan], config: Any) -> None:
+    """Refuse now what a boundary would refuse after hours.
+
+    Raises:
+        GrowthError: as `plan_growth`.
+    """
+    for before, span in pairwise(spans):
+        if span.growth is not None:
+            plan_growth(before.dims.to_config(config), span.growth)
