@@ -14,7 +14,8 @@ help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.runtime  ## plan, train, grow and report a tiny model on CPU, into runs/demo
-	$(BIN)/python recipes/demo.py --output-dir runs/demo
+	# PASSIVE: threads that spin while they wait are several times slower where another process has a core.
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python recipes/demo.py --output-dir runs/demo
 
 test: $(VENV)/.dev  ## run the tests and the doctests
 	$(PYTEST) $(ARGS)

@@ -28,7 +28,7 @@ from slop_hf import (
 RECIPE = Path(__file__).parent / "grow_tiny.yaml"
 INITIAL = ModelDims(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
 TARGET = ModelDims(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4)
-TOKENS = 1.3e6
+TOKENS = 1.2e6
 PROMPT = "def __init__(self"
 
 
