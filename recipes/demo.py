@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from transformers import pipeline, set_seed
+from transformers.utils import logging
 
 from slop_hf import (
     ConfigSpace,
@@ -62,6 +63,7 @@ def main() -> None:
 
     final = RunDirectory(runs[0]).stage_dir(len(schedule.stages))
     set_seed(0)
+    logging.disable_progress_bar()
     write = pipeline("text-generation", model=str(final))
     sample = write(PROMPT, max_new_tokens=80, do_sample=True, temperature=0.7)[0]["generated_text"]
     print(f"\na sample from {final}:\n\n{sample}\n")

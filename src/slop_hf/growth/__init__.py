@@ -3,7 +3,7 @@
 from .adamw import AdamWState, grow_adamw_state
 from .checkpoint import grow_checkpoint, plan_checkpoint_growth
 from .inits import INITS, resolve_inits
-from .model import build_model, grow_model, grow_weights
+from .model import build_model, grow_model, grow_weights, no_progress_bars
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthReceipt
 
@@ -17,6 +17,7 @@ __all__ = [
     "grow_checkpoint",
     "grow_model",
     "grow_weights",
+    "no_progress_bars",
     "plan_checkpoint_growth",
     "plan_growth",
     "resolve_inits",

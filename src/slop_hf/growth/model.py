@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -79,13 +80,20 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, to
     """A stock model of the plan's new dims around `weights`, which it takes over without a copy."""
     config = plan.new.to_config(source.config)
     config._attn_implementation = source.config._attn_implementation
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one bar for each growth would bury the trainer's own
-    try:
+    with no_progress_bars():
         grown = type(source).from_pretrained(None, config=config, state_dict=weights, dtype=source.dtype)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     if source.generation_config is not None:
         grown.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     return grown.to(source.device).train(source.training)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keeps transformers' bars for reading and writing weights away: at boundaries they would bury the trainer's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

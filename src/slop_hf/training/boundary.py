@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 
 from ..errors import RunError
-from ..growth import AdamWState, resolve_inits
+from ..growth import AdamWState, no_progress_bars, resolve_inits
 from ..records import OPTIMIZER_FILE, RECORD_FILE, STATE_FILE, RunDirectory, StageRecord
 from ..serialization import versions, write_text, written_aside
 from .spans import StageSpan
@@ -102,7 +102,7 @@ def write_stage(
     """Write a finished stage: a stock model with its record, or nothing at all."""
     target = run.stage_dir(record.stage)
     use_cache = model.config.use_cache
-    with written_aside(target) as directory:
+    with written_aside(target) as directory, no_progress_bars():
         model.config.use_cache = True  # Trainer turns it off, and would leave it so in every published config
         try:
             model.save_pretrained(directory)
@@ -125,7 +125,8 @@ def write_stage(
 def read_stage(run: RunDirectory, number: int) -> tuple[PreTrainedModel, AdamWState, TrainerState]:
     """Model, AdamW's state (empty where none was kept) and trainer's state of a finished stage."""
     directory = run.stage_dir(number)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     state: AdamWState = {}
     if (directory / OPTIMIZER_FILE).is_file():
         with safe_open(directory / OPTIMIZER_FILE, framework="pt") as file:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..data.order import BlockOrder
 from ..errors import RunError
-from ..growth import AdamWState, build_model, grow_adamw_state, grow_weights, plan_growth
+from ..growth import AdamWState, build_model, grow_adamw_state, grow_weights, no_progress_bars, plan_growth
 from ..records import OPTIMIZER_FILE, SCHEDULE_FILE, RunDirectory
 from ..schedule import GrowthSchedule
 from ..serialization import write_text
@@ -293,7 +293,7 @@ class SlopTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint aside and rename it, so that it is complete or absent."""
         running = self.run.running_dir(self._span.number)
-        with self._writing_in(running / ".writing") as aside:
+        with self._writing_in(running / ".writing") as aside, no_progress_bars():
             super()._save_checkpoint(model, trial)
             written = next(aside.glob("checkpoint-*"))
             write_text(written / CLOCK_FILE, json.dumps({"seconds": self._stage_seconds()}))
