@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from slop_hf import (
     ConfigSpace,
+    GrowthSchedule,
     ModelDims,
     RunConfig,
     RunDirectory,
@@ -33,6 +34,17 @@ TOKENS = 1.2e6
 PROMPT = "def __init__(self"
 
 
+def plan(config: RunConfig, tokens: float) -> GrowthSchedule:
+    """The planner's best schedule from the recipe's initial structure to its target."""
+    space = ConfigSpace(
+        targets=[TARGET],
+        config={"vocab_size": config.data.vocab_size, **config.model},
+        sequence_length=config.data.block_size,
+    )
+    planner = SlopPlanner(INITIAL, space, operators=("layer", "ffn", "hidden", "mha"))
+    return planner.plan(top_k=1, tokens=tokens)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
@@ -41,13 +53,7 @@ def main() -> None:
     began = time.perf_counter()
 
     config = RunConfig.from_yaml(RECIPE)
-    space = ConfigSpace(
-        targets=[TARGET],
-        config={"model_type": "llama", "vocab_size": config.data.vocab_size, **config.model},
-        sequence_length=config.data.block_size,
-    )
-    planner = SlopPlanner(INITIAL, space, operators=("layer", "ffn", "hidden", "mha"))
-    schedule = planner.plan(top_k=1, tokens=options.tokens)[0]
+    schedule = plan(config, options.tokens)
     print("plan:", schedule.sequence, " → ".join(str(dims) for dims in schedule.structures))
     config = config.with_schedule(schedule)
 

@@ -89,7 +89,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, to
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keeps transformers' bars for reading and writing weights away: at boundaries they would bury the trainer's own."""
+    """Keeps transformers' bars for reading and writing weights away, which would bury the trainer's own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
