@@ -1,7 +1,7 @@
 import pytest
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, from_scratch
-from slop_hf.errors import GrowthError, ScheduleError
+from slop_hf.errors import ScheduleError
 from slop_hf.operators import operators_between
 
 A = ModelDims(64, 128, 2, 2)
@@ -74,9 +74,8 @@ def test_stages_that_are_not_stages():
         GrowthSchedule(A, (GrowthStage(("layer",), A),))
 
 
-def test_head_dim_belongs_to_no_operator():
-    with pytest.raises(GrowthError, match="no operator changes head_dim"):
-        operators_between(A, ModelDims(128, 128, 2, 2))
+def test_head_dim_is_an_operator_of_its_own():
+    assert operators_between(A, ModelDims(128, 128, 2, 2)) == ("hidden", "head_dim")
 
 
 def test_tokens_are_shared_by_the_papers_rule():

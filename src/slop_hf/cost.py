@@ -74,6 +74,8 @@ def axis_sizes(dims: Any, config: Any = DEFAULT_CONFIG) -> dict[str, Any]:
         "ffn": dims.intermediate_size,
         "query": dims.num_attention_heads * dims.head_dim,
         "key_value": dims.num_key_value_heads * dims.head_dim,
+        "fused": 3 * dims.num_attention_heads * dims.head_dim,
+        "head_dim": dims.head_dim,
         "vocab": setting(config, "vocab_size"),
     }
 

@@ -99,14 +99,23 @@ class ModelDims:
             raise DimsError(f"{kind} has no {', '.join(missing)}: expected a config with Llama's field names")
         return cls(**{name: value or 0 for name, value in values.items()})
 
-    def to_config(self, base_config: ConfigT) -> ConfigT:
-        """A new config of `base_config`'s class with these dims, everything else as it was.
+    def to_config(self, base_config: ConfigT, **changes: Any) -> ConfigT:
+        """A new config of `base_config`'s class with these dims and `changes`, everything else as it was.
 
-        It is built by the constructor, so transformers validates it; `head_dim` is always written, since
-        left implicit it would follow the hidden size silently.
+        It is built by the constructor, so transformers validates it. `head_dim` is always written where the family
+        can hold it, since left implicit it would follow the hidden size silently. Where the depth changes, a pattern
+        of `layer_types` goes on as it began.
         """
         settings = base_config.to_dict()  # type: ignore[attr-defined]
-        return type(base_config)(**{**settings, **self.as_dict()})
+        grouped = "num_key_value_heads" in settings
+        own = {
+            name: size for name, size in self.as_dict().items() if name in settings or (name == "head_dim" and grouped)
+        }
+        types = settings.get("layer_types")
+        if types and len(types) != self.num_hidden_layers:
+            own_types = [types[layer % len(types)] for layer in range(self.num_hidden_layers)]
+            changes.setdefault("layer_types", own_types)
+        return type(base_config)(**{**settings, **own, **changes})
 
     def as_dict(self) -> dict[str, int]:
         """The fields as config entries."""

@@ -58,7 +58,7 @@ def test_errors_reach_the_shell():
     command = [sys.executable, "-m", "slop_hf", *PLAN, "--operators", "depth"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown operator 'depth'; known: layer, mha, ffn, hidden\n"
+    assert done.stderr == "error: unknown operator 'depth'; known: layer, mha, ffn, hidden, head_dim\n"
 
 
 def test_plan_prints_a_table(output_of):

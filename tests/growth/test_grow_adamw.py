@@ -38,7 +38,7 @@ def test_moments_follow_the_weights():
     mean = state[name]["exp_avg_sq"].mean()
     assert torch.allclose(grown[name]["exp_avg_sq"][:, 48:], mean.expand(32, 32), rtol=1e-5)
     assert grown[name]["step"] == 3
-    assert set(grown) == {name for name, _, _ in plan.parameters()}
+    assert set(grown) == {parameter.name for parameter in plan.parameters()}
 
 
 def test_stacked_layers_take_the_moments_of_their_source():

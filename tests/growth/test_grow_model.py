@@ -157,7 +157,7 @@ def test_a_stage_grows_several_dimensions_at_once():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("depth", 4), GrowthError, "unknown operator 'depth'; known: layer, mha, ffn, hidden"),
+        (("depth", 4), GrowthError, "unknown operator 'depth'; known: layer, mha, ffn, hidden, head_dim"),
         (("ffn", 32), GrowthError, "intermediate_size would shrink from 64 to 32"),
         (("ffn", 64), GrowthError, "'ffn' has nothing to grow"),
         (("ffn", {"num_hidden_layers": 4}), GrowthError, "'ffn' has nothing to grow"),
@@ -166,7 +166,7 @@ def test_a_stage_grows_several_dimensions_at_once():
         (("ffn", "large"), GrowthError, "new_dims must be the new intermediate_size"),
         (("ffn", {"width": 4}), DimsError, "unknown dimension width"),
         (("hidden", 50), DimsError, "not divisible by num_attention_heads"),
-        (("hidden", {"hidden_size": 96, "head_dim": 24}), GrowthError, "no operator changes head_dim"),
+        (("hidden", {"hidden_size": 96, "head_dim": 24}), GrowthError, "would change head_dim too"),
         ((GrowthStage(("ffn",), ModelDims(48, 100, 4, 4)),), GrowthError, "takes layer, ffn"),
     ],
 )
@@ -218,13 +218,13 @@ def test_every_old_entry_survives_in_random_structures(data):
     plan = plan_growth(model.config, GrowthStage(operators, new))
     grown = grow_model(model, GrowthStage(operators, new))
     before, after = dict(model.named_parameters()), dict(grown.named_parameters())
-    assert set(after) == {name for name, _, _ in plan.parameters()}
-    for name, source, row in plan.parameters():
+    assert set(after) == {parameter.name for parameter in plan.parameters()}
+    for parameter in plan.parameters():
         index = torch.meshgrid(
-            *(torch.tensor([i for i, old in enumerate(axis.source) if old is not None]) for axis in plan.maps(row)),
+            *(torch.tensor([i for i, old in enumerate(axis.source) if old is not None]) for axis in parameter.maps),
             indexing="ij",
         )
-        assert torch.equal(after[name][index], before[source]), name
+        assert torch.equal(after[parameter.name][index], before[parameter.source]), parameter.name
     assert torch.isfinite(logits(grown)).all()
 
 

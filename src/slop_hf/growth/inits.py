@@ -1,7 +1,20 @@
 """Inits: what new entries hold, and which old layer a new one copies.
 
-An init of a width operator is a pure function of the parameter's row in the axis table; an init of `layer` is one of
-the layer counts. To add one, write it and register it in `INITS`.
+An init of a width operator is a pure function of an operator, a row of the axis table and what the row does along the
+growing axis; it says how entries that are new along that axis are filled. Whether new slots are copies is told by
+`axes.axis_maps`. An init of `layer` is a pure function of the layer counts. To add one, write it and register it.
+
+Which of them keep the function that the model computes:
+
+| init | layer | ffn | mha | hidden | head_dim |
+|---|---|---|---|---|---|
+| `random` (the paper's; layers `stack`) | no | no | no | no | no |
+| `interleave` | no | | | | |
+| `preserving` | exact | exact | exact | exact | exact |
+| `spread` | | | | | exact |
+| `copy` | | exact | exact | exact | |
+
+Exact means up to the rounding of the dtype, and for `copy` in bf16 only where the number of copies is a power of two.
 """
 
 from __future__ import annotations
@@ -9,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ..architectures import Parameter
+from ..architectures import Parameter, Role
 from ..errors import GrowthError
 from ..operators import OPERATORS
 
@@ -21,18 +34,47 @@ class Fill(NamedTuple):
     std: float
 
 
-WidthInit = Callable[[Parameter, float], Fill]
+ZERO = Fill(0.0, 0.0)
+ONE = Fill(1.0, 0.0)
+
+WidthInit = Callable[[str, Parameter, Role, float], Fill]
 LayerInit = Callable[[int, int], list[int]]
 
 
-def random(parameter: Parameter, initializer_range: float) -> Fill:
+def random(operator: str, row: Parameter, role: Role, initializer_range: float) -> Fill:
     """The paper's init, Eq. 15 to 20: new entries N(0, initializer_range), new norm gains 1.
 
     The paper writes R for every new entry and says no more of R; the standard deviation is the one that
     transformers initialises the family with. Gains of norms are not in its equations: 1 is their usual beginning.
     Not function-preserving.
     """
-    return Fill(1.0, 0.0) if parameter.kind == "norm" else Fill(0.0, initializer_range)
+    return ONE if role == "norm" else Fill(0.0, initializer_range)
+
+
+def preserving(operator: str, row: Parameter, role: Role, initializer_range: float) -> Fill:
+    """Function-preserving: zeros on one side of the new slots, random entries on the other.
+
+    New slots of `hidden` are written with zeros (and the norms' gains and epsilon made up for it, see
+    `GrowthPlan.config`); new slots of `ffn`, heads and `head_dim` are read with zeros. With zeros on both sides the new
+    slots would have no gradient for ever. Rows of new key slots within a head are zero too, since the attention scores
+    would read them otherwise.
+    """
+    if role == "norm":
+        return ONE
+    if operator == "hidden":
+        silent = role == "write"
+    else:
+        silent = role == "read" or (operator == "head_dim" and row.part == "key")
+    return ZERO if silent else Fill(0.0, initializer_range)
+
+
+WIDTH_INITS: dict[str, WidthInit] = {
+    "random": random,
+    "preserving": preserving,
+    # `copy` leaves new slots only where whole tiles of hidden do not fill it, `spread` is another place for the same.
+    "copy": preserving,
+    "spread": preserving,
+}
 
 
 def stack(old_layers: int, new_layers: int) -> list[int]:
@@ -46,13 +88,32 @@ def stack(old_layers: int, new_layers: int) -> list[int]:
     return [layer % old_layers for layer in range(new_layers)]
 
 
-WIDTH_INITS: dict[str, WidthInit] = {"random": random}
-LAYER_INITS: dict[str, LayerInit] = {"stack": stack}
+def interleave(old_layers: int, new_layers: int) -> list[int]:
+    """Copies beside their source: new layer i is a copy of old layer `i * old_layers // new_layers`.
 
-#: The inits of each operator by name; the first is the default, and the paper's.
-INITS: dict[str, Mapping[str, WidthInit | LayerInit]] = {
-    name: LAYER_INITS if name == "layer" else WIDTH_INITS for name in OPERATORS
+    Not function-preserving. With the init `preserving` of `layer`, the same order, and every copy after the first adds
+    nothing to the residual stream (its output projections are zero).
+
+    >>> interleave(3, 5)
+    [0, 0, 1, 1, 2]
+    """
+    return [layer * old_layers // new_layers for layer in range(new_layers)]
+
+
+LAYER_INITS: dict[str, LayerInit] = {"stack": stack, "interleave": interleave, "preserving": interleave}
+
+#: The inits of each operator; the first is the default, and the paper's where the paper has the operator.
+INITS: dict[str, tuple[str, ...]] = {
+    "layer": ("stack", "interleave", "preserving"),
+    "mha": ("random", "preserving", "copy"),
+    "ffn": ("random", "preserving", "copy"),
+    "hidden": ("random", "preserving", "copy"),
+    "head_dim": ("preserving", "spread", "random"),
 }
+assert INITS.keys() == OPERATORS.keys()
+
+#: Inits that keep the function.
+EXACT = frozenset({"preserving", "copy", "spread"})
 
 
 def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -67,7 +128,7 @@ def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None
     names = {}
     for operator in operators:
         chosen = init.get(operator) if isinstance(init, Mapping) else init
-        names[operator] = chosen or next(iter(INITS[operator]))
+        names[operator] = chosen or INITS[operator][0]
         if names[operator] not in INITS[operator]:
             known = ", ".join(INITS[operator])
             raise GrowthError(f"unknown init {names[operator]!r} for operator {operator!r}; known: {known}")

@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..schedule import GrowthStage
-from .plan import GrowthPlan, plan_growth
-from .tensors import generator_for, grow_tensor
+from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth
+from .tensors import grow_parameter
 
 
 def grow_model(
@@ -23,6 +23,7 @@ def grow_model(
     *,
     init: str | Mapping[str, str] | None = None,
     seed: int = 0,
+    noise: float = DEFAULT_NOISE,
 ) -> PreTrainedModel:
     """A larger model that begins with the weights of `model`.
 
@@ -32,12 +33,14 @@ def grow_model(
 
     Args:
         model: a causal language model of a family in `architectures.ARCHITECTURES`.
-        operator: "layer", "mha", "ffn" or "hidden"; or a `GrowthStage`, which brings dims and init.
+        operator: "layer", "mha", "ffn", "hidden" or "head_dim"; or a `GrowthStage`, which brings dims and init.
         new_dims: the new value of the operator's own dimension, a mapping of config fields, or `ModelDims`. Heads
-            and ffn may follow `hidden`; the size of a head never changes.
+            and ffn may follow `hidden`; the size of a head changes by `head_dim` alone.
         init: a name in `growth.INITS`, or a mapping from operator to name; None takes the paper's (`random`; layers
             `stack`).
         seed: the new entries depend on it and on each parameter's name, and on nothing else.
+        noise: standard deviation, as a share of `initializer_range`, of the noise that parts copies under the init
+            `copy`. It sums to zero over the copies of a slot, so that the function stays.
 
     Raises:
         GrowthError: unknown operator or init, shrinking, nothing to grow, a model that its table does not describe.
@@ -51,7 +54,7 @@ def grow_model(
     >>> grown.config.intermediate_size, grown.model.layers[0].mlp.down_proj.weight.shape
     (96, torch.Size([32, 96]))
     """
-    plan = plan_growth(model.config, operator, new_dims, init=init, seed=seed)
+    plan = plan_growth(model.config, operator, new_dims, init=init, seed=seed, noise=noise)
     weights = grow_weights(dict(model.named_parameters()), plan)
     return build_model(model, plan, weights)
 
@@ -62,7 +65,7 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
     Raises:
         GrowthError: where the weights are not those that the family's table describes.
     """
-    expected = {old for _, old, _ in plan.parameters()}
+    expected = {parameter.source for parameter in plan.parameters()}
     missing, strays = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or strays:
         what = f"has no {missing[0]}" if missing else f"has a parameter {strays[0]}"
@@ -70,15 +73,12 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
             f"the model {what}, unlike the axis table of {plan.architecture.model_type!r}; "
             "merge adapters and undo quantisation before growing"
         )
-    return {
-        new: grow_tensor(weights[old], plan.maps(row), plan.fill(row), generator_for(plan.seed, new))
-        for new, old, row in plan.parameters()
-    }
+    return {parameter.name: grow_parameter(weights[parameter.source], parameter) for parameter in plan.parameters()}
 
 
 def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A stock model of the plan's new dims around `weights`, which it takes over without a copy."""
-    config = plan.new.to_config(source.config)
+    config = plan.config()
     config._attn_implementation = source.config._attn_implementation
     with no_progress_bars():
         grown = type(source).from_pretrained(None, config=config, state_dict=weights, dtype=source.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..architectures import LAYER, Architecture, Axis, Parameter, architecture_of, setting
@@ -12,7 +14,56 @@ from ..errors import GrowthError
 from ..operators import operator_named, operators_between
 from ..schedule import GrowthStage
 from .axes import AxisMap, axis_maps
-from .inits import LAYER_INITS, WIDTH_INITS, Fill, resolve_inits
+from .inits import EXACT, LAYER_INITS, WIDTH_INITS, Fill, resolve_inits
+
+#: Strength of the noise on copies, as a share of `initializer_range`.
+DEFAULT_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """How one parameter of the grown model comes about.
+
+    Args:
+        name: its name.
+        source: the old parameter that it grows from.
+        row: its row in the axis table.
+        maps: the map of each of its dimensions.
+        scale: factor of old entries, beside `1 / copies` along the dimension that it reads.
+        gain_offset: added to a stored gain before scaling and taken away after.
+        centre: whether the mean over the hidden axis is taken away first.
+        noise: standard deviation of the noise on the copies that it reads; it sums to zero over the copies of a slot.
+        silent: all entries are zero, so that an inserted layer adds nothing.
+        seed: of its random entries, beside its name.
+        inits: the init of each operator.
+        initializer_range: standard deviation of new entries.
+    """
+
+    name: str
+    source: str
+    row: Parameter
+    maps: tuple[AxisMap, ...]
+    scale: float
+    gain_offset: float
+    centre: bool
+    noise: float
+    silent: bool
+    seed: int
+    inits: Mapping[str, str]
+    initializer_range: float
+
+    def fill(self, operators: Sequence[str | None]) -> Fill:
+        """What a block of entries holds that each of `operators` has added along one dimension (None: old there).
+
+        Where one of them asks for zeros, the block is zero.
+        """
+        fills = [
+            WIDTH_INITS[self.inits[operator]](operator, self.row, self.row.role(dimension), self.initializer_range)
+            for dimension, operator in enumerate(operators)
+            if operator is not None
+        ]
+        mean, std = min(fills, key=lambda fill: (abs(fill.mean), fill.std))
+        return Fill(mean - self.gain_offset, std)
 
 
 @dataclass(frozen=True)
@@ -21,42 +72,139 @@ class GrowthPlan:
 
     Args:
         architecture: the family's axis table.
-        config: the old model's config.
+        source_config: the old model's config.
         old, new: structures before and after.
         inits: the init of each operator that grows.
         seed: of the random entries.
-        axes: the map of each axis.
-        layers: for each new layer, the old one that it copies.
+        noise: strength of the noise on copies, as a share of `initializer_range`.
     """
 
     architecture: Architecture
-    config: Any
+    source_config: Any
     old: ModelDims
     new: ModelDims
     inits: Mapping[str, str]
     seed: int
-    axes: Mapping[Axis, AxisMap]
-    layers: tuple[int, ...]
+    noise: float = DEFAULT_NOISE
 
-    def parameters(self) -> Iterator[tuple[str, str, Parameter]]:
-        """`(new name, old name, row)` of every parameter of the grown model."""
-        for row in self.architecture.rows(self.config):
+    @property
+    def preserves(self) -> bool:
+        """Whether the grown model computes what the old one does, up to rounding."""
+        return all(init in EXACT for init in self.inits.values())
+
+    @cached_property
+    def axes(self) -> dict[Axis, AxisMap]:
+        """The map of each axis."""
+        vocab = setting(self.source_config, "vocab_size")
+        return {**axis_maps(self.old, self.new, self.inits), "vocab": AxisMap.identity(vocab)}
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """For each new layer, the old one that it copies."""
+        init = self.inits.get("layer", "stack")
+        return tuple(LAYER_INITS[init](self.old.num_hidden_layers, self.new.num_hidden_layers))
+
+    @property
+    def inserted(self) -> frozenset[int]:
+        """New layers that add nothing to the residual stream."""
+        if self.inits.get("layer") != "preserving":
+            return frozenset()
+        return frozenset(i for i in range(len(self.layers)) if self.layers[i] in self.layers[:i])
+
+    @property
+    def residual_share(self) -> float:
+        """Mean square of the grown residual stream over the old one's: `kd / D` for k tiles of d in D slots.
+
+        1 for the init `random`, which leaves norms as they are.
+        """
+        if self.inits.get("hidden", "random") not in EXACT:
+            return 1.0
+        return self.residual_copies * self.old.hidden_size / self.new.hidden_size
+
+    @property
+    def residual_copies(self) -> int:
+        """Whole tiles of the residual stream."""
+        return self.axes["hidden"].most_copies
+
+    @property
+    def centres(self) -> bool:
+        """Whether the mean is taken out of all that writes the residual stream.
+
+        LayerNorm takes it away anyway, and only without it does padding with zeros change the norm by a mere factor.
+        """
+        return self.architecture.norm == "layer" and self.residual_share != 1.0
+
+    def config_changes(self) -> dict[str, Any]:
+        """The config fields beside the dims that the growth changes."""
+        changes: dict[str, Any] = {}
+        config, architecture = self.source_config, self.architecture
+        if self.residual_share != 1.0:
+            # ms' = share * ms; gains take sqrt(share), and eps must shrink alike.
+            changes[architecture.norm_eps] = setting(config, architecture.norm_eps) * self.residual_share
+        if self.new.head_dim != self.old.head_dim and self.inits["head_dim"] != "spread":
+            rope = dict(setting(config, "rope_parameters"))
+            rope["rope_theta"] = rope["rope_theta"] ** (self.new.head_dim / self.old.head_dim)
+            changes["rope_parameters"] = rope
+        if (types := setting(config, "layer_types")) is not None and self.new.num_hidden_layers != len(types):
+            changes["layer_types"] = [types[layer] for layer in self.layers]
+        return changes
+
+    def config(self) -> Any:
+        """The grown model's config."""
+        return self.new.to_config(self.source_config, **self.config_changes())
+
+    def parameters(self) -> Iterator[ParameterPlan]:
+        """The plan of every parameter of the grown model."""
+        for row in self.architecture.rows(self.source_config):
             if not row.in_layer:
-                yield row.name, row.name, row
+                yield self._parameter(row, row.name, row.name)
                 continue
             for layer, source in enumerate(self.layers):
-                yield row.name.replace(LAYER, str(layer)), row.name.replace(LAYER, str(source)), row
+                name, old = (row.name.replace(LAYER, str(number)) for number in (layer, source))
+                yield self._parameter(row, name, old, inserted=layer in self.inserted)
 
-    def maps(self, row: Parameter) -> tuple[AxisMap, ...]:
-        """The map of each dimension of a parameter."""
-        vocab = setting(self.config, "vocab_size")
-        return tuple(AxisMap.append(vocab, vocab) if axis == "vocab" else self.axes[axis] for axis in row.axes)
+    def _parameter(self, row: Parameter, name: str, source: str, *, inserted: bool = False) -> ParameterPlan:
+        writes_residual = row.kind in ("projection", "embedding", "bias") and any(
+            axis == "hidden" and row.role(dimension) == "write" for dimension, axis in enumerate(row.axes)
+        )
+        initializer_range = setting(self.source_config, "initializer_range", 0.02)
+        maps = tuple(self.axes[axis] for axis in row.axes)
+        copied = row.reads is not None and maps[row.reads].most_copies > 1
+        return ParameterPlan(
+            name=name,
+            source=source,
+            row=row,
+            maps=maps,
+            scale=self._scale(row),
+            gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
+            centre=self.centres and writes_residual,
+            noise=self.noise * initializer_range if copied else 0.0,
+            silent=inserted and writes_residual,
+            seed=self.seed,
+            inits=self.inits,
+            initializer_range=initializer_range,
+        )
 
-    def fill(self, row: Parameter) -> Fill:
-        """What a parameter's new entries hold."""
-        # A stage's leading width operator decides for those that follow it.
-        name = next((name for operator, name in self.inits.items() if operator != "layer"), "random")
-        return WIDTH_INITS[name](row, setting(self.config, "initializer_range", 0.02))
+    def _scale(self, row: Parameter) -> float:
+        """The factor of a parameter's old entries."""
+        scale, share, hidden = 1.0, self.residual_share, self.new.hidden_size / self.old.hidden_size
+        exact_hidden = self.inits.get("hidden", "random") in EXACT
+        tied = bool(setting(self.source_config, "tie_word_embeddings", False))
+        scales_embedding = self.architecture.scaled_embedding and exact_hidden
+        if row.kind == "norm" and row.axes == ("hidden",):
+            scale *= math.sqrt(share)
+        if row.kind in ("norm", "norm_bias") and not row.in_layer and tied:
+            # A tied output projection cannot take 1 / copies itself, nor undo the embedding's own factor.
+            scale *= math.sqrt(hidden) if scales_embedding else 1.0
+            scale /= self.residual_copies
+        if row.kind == "embedding" and scales_embedding:
+            scale /= math.sqrt(hidden)
+        if row.part == "query" and self.architecture.scale_follows_head_dim and self.inits.get("head_dim") in EXACT:
+            scale *= math.sqrt(self.new.head_dim / self.old.head_dim)
+        if row.part in ("query", "key") and self.architecture.norms_heads:
+            # These norms share the epsilon that the residual stream's need changed.
+            scale *= math.sqrt(share)
+        return scale
 
 
 def plan_growth(
@@ -66,6 +214,7 @@ def plan_growth(
     *,
     init: str | Mapping[str, str] | None = None,
     seed: int = 0,
+    noise: float = DEFAULT_NOISE,
 ) -> GrowthPlan:
     """Decide a growth; arguments as for `grow_model`.
 
@@ -87,9 +236,40 @@ def plan_growth(
     else:
         new = resolve_dims(old, operator, new_dims)
         operators = tuple(_operators_of(old, new, operator))
-    inits = resolve_inits(operators, init)
-    layers = LAYER_INITS[inits.get("layer", "stack")](old.num_hidden_layers, new.num_hidden_layers)
-    return GrowthPlan(architecture, config, old, new, inits, seed, axis_maps(old, new), tuple(layers))
+    if not (noise >= 0 and math.isfinite(noise)):
+        raise GrowthError(f"noise must be a share of initializer_range, 0 or more, got {noise}")
+    plan = GrowthPlan(architecture, config, old, new, resolve_inits(operators, init), seed, noise)
+    _check_family(plan)
+    _ = plan.axes, plan.layers  # refuses maps that cannot be
+    return plan
+
+
+def _check_family(plan: GrowthPlan) -> None:
+    """Refuse what the family cannot be, or cannot be exactly."""
+    architecture, new = plan.architecture, plan.new
+    if not architecture.own_head_dim and (
+        new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim
+    ):
+        raise GrowthError(
+            f"{architecture.model_type} takes head_dim from hidden_size / num_attention_heads: "
+            f"grow both together, so that head_dim stays {plan.old.head_dim}"
+        )
+    if not architecture.own_head_dim and new.num_key_value_heads != new.num_attention_heads:
+        raise GrowthError(f"{architecture.model_type} has a key/value head for each query head; grow both together")
+    if "head_dim" in plan.inits:
+        if architecture.norms_heads and plan.inits["head_dim"] in EXACT:
+            raise GrowthError(
+                f"{architecture.model_type} normalises each head, which new slots of head_dim would change; "
+                "only init 'random' can grow it, and not exactly"
+            )
+        rope = setting(plan.source_config, "rope_parameters")
+        if not isinstance(rope, Mapping) or "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise GrowthError("head_dim can only grow under full rotary embeddings with one rope_theta")
+    if plan.centres and setting(plan.source_config, "tie_word_embeddings", False):
+        raise GrowthError(
+            f"hidden of a {architecture.model_type} with tied embeddings cannot grow exactly by padding, because its "
+            "LayerNorm takes the mean away; use init 'random', or 'copy' to a whole multiple"
+        )
 
 
 def resolve_dims(old: ModelDims, operator: str, new_dims: int | Mapping[str, int] | ModelDims | None) -> ModelDims:

@@ -1,4 +1,4 @@
-"""Applying axis maps to tensors.
+"""Applying a `ParameterPlan` to a tensor.
 
 Random entries are drawn on the CPU in float32 from a generator seeded by (seed, parameter name), so that they depend
 neither on the order of parameters nor on device or dtype.
@@ -7,46 +7,123 @@ neither on the order of parameters nor on device or dtype.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
 
-from .axes import AxisMap
+from .axes import AxisMap, Run
 from .inits import Fill
+from .plan import ParameterPlan
+
+#: Gives the distribution of a block that the named operators have added (None: a dimension where it is old).
+Filler = Callable[[Sequence[str | None]], Fill]
+#: Gives the factor of a block of old entries from its runs, one a dimension.
+Factor = Callable[[Sequence[Run]], float]
 
 
-def grow_tensor(
-    tensor: torch.Tensor, maps: Sequence[AxisMap], fill: Fill, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """A new tensor with old entries where the maps put them, and new ones drawn from `fill`.
+def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan) -> torch.Tensor:
+    """The grown parameter: old entries scaled and in their places, new ones filled, noise on copies.
 
     Args:
-        tensor: the old one, shape `[map.old_size for map in maps]`; it is not changed, nor is its storage shared.
-        maps: one for each dimension.
-        fill: distribution of the new entries.
-        generator: CPU generator of the random ones; not needed where `fill.std` is 0.
+        tensor: the old one, shape `[axis.old_size for axis in plan.maps]`; it is not changed, nor is its storage shared.
+        plan: of this parameter.
 
     Returns:
-        Tensor of shape `[map.new_size for map in maps]`, with the dtype and device of the old one.
-
-    >>> grow_tensor(torch.ones(2), [AxisMap.append(2, 3)], Fill(5.0, 0.0))
-    tensor([1., 1., 5.])
+        Tensor of shape `[axis.new_size for axis in plan.maps]`, with the dtype and device of the old one.
     """
-    if all(axis.is_identity for axis in maps):
-        return tensor.detach().clone()
-    grown = torch.empty([axis.new_size for axis in maps], dtype=tensor.dtype, device=tensor.device)
-    for segments in product(*(axis.segments for axis in maps)):
-        new = tuple(slice(start, start + length) for start, _, length in segments)
-        if all(old_start is not None for _, old_start, _ in segments):
-            old = tuple(slice(start, start + length) for _, start, length in segments if start is not None)
-            grown[new] = tensor.detach()[old]
-        elif fill.std:
-            noise = torch.randn([length for _, _, length in segments], generator=generator)
-            grown[new] = noise.mul_(fill.std).add_(fill.mean).to(grown)
-        else:
-            grown[new] = fill.mean
+    if plan.silent:
+        return tensor.new_zeros([axis.new_size for axis in plan.maps])
+    # Arithmetic in float32 at least: a half-precision weight is rounded once, when it is stored.
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    source = tensor.detach()
+    if plan.centre:
+        source = source.to(exact)
+        source = (source - source.mean(dim=plan.row.axes.index("hidden"), keepdim=True)).to(tensor.dtype)
+    if plan.gain_offset:
+        source = ((source.to(exact) + plan.gain_offset) * plan.scale - plan.gain_offset).to(tensor.dtype)
+    scale, reads = 1.0 if plan.gain_offset else plan.scale, plan.row.reads
+    generator = generator_for(plan.seed, plan.name)
+
+    def factor(runs: Sequence[Run]) -> float:
+        return scale if reads is None else scale / runs[reads].copies
+
+    grown = assemble(source, plan.maps, plan.fill, factor, generator)
+    if plan.noise and reads is not None:
+        grown += zero_sum_noise(grown, plan.maps[reads], reads, plan.noise, generator).to(grown)
     return grown
+
+
+def assemble(
+    source: torch.Tensor,
+    maps: Sequence[AxisMap],
+    fill: Filler,
+    factor: Factor,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """A tensor put together block by block from old entries times a factor, and new ones drawn from a distribution.
+
+    >>> from .inits import ONE
+    >>> assemble(torch.ones(2) * 3, [AxisMap.append(2, 3, "hidden")], lambda operators: ONE, lambda runs: 0.5)
+    tensor([1.5000, 1.5000, 1.0000])
+    """
+    if all(axis.is_identity for axis in maps) and factor([axis.runs[0] for axis in maps]) == 1.0:
+        return source.clone()
+    exact = torch.promote_types(source.dtype, torch.float32)
+    grown = torch.empty([axis.new_size for axis in maps], dtype=source.dtype, device=source.device)
+    for runs in product(*(axis.runs for axis in maps)):
+        block = grown[tuple(slice(run.start, run.start + run.length) for run in runs)]
+        olds = [run.old for run in runs]
+        if None not in olds:
+            old = source[tuple(slice(run.old, run.old + run.length) for run in runs if run.old is not None)]
+            times = factor(runs)
+            block.copy_(old if times == 1.0 else old.to(exact) * times)
+            continue
+        mean, std = fill([run.operator if run.old is None else None for run in runs])
+        if std:
+            noise = torch.randn(block.shape, generator=generator)
+            block.copy_(noise.mul_(std).add_(mean))
+        else:
+            block.fill_(mean)
+    return grown
+
+
+def zero_sum_noise(
+    like: torch.Tensor, axis: AxisMap, dimension: int, std: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Noise for the copies that a weight reads, which sums to zero over the copies of each old slot.
+
+    Copies hold the same activation, so what is read of them together does not change; but from now on their gradients
+    differ, and so do they. Equal copies would stay equal for ever, and the grown model would learn no more than the old.
+
+    Args:
+        like: the grown weight.
+        axis: the map of the dimension that it reads.
+        dimension: which one that is.
+        std: of the noise before its mean is taken away.
+        generator: on the CPU.
+
+    Returns:
+        float32 CPU tensor of the shape of `like`, zero where a slot has no copy.
+    """
+    copied = [(new, old) for run in axis.runs if run.copies > 1 and run.old is not None for new, old in _pairs(run)]
+    slots, olds = torch.tensor(copied).T
+    shape = list(like.shape)
+    shape[dimension] = len(copied)
+    drawn = torch.randn(shape, generator=generator).mul_(std)
+    shape[dimension] = axis.old_size
+    total = torch.zeros(shape).index_add_(dimension, olds, drawn)
+    count = torch.bincount(olds, minlength=axis.old_size).clamp_(min=1)
+    view = [1] * like.dim()
+    view[dimension] = axis.old_size
+    mean = total / count.view(view)
+    noise = torch.zeros(like.shape)
+    return noise.index_copy_(dimension, slots, drawn - mean.index_select(dimension, olds))
+
+
+def _pairs(run: Run) -> list[tuple[int, int]]:
+    assert run.old is not None
+    return [(run.start + i, run.old + i) for i in range(run.length)]
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
