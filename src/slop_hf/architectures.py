@@ -103,6 +103,10 @@ class Architecture:
             if (tied or not is_tied) and (row.when is None or setting(config, row.when, False)):
                 yield row
 
+    def live_name(self, name: str) -> str:
+        """The table's name of a parameter that goes by `name` in a checkpoint or an older release."""
+        return next((row.name for row in self.parameters if row.stored_as == name), name)
+
     @property
     def norms_heads(self) -> bool:
         """Whether queries and keys are normalised head by head."""

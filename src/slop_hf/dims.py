@@ -108,9 +108,8 @@ class ModelDims:
         """
         settings = base_config.to_dict()  # type: ignore[attr-defined]
         grouped = "num_key_value_heads" in settings
-        own = {
-            name: size for name, size in self.as_dict().items() if name in settings or (name == "head_dim" and grouped)
-        }
+        known = {*settings, "head_dim"} if grouped else set(settings)
+        own: dict[str, Any] = {name: size for name, size in self.as_dict().items() if name in known}
         types = settings.get("layer_types")
         if types and len(types) != self.num_hidden_layers:
             own_types = [types[layer % len(types)] for layer in range(self.num_hidden_layers)]

@@ -94,9 +94,8 @@ class AxisMap:
                     continue
                 for part in unit.runs:
                     old = None if part.old is None else run.old + number * unit.old_size + part.old
-                    runs.append(
-                        Run(start + part.start, part.length, old, run.copies if old is not None else 1, part.operator)
-                    )
+                    copies = 1 if old is None else run.copies
+                    runs.append(Run(start + part.start, part.length, old, copies, part.operator))
         return AxisMap(self.old_size, tuple(runs))
 
     @property

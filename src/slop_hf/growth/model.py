@@ -65,6 +65,7 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
     Raises:
         GrowthError: where the weights are not those that the family's table describes.
     """
+    weights = {plan.architecture.live_name(name): tensor for name, tensor in weights.items()}
     expected = {parameter.source for parameter in plan.parameters()}
     missing, strays = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or strays:

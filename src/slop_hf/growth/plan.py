@@ -52,6 +52,16 @@ class ParameterPlan:
     inits: Mapping[str, str]
     initializer_range: float
 
+    @property
+    def stored_name(self) -> str:
+        """Its name in a checkpoint on disk."""
+        return self.row.stored_as or self.name
+
+    @property
+    def stored_source(self) -> str:
+        """The name in a checkpoint of the parameter that it grows from."""
+        return self.row.stored_as or self.source
+
     def fill(self, operators: Sequence[str | None]) -> Fill:
         """What a block of entries holds that each of `operators` has added along one dimension (None: old there).
 

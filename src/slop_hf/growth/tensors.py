@@ -26,7 +26,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan) -> torch.Tensor:
     """The grown parameter: old entries scaled and in their places, new ones filled, noise on copies.
 
     Args:
-        tensor: the old one, shape `[axis.old_size for axis in plan.maps]`; it is not changed, nor is its storage shared.
+        tensor: the old one, shape `[axis.old_size for axis in plan.maps]`; it is not changed, its storage not shared.
         plan: of this parameter.
 
     Returns:
@@ -94,7 +94,7 @@ def zero_sum_noise(
     """Noise for the copies that a weight reads, which sums to zero over the copies of each old slot.
 
     Copies hold the same activation, so what is read of them together does not change; but from now on their gradients
-    differ, and so do they. Equal copies would stay equal for ever, and the grown model would learn no more than the old.
+    differ, and so do they. Equal copies would stay equal for ever, and the model would learn no more than the old one.
 
     Args:
         like: the grown weight.
