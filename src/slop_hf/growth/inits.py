@@ -55,9 +55,9 @@ def preserving(operator: str, row: Parameter, role: Role, initializer_range: flo
     """Function-preserving: zeros on one side of the new slots, random entries on the other.
 
     New slots of `hidden` are written with zeros (and the norms' gains and epsilon made up for it, see
-    `GrowthPlan.config_changes`); new slots of `ffn`, heads and `head_dim` are read with zeros. With zeros on both sides
-    the new slots would have no gradient for ever. Rows of new key slots within a head are zero too, since the attention scores
-    would read them otherwise.
+    `GrowthPlan.config_changes`); new slots of `ffn`, heads and `head_dim` are read with zeros. With zeros on both
+    sides the new slots would have no gradient for ever. Rows of new key slots within a head are zero too, since the
+    attention scores would read them otherwise.
     """
     if role == "norm":
         return ONE

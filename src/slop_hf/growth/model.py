@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -74,7 +75,15 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
             f"the model {what}, unlike the axis table of {plan.architecture.model_type!r}; "
             "merge adapters and undo quantisation before growing"
         )
-    return {parameter.name: grow_parameter(weights[parameter.source], parameter) for parameter in plan.parameters()}
+    parameters = list(plan.parameters())
+    threads = torch.get_num_threads()
+    # Random numbers are drawn on one thread a tensor, so threads share out the tensors.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            grown = list(pool.map(lambda one: grow_parameter(weights[one.source], one), parameters))
+        finally:
+            torch.set_num_threads(threads)
+    return {parameter.name: tensor for parameter, tensor in zip(parameters, grown, strict=True)}
 
 
 def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:

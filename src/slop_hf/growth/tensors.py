@@ -7,7 +7,7 @@ neither on the order of parameters nor on device or dtype.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -15,6 +15,9 @@ import torch
 from .axes import AxisMap, Run
 from .inits import Fill
 from .plan import ParameterPlan
+
+#: Entries drawn at a time. Changing it changes the random entries of every growth.
+CHUNK = 2**18
 
 #: Gives the distribution of a block that the named operators have added (None: a dimension where it is old).
 Filler = Callable[[Sequence[str | None]], Fill]
@@ -49,8 +52,8 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan) -> torch.Tensor:
         return scale if reads is None else scale / runs[reads].copies
 
     grown = assemble(source, plan.maps, plan.fill, factor, generator)
-    if plan.noise and reads is not None:
-        grown += zero_sum_noise(grown, plan.maps[reads], reads, plan.noise, generator).to(grown)
+    if plan.noise:
+        add_zero_sum_noise(grown, plan.maps[-1], plan.noise, generator)
     return grown
 
 
@@ -81,49 +84,53 @@ def assemble(
             continue
         mean, std = fill([run.operator if run.old is None else None for run in runs])
         if std:
-            noise = torch.randn(block.shape, generator=generator)
-            block.copy_(noise.mul_(std).add_(mean))
+            draw_normal(block, mean, std, generator)
         else:
             block.fill_(mean)
     return grown
 
 
-def zero_sum_noise(
-    like: torch.Tensor, axis: AxisMap, dimension: int, std: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Noise for the copies that a weight reads, which sums to zero over the copies of each old slot.
+def draw_normal(block: torch.Tensor, mean: float, std: float, generator: torch.Generator | None) -> None:
+    """Fill a block from a normal distribution, chunk by chunk of its first dimension.
+
+    The numbers drawn depend on the block's shape alone, not on its strides, dtype or device.
+    """
+    for part in _chunks(block):
+        if part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous():
+            part.normal_(mean, std, generator=generator)
+        else:
+            part.copy_(torch.empty(part.shape).normal_(mean, std, generator=generator))
+
+
+def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, generator: torch.Generator) -> None:
+    """Part the copies that a weight reads by noise which sums to zero over the copies of each old slot.
 
     Copies hold the same activation, so what is read of them together does not change; but from now on their gradients
     differ, and so do they. Equal copies would stay equal for ever, and the model would learn no more than the old one.
 
     Args:
-        like: the grown weight.
-        axis: the map of the dimension that it reads.
-        dimension: which one that is.
-        std: of the noise before its mean is taken away.
+        weight: the grown weight; it reads its last dimension.
+        axis: the map of that dimension.
+        std: of the noise before its mean over the copies is taken away.
         generator: on the CPU.
-
-    Returns:
-        float32 CPU tensor of the shape of `like`, zero where a slot has no copy.
     """
-    copied = [(new, old) for run in axis.runs if run.copies > 1 and run.old is not None for new, old in _pairs(run)]
-    slots, olds = torch.tensor(copied).T
-    shape = list(like.shape)
-    shape[dimension] = len(copied)
-    drawn = torch.randn(shape, generator=generator).mul_(std)
-    shape[dimension] = axis.old_size
-    total = torch.zeros(shape).index_add_(dimension, olds, drawn)
-    count = torch.bincount(olds, minlength=axis.old_size).clamp_(min=1)
-    view = [1] * like.dim()
-    view[dimension] = axis.old_size
-    mean = total / count.view(view)
-    noise = torch.zeros(like.shape)
-    return noise.index_copy_(dimension, slots, drawn - mean.index_select(dimension, olds))
+    source = [(new, old) for new, old in enumerate(axis.source) if old is not None]
+    olds = torch.tensor([old for _, old in source])
+    count = torch.bincount(olds, minlength=axis.old_size)
+    copied = count[olds] > 1
+    slots, olds = torch.tensor([new for new, _ in source])[copied], olds[copied]
+    for part in _chunks(weight):
+        drawn = torch.empty(*part.shape[:-1], len(slots)).normal_(0.0, std, generator=generator)
+        total = torch.zeros(*part.shape[:-1], axis.old_size).index_add_(-1, olds, drawn)
+        noise = drawn - (total / count.clamp(min=1))[..., olds]
+        part[..., slots] += noise.to(part)
 
 
-def _pairs(run: Run) -> list[tuple[int, int]]:
-    assert run.old is not None
-    return [(run.start + i, run.old + i) for i in range(run.length)]
+def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of a few rows each, small enough to stay in the processor's cache."""
+    rows = max(1, CHUNK * len(tensor) // max(tensor.numel(), 1))
+    for start in range(0, len(tensor), rows):
+        yield tensor[start : start + rows]
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
