@@ -24,7 +24,7 @@ class GrowthProbe:
         tokens: of the batch.
         max_logit_change, mean_logit_change: |Δlogit|, largest and mean.
         loss_change: change of the next-token loss, nats a token.
-        rounding_floor: largest |Δlogit| of the source between its dtype and the next wider one.
+        rounding_floor: largest |Δlogit| of the source between its dtype and another precision.
         live_share: share of the new entries that have a gradient on the batch; None where there are none.
         copies_spread: root mean square of the differences between copies of one slot and their mean, over that of the
             weights; 0 is tied, None is without copies.

@@ -23,7 +23,7 @@ def probe_growth(
 ) -> GrowthProbe:
     """Compare a model with what it has grown into, on a batch of tokens.
 
-    Both models, a wider copy of the source for the rounding floor, and the gradients are in memory at a time.
+    Both models, a copy of the source in another precision for the rounding floor, and the gradients are in memory at a time.
 
     Args:
         source, grown: the models before and after.
@@ -39,10 +39,9 @@ def probe_growth(
         tokens = torch.randint(setting(source.config, "vocab_size"), (PROBE_SHAPE[0], length), generator=generator)
     tokens = tokens.to(source.device)
     before, loss_before = _forward(source, tokens)
-    wider = torch.float64 if source.dtype == torch.float32 else torch.float32
-    reference, _ = (
-        _forward(copy.deepcopy(source).to(wider), tokens) if source.dtype != torch.float64 else (before, 0.0)
-    )
+    # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
+    other = torch.float64 if source.dtype == torch.float32 else torch.float32
+    reference, _ = _forward(copy.deepcopy(source).to(other), tokens)
     after, loss_after = _forward(grown, tokens.to(grown.device))
     size = before.abs().max()
     if not torch.isfinite(size) or not torch.isfinite(after).all():
@@ -74,7 +73,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     """A hash of a tensor's dtype, shape and bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
-    digest.update(memoryview(flat.numpy()))
+    digest.update(flat.numpy().data)
     return digest.hexdigest()
 
 
