@@ -23,7 +23,8 @@ def probe_growth(
 ) -> GrowthProbe:
     """Compare a model with what it has grown into, on a batch of tokens.
 
-    Both models, a copy of the source in another precision for the rounding floor, and the gradients are in memory at a time.
+    Both models, a copy of the source in another precision for the rounding floor, and the gradients are in memory at
+    a time.
 
     Args:
         source, grown: the models before and after.
