@@ -1,7 +1,9 @@
+import itertools
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,3 +294,13 @@ def test_another_run_is_not_overwritten(finished):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(RunError, match="nothing to resume"):
         trainer(tmp_path / "out").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("init", ["preserving", "copy"])
+def test_exact_growth_keeps_the_held_out_loss_over_a_boundary(tmp_path, init):
+    stages = tuple(replace(stage, init="preserving" if stage.label == "layer" else init) for stage in SCHEDULE)
+    trainer(tmp_path / "out", schedule=replace(SCHEDULE, stages=stages)).train()
+    records = RunDirectory(tmp_path / "out").records()
+    for before, after in itertools.pairwise(records):
+        assert after.eval_loss_after_growth == pytest.approx(before.eval_loss, abs=1e-5)
+        assert set(after.init.values()) <= {"preserving", init}
