@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from .dims import ModelDims as ModelDims
     from .errors import SlopError as SlopError
     from .growth import GrowthReceipt as GrowthReceipt
+    from .growth import checkpoint_directory as checkpoint_directory
     from .growth import grow_adamw_state as grow_adamw_state
     from .growth import grow_checkpoint as grow_checkpoint
     from .growth import grow_model as grow_model
+    from .growth import grow_optimizer_file as grow_optimizer_file
+    from .growth import grow_optimizer_state_dict as grow_optimizer_state_dict
     from .growth import plan_checkpoint_growth as plan_checkpoint_growth
     from .planner import SlopPlanner as SlopPlanner
     from .records import RunDirectory as RunDirectory
@@ -49,11 +52,14 @@ _HOMES = {
     "SlopTrainingArguments": "training",
     "StageRecord": "records",
     "build_trainer": "training",
+    "checkpoint_directory": "growth",
     "comparison_table": "report",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",
     "grow_checkpoint": "growth",
     "grow_model": "growth",
+    "grow_optimizer_file": "growth",
+    "grow_optimizer_state_dict": "growth",
     "plan_checkpoint_growth": "growth",
     "prepare_data": "data",
     "preview_run": "training",

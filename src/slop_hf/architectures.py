@@ -39,6 +39,7 @@ class Parameter:
         when: the config flag that the parameter exists under; None, always.
         tied_to: the parameter whose storage it shares when `tie_word_embeddings` is set.
         stored_as: its name in checkpoints (and in models of older releases), where that is another one.
+        closes: whether it is a norm behind a branch, the last thing before the residual stream.
         part: which of attention's inputs it makes, for the rules of rotary embeddings.
     """
 
@@ -48,6 +49,7 @@ class Parameter:
     when: str | None = None
     tied_to: str | None = None
     stored_as: str | None = None
+    closes: bool = False
     part: Literal["query", "key", "value"] | None = None
 
     @property
@@ -122,8 +124,8 @@ def _layer(name: str, axes: tuple[Axis, ...], kind: Kind = "projection", **more:
     return Parameter(f"model.layers.{LAYER}.{name}", axes, kind, **more)
 
 
-def _norm(name: str, axis: Axis = "hidden") -> Parameter:
-    return _layer(f"{name}.weight", (axis,), "norm")
+def _norm(name: str, axis: Axis = "hidden", *, closes: bool = False) -> Parameter:
+    return _layer(f"{name}.weight", (axis,), "norm", closes=closes)
 
 
 _EMBEDDING = Parameter("model.embed_tokens.weight", ("vocab", "hidden"), "embedding")
@@ -181,9 +183,10 @@ GEMMA2 = Architecture(
     "gemma2",
     (
         *_CORE,
-        *_PRE_NORMS,
+        _norm("input_layernorm"),
+        _norm("post_attention_layernorm", closes=True),
         _norm("pre_feedforward_layernorm"),
-        _norm("post_feedforward_layernorm"),
+        _norm("post_feedforward_layernorm", closes=True),
         *_qkv_biases("attention_bias"),
         _OUTPUT_BIAS,
     ),

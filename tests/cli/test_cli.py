@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from slop_hf import GrowthSchedule, ModelDims, RunDirectory
+from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory
 from slop_hf.cli import main
 
 PLAN = ["plan", "--initial", "768,2048,6,6", "--target-params", "1e9"]
@@ -133,6 +133,41 @@ def test_grow(model_dir, tmp_path, output_of, error_of):
         "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "no"
     )
     assert "is not a model directory" in error_of("grow", tmp_path, "-o", tmp_path / "x", "--hidden-size", 64)
+    assert "could be fetched from the Hub" in error_of("grow", "no/model", "-o", tmp_path / "x", "--hidden-size", 64)
+
+
+def test_grow_options(model_dir, tmp_path, output_of, error_of):
+    target = tmp_path / "large"
+    options = ["grow", model_dir, "-o", target, "--head-dim", 16, "--intermediate-size", 96, "--max-shard-size", "30KB",
+               "--init", "ffn=copy, head_dim=spread", "--noise", 0, "--seed", 7, "--threads", 1]  # fmt: skip
+    text = output_of(*options, "--dry-run")
+    assert "ffn by copy, head_dim by spread" in text and "model-00001-of-0000" in text and "free" in text
+    plan = json.loads(output_of(*options, "--dry-run", "--json"))
+    assert plan["preserves"] and plan["needed_bytes"] > plan["weight_bytes"] == 4 * plan["parameters"]
+    assert not target.exists()
+    receipt = json.loads(output_of(*options, "--json"))
+    assert receipt["inits"] == {"ffn": "copy", "head_dim": "spread"} and receipt["seed"] == 7
+    small, large = (AutoModelForCausalLM.from_pretrained(path) for path in (model_dir, target))
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(small(tokens).logits, large(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert len(list(target.glob("model-*.safetensors"))) == len(plan["shards"])
+
+
+def test_grow_through_a_schedule(model_dir, tmp_path, output_of, error_of):
+    initial, deep, wide = ModelDims(32, 48, 2, 4), ModelDims(32, 48, 3, 4), ModelDims(32, 64, 3, 4)
+    path = tmp_path / "plan.yaml"
+    stages = GrowthStage(("layer",), deep, tokens=10), GrowthStage(("ffn",), wide, init="preserving")
+    GrowthSchedule(initial, stages).to_yaml(path)
+    arguments = ["grow", model_dir, "-o", tmp_path / "large", "--schedule", path]
+    assert "growth 2: ffn by preserving" in output_of(*arguments, "--dry-run")
+    assert json.loads(output_of(*arguments, "--json"))["inits"] == {"layer": "stack", "ffn": "preserving"}
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
+    assert ModelDims.from_config(grown.config) == wide
+    assert "brings its own sizes" in error_of(*arguments, "--hidden-size", 64)
+    GrowthSchedule(initial).to_yaml(path)
+    assert "has no stages" in error_of(*arguments)
+    GrowthSchedule(deep, (stages[1],)).to_yaml(path)
+    assert "begins with (32, 48, 3, 4), but the model has (32, 48, 2, 4)" in error_of(*arguments)
 
 
 @pytest.fixture

@@ -1,10 +1,19 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+)
 
-from slop_hf import ModelDims, grow_adamw_state
+from slop_hf import ModelDims, grow_adamw_state, grow_optimizer_file, grow_optimizer_state_dict
 from slop_hf.errors import GrowthError
-from slop_hf.growth import build_model, grow_weights, plan_growth
+from slop_hf.growth import build_model, grow_weights, load_adamw_file, plan_growth, save_adamw_state
+from slop_hf.growth.adamw import grow_moment
 from slop_hf.training.boundary import load_adamw_state, read_adamw_state
 
 DIMS = ModelDims(32, 48, 2, 4)
@@ -76,3 +85,309 @@ def test_state_of_another_model_is_refused():
     with pytest.raises(GrowthError, match=r"no lm_head.weight; grow the state of an AdamW that has taken a step"):
         grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
     assert read_adamw_state(torch.optim.AdamW(model.parameters()), model) == {}
+
+
+# ---- the rule for old entries, against gradients
+
+FAMILIES = {"llama": LlamaConfig, "gemma2": Gemma2Config, "qwen3": Qwen3Config, "gpt_neox": GPTNeoXConfig}
+PLAIN, GROUPED, OWN_HEAD = ModelDims(16, 24, 2, 4), ModelDims(16, 24, 2, 4, 2), ModelDims(16, 24, 2, 4, 2, 6)
+GROWTHS = [
+    ("layer", 5, "preserving"),
+    ("mha", 8, "preserving"),
+    ("mha", 8, "copy"),
+    ("mha", {"num_attention_heads": 8, "num_key_value_heads": 4}, "copy"),
+    ("ffn", 60, "preserving"),
+    ("ffn", 60, "copy"),
+    ("hidden", 40, "preserving"),
+    ("hidden", 40, "copy"),
+    ("hidden", 48, "copy"),
+    ("head_dim", 12, "preserving"),
+    ("head_dim", 12, "spread"),
+]
+
+
+def random_model(family, dims, **settings):
+    torch.manual_seed(0)
+    if family == "llama":
+        settings.update(attention_bias=True, mlp_bias=True)
+    config = dims.to_config(FAMILIES[family](vocab_size=50, initializer_range=0.2, **settings))
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.rand_like(parameter) - 0.5)
+    return model
+
+
+def gradients(model):
+    tokens = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def compared(model, operator, new, init):
+    """For each grown parameter: its plan, the gradient of its old entries, and what the rule makes of the old one.
+
+    A parameter that only has new entries has none. Last comes the largest entry of the old gradient.
+    """
+    plan = plan_growth(model.config, operator, new, init=init, noise=0.0)
+    grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
+    old, found = gradients(model), gradients(grown)
+    rule = grow_adamw_state({name: {"exp_avg": gradient} for name, gradient in old.items()}, plan)
+    for parameter in plan.parameters():
+        if not parameter.silent:
+            kept = [torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps]
+            index = torch.meshgrid(*kept, indexing="ij")
+            scale = old[parameter.source].abs().max()
+            yield parameter, found[parameter.name][index], rule[parameter.name]["exp_avg"][index], scale
+
+
+@pytest.mark.parametrize(
+    ("family", "dims"),
+    [("llama", PLAIN), ("llama", OWN_HEAD), ("gemma2", GROUPED), ("qwen3", GROUPED)],
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("operator", "new", "init"), GROWTHS)
+def test_old_entries_take_the_moments_of_their_new_gradient(family, dims, tied, operator, new, init):
+    if family == "qwen3" and operator == "head_dim":
+        pytest.skip("its norms forbid it")
+    if dims == PLAIN and isinstance(new, dict):
+        pytest.skip("a smaller share of key/value heads")
+    model = random_model(family, dims, tie_word_embeddings=tied)
+    for parameter, found, expected, scale in compared(model, operator, new, init):
+        # The families compute their norms in float32.
+        assert (found - expected).abs().max() < 2e-5 * scale, parameter.name
+
+
+def test_key_value_heads_shared_out_add_up():
+    """Grouped to plain attention: each copy has the gradient of its own queries; the rule holds for their sum."""
+    model = random_model("llama", OWN_HEAD)
+    new = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    for parameter, found, expected, scale in compared(model, "mha", new, "preserving"):
+        if parameter.row.axes[0] == "key_value":
+            assert (found - expected).abs().max() > 0.1 * scale
+            found, expected = (value.unflatten(0, (2, 2, 6)).sum(1) for value in (found, expected))
+        assert (found - expected).abs().max() < 2e-5 * scale, parameter.name
+
+
+def test_padding_under_layer_norm_adds_a_constant():
+    """LayerNorm takes the mean over new slots too; the other parameters, and whole copies, follow the rule."""
+    new = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 10}
+    model = random_model("gpt_neox", PLAIN)
+    for parameter, found, expected, scale in compared(model, "hidden", new, "preserving"):
+        if parameter.centre:
+            dimension = parameter.row.axes.index("hidden")
+            assert (found - expected).std(dimension).max() < 2e-5 * scale
+        else:
+            assert (found - expected).abs().max() < 2e-5 * scale, parameter.name
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_moments_take_the_square(power):
+    model = random_model("gemma2", GROUPED)
+    for operator, new, init in GROWTHS[1:]:
+        for parameter in plan_growth(model.config, operator, new, init=init).parameters():
+            moment = torch.rand([axis.old_size for axis in parameter.maps]).double()
+            kept = [torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps]
+            index = torch.meshgrid(*kept, indexing="ij")
+            first, grown = grow_moment(moment, parameter, 1)[index], grow_moment(moment**power, parameter, power)
+            assert torch.allclose(first**power, grown[index])
+
+
+def largest_updates(how, steps=60):
+    """The largest step of a new entry of the up projection over the next updates, in units of the learning rate."""
+    model, optimizer = trained(steps=60)
+    plan = plan_growth(model.config, "ffn", 80)
+    state = read_adamw_state(optimizer, model)
+    for moments in state.values():  # as after many steps, when no bias is left to correct
+        moments["exp_avg_sq"] /= 1 - 0.999**60
+        moments["step"].fill_(10_000)
+    state = grow_adamw_state(state, plan, step="reset" if how == "reset" else "keep")
+    if how == "zeros":
+        for parameter in plan.parameters():
+            for dimension, axis in enumerate(parameter.maps):
+                new = torch.tensor([i for i, slot in enumerate(axis.source) if slot is None], dtype=torch.long)
+                state[parameter.name]["exp_avg_sq"].index_fill_(dimension, new, 0.0)
+    grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
+    lr = 1e-6  # so small that the gradient hardly changes: the worst case
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+    load_adamw_state(optimizer, grown, state)
+    weight, largest = grown.model.layers[0].mlp.up_proj.weight, 0.0
+    # Updates are read from the state: float32 weights would round them away.
+    for _ in range(steps):
+        step(grown, optimizer)
+        entry = optimizer.state[weight]
+        count = float(entry["step"])
+        mean, square = entry["exp_avg"] / (1 - 0.9**count), entry["exp_avg_sq"] / (1 - 0.999**count)
+        update = mean / (square.sqrt() + 1e-8)
+        largest = max(largest, update[48:].abs().max().item())
+    return largest
+
+
+def test_a_stale_step_bites_zero_moments_only():
+    assert largest_updates("zeros") > 4
+    assert largest_updates("mean") < 1.5
+    assert largest_updates("reset") < 2
+
+
+def test_reset_counts_anew():
+    model, optimizer = trained()
+    plan = plan_growth(model.config, "ffn", 80)
+    grown = grow_adamw_state(read_adamw_state(optimizer, model), plan, step="reset")
+    down = grown["model.layers.1.mlp.down_proj.weight"]
+    assert down["step"] == 0 and (down["exp_avg_sq"][:, :48] != 0).any() and (down["exp_avg_sq"][:, 48:] == 0).all()
+    with pytest.raises(GrowthError, match="step must be one of keep, reset, got 'stale'"):
+        grow_adamw_state(read_adamw_state(optimizer, model), plan, step="stale")
+
+
+def test_inserted_layers_have_no_momentum_yet():
+    model, optimizer = trained()
+    state = read_adamw_state(optimizer, model)
+    grown = grow_adamw_state(state, plan_growth(model.config, "layer", 4, init="preserving"))
+    source, name = state["model.layers.0.mlp.up_proj.weight"], "model.layers.1.mlp.up_proj.weight"
+    assert (grown[name]["exp_avg"] == 0).all() and torch.equal(grown[name]["exp_avg_sq"], source["exp_avg_sq"])
+    silent = grown["model.layers.1.mlp.down_proj.weight"]
+    assert (silent["exp_avg"] == 0).all() and silent["exp_avg_sq"].unique().numel() == 1
+
+
+def in_groups(model):
+    """As Trainer has them: weight decay for matrices, none for norms; the head has a rate of its own."""
+    named = dict(model.named_parameters())
+    heads = [name for name in named if name == "lm_head.weight"]
+    norms = [name for name in named if "norm" in name]
+    matrices = [name for name in named if name not in {*heads, *norms}]
+    settings = [{"weight_decay": 0.1}, {"weight_decay": 0.0}, {"weight_decay": 0.1, "lr": 5e-4}]
+    groups = [
+        {"params": [named[name] for name in names], **setting}
+        for names, setting in zip((matrices, norms, heads), settings, strict=True)
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.95), amsgrad=True), [*matrices, *norms, *heads]
+
+
+@pytest.mark.parametrize("growth", [("layer", 5), ("ffn", 80), ("hidden", 64)])
+def test_state_dicts_keep_their_groups(growth):
+    model, _ = trained()
+    optimizer, names = in_groups(model)
+    step(model, optimizer, 3)
+    plan = plan_growth(model.config, *growth)
+    before = optimizer.state_dict()
+    state_dict, new_names = grow_optimizer_state_dict(before, names, plan)
+    grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
+    fresh, expected_names = in_groups(grown)
+    assert new_names == expected_names
+    fresh.load_state_dict(state_dict)
+    assert [group["lr"] for group in fresh.param_groups] == [1e-3, 1e-3, 5e-4]
+    assert [group["weight_decay"] for group in fresh.param_groups] == [0.1, 0.0, 0.1]
+    state = grow_adamw_state(read_adamw_state(optimizer, model), plan)
+    found = read_adamw_state(fresh, grown)
+    assert found.keys() == state.keys()
+    for name, entries in state.items():
+        assert set(entries) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        assert all(torch.equal(found[name][key], value) for key, value in entries.items())
+    assert before["param_groups"] == optimizer.state_dict()["param_groups"]
+    step(grown, fresh)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_group_comes_in_the_order_of_the_model(tied):
+    model, optimizer = trained(tie_word_embeddings=tied)
+    plan = plan_growth(model.config, "layer", 4)
+    names = [name for name, _ in model.named_parameters()]
+    _, new_names = grow_optimizer_state_dict(optimizer.state_dict(), names, plan)
+    grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
+    assert new_names == [name for name, _ in grown.named_parameters()]
+
+
+def test_frozen_and_unused_parameters():
+    model, _ = trained()
+    model.lm_head.weight.requires_grad_(False)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(list(named.items()))
+    plan = plan_growth(model.config, "layer", 4)
+    state_dict, new_names = grow_optimizer_state_dict(optimizer.state_dict(), list(named), plan)
+    assert state_dict["state"] == {} and "lm_head.weight" not in new_names
+    assert state_dict["param_groups"][0].get("param_names", new_names) == new_names
+    with pytest.raises(GrowthError, match="the optimizer has 20 parameters, got 19 names"):
+        grow_optimizer_state_dict(optimizer.state_dict(), list(named)[1:], plan)
+    with pytest.raises(GrowthError, match="has no parameter wte"):
+        grow_optimizer_state_dict(optimizer.state_dict(), ["wte", *list(named)[1:]], plan)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda moments: moments.update(state1=torch.ones(2)), "has the state 'state1', which is not AdamW's"),
+        (lambda moments: moments.update(exp_avg=torch.ones(3)), r"has shape \[3\], the model's has \[32\]"),
+    ],
+)
+def test_other_optimizers_and_shards_are_refused(spoil, message):
+    model, optimizer = trained()
+    state = read_adamw_state(optimizer, model)
+    spoil(state["model.norm.weight"])
+    with pytest.raises(GrowthError, match=message):
+        grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
+    state = {**read_adamw_state(optimizer, model), "wte": {}}
+    with pytest.raises(GrowthError, match="the optimizer state has wte, which the model"):
+        grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
+
+
+def same(one, other):
+    pairs = [(one[name][key], other[name][key]) for name in one for key in one[name]]
+    return {name: set(one[name]) for name in one} == {name: set(other[name]) for name in other} and all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs
+    )
+
+
+def test_files_are_stock_safetensors(tmp_path):
+    model, optimizer = trained()
+    state = read_adamw_state(optimizer, model)
+    path = save_adamw_state(state, tmp_path / "optimizer.safetensors")
+    stock = load_file(path)
+    assert torch.equal(stock["exp_avg_sq/lm_head.weight"], state["lm_head.weight"]["exp_avg_sq"])
+    assert len(stock) == 3 * len(state)
+    assert same(load_adamw_file(path), state) and same(load_adamw_file(tmp_path), state)
+    assert [file.name for file in tmp_path.iterdir()] == ["optimizer.safetensors"]
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+@pytest.mark.parametrize("growth", [("layer", 5), ("hidden", 64, "copy")])
+def test_files_grow_as_in_memory(growth, policy, tmp_path):
+    model, optimizer = trained()
+    state = read_adamw_state(optimizer, model)
+    operator, new, init = (*growth, None)[:3]
+    plan = plan_growth(model.config, operator, new, init=init)
+    expected = grow_adamw_state(state, plan, step=policy)
+    source = save_adamw_state(state, tmp_path / "source" / "optimizer.safetensors")
+    assert same(load_adamw_file(grow_optimizer_file(source.parent, tmp_path / "grown", plan, step=policy)), expected)
+    entries = list(load_file(source).items())
+    (tmp_path / "shards").mkdir()
+    for number in (1, 2):
+        part = dict(entries[number - 1 :: 2])
+        save_file(part, tmp_path / "shards" / f"optimizer-0000{number}-of-00002.safetensors")
+    path = grow_optimizer_file(tmp_path / "shards", tmp_path / "one.safetensors", plan, step=policy)
+    assert path == tmp_path / "one.safetensors" and same(load_adamw_file(path), expected)
+
+
+def test_files_are_complete_or_absent(tmp_path):
+    model, optimizer = trained()
+    state = read_adamw_state(optimizer, model)
+    plan = plan_growth(model.config, "ffn", 80)
+    source, target = tmp_path / "optimizer.safetensors", tmp_path / "grown.safetensors"
+    with pytest.raises(GrowthError, match=r"has no optimizer state: expected optimizer.safetensors, or shards of it"):
+        grow_optimizer_file(tmp_path, target, plan)
+    save_adamw_state({**state, "lm_head.weight": {"exp_avg": torch.ones(3)}}, source)
+    with pytest.raises(GrowthError, match=r"a moment of lm_head.weight has shape"):
+        grow_optimizer_file(source, target, plan)
+    save_adamw_state({name: value for name, value in state.items() if name != "lm_head.weight"}, source)
+    with pytest.raises(GrowthError, match=r"optimizer.safetensors has no lm_head.weight"):
+        grow_optimizer_file(source, target, plan)
+    source.write_bytes(source.read_bytes()[:-10])
+    with pytest.raises(GrowthError, match="truncated or corrupt"):
+        grow_optimizer_file(source, target, plan)
+    save_file({"weight": torch.ones(2)}, source)
+    with pytest.raises(GrowthError, match="weight of dtype F32 is not AdamW's state; expected"):
+        grow_optimizer_file(source, target, plan)
+    assert [file.name for file in tmp_path.iterdir()] == ["optimizer.safetensors"]
+    with pytest.raises(GrowthError, match="exists already"):
+        grow_optimizer_file(source, source, plan)

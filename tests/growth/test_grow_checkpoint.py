@@ -1,31 +1,186 @@
+import _thread
+import errno
+import filecmp
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
+from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from slop_hf import ModelDims, grow_checkpoint, grow_model
-from slop_hf.errors import GrowthError
+from slop_hf import GrowthReceipt, GrowthStage, ModelDims, grow_checkpoint, grow_model, plan_checkpoint_growth
+from slop_hf.errors import ArchitectureError, GrowthError
+from slop_hf.growth import checkpoint, checkpoint_plan, weights_hash
 
 DIMS = ModelDims(32, 48, 2, 4)
+SHARD = "20KB"
+
+
+def save(path, make=LlamaForCausalLM, config=LlamaConfig, dtype=torch.float32, shard="5GB", dims=DIMS, **settings):
+    torch.manual_seed(0)
+    model = make(dims.to_config(config(vocab_size=50, initializer_range=0.1, **settings))).to(dtype)
+    for name, value in model.named_parameters():
+        if value.dim() == 1:  # gains and biases that are not all alike
+            torch.nn.init.normal_(value, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    model.save_pretrained(path, max_shard_size=shard)
+    return path
 
 
 @pytest.fixture
 def source(tmp_path):
-    torch.manual_seed(0)
-    LlamaForCausalLM(DIMS.to_config(LlamaConfig(vocab_size=50))).save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
+    return save(tmp_path / "source")
 
 
-def test_equals_growth_in_memory(source, tmp_path):
-    receipt = grow_checkpoint(source, tmp_path / "grown", "layer", 5, seed=3)
-    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    expected = grow_model(AutoModelForCausalLM.from_pretrained(source), "layer", 5, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(grown.parameters(), expected.parameters(), strict=True))
-    assert receipt.parameters == grown.num_parameters() and receipt.inits == {"layer": "stack"}
-    assert json.loads((tmp_path / "grown" / "growth.json").read_text())["dims"]["num_hidden_layers"] == 5
+@pytest.fixture
+def sharded(tmp_path):
+    return save(tmp_path / "source", shard=SHARD)
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def assert_same(path, expected):
+    grown = load(path)
+    weights, others = dict(grown.named_parameters()), dict(expected.named_parameters())
+    assert weights.keys() == others.keys()
+    different = [name for name in weights if not torch.equal(weights[name], others[name])]
+    assert not different and {value.dtype for value in weights.values()} == {expected.dtype}
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert {**grown.config.to_dict(), "_name_or_path": ""} == {**expected.config.to_dict(), "_name_or_path": ""}
+
+
+def in_the_open(path):
+    return sorted(entry.name for entry in path.iterdir())
+
+
+GROWTHS = [
+    ("layer", 5, None),
+    ("layer", 3, "preserving"),
+    ("layer", 11, "interleave"),
+    ("mha", 6, "random"),
+    ("mha", 6, "preserving"),
+    ("ffn", 100, "random"),
+    ("ffn", 96, "copy"),
+    ("hidden", 40, "preserving"),
+    ("hidden", 80, "copy"),
+    ("head_dim", 12, "preserving"),
+    ("head_dim", 16, "spread"),
+]
+
+
+@pytest.mark.parametrize("shards", ["one", "many"])
+@pytest.mark.parametrize(("operator", "size", "init"), GROWTHS)
+def test_equals_growth_in_memory(tmp_path, operator, size, init, shards):
+    small = SHARD if shards == "many" else "5GB"
+    dims = DIMS.replace(hidden_size=36, num_attention_heads=4) if operator == "mha" else DIMS
+    source = save(tmp_path / "source", shard=small, dims=dims)
+    receipt = grow_checkpoint(source, tmp_path / "grown", operator, size, init=init, seed=3, max_shard_size=small)
+    expected = grow_model(load(source), operator, size, init=init, seed=3)
+    assert_same(tmp_path / "grown", expected)
+    assert (tmp_path / "grown" / "model.safetensors").exists() == (shards == "one")
+    assert receipt.parameters == expected.num_parameters()
+    assert receipt.source_hash == weights_hash(load(source).named_parameters())
+    assert receipt.bytes_written == 4 * receipt.parameters and receipt.peak_memory_bytes > 2**20
+    record = json.loads((tmp_path / "grown" / "growth.json").read_text())
+    assert record["dims"] == receipt.dims.as_dict() and record["seed"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("make", "config", "settings", "operator", "size"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}, "hidden", 64),
+        (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}, "ffn", 96),
+        (Qwen2ForCausalLM, Qwen2Config, {}, "hidden", 48),
+        (Gemma2ForCausalLM, Gemma2Config, {}, "hidden", 64),
+        (GPTNeoXForCausalLM, GPTNeoXConfig, {}, "hidden", {"hidden_size": 40, "num_attention_heads": 5}),
+        (GPTNeoXForCausalLM, GPTNeoXConfig, {"tie_word_embeddings": True}, "layer", 3),
+    ],
+)
+def test_families_and_dtypes(tmp_path, make, config, settings, operator, size, dtype):
+    source = save(tmp_path / "source", make, config, dtype, SHARD, **settings)
+    grow_checkpoint(source, tmp_path / "grown", operator, size, init="preserving", max_shard_size=SHARD)
+    assert_same(tmp_path / "grown", grow_model(load(source), operator, size, init="preserving"))
+
+
+def test_files_are_those_that_transformers_writes(tmp_path):
+    source = save(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=True)
+    for size in ("5GB", SHARD):
+        grow_checkpoint(source, tmp_path / size, "layer", 12, max_shard_size=size)
+        grow_model(load(source), "layer", 12).save_pretrained(tmp_path / "expected", max_shard_size=size)
+        files = in_the_open(tmp_path / "expected")
+        assert in_the_open(tmp_path / size) == sorted([*files, "growth.json"])
+        assert filecmp.cmpfiles(tmp_path / size, tmp_path / "expected", files, shallow=False)[0] == files
+        shutil.rmtree(tmp_path / "expected")
+
+
+def stages_of(*dims, init=None):
+    names = {"num_hidden_layers": "layer", "intermediate_size": "ffn", "hidden_size": "hidden"}
+    return [
+        GrowthStage(
+            tuple(name for field, name in names.items() if getattr(a, field) != getattr(b, field)), b, init=init
+        )
+        for a, b in pairwise((DIMS, *dims))
+    ]
+
+
+CHAINS = {
+    "three operators": stages_of(
+        ModelDims(32, 48, 5, 4), ModelDims(32, 80, 5, 4), ModelDims(48, 80, 5, 4, head_dim=8)
+    ),
+    "one, twice": stages_of(ModelDims(32, 80, 2, 4), ModelDims(32, 112, 2, 4), init="preserving"),
+    "copies of copies": stages_of(ModelDims(32, 96, 2, 4), ModelDims(32, 192, 2, 4), init="copy"),
+    "silent layers": stages_of(ModelDims(32, 48, 3, 4), ModelDims(32, 48, 7, 4), init="preserving"),
+    "several at once": [
+        GrowthStage(("layer", "ffn"), ModelDims(32, 64, 3, 4), init={"layer": "interleave", "ffn": "copy"}),
+        GrowthStage(("hidden", "layer"), ModelDims(64, 64, 4, 4, head_dim=8), init={"hidden": "preserving"}),
+    ],
+}
+
+
+@pytest.mark.parametrize("stages", CHAINS.values(), ids=list(CHAINS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chain_equals_growths_in_memory_one_after_the_other(tmp_path, stages, dtype):
+    source = save(tmp_path / "source", dtype=dtype)
+    receipt = grow_checkpoint(source, tmp_path / "grown", stages, seed=5, noise=0.2, max_shard_size="30KB")
+    expected = load(source)
+    for number, stage in enumerate(stages):
+        expected = grow_model(expected, stage, seed=5 + number, noise=0.2)
+    assert_same(tmp_path / "grown", expected)
+    assert receipt.dims == stages[-1].dims and receipt.source_hash == weights_hash(load(source).named_parameters())
+
+
+def test_growths_of_a_chain_draw_different_numbers(source, tmp_path):
+    stages = stages_of(ModelDims(32, 80, 2, 4), ModelDims(32, 112, 2, 4))
+    grow_checkpoint(source, tmp_path / "grown", stages)
+    gate = load(tmp_path / "grown").model.layers[0].mlp.gate_proj.weight
+    assert not torch.equal(gate[48:80], gate[80:112])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_neither_threads_nor_the_memory_limit_change_the_weights(sharded, tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(checkpoint, "IN_FLIGHT_BYTES", 1)
+    grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64, threads=threads, max_shard_size=4000, progress=False)
+    assert_same(tmp_path / "grown", grow_model(load(sharded), "ffn", 64))
+    with pytest.raises(GrowthError, match="threads must be 1 or more, got 0"):
+        grow_checkpoint(sharded, tmp_path / "x", "ffn", 64, threads=0)
 
 
 def test_loads_without_slop_hf(source, tmp_path):
@@ -37,16 +192,296 @@ def test_loads_without_slop_hf(source, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "grown")], check=True)
 
 
-def test_nothing_is_overwritten_or_left_behind(source, tmp_path, monkeypatch):
+def test_tokenizer_and_generation_config_go_along(source, tmp_path):
+    texts = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+             "chat_template.jinja", "additional_chat_templates/tools.jinja", "spiece.model", "README.md",
+             "training_args.bin"]  # fmt: skip
+    (source / "additional_chat_templates").mkdir()
+    for name in texts:
+        (source / name).write_text(f"content of {name}")
+    (source / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
+    grow_checkpoint(source, tmp_path / "grown", "layer", 3)
+    for name in texts[:-2]:
+        assert (tmp_path / "grown" / name).read_text() == f"content of {name}"
+    assert not {"README.md", "training_args.bin"} & set(in_the_open(tmp_path / "grown"))
+    assert load(tmp_path / "grown").generation_config.temperature == 0.25
+
+
+def test_plan_reads_no_weight(sharded, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "read_tensor", None)
+    stages = stages_of(ModelDims(32, 48, 5, 4), ModelDims(32, 80, 5, 4))
+    plan = plan_checkpoint_growth(sharded, tmp_path / "grown", stages, max_shard_size=SHARD)
+    assert not (tmp_path / "grown").exists() and plan.weight_bytes == 4 * plan.parameters
+    text = str(plan)
+    for part in (
+        "growth 1: layer by stack",
+        "growth 2: ffn by random",
+        "model-00001-of-",
+        "generation_config",
+        "free",
+    ):
+        assert part in text
+    assert json.loads(json.dumps(plan.as_dict()))["needed_bytes"] == plan.needed_bytes
+    monkeypatch.undo()
+    grow_checkpoint(sharded, tmp_path / "grown", stages, max_shard_size=SHARD)
+    written = sum(path.stat().st_size for path in (tmp_path / "grown").iterdir())
+    assert plan.needed_bytes - 2**16 < written <= plan.needed_bytes
+
+
+def change(source, edit):
+    """Rewrite the only file of weights."""
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_redundant_tensors_are_left_out(tmp_path):
+    source = save(tmp_path / "source", tie_word_embeddings=True)
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    change(source, add)
+    grow_checkpoint(source, tmp_path / "grown", "hidden", 64, init="preserving")
+    stored = load_file(tmp_path / "grown" / "model.safetensors")
+    assert not any("inv_freq" in name or "lm_head" in name for name in stored)
+    assert_same(tmp_path / "grown", grow_model(load(source), "hidden", 64, init="preserving"))
+    change(source, lambda tensors: tensors["lm_head.weight"].add_(1))
+    with pytest.raises(GrowthError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
+        grow_checkpoint(source, tmp_path / "other", "hidden", 64)
+    assert in_the_open(tmp_path) == ["grown", "source"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"has no model.norm.weight, unlike the axis table"),
+        (lambda t: t.update(extra=torch.ones(1)), "has a tensor extra, unlike the axis table"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(33)}),
+            r"has shape \[33\], but config.json makes it \[32\]",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32).int()}), "has dtype I32, expected one of F64, F32"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}), "has dtype F8_E4M3"),
+    ],
+)
+def test_unexpected_tensors_are_refused(source, tmp_path, edit, fault):
+    change(source, edit)
+    with pytest.raises(GrowthError, match=fault):
+        grow_checkpoint(source, tmp_path / "grown", "ffn", 64)
+    assert in_the_open(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "fault"),
+    [
+        ("model.safetensors.index.json", None, r"has shards but no model.safetensors.index.json"),
+        ("model.safetensors.index.json", b"{", "is not an index"),
+        ("model-00002-of-00005.safetensors", None, "has no model-00002-of-00005.safetensors, a shard"),
+        ("model-00002-of-00005.safetensors", lambda old: old[:-100], "model-00002-of-00005.safetensors is truncated"),
+        ("model-00002-of-00005.safetensors", lambda old: old[:4], "is truncated or corrupt: its header would take"),
+        ("model-00002-of-00005.safetensors", lambda old: old[:8] + b"x" + old[9:], "header is not valid"),
+        ("config.json", None, "is not a model directory: it has no config.json"),
+        ("config.json", b"{", "is not a checkpoint that transformers can read"),
+        (
+            "config.json",
+            b'{"model_type": "llama", "hidden_size": "wide"}',
+            "is not a checkpoint that transformers can",
+        ),
+        ("config.json", b'{"model_type": "no-such-family"}', "is not a checkpoint that transformers can read"),
+    ],
+)
+def test_damaged_sources_are_refused(sharded, tmp_path, file, damage, fault):
+    path = sharded / file
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()) if callable(damage) else damage)
+    with pytest.raises(GrowthError, match=fault) as caught:
+        grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64)
+    assert len(str(caught.value).splitlines()) <= 2 and in_the_open(tmp_path) == ["source"]
+
+
+def test_requests_that_cannot_be(source, tmp_path, monkeypatch):
+    target = tmp_path / "grown"
     with pytest.raises(GrowthError, match="exists already"):
         grow_checkpoint(source, source, "ffn", 64)
-    with pytest.raises(GrowthError, match="is not a checkpoint that transformers can read"):
-        grow_checkpoint(tmp_path / "none", tmp_path / "grown", "ffn", 64)
+    with pytest.raises(GrowthError, match="there is no such directory"):
+        grow_checkpoint(tmp_path / "none", target, "ffn", 64)
+    with pytest.raises(GrowthError, match="could be fetched from the Hub"):  # tests are offline
+        grow_checkpoint("nobody/no-such-model", target, "ffn", 64)
+    for operator in ([], ["ffn"], None, 5):
+        with pytest.raises(GrowthError, match="operator must be a name, a GrowthStage or several"):
+            grow_checkpoint(source, target, operator, 64)
+    with pytest.raises(GrowthError, match="brings its own dims"):
+        grow_checkpoint(source, target, CHAINS["one, twice"], 64)
+    with pytest.raises(GrowthError, match="max_shard_size must be"):
+        grow_checkpoint(source, target, "ffn", 64, max_shard_size="large")
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ArchitectureError, match="no axis table"):
+        grow_checkpoint(source, target, "ffn", 64)
+    assert in_the_open(tmp_path) == ["source"]
 
-    def full_disk(*args, **kwargs):
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+def test_from_the_hub(source, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
+        asked[repo_id] = allow_patterns, ignore_patterns
+        return str(source)
+
+    monkeypatch.setattr(checkpoint_plan, "snapshot_download", snapshot_download)
+    receipt = grow_checkpoint("someone/small", tmp_path / "grown", "ffn", 64)
+    allowed, ignored = asked["someone/small"]
+    assert receipt.source == "someone/small" and "model*.safetensors" in allowed and {"*.bin", "*.py"} <= {*ignored}
+
+
+def test_a_full_disk(source, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(GrowthError, match=r"model.safetensors: No space left on device; free some space"):
         grow_checkpoint(source, tmp_path / "grown", "ffn", 64)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    monkeypatch.setattr(checkpoint_plan, "_free_bytes", lambda target: 1000)
+    with pytest.raises(GrowthError, match=r"takes \S+ kB, but its disk has 1 kB free"):
+        plan_checkpoint_growth(source, tmp_path / "grown", "ffn", 64)
+    assert in_the_open(tmp_path) == ["source"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    path = tmp_path / "disk"
+    path.mkdir()
+    if shutil.which("mount") is None or os.geteuid():
+        pytest.skip("mounting a small disk takes root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_a_small_disk(source, small_disk, monkeypatch, reserves):
+    with pytest.raises(GrowthError, match=r"takes [\d.]+ MB, but its disk has 8\.\d+ MB free"):
+        grow_checkpoint(source, small_disk / "grown", "ffn", 30_000)
+    monkeypatch.setattr(checkpoint_plan, "_free_bytes", lambda target: 10**12)
+    if not reserves:  # then the disk is full in the middle of the work
+        monkeypatch.delattr(os, "posix_fallocate")
+    with pytest.raises(GrowthError, match="No space left on device; free some space"):
+        grow_checkpoint(source, small_disk / "grown", "ffn", 30_000)
+    assert in_the_open(small_disk) == []
+    grow_checkpoint(source, small_disk / "grown", "ffn", 64)
+    assert_same(small_disk / "grown", grow_model(load(source), "ffn", 64))
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("in a thread"), MemoryError()])
+def test_an_error_in_a_thread_leaves_nothing(sharded, tmp_path, monkeypatch, fault):
+    def fail(*arguments):
+        raise fault
+
+    monkeypatch.setattr(checkpoint, "grow_parameter", fail)
+    with pytest.raises(type(fault)):
+        grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64)
+    assert in_the_open(tmp_path) == ["source"]
+
+
+def test_an_interrupt_leaves_nothing(sharded, tmp_path, monkeypatch):
+    made = []
+
+    def interrupt(tensor, plan):
+        made.append(plan.name)
+        _thread.interrupt_main()
+        time.sleep(0.2)
+        return torch.empty([axis.new_size for axis in plan.maps])
+
+    monkeypatch.setattr(checkpoint, "grow_parameter", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64, threads=2)
+    assert in_the_open(tmp_path) == ["source"] and len(made) < 10
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+from slop_hf import grow_checkpoint
+from slop_hf.growth.checkpoint import grow_parameter
+
+source, target, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+random.seed(int(sys.argv[4]))
+
+def grow():
+    grow_checkpoint(source, target, "layer", 24, init="preserving", max_shard_size="2MB", progress=False)
+
+def attempt(limit):  # no thread runs in this process, so it can be forked
+    began = time.perf_counter()
+    if not (child := os.fork()):
+        grow()
+        os._exit(0)
+    if limit is not None:
+        time.sleep(limit)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return time.perf_counter() - began
+
+seconds = attempt(None)
+for number in range(kills):
+    os.rename(target, f"{target}-{number}") if os.path.exists(target) else None
+    attempt(random.uniform(0.05, 1.05) * seconds)
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_killed_growth_is_complete_or_absent(tmp_path, kills):
+    source = save(tmp_path / "source", dims=ModelDims(128, 384, 4, 4), dtype=torch.bfloat16)
+    target = tmp_path / "grown"
+    subprocess.run([sys.executable, "-c", KILLER, source, target, str(kills), str(time.time_ns())], check=True)
+    first = min(path.name for path in (tmp_path / "grown-0").glob("model-*"))
+    complete = load_file(tmp_path / "grown-0" / first)
+    for path in tmp_path.glob("grown*"):
+        assert in_the_open(path) == in_the_open(tmp_path / "grown-0")
+        again = load_file(path / first)
+        assert all(torch.equal(again[name], complete[name]) for name in complete)
+    (tmp_path / ".grown.writing").mkdir(exist_ok=True)
+    (tmp_path / ".grown.writing" / "leftover").write_text("of a killed run")
+    shutil.rmtree(target, ignore_errors=True)
+    grow_checkpoint(source, target, "layer", 24, init="preserving", max_shard_size="2MB")
+    assert not (tmp_path / ".grown.writing").exists() and not (target / "leftover").exists()
+    assert_same(target, grow_model(load(source), "layer", 24, init="preserving"))
+
+
+#: Peak memory beyond the idle interpreter: one tensor pair in each of two threads, and what torch itself takes.
+PEAK_MIB = 96
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path):
+    dims = ModelDims(512, 2048, 18, 8)
+    config = dims.to_config(LlamaConfig(vocab_size=2000, dtype="float32"))
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).named_parameters()}
+    config.save_pretrained(tmp_path / "source")
+    save_file({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, tmp_path / "source/model.safetensors")
+    assert 300e6 < (tmp_path / "source/model.safetensors").stat().st_size < 320e6
+    code = """
+import resource, sys
+from slop_hf import grow_checkpoint, ModelDims
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+receipt = grow_checkpoint(sys.argv[1], sys.argv[2], "hidden", 768, threads=2, progress=False)
+print(receipt.bytes_written, peak() - before)
+"""
+    command = [sys.executable, "-c", code, tmp_path / "source", tmp_path / "grown"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    written, mib = map(float, done.stdout.split())
+    assert written > 450e6 and mib < PEAK_MIB, f"{mib:.0f} MiB beyond the idle interpreter"
+
+
+def test_receipt_of_a_chain_names_every_init(source, tmp_path):
+    stages = [
+        GrowthStage(("layer",), ModelDims(32, 48, 3, 4)),
+        GrowthStage(("layer",), ModelDims(32, 48, 4, 4), init="preserving"),
+    ]
+    receipt = grow_checkpoint(source, tmp_path / "grown", stages)
+    assert isinstance(receipt, GrowthReceipt) and not receipt.preserves
+    assert receipt.operators == ("layer",) and receipt.inits == {"layer": "stack, preserving"}

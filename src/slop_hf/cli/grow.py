@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import slop_hf
 
-from ..cost import count_parameters, weight_bytes
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..operators import operators_between
-from ..schedule import GrowthStage
+from ..schedule import GrowthSchedule, GrowthStage
 
 
 def grow(
-    source: Annotated[Path, typer.Argument(help="Directory of the model to grow.")],
+    source: Annotated[str, typer.Argument(help="Directory of the model to grow, or its id on the Hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the grown model; it must not exist.")],
     hidden_size: Annotated[int | None, typer.Option(help="New hidden size.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="New ffn size.")] = None,
     num_hidden_layers: Annotated[int | None, typer.Option(help="New number of layers.")] = None,
     num_attention_heads: Annotated[int | None, typer.Option(help="New number of query heads.")] = None,
     num_key_value_heads: Annotated[int | None, typer.Option(help="New number of key/value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="New size of a head.")] = None,
+    schedule: Annotated[
+        Path | None, typer.Option("--schedule", "-s", help="Schedule of `slop plan`: grow through all its stages.")
+    ] = None,
     init: Annotated[
-        str | None, typer.Option(help="How new entries are initialised. Default: random; layers are stacked.")
+        str | None,
+        typer.Option(
+            help="How new entries are initialised, for all operators, or as `layer=stack,ffn=copy`. "
+            "Default: random; layers are stacked."
+        ),
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Noise that parts copies, as a share of initializer_range. Default: 0.1.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random entries.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads. Default: one for each core, up to 4.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what space it takes, and do nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt, or the plan, as JSON.")] = False,
 ) -> None:
-    """Grow a saved model into a larger one, once, without training.
+    """Grow a saved model into a larger one, without training, whatever its size: a tensor is in memory at a time.
 
     The result is a stock transformers checkpoint with the tokenizer and a receipt, `growth.json`, beside it.
 
-    Example: `slop grow ./small -o ./large --num-hidden-layers 12`
+    Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
     """
     given = {
         "hidden_size": hidden_size,
@@ -45,38 +59,64 @@ def grow(
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
     }
-    stage = _stage(source, {name: value for name, value in given.items() if value is not None}, init)
-    plan = slop_hf.plan_checkpoint_growth(source, output, stage, seed=seed)
+    changes = {name: value for name, value in given.items() if value is not None}
+    directory = slop_hf.checkpoint_directory(source)
+    old = _dims(directory)
+    stages = _stages(schedule, old, changes, init) if schedule else [_stage(directory, old, changes, init)]
+    options: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
+    if noise is not None:
+        options["noise"] = noise
     if dry_run:
-        size = count_parameters(plan.new, plan.config)
-        what = {"from": str(plan.old), "to": str(plan.new), "inits": dict(plan.inits), "parameters": size}
-        what["weight_bytes"] = weight_bytes(plan.new, plan.config, bytes_per_parameter=4)
-        lines = [
-            f"would grow {source} {plan.old} to {output} {plan.new}",
-            f"{size:,} parameters, inits {dict(plan.inits)}",
-        ]
-        print(json.dumps(what, indent=2) if as_json else "\n".join(lines))
+        plan = slop_hf.plan_checkpoint_growth(source, output, stages, **options)
+        print(json.dumps(plan.as_dict(), indent=2) if as_json else f"would grow {plan}")
         return
-    receipt = slop_hf.grow_checkpoint(source, output, stage, seed=seed, max_shard_size=max_shard_size)
+    receipt = slop_hf.grow_checkpoint(source, output, stages, threads=threads, **options)
     if as_json:
         print(receipt.to_json(), end="")
     else:
         print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {receipt.seconds:.1f} s")
 
 
-def _stage(source: Path, changes: dict[str, int], init: str | None) -> GrowthStage:
-    """The growth that the options ask for."""
-    path = source / "config.json"
+def _dims(directory: Path) -> ModelDims:
+    path = directory / "config.json"
     if not path.is_file():
-        raise GrowthError(f"{source} is not a model directory: it has no config.json")
-    old = ModelDims.from_config(json.loads(path.read_text(encoding="utf-8")))
+        raise GrowthError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        return ModelDims.from_config(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as caught:
+        raise GrowthError(f"{path} is not valid JSON ({caught})") from None
+
+
+def _stage(directory: Path, old: ModelDims, changes: dict[str, int], init: str | None) -> GrowthStage:
+    """The growth that the options ask for."""
     if not changes:
-        raise GrowthError("nothing to grow: give at least one new size, such as --num-hidden-layers")
+        raise GrowthError("nothing to grow: give at least one new size, such as --num-hidden-layers, or --schedule")
     if "num_attention_heads" in changes and old.num_key_value_heads == old.num_attention_heads:
         changes.setdefault("num_key_value_heads", changes["num_attention_heads"])
     new = old.replace(**changes)
     operators = operators_between(old, new)
     if not operators:
-        raise GrowthError(f"nothing to grow: {source} has {old} already")
-    return GrowthStage(operators, new, init=init)
+        raise GrowthError(f"nothing to grow: {directory} has {old} already")
+    return GrowthStage(operators, new, init=_inits(init))
+
+
+def _stages(path: Path, old: ModelDims, changes: Mapping[str, int], init: str | None) -> tuple[GrowthStage, ...]:
+    """The growths of a schedule, which brings sizes and inits."""
+    if changes or init:
+        raise GrowthError("a schedule brings its own sizes and inits; give either --schedule or these")
+    schedule = GrowthSchedule.from_yaml(path)
+    if schedule.initial != old:
+        raise GrowthError(f"{path} begins with {schedule.initial}, but the model has {old}")
+    if not schedule.stages:
+        raise GrowthError(f"{path} has no stages: nothing to grow")
+    return schedule.stages
+
+
+def _inits(text: str | None) -> str | dict[str, str] | None:
+    """One init for all operators, or one each as `layer=stack,ffn=copy`."""
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {operator.strip(): init.strip() for operator, _, init in pairs}

@@ -1,9 +1,18 @@
 """Growing models and optimizer states by axis maps."""
 
-from .adamw import AdamWState, grow_adamw_state
-from .checkpoint import grow_checkpoint, plan_checkpoint_growth
+from .adamw import (
+    AdamWState,
+    grow_adamw_state,
+    grow_optimizer_file,
+    grow_optimizer_state_dict,
+    load_adamw_file,
+    save_adamw_state,
+)
+from .checkpoint import grow_checkpoint
+from .checkpoint_plan import CheckpointPlan, checkpoint_directory, plan_checkpoint_growth
 from .inits import INITS, resolve_inits
 from .model import build_model, grow_model, grow_weights, no_progress_bars
+from .peft import base_of, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
 from .verify import probe_growth, weights_hash
@@ -11,18 +20,27 @@ from .verify import probe_growth, weights_hash
 __all__ = [
     "INITS",
     "AdamWState",
+    "CheckpointPlan",
     "GrowthPlan",
     "GrowthProbe",
     "GrowthReceipt",
+    "base_of",
     "build_model",
+    "checkpoint_directory",
     "grow_adamw_state",
+    "grow_adapters",
     "grow_checkpoint",
     "grow_model",
+    "grow_optimizer_file",
+    "grow_optimizer_state_dict",
     "grow_weights",
+    "is_peft_model",
+    "load_adamw_file",
     "no_progress_bars",
     "plan_checkpoint_growth",
     "plan_growth",
     "probe_growth",
     "resolve_inits",
+    "save_adamw_state",
     "weights_hash",
 ]

@@ -1,93 +1,229 @@
-"""`grow_checkpoint`: growth from a checkpoint directory to another."""
+"""`grow_checkpoint`: growth from a checkpoint directory to another, a tensor at a time."""
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import torch
+from tqdm import tqdm
 
 from ..cost import count_parameters
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..schedule import GrowthStage
 from ..serialization import versions, write_text, written_aside
-from .model import build_model, grow_weights
-from .plan import GrowthPlan, plan_growth
+from .checkpoint_plan import CheckpointPlan, TensorPlan, plan_checkpoint_growth
+from .plan import DEFAULT_NOISE
 from .receipt import RECEIPT_FILE, GrowthReceipt
+from .safetensors_io import (
+    FLOATS,
+    INDEX_FILE,
+    create_shard,
+    equal_tensors,
+    flush_shard,
+    index_text,
+    read_tensor,
+    write_tensor,
+)
+from .tensors import grow_parameter
+from .verify import combine_hashes, tensor_hash
 
-
-def plan_checkpoint_growth(
-    source: str | Path,
-    target: str | Path,
-    operator: str | GrowthStage,
-    new_dims: int | Mapping[str, int] | ModelDims | None = None,
-    *,
-    init: str | Mapping[str, str] | None = None,
-    seed: int = 0,
-) -> GrowthPlan:
-    """Decide the growth of a checkpoint, and refuse what cannot be done, without reading a weight.
-
-    Arguments and errors are those of `grow_checkpoint`.
-    """
-    if Path(target).exists():
-        raise GrowthError(f"{target} exists already; choose a new directory, nothing is overwritten")
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, HFValidationError) as caught:
-        raise GrowthError(f"{source} is not a checkpoint that transformers can read: {_first_line(caught)}") from None
-    return plan_growth(config, operator, new_dims, init=init, seed=seed)
+#: Memory of the tensors in flight; one that takes more by itself is made alone.
+IN_FLIGHT_BYTES = 2**29
 
 
 def grow_checkpoint(
     source: str | Path,
     target: str | Path,
-    operator: str | GrowthStage,
+    operator: str | GrowthStage | Sequence[GrowthStage],
     new_dims: int | Mapping[str, int] | ModelDims | None = None,
     *,
     init: str | Mapping[str, str] | None = None,
     seed: int = 0,
-    max_shard_size: str = "5GB",
+    noise: float = DEFAULT_NOISE,
+    max_shard_size: int | str = "5GB",
+    threads: int | None = None,
+    progress: bool = True,
 ) -> GrowthReceipt:
     """Grow a checkpoint into a new directory, with its tokenizer, generation config and a receipt.
 
-    Both models are in memory at the same time. The directory is complete or absent.
+    Safetensors to safetensors, a tensor at a time: the memory that it takes is that of the largest tensor, before and
+    after, or half a GiB where that is more. The weights are those of `grow_model`, bit for bit, each in the dtype
+    that it is stored in. The directory is complete or absent; what a killed run leaves beside it (`.NAME.writing`)
+    is removed by the next.
 
     Args:
         source: a local directory or a Hub id.
         target: a directory that does not exist yet.
-        operator, new_dims, init, seed: as for `grow_model`.
-        max_shard_size: largest file of weights, as for `save_pretrained`.
+        operator: as for `grow_model`; or several `GrowthStage`s, which follow one another in one pass over the data.
+            The weights are then those of `grow_model` once for each stage, with `seed`, `seed + 1` and so on.
+        new_dims, init, seed, noise: as for `grow_model`.
+        max_shard_size: largest file of weights, in bytes or as "5GB".
+        threads: that read, grow and write; default, one for each core up to 4.
+        progress: show a bar, where there is a terminal to show it.
 
     Raises:
-        GrowthError: unreadable source, existing target, and as for `grow_model`.
+        GrowthError: an unreadable, damaged or unknown source, an existing target, a full disk, and as for
+            `grow_model`. Everything that can be is refused before the first weight is read.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     LlamaForCausalLM(config).save_pretrained(f"{directory}/small")
+    ...     receipt = grow_checkpoint(f"{directory}/small", f"{directory}/large", "ffn", 96, init="preserving")
+    >>> str(receipt.dims), receipt.preserves
+    ('(32, 96, 2, 2)', True)
     """
     began = time.perf_counter()
-    plan = plan_checkpoint_growth(source, target, operator, new_dims, init=init, seed=seed)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
-    with written_aside(target) as directory:
-        grown.save_pretrained(directory, max_shard_size=max_shard_size)
-        with suppress(OSError, ValueError):  # a checkpoint without a tokenizer is grown without one
-            AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-        receipt = GrowthReceipt(
-            source=str(source),
-            operators=tuple(plan.inits),
-            inits=dict(plan.inits),
-            seed=seed,
-            source_dims=plan.old,
-            dims=plan.new,
-            source_parameters=count_parameters(plan.old, model.config),
-            parameters=count_parameters(plan.new, model.config),
-            seconds=time.perf_counter() - began,
-            versions=versions(),
-        )
-        write_text(directory / RECEIPT_FILE, receipt.to_json())
+    threads = min(4, os.cpu_count() or 1) if threads is None else threads
+    if threads < 1:
+        raise GrowthError(f"threads must be 1 or more, got {threads}")
+    plan = plan_checkpoint_growth(
+        source, target, operator, new_dims, init=init, seed=seed, noise=noise, max_shard_size=max_shard_size
+    )
+    for twin, tensor in plan.twins:
+        if not equal_tensors(twin, tensor):
+            raise GrowthError(
+                f"{plan.source} ties its embeddings, but {twin.name} and {tensor.name} differ; "
+                "set tie_word_embeddings to false in its config.json, or remove one"
+            )
+    try:
+        with written_aside(plan.target) as directory:
+            source_hash = _write_weights(plan, directory, threads, progress)
+            plan.growths[-1].config().save_pretrained(directory)
+            for file in plan.carried:
+                (directory / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(plan.directory / file, directory / file)
+            receipt = _receipt(plan, seed, source_hash, time.perf_counter() - began)
+            write_text(directory / RECEIPT_FILE, receipt.to_json())
+    except OSError as caught:
+        raise GrowthError(f"{plan.target} could not be written: {caught}") from caught
     return receipt
 
 
-def _first_line(caught: Exception) -> str:
-    return next(iter(str(caught).strip().splitlines()), type(caught).__name__)
+def _receipt(plan: CheckpointPlan, seed: int, source_hash: str, seconds: float) -> GrowthReceipt:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return GrowthReceipt(
+        source=plan.source,
+        operators=plan.operators,
+        inits=plan.inits,
+        seed=seed,
+        source_dims=plan.old,
+        dims=plan.new,
+        source_parameters=count_parameters(plan.old, plan.growths[0].source_config),
+        parameters=plan.parameters,
+        seconds=seconds,
+        versions=versions(),
+        preserves=all(growth.preserves for growth in plan.growths),
+        source_hash=source_hash,
+        bytes_written=plan.weight_bytes,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    )
+
+
+def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress: bool) -> str:
+    """Write every file of weights, and their index where there are several; returns the hash of the source's."""
+    for shard in plan.shards:
+        create_shard(directory, shard)
+    if len(plan.shards) > 1:
+        write_text(directory / INDEX_FILE, index_text(plan.shards))
+    shards = {shard.file: shard for shard in plan.shards}
+    unwritten = Counter(str(one.target.file) for one in plan.tensors)
+    hashes: dict[str, str | None] = {}
+    lock = threading.Lock()
+
+    with tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+
+        def advance(nbytes: int) -> None:
+            with lock:
+                bar.update(nbytes)
+
+        def make(one: TensorPlan) -> None:
+            write_tensor(directory, one.target, _grow(one, hashes, lock), advance)
+            with lock:
+                unwritten[str(one.target.file)] -= 1
+                last = not unwritten[str(one.target.file)]
+            if last:
+                flush_shard(directory, shards[str(one.target.file)])
+
+        _in_threads(plan.tensors, make, threads)
+    return combine_hashes((name, digest) for name, digest in hashes.items() if digest)
+
+
+def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock) -> torch.Tensor:
+    """The grown tensor; the source is hashed when it is first read."""
+    steps = one.steps
+    if one.is_read:
+        value = read_tensor(one.source)
+        name = steps[0].source
+        with lock:
+            is_first = name not in hashes
+            hashes.setdefault(name, None)
+        if is_first:
+            hashes[name] = tensor_hash(value)
+    else:
+        value = torch.empty(0, dtype=FLOATS[one.source.dtype])
+        steps = steps[max(i for i, step in enumerate(steps) if step.silent) :]
+    for step in steps:
+        value = grow_parameter(value, step)
+    return value
+
+
+class _InFlight:
+    """Lets tensors begin while all that are being made take no more than IN_FLIGHT_BYTES."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self.stopped = False
+
+    def enter(self, nbytes: int) -> bool:
+        """Wait for room; False once stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopped or not self._bytes or self._bytes + nbytes <= IN_FLIGHT_BYTES)
+            self._bytes += nbytes
+            return not self.stopped
+
+    def leave(self, nbytes: int) -> None:
+        with self._changed:
+            self._bytes -= nbytes
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self.stopped = True
+            self._changed.notify_all()
+
+
+def _in_threads(tensors: Sequence[TensorPlan], make: Callable[[TensorPlan], None], threads: int) -> None:
+    """Make all tensors, in their order; after an error or an interrupt none begins any more, and it is raised."""
+    flight = _InFlight()
+
+    def run(one: TensorPlan) -> None:
+        try:
+            if not flight.stopped:
+                make(one)
+        except BaseException:
+            flight.stop()
+            raise
+        finally:
+            flight.leave(one.working_bytes)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            entered = (one for one in tensors if flight.enter(one.working_bytes))
+            for future in [pool.submit(run, one) for one in entered]:
+                future.result()
+        finally:
+            flight.stop()

@@ -113,7 +113,7 @@ INITS: dict[str, tuple[str, ...]] = {
 assert INITS.keys() == OPERATORS.keys()
 
 #: Inits that keep the function.
-EXACT = frozenset({"preserving", "copy", "spread"})
+EXACT = {"preserving", "copy", "spread"}
 
 
 def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..schedule import GrowthStage
+from .peft import base_of, grow_adapters, is_peft_model
 from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth
 from .tensors import grow_parameter
 
@@ -33,7 +35,8 @@ def grow_model(
     source's dtype, device and training mode, and embeddings tied if the source's are. `model` is left untouched.
 
     Args:
-        model: a causal language model of a family in `architectures.ARCHITECTURES`.
+        model: a causal language model of a family in `architectures.ARCHITECTURES`, or a `PeftModel` of one with LoRA
+            adapters, which grow with their base (`growth.peft.grow_adapters` says what is refused).
         operator: "layer", "mha", "ffn", "hidden" or "head_dim"; or a `GrowthStage`, which brings dims and init.
         new_dims: the new value of the operator's own dimension, a mapping of config fields, or `ModelDims`. Heads
             and ffn may follow `hidden`; the size of a head changes by `head_dim` alone.
@@ -55,9 +58,11 @@ def grow_model(
     >>> grown.config.intermediate_size, grown.model.layers[0].mlp.down_proj.weight.shape
     (96, torch.Size([32, 96]))
     """
-    plan = plan_growth(model.config, operator, new_dims, init=init, seed=seed, noise=noise)
-    weights = grow_weights(dict(model.named_parameters()), plan)
-    return build_model(model, plan, weights)
+    adapted = is_peft_model(model)
+    base, weights = base_of(model) if adapted else (model, dict(model.named_parameters()))
+    plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise)
+    grown = build_model(base, plan, grow_weights(weights, plan))
+    return cast(PreTrainedModel, grow_adapters(model, grown, plan)) if adapted else grown
 
 
 def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[str, torch.Tensor]:

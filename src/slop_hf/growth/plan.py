@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from ..architectures import LAYER, Architecture, Axis, Parameter, architecture_of, setting
 from ..dims import ModelDims
 from ..errors import GrowthError
@@ -18,6 +21,10 @@ from .inits import EXACT, LAYER_INITS, WIDTH_INITS, Fill, resolve_inits
 
 #: Strength of the noise on copies, as a share of `initializer_range`.
 DEFAULT_NOISE = 0.1
+
+#: Rotary embeddings whose frequencies a change of rope_theta, or spreading pairs, can keep.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LOG_FLOAT32_MAX = 88.7
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class ParameterPlan:
         gain_offset: added to a stored gain before scaling and taken away after.
         centre: whether the mean over the hidden axis is taken away first.
         noise: standard deviation of the noise on the copies that it reads; it sums to zero over the copies of a slot.
-        silent: all entries are zero, so that an inserted layer adds nothing.
+        silent: all entries (gains: as they are used) are zero, so that an inserted layer adds nothing.
         seed: of its random entries, beside its name.
         inits: the init of each operator.
         initializer_range: standard deviation of new entries.
@@ -121,6 +128,14 @@ class GrowthPlan:
             return frozenset()
         return frozenset(i for i in range(len(self.layers)) if self.layers[i] in self.layers[:i])
 
+    @cached_property
+    def _has_closing_norms(self) -> bool:
+        """Whether inserted layers are silenced by gains of 0 behind their branches, not by output projections of 0.
+
+        Behind a norm, projections of 0 would have gradients as large as 1 / sqrt(eps) makes them.
+        """
+        return any(row.closes for row in self.architecture.parameters)
+
     @property
     def residual_share(self) -> float:
         """Mean square of the grown residual stream over the old one's: `kd / D` for k tiles of d in D slots.
@@ -189,7 +204,7 @@ class GrowthPlan:
             gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
             centre=self.centres and writes_residual,
             noise=self.noise * initializer_range if copied else 0.0,
-            silent=inserted and writes_residual,
+            silent=inserted and (row.closes if self._has_closing_norms else writes_residual),
             seed=self.seed,
             inits=self.inits,
             initializer_range=initializer_range,
@@ -272,14 +287,43 @@ def _check_family(plan: GrowthPlan) -> None:
                 f"{architecture.model_type} normalises each head, which new slots of head_dim would change; "
                 "only init 'random' can grow it, and not exactly"
             )
-        rope = setting(plan.source_config, "rope_parameters")
-        if not isinstance(rope, Mapping) or "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise GrowthError("head_dim can only grow under full rotary embeddings with one rope_theta")
+        _check_rope(plan)
     if plan.centres and setting(plan.source_config, "tie_word_embeddings", False):
         raise GrowthError(
             f"hidden of a {architecture.model_type} with tied embeddings cannot grow exactly by padding, because its "
             "LayerNorm takes the mean away; use init 'random', or 'copy' to a whole multiple"
         )
+
+
+def _check_rope(plan: GrowthPlan) -> None:
+    """Refuse to grow head_dim where the rotary frequencies could not stay."""
+    rope, init = setting(plan.source_config, "rope_parameters"), plan.inits["head_dim"]
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise GrowthError("head_dim can only grow under full rotary embeddings with one rope_theta")
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise GrowthError(
+            f"head_dim cannot grow under rope_type {kind!r}: no rope_theta makes up for what its frequencies take "
+            f"from head_dim (supported: {', '.join(ROPE_TYPES)})"
+        )
+    if init != "spread" and math.log(rope["rope_theta"]) * plan.new.head_dim / plan.old.head_dim > LOG_FLOAT32_MAX:
+        raise GrowthError(
+            f"head_dim from {plan.old.head_dim} to {plan.new.head_dim} would raise rope_theta {rope['rope_theta']} "
+            "above what float32 holds; use init 'spread', or a smaller head_dim"
+        )
+    if kind == "yarn" and init in EXACT:
+        # Its ramp between pairs is rounded to whole pairs and cut off at head_dim - 1, so formulas do not tell.
+        old, grown = (
+            ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0]
+            for config in (plan.old.to_config(plan.source_config), plan.config())
+        )
+        pairs = [slot for slot, source in enumerate(plan.axes["head_dim"].source[: len(grown)]) if source is not None]
+        if not torch.allclose(grown[pairs], old, rtol=1e-4, atol=0.0):
+            other = "use init 'preserving', or set truncate to false" if init == "spread" else "use init 'random'"
+            raise GrowthError(
+                f"init {init!r} cannot keep yarn's frequencies from head_dim {plan.old.head_dim} to "
+                f"{plan.new.head_dim}: the ends of its ramp are rounded to other pairs; {other}"
+            )
 
 
 def resolve_dims(old: ModelDims, operator: str, new_dims: int | Mapping[str, int] | ModelDims | None) -> ModelDims:

@@ -36,7 +36,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan) -> torch.Tensor:
         Tensor of shape `[axis.new_size for axis in plan.maps]`, with the dtype and device of the old one.
     """
     if plan.silent:
-        return tensor.new_zeros([axis.new_size for axis in plan.maps])
+        return tensor.new_full([axis.new_size for axis in plan.maps], -plan.gain_offset)
     # Arithmetic in float32 at least: a half-precision weight is rounded once, when it is stored.
     exact = torch.promote_types(tensor.dtype, torch.float32)
     source = tensor.detach()
@@ -121,7 +121,8 @@ def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, generato
     slots, olds = torch.tensor([new for new, _ in source])[copied], olds[copied]
     for part in _chunks(weight):
         drawn = torch.empty(*part.shape[:-1], len(slots)).normal_(0.0, std, generator=generator)
-        total = torch.zeros(*part.shape[:-1], axis.old_size).index_add_(-1, olds, drawn)
+        drawn = drawn.to(torch.promote_types(part.dtype, torch.float32))  # the sum is zero to the weight's precision
+        total = drawn.new_zeros(*part.shape[:-1], axis.old_size).index_add_(-1, olds, drawn)
         noise = drawn - (total / count.clamp(min=1))[..., olds]
         part[..., slots] += noise.to(part)
 

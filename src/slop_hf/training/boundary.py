@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 
 from ..errors import RunError
-from ..growth import AdamWState, no_progress_bars, resolve_inits
+from ..growth import AdamWState, load_adamw_file, no_progress_bars, resolve_inits, save_adamw_state
 from ..records import OPTIMIZER_FILE, RECORD_FILE, STATE_FILE, RunDirectory, StageRecord
 from ..serialization import versions, write_text, written_aside
 from .spans import StageSpan
@@ -111,12 +109,7 @@ def write_stage(
         if processing_class is not None:
             processing_class.save_pretrained(directory)
         if optimizer_state:
-            tensors = {
-                f"{key}/{name}": value for name, moments in optimizer_state.items() for key, value in moments.items()
-            }
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / OPTIMIZER_FILE
-            )
+            save_adamw_state(optimizer_state, directory / OPTIMIZER_FILE)
         trainer_state.save_to_json(str(directory / STATE_FILE))
         write_text(directory / RECORD_FILE, record.to_json())
     return target
@@ -127,12 +120,8 @@ def read_stage(run: RunDirectory, number: int) -> tuple[PreTrainedModel, AdamWSt
     directory = run.stage_dir(number)
     with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    state: AdamWState = {}
-    if (directory / OPTIMIZER_FILE).is_file():
-        with safe_open(directory / OPTIMIZER_FILE, framework="pt") as file:
-            for entry in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                key, _, name = entry.partition("/")
-                state.setdefault(name, {})[key] = file.get_tensor(entry)
+    optimizer_file = directory / OPTIMIZER_FILE
+    state = load_adamw_file(optimizer_file) if optimizer_file.is_file() else {}
     return model, state, TrainerState.load_from_json(str(directory / STATE_FILE))
 
 

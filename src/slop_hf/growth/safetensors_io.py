@@ -1,0 +1,361 @@
+"""Reading and writing safetensors files a tensor at a time.
+
+Files are read and written with plain system calls: memory-mapped pages would count as this process's memory. A file is
+
+    8 bytes   length n of the header, little endian
+    n bytes   JSON: for each name dtype, shape and data_offsets [begin, end); padded with spaces to a multiple of 8
+    the rest  the tensors' bytes, without holes
+
+Every function opens the file for itself, so that any number of threads may work on one file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ..errors import GrowthError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+#: Those that growth computes with, in the order in which safetensors puts them into a file (widest first).
+FLOATS: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+_WRITE_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Args:
+        name: as in the file's header.
+        file: that holds it.
+        dtype: as safetensors spells it, such as "BF16".
+        shape: sizes, outermost first.
+        begin: of its first byte in the file, in bytes.
+        nbytes: its length.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written: its name, its first bytes, and where each tensor goes."""
+
+    file: str
+    header: bytes
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a checkpoint lies: one file, or shards and their index. Only headers are read.
+
+    Raises:
+        GrowthError: no safetensors, no index, a missing shard, a file that is truncated or corrupt.
+    """
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        raise GrowthError(_no_weights(directory))
+    weight_map = _read_index(index)
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (directory / file).is_file():
+            raise GrowthError(f"{directory} has no {file}, a shard that its {INDEX_FILE} names; fetch it again")
+        headers[file] = read_header(directory / file)
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise GrowthError(f"{directory / file} has no {name}, unlike {INDEX_FILE}; fetch both again")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _no_weights(directory: Path) -> str:
+    files = {path.name for path in directory.iterdir()}
+    if any(name.startswith("model-") and name.endswith(".safetensors") for name in files):
+        return f"{directory} has shards but no {INDEX_FILE}, which says what they hold; fetch it again"
+    if any(name.startswith("pytorch_model") for name in files):
+        return (
+            f"{directory} has its weights only as pytorch_model.bin, a pickle, which could run code; "
+            "load it with transformers and save_pretrained it as safetensors first"
+        )
+    return f"{directory} has no weights: expected {SINGLE_FILE}, or shards with {INDEX_FILE}"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        valid = bool(weight_map) and all(isinstance(file, str) and file for file in weight_map.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        valid = False
+    if not valid:
+        raise GrowthError(f"{path} is not an index: expected JSON with a weight_map from tensor to file")
+    for file in weight_map.values():
+        if Path(file).name != file or file == "..":
+            raise GrowthError(f"{path} names the file {file!r} outside of its directory")
+    return dict(weight_map)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a safetensors file lies.
+
+    Raises:
+        GrowthError: for a file that is truncated or not what the format says, naming the fault.
+    """
+    with _faults_of(path), path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(_read(file, 8), "little") if size >= 8 else 0
+        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            raise _corrupt(path, f"its header would take {length} of its {size} bytes")
+        try:
+            header = json.loads(_read(file, length), object_pairs_hook=_without_repeats)
+            header.pop("__metadata__", None)
+            entries = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+        except (ValueError, TypeError, KeyError, AttributeError) as caught:
+            if isinstance(caught, GrowthError):
+                raise
+            raise _corrupt(path, f"its header is not valid ({type(caught).__name__}: {caught})") from None
+    end = 8 + length
+    for tensor in sorted(entries, key=lambda tensor: (tensor.begin, tensor.nbytes)):
+        if tensor.begin != end:
+            raise _corrupt(path, f"{tensor.name} begins at byte {tensor.begin} where {end} was expected")
+        end += tensor.nbytes
+    if end != size:
+        raise _corrupt(path, f"it has {size} bytes, but its header describes {end}")
+    return {tensor.name: tensor for tensor in entries}
+
+
+def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    """One tensor of a header; the tensors' bytes begin at byte `data`."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise _corrupt(path, f"{name} has shape {list(shape)} and offsets {begin} to {end}")
+    if dtype not in _BITS:
+        raise GrowthError(f"{path}: {name} has the dtype {dtype!r}, which is unknown; known: {', '.join(_BITS)}")
+    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise _corrupt(path, f"{name} of dtype {dtype} and shape {list(shape)} has {end - begin} bytes")
+    return StoredTensor(name, path, dtype, shape, data + begin, end - begin)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _corrupt(path: Path, fault: str) -> GrowthError:
+    return GrowthError(f"{path} is truncated or corrupt: {fault}; fetch it again")
+
+
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """A tensor's value, of one of the dtypes in `FLOATS`, in memory of its own.
+
+    Raises:
+        GrowthError: where the file has ended early, or cannot be read.
+    """
+    value = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
+    with _faults_of(tensor.file), tensor.file.open("rb", buffering=0) as file:
+        file.seek(tensor.begin)
+        _read_into(file, _bytes_of(value))
+    return value
+
+
+def equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same bytes under the same shape and dtype."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with (
+        _faults_of(one.file),
+        one.file.open("rb", buffering=0) as file,
+        other.file.open("rb", buffering=0) as other_file,
+    ):
+        file.seek(one.begin)
+        other_file.seek(other.begin)
+        parts = (min(_WRITE_BYTES, one.nbytes - start) for start in range(0, one.nbytes, _WRITE_BYTES))
+        return all(_read(file, length) == _read(other_file, length) for length in parts)
+
+
+def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int | str) -> tuple[Shard, ...]:
+    """The files that hold tensors, named and filled as transformers does.
+
+    Args:
+        tensors: dtype and shape by name; they fill the files in this order.
+        max_shard_size: largest number of bytes of tensors in a file, such as "5GB"; a larger tensor is alone in one.
+
+    Raises:
+        GrowthError: for a size that is none.
+
+    >>> shards = plan_shards({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, 24)
+    >>> [(shard.file, shard.tensors[0].begin, shard.nbytes) for shard in shards]
+    [('model-00001-of-00002.safetensors', 96, 120), ('model-00002-of-00002.safetensors', 96, 104)]
+    """
+    sizes = {name: math.prod(shape) * _BITS[dtype] // 8 for name, (dtype, shape) in tensors.items()}
+    try:
+        split = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        valid = isinstance(max_shard_size, str) or max_shard_size > 0
+    except (ValueError, TypeError):
+        valid = False
+    if not valid or str(max_shard_size).lstrip().startswith("-"):
+        raise GrowthError(f"max_shard_size must be a number of bytes or a size such as '5GB', got {max_shard_size!r}")
+    return tuple(
+        _shard(file, {name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
+    )
+
+
+def _shard(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Shard:
+    order = list(FLOATS)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        end = begin + math.prod(shape) * _BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    del entries["__metadata__"]
+    header = len(text).to_bytes(8, "little") + text
+    stored = (_entry(Path(file), name, entry, len(header)) for name, entry in entries.items())
+    return Shard(file, header, tuple(stored))
+
+
+def index_text(shards: tuple[Shard, ...]) -> str:
+    """The index of a checkpoint in several files."""
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    metadata = {
+        "total_parameters": sum(tensor.numel for tensor in tensors),
+        "total_size": sum(tensor.nbytes for tensor in tensors),
+    }
+    index = {"metadata": metadata, "weight_map": {tensor.name: str(tensor.file) for tensor in tensors}}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def create_shard(directory: Path, shard: Shard) -> None:
+    """Write a shard's header and reserve the space of its tensors, so that a full disk is found out now.
+
+    Raises:
+        GrowthError: where the disk is full or the file cannot be written.
+    """
+    path = directory / shard.file
+    with _faults_of(path), path.open("xb", buffering=0) as file:
+        _reserve(file, shard.nbytes)
+        _write(file, memoryview(shard.header))
+
+
+def _reserve(file: BinaryIO, nbytes: int) -> None:
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return
+    except OSError as caught:
+        if caught.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not every file system can
+            raise
+    file.truncate(nbytes)
+
+
+def write_tensor(
+    directory: Path,
+    tensor: StoredTensor,
+    value: torch.Tensor,
+    on_written: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Write a tensor into its place in a created shard; `on_written` is told the bytes of each piece.
+
+    Raises:
+        GrowthError: where the disk is full or the file cannot be written.
+    """
+    assert (tuple(value.shape), value.dtype) == (tensor.shape, FLOATS[tensor.dtype]), tensor.name
+    path, view = directory / tensor.file, _bytes_of(value.detach().contiguous())
+    with _faults_of(path), path.open("r+b", buffering=0) as file:
+        file.seek(tensor.begin)
+        for start in range(0, len(view), _WRITE_BYTES):
+            piece = view[start : start + _WRITE_BYTES]
+            _write(file, piece)
+            on_written(len(piece))
+
+
+def flush_shard(directory: Path, shard: Shard) -> None:
+    """Wait until a shard is on the disk."""
+    path = directory / shard.file
+    with _faults_of(path), path.open("r+b", buffering=0) as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """Says of which file the operating system complains."""
+    try:
+        yield
+    except OSError as caught:
+        full = caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "; free some space or choose another disk" if full else ""
+        raise GrowthError(f"{path}: {caught.strerror or caught}{remedy}") from caught
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read(file: BinaryIO, length: int) -> bytearray:
+    buffer = bytearray(length)
+    _read_into(file, memoryview(buffer))
+    return buffer
+
+
+def _read_into(file: Any, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        if not (count := file.readinto(view[done:])):
+            raise OSError(errno.EIO, f"ended {len(view) - done} bytes early: truncated while it was read")
+        done += count
+
+
+def _write(file: BinaryIO, view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]

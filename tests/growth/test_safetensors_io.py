@@ -1,0 +1,173 @@
+"""Our own reader and writer of safetensors files, against the safetensors library."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slop_hf.errors import GrowthError
+from slop_hf.growth.safetensors_io import (
+    create_shard,
+    equal_tensors,
+    flush_shard,
+    index_text,
+    plan_shards,
+    read_checkpoint,
+    read_header,
+    read_tensor,
+    write_tensor,
+)
+
+TENSORS = {
+    "b.weight": torch.randn(5, 3),
+    "a.weight": torch.randn(4, 7).bfloat16(),
+    "ä": torch.randn(2, 2, 2).half(),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.zeros(0, 3),
+}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write(directory, tensors=TENSORS, max_shard_size="5GB"):
+    directory.mkdir(exist_ok=True)
+    shards = plan_shards({n: (NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, max_shard_size)
+    for shard in shards:
+        create_shard(directory, shard)
+        for place in shard.tensors:
+            write_tensor(directory, place, tensors[place.name])
+        flush_shard(directory, shard)
+    return shards
+
+
+def file_of(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def test_writes_what_the_library_writes(tmp_path):
+    (shard,) = write(tmp_path)
+    save_file(TENSORS, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert (tmp_path / "model.safetensors").stat().st_size == shard.nbytes
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    others = {"mask": torch.tensor([True]), "count": torch.arange(3), "byte": torch.zeros(3, dtype=torch.uint8)}
+    save_file({**TENSORS, **others}, tmp_path / "file")
+    header = read_header(tmp_path / "file")
+    assert header.keys() == TENSORS.keys() | others.keys() and header["count"].dtype == "I64"
+    assert all(torch.equal(read_tensor(header[name]), value) for name, value in TENSORS.items())
+
+
+def test_shards_and_index(tmp_path):
+    shards = write(tmp_path, max_shard_size=80)
+    (tmp_path / "model.safetensors.index.json").write_text(index_text(shards))
+    assert [shard.file for shard in shards] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    stored = read_checkpoint(tmp_path)
+    assert all(torch.equal(read_tensor(stored[name]), value) for name, value in TENSORS.items())
+    assert load_file(tmp_path / shards[0].file).keys() == {"b.weight"}
+    assert json.loads(index_text(shards))["metadata"] == {"total_parameters": 52, "total_size": 60 + 56 + 16 + 8}
+
+
+@pytest.mark.parametrize("size", ["5 apples", "5", "-1GB", 0, -5, None, 2.5e9j])
+def test_sizes_that_are_none(size):
+    with pytest.raises(GrowthError, match="max_shard_size must be"):
+        plan_shards({"a": ("F32", (2,))}, size)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "header would take 0 of its 0 bytes"),
+        (b"1234567", "of its 7 bytes"),
+        (file_of({"a": ENTRY}, bytes(7)), "has 76 bytes, but its header describes 77"),
+        (file_of({"a": ENTRY}, bytes(9)), "but its header describes"),
+        (file_of({"a": ENTRY}, bytes(8), length=2**62), "header would take"),
+        (file_of(b"{not json", bytes(8)), "header is not valid"),
+        (file_of(b"[1, 2]", bytes(8)), "header is not valid"),
+        (file_of(b"\xff\xfe{}", bytes(8)), "header is not valid"),
+        (file_of({"a": 5}, bytes(8)), "header is not valid"),
+        (file_of({"a": {**ENTRY, "shape": [3]}}, bytes(8)), r"shape \[3\] has 8 bytes"),
+        (file_of({"a": {**ENTRY, "shape": [-2]}}, bytes(8)), r"a has shape \[-2\]"),
+        (file_of({"a": {**ENTRY, "dtype": "F31"}}, bytes(8)), "dtype 'F31', which is unknown"),
+        (file_of({"a": {**ENTRY, "dtype": ["F32"]}}, bytes(8)), "header is not valid"),
+        (file_of({"a": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16)), "a begins at byte"),
+        (file_of({"a": ENTRY, "b": ENTRY}, bytes(8)), "b begins at byte"),
+        (file_of(b'{"a":%s,"a":%s}' % ((json.dumps(ENTRY).encode(),) * 2), bytes(8)), "a name comes twice"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_files(tmp_path, content, fault):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(GrowthError, match=fault) as caught:
+        read_header(tmp_path / "file")
+    assert str(tmp_path / "file") in str(caught.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    write(tmp_path)
+    header = read_header(tmp_path / "model.safetensors")
+    last = max(header.values(), key=lambda tensor: tensor.begin)
+    os.truncate(tmp_path / "model.safetensors", last.begin + last.nbytes - 4)
+    with pytest.raises(GrowthError, match=r"model\.safetensors: ended \d+ bytes early"):
+        read_tensor(last)
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ("{", "is not an index"),
+        ("[]", "is not an index"),
+        ('{"weight_map": {}}', "is not an index"),
+        ('{"weight_map": {"a": 5}}', "is not an index"),
+        ('{"weight_map": {"a": "../model-1.safetensors"}}', "outside of its directory"),
+        ('{"weight_map": {"a": "model-9.safetensors"}}', "has no model-9.safetensors, a shard"),
+        ('{"weight_map": {"no": "model-1.safetensors"}}', "model-1.safetensors has no no, unlike"),
+    ],
+)
+def test_damaged_indexes(tmp_path, index, fault):
+    save_file(TENSORS, tmp_path / "model-1.safetensors")
+    with pytest.raises(GrowthError, match=r"has shards but no model\.safetensors\.index\.json"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(GrowthError, match=fault):
+        read_checkpoint(tmp_path)
+
+
+def test_pickles_are_refused(tmp_path):
+    with pytest.raises(GrowthError, match="has no weights: expected"):
+        read_checkpoint(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(GrowthError, match="save_pretrained it as safetensors first"):
+        read_checkpoint(tmp_path)
+
+
+def test_equal_tensors(tmp_path):
+    save_file({"a": torch.ones(3), "b": torch.ones(3), "c": torch.zeros(3), "d": torch.ones(3, 1)}, tmp_path / "file")
+    header = read_header(tmp_path / "file")
+    assert [equal_tensors(header["a"], header[name]) for name in "bcd"] == [True, False, False]
+
+
+def test_file_systems_that_cannot_reserve(tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    write(tmp_path / "one")
+    monkeypatch.delattr(os, "posix_fallocate")
+    write(tmp_path / "two")
+    files = [tmp_path / name / "model.safetensors" for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert torch.equal(load_file(files[0])["b.weight"], TENSORS["b.weight"])
+
+
+def test_no_file_is_overwritten(tmp_path):
+    (shard,) = write(tmp_path)
+    with pytest.raises(GrowthError, match="File exists"):
+        create_shard(tmp_path, shard)
