@@ -29,7 +29,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "grow": ("growth",),
     "feed": ("data",),
     "train": ("training",),
-    "tell": ("evaluation", "hub", "report"),
+    "tell": ("evaluation", "hub", "report", "testing"),
     "talk": ("cli", "__main__"),
 }
 RANKS = {part: rank for rank, parts in enumerate(ROWS.values()) for part in parts}

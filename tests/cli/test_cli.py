@@ -138,8 +138,9 @@ def test_grow(model_dir, tmp_path, output_of, error_of):
 
 def test_grow_options(model_dir, tmp_path, output_of, error_of):
     target = tmp_path / "large"
-    options = ["grow", model_dir, "-o", target, "--head-dim", 16, "--intermediate-size", 96, "--max-shard-size", "30KB",
-               "--init", "ffn=copy, head_dim=spread", "--noise", 0, "--seed", 7, "--threads", 1]  # fmt: skip
+    sizes = ["--head-dim", 16, "--intermediate-size", 96, "--max-shard-size", "30KB"]
+    others = ["--init", "ffn=copy, head_dim=spread", "--noise", 0, "--seed", 7, "--threads", 1]
+    options = ["grow", model_dir, "-o", target, *sizes, *others]
     text = output_of(*options, "--dry-run")
     assert "ffn by copy, head_dim by spread" in text and "model-00001-of-0000" in text and "free" in text
     plan = json.loads(output_of(*options, "--dry-run", "--json"))
@@ -256,3 +257,10 @@ def test_train_refuses_before_it_begins(config, tmp_path, change, message, outpu
 
 def test_train_config_that_is_not_there(tmp_path, error_of):
     assert "no such file" in error_of("train", tmp_path / "none.yaml", "-o", tmp_path / "out")
+
+
+def test_grow_verifies(model_dir, tmp_path, output_of):
+    text = output_of(
+        "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "preserving", "--verify"
+    )
+    assert "logits change by" in text

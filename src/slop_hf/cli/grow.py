@@ -42,6 +42,9 @@ def grow(
     seed: Annotated[int, typer.Option(help="Seed of the random entries.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     threads: Annotated[int | None, typer.Option(help="Threads. Default: one for each core, up to 4.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Measure on a batch; fail if what should keep the function does not.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and what space it takes, and do nothing.")
     ] = False,
@@ -72,11 +75,14 @@ def grow(
         plan = slop_hf.plan_checkpoint_growth(source, output, stages, **options)
         print(json.dumps(plan.as_dict(), indent=2) if as_json else f"would grow {plan}")
         return
-    receipt = slop_hf.grow_checkpoint(source, output, stages, threads=threads, **options)
+    receipt = slop_hf.grow_checkpoint(source, output, stages, threads=threads, verify=verify, **options)
     if as_json:
         print(receipt.to_json(), end="")
     else:
         print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {receipt.seconds:.1f} s")
+        if probe := receipt.probe:
+            change, floor = f"{probe.max_logit_change:.1e}", f"{probe.rounding_floor:.1e}"
+            print(f"logits change by {change} of the largest (rounding: {floor}), loss by {probe.loss_change:+.1e}")
 
 
 def _dims(directory: Path) -> ModelDims:

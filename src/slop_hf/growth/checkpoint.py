@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from ..schedule import GrowthStage
 from ..serialization import versions, write_text, written_aside
 from .checkpoint_plan import CheckpointPlan, TensorPlan, plan_checkpoint_growth
 from .plan import DEFAULT_NOISE
-from .receipt import RECEIPT_FILE, GrowthReceipt
+from .receipt import RECEIPT_FILE, GrowthProbe, GrowthReceipt
 from .safetensors_io import (
     FLOATS,
     INDEX_FILE,
@@ -35,7 +37,7 @@ from .safetensors_io import (
     write_tensor,
 )
 from .tensors import grow_parameter
-from .verify import combine_hashes, tensor_hash
+from .verify import combine_hashes, probe_checkpoints, tensor_hash
 
 #: Memory of the tensors in flight; one that takes more by itself is made alone.
 IN_FLIGHT_BYTES = 2**29
@@ -53,6 +55,7 @@ def grow_checkpoint(
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     progress: bool = True,
+    verify: bool = False,
 ) -> GrowthReceipt:
     """Grow a checkpoint into a new directory, with its tokenizer, generation config and a receipt.
 
@@ -70,6 +73,8 @@ def grow_checkpoint(
         max_shard_size: largest file of weights, in bytes or as "5GB".
         threads: that read, grow and write; default, one for each core up to 4.
         progress: show a bar, where there is a terminal to show it.
+        verify: load both models when the weights are written, measure what changed (`GrowthReceipt.probe`), and fail
+            where a growth that should keep the function does not. This takes the memory of both.
 
     Raises:
         GrowthError: an unreadable, damaged or unknown source, an existing target, a full disk, and as for
@@ -105,15 +110,32 @@ def grow_checkpoint(
             for file in plan.carried:
                 (directory / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(plan.directory / file, directory / file)
-            receipt = _receipt(plan, seed, source_hash, time.perf_counter() - began)
+            probe = _verified(plan, directory) if verify else None
+            receipt = _receipt(plan, seed, source_hash, time.perf_counter() - began, probe)
             write_text(directory / RECEIPT_FILE, receipt.to_json())
     except OSError as caught:
         raise GrowthError(f"{plan.target} could not be written: {caught}") from caught
     return receipt
 
 
-def _receipt(plan: CheckpointPlan, seed: int, source_hash: str, seconds: float) -> GrowthReceipt:
-    unit = 1 if sys.platform == "darwin" else 1024
+def _verified(plan: CheckpointPlan, directory: Path) -> GrowthProbe:
+    """What a batch of tokens shows of the grown checkpoint.
+
+    Raises:
+        GrowthError: where the function should have stayed, and has not.
+    """
+    probe = probe_checkpoints(plan.directory, directory, plan.growths)
+    if all(growth.preserves for growth in plan.growths) and not probe.is_exact:
+        raise GrowthError(
+            f"{plan.source} has not kept its function: its logits change by {probe.max_logit_change:.1e} of the "
+            f"largest, rounding explains {probe.rounding_floor:.1e}; nothing was written, please report this"
+        )
+    return probe
+
+
+def _receipt(
+    plan: CheckpointPlan, seed: int, source_hash: str, seconds: float, probe: GrowthProbe | None
+) -> GrowthReceipt:
     return GrowthReceipt(
         source=plan.source,
         operators=plan.operators,
@@ -127,9 +149,21 @@ def _receipt(plan: CheckpointPlan, seed: int, source_hash: str, seconds: float) 
         versions=versions(),
         preserves=all(growth.preserves for growth in plan.growths),
         source_hash=source_hash,
+        probe=probe,
         bytes_written=plan.weight_bytes,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Linux counts in `ru_maxrss` also what the parent had when it started this process, so VmHWM comes first.
+    """
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress: bool) -> str:

@@ -40,7 +40,8 @@ class ParameterPlan:
         gain_offset: added to a stored gain before scaling and taken away after.
         centre: whether the mean over the hidden axis is taken away first.
         noise: standard deviation of the noise on the copies that it reads; it sums to zero over the copies of a slot.
-        silent: all entries (gains: as they are used) are zero, so that an inserted layer adds nothing.
+        silent: old entries (gains: as they are used) are zero, so that an inserted layer adds nothing; new ones too,
+            but for gains.
         seed: of its random entries, beside its name.
         inits: the init of each operator.
         initializer_range: standard deviation of new entries.

@@ -36,7 +36,11 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan) -> torch.Tensor:
         Tensor of shape `[axis.new_size for axis in plan.maps]`, with the dtype and device of the old one.
     """
     if plan.silent:
-        return tensor.new_full([axis.new_size for axis in plan.maps], -plan.gain_offset)
+        if plan.row.kind == "norm":
+            # New slots of the branch may hold zeros, and gains of zero on top of them would be dead for ever.
+            silence = tensor.new_full([axis.old_size for axis in plan.maps], -plan.gain_offset)
+            return assemble(silence, plan.maps, plan.fill, lambda runs: 1.0)
+        return tensor.new_zeros([axis.new_size for axis in plan.maps])
     # Arithmetic in float32 at least: a half-precision weight is rounded once, when it is stored.
     exact = torch.promote_types(tensor.dtype, torch.float32)
     source = tensor.detach()

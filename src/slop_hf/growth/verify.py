@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+import xxhash
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..architectures import setting
 from ..errors import GrowthError
 from .axes import AxisMap
+from .model import no_progress_bars
 from .plan import GrowthPlan, ParameterPlan
 from .receipt import GrowthProbe
 
 PROBE_SHAPE = (2, 64)
 
 
+def probe_checkpoints(source: Path, grown: Path, growths: Sequence[GrowthPlan]) -> GrowthProbe:
+    """`probe_growth` of two checkpoints on disk; both models are in memory at a time.
+
+    After several growths, gradients and ties are not looked at: what is new is told by no single plan.
+    """
+    with no_progress_bars():
+        before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (source, grown))
+    return probe_growth(before, after, growths[0] if len(growths) == 1 else None)
+
+
 def probe_growth(
-    source: PreTrainedModel, grown: PreTrainedModel, plan: GrowthPlan, tokens: torch.Tensor | None = None
+    source: PreTrainedModel, grown: PreTrainedModel, plan: GrowthPlan | None, tokens: torch.Tensor | None = None
 ) -> GrowthProbe:
     """Compare a model with what it has grown into, on a batch of tokens.
 
@@ -28,7 +40,7 @@ def probe_growth(
 
     Args:
         source, grown: the models before and after.
-        plan: the growth between them.
+        plan: the growth between them; None leaves gradients and ties out.
         tokens: int64 `[batch, length]`; default, 2 × 64 drawn at random from the vocabulary.
 
     Raises:
@@ -55,8 +67,8 @@ def probe_growth(
         mean_logit_change=float(change.mean()),
         loss_change=loss_after - loss_before,
         rounding_floor=max(floor, float(torch.finfo(source.dtype).eps)),
-        live_share=_live_share(grown, plan, tokens.to(grown.device)),
-        copies_spread=_copies_spread(grown, plan),
+        live_share=_live_share(grown, plan, tokens.to(grown.device)) if plan else None,
+        copies_spread=_copies_spread(grown, plan) if plan else None,
     )
 
 
@@ -71,9 +83,12 @@ def weights_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """A hash of a tensor's dtype, shape and bytes."""
+    """A hash of a tensor's dtype, shape and bytes.
+
+    XXH3 of 128 bits, which is as fast as memory: it tells weights apart and finds damage, it does not stop a forger.
+    """
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(flat.numpy().data)
     return digest.hexdigest()
 
@@ -81,7 +96,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 def combine_hashes(named: Iterable[tuple[str, str]]) -> str:
     """The hash of a whole from the names and hashes of its tensors."""
     text = "\n".join(f"{name} {digest}" for name, digest in sorted(named))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -1,0 +1,371 @@
+"""The conformance suite over all families, and what single families bring along."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from slop_hf import ModelDims, grow_model
+from slop_hf.architectures import ARCHITECTURES, LLAMA
+from slop_hf.errors import ArchitectureError, GrowthError
+from slop_hf.growth import INITS, inits, plan_growth
+from slop_hf.growth.inits import Fill
+from slop_hf.testing import (
+    GQA,
+    MHA,
+    MQA,
+    Case,
+    check,
+    conformance,
+    conformance_cases,
+    exactness_page,
+    logit_error,
+    probe,
+    tiny_model,
+)
+
+LONG = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(2))
+EXACTNESS = Path(__file__).parents[2] / "docs" / "exactness.md"
+
+# What the library refuses of a family's cases, by operator and init, with a word of the reason.
+UNEVEN_SPREAD = {("head_dim", "spread"): "whole multiple"}
+REFUSED = {
+    "qwen3": {("head_dim", init): "normalises each head" for init in ("preserving", "spread")},
+    "gpt_neox": {
+        **{(operator, init): "head_dim stays 12" for operator in ("mha", "head_dim") for init in INITS[operator]},
+        ("hidden", "preserving"): "tied embeddings",
+        ("hidden", "copy"): "tied embeddings",
+    },
+}
+
+
+def check_refusals(results):
+    expected = REFUSED.get(results[0].case.family, UNEVEN_SPREAD)
+    refused = [result for result in results if result.refused]
+    for result in refused:
+        pair = (result.case.operator, result.case.init)
+        assert pair in expected and expected[pair] in result.refused, f"{result.case}: {result.refused}"
+    assert len(refused) < len(results) / 2
+    return {(result.case.operator, result.case.init) for result in refused}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_conformance(family):
+    results = conformance(family, every=False)
+    check_refusals(results)
+    grown = [result for result in results if not result.refused]
+    assert all(result.error < 1e-5 for result in grown if result.preserves)
+    assert all(result.live > 0.2 for result in grown), "too few new entries learn from the first step on"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_conformance_of_every_case(family, dtype):
+    assert check_refusals(conformance(family, dtype)) == set(REFUSED.get(family, UNEVEN_SPREAD))
+
+
+def test_the_cases_of_a_family():
+    for family in ARCHITECTURES:
+        every = conformance_cases(family)
+        assert {(case.operator, case.init) for case in every} == {
+            (name, init) for name in INITS for init in INITS[name]
+        }
+        assert len(every) == (60 if family == "gpt_neox" else 180) and len(set(map(str, every))) == len(every)
+        some = conformance_cases(family, every=False)
+        assert set(map(str, some)) < set(map(str, every)) and len(some) == 15
+        assert {(case.dims, case.tied) for case in some} == {(case.dims, case.tied) for case in every}
+
+
+# --- the suite finds mistakes ---
+
+
+def broken(monkeypatch, **changes):
+    """Llama's table with a row exchanged or removed, under its own name."""
+    rows = {row.name: row for row in LLAMA.parameters}
+    for name, change in changes.items():
+        name = next(known for known in rows if known.endswith(f"{name}.weight"))
+        row = rows.pop(name)
+        if change:
+            rows[name] = dataclasses.replace(row, **change)
+    monkeypatch.setitem(ARCHITECTURES, "llama", dataclasses.replace(LLAMA, parameters=tuple(rows.values())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "operator", "message"),
+    [
+        ({"q_proj": None}, "ffn", "has a parameter model.layers.0.self_attn.q_proj.weight, unlike the axis table"),
+        ({"down_proj": {"kind": "embedding"}}, "ffn", "is said to keep the function, but logits differ by"),
+        ({"norm": {"kind": "projection"}}, "hidden", "is said to keep the function, but logits differ by"),
+    ],
+)
+def test_a_wrong_table_is_found(monkeypatch, changes, operator, message):
+    broken(monkeypatch, **changes)
+    case = next(case for case in conformance_cases("llama") if (case.operator, case.init) == (operator, "preserving"))
+    with pytest.raises((AssertionError, GrowthError), match=message):
+        check(case)
+
+
+def zeros(operator, row, role, initializer_range):
+    return Fill(float(role == "norm"), 0.0)
+
+
+def half(operator, row, role, initializer_range):
+    return Fill(float(role == "norm"), 0.0 if role == "read" else initializer_range)
+
+
+@pytest.mark.parametrize(
+    ("init", "operator", "claimed", "message"),
+    [
+        (zeros, "ffn", True, r"llama ffn own .*: new entries do not depend on the seed"),
+        (inits.random, "ffn", True, r"llama ffn own .*: is said to keep the function"),
+        (half, "ffn", False, r"llama ffn own .*: keeps the function, but GrowthPlan.preserves denies it"),
+    ],
+)
+def test_a_wrong_init_is_found(monkeypatch, init, operator, claimed, message):
+    from slop_hf.growth import plan
+
+    monkeypatch.setitem(INITS, operator, (*INITS[operator], "own"))
+    monkeypatch.setitem(inits.WIDTH_INITS, "own", init)
+    if claimed:
+        monkeypatch.setattr(plan, "EXACT", inits.EXACT | {"own"})
+    cases = [case for case in conformance_cases("llama", every=False) if case.init == "own"]
+    assert cases, "a registered init has cases"
+    with pytest.raises(AssertionError, match=message):
+        check(cases[0])
+
+
+def test_dead_slots_are_found(monkeypatch):
+    """Zeros on both sides of the new slots keep the function, and never learn."""
+
+    def dead(operator, row, role, initializer_range):
+        return Fill(0.0, 0.0 if role == "read" or row.name.endswith("gate_proj.weight") else initializer_range)
+
+    monkeypatch.setitem(inits.WIDTH_INITS, "preserving", dead)
+    with pytest.raises(AssertionError, match=r"new slots of .*mlp.* have no gradient in 3 steps"):
+        check(Case("llama", "ffn", MHA.replace(intermediate_size=60), "preserving"))
+
+
+# --- rotary embeddings ---
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+#: Its ramp, pairs 3.3 to 5.6 in a head of 12, cut to 3 to 6; in one of 24 spread pairs, 6.6 to 11.3 cut to 6 to 12.
+LONG_YARN = {**YARN, "original_max_position_embeddings": 1024}
+LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, LONG_YARN, LINEAR], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("head_dim", [14, 24])
+def test_head_dim_under_scaled_rotary_embeddings(rope, head_dim):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
+        model = tiny_model("llama", GQA, dtype, rope_parameters=rope)
+        assert logit_error(model, grow_model(model, "head_dim", head_dim, init="preserving"), LONG) < tolerance
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, LINEAR, {**LONG_YARN, "truncate": False}], ids=str)
+@pytest.mark.parametrize("head_dim", [24, 36])
+def test_spread_pairs_under_scaled_rotary_embeddings(rope, head_dim):
+    model = tiny_model("qwen2", GQA, torch.float64, rope_parameters=rope)
+    grown = grow_model(model, "head_dim", head_dim, init="spread")
+    assert grown.config.rope_parameters["rope_theta"] == rope["rope_theta"]
+    assert logit_error(model, grown, LONG) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("rope", "arguments", "message"),
+    [
+        (
+            LONG_YARN,
+            {"init": "spread"},
+            "'spread' cannot keep yarn's frequencies .*use init 'preserving', or set trunc",
+        ),
+        (
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            {},
+            "under rope_type 'dynamic'.*supported: defau",
+        ),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, {}, "only grow under full rotary embeddings"),
+        ({"rope_theta": 1e25}, {}, "would raise rope_theta 1e.25 above what float32 holds; use init 'spread'"),
+    ],
+)
+def test_refused_rotary_embeddings(rope, arguments, message):
+    model = tiny_model("llama", rope_parameters=rope)
+    with pytest.raises(GrowthError, match=message):
+        grow_model(model, "head_dim", 24, **arguments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_yarn_is_exact_or_refused(data):
+    """Whatever the context, theta and truncation, `spread` and `preserving` keep all frequencies or are refused."""
+    draw = data.draw
+    rope = {
+        **YARN,
+        "rope_theta": draw(st.sampled_from([2.0, 10.0, 1e4, 5e5])),
+        "original_max_position_embeddings": draw(st.integers(8, 100_000)),
+        "truncate": draw(st.booleans()),
+    }
+    model = tiny_model("llama", dataclasses.replace(MQA, num_hidden_layers=1), torch.float64, rope_parameters=rope)
+    init = draw(st.sampled_from(["preserving", "spread"]))
+    try:
+        grown = grow_model(model, "head_dim", draw(st.sampled_from([24, 36])), init=init)
+    except GrowthError as refusal:
+        assert "yarn" in str(refusal)
+        return
+    assert logit_error(model, grown) < 1e-10
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_partial_rotary_embeddings_of_gpt_neox(share):
+    settings = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": share, "rope_type": "default"}}
+    dims = ModelDims(64, 40, 2, 4)
+    for init in ("preserving", "copy"):
+        new = dims.replace(hidden_size=128, num_attention_heads=8, num_key_value_heads=8)
+        assert check(Case("gpt_neox", "hidden", new, init, dims, settings=settings)).error < 1e-5
+    for parallel in (False, True):
+        settings["use_parallel_residual"] = parallel
+        assert check(Case("gpt_neox", "layer", dims.replace(num_hidden_layers=3), "preserving", dims)).error < 1e-5
+
+
+# --- layers of several types ---
+
+WINDOWED = {
+    "gemma2": {"query_pre_attn_scalar": 12},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "mistral": {},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_sliding_windows_stay_with_their_layers(family):
+    dims = GQA.replace(num_hidden_layers=3)
+    extra = dict(WINDOWED[family])
+    if family != "mistral":
+        extra["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_model(family, dims, torch.float64, **extra)
+    assert model.config.sliding_window == 8
+    unwindowed = tiny_model(family, dims, torch.float64, **{**extra, "sliding_window": 4096})
+    assert logit_error(model, unwindowed, LONG) > 0.01, "the window does not matter, so the test shows nothing"
+    for operator, init, size in (("layer", "preserving", 5), ("ffn", "copy", 80), ("hidden", "preserving", 72)):
+        grown = grow_model(model, operator, size, init=init)
+        assert logit_error(model, grown, LONG) < 1e-10, operator
+    if family == "mistral":
+        return
+    kinds = {"s": "sliding_attention", "f": "full_attention"}
+    for init, types in (("preserving", "ssffs"), ("interleave", "ssffs"), ("stack", "sfssf")):
+        grown = grow_model(model, "layer", 5, init=init)
+        assert grown.config.layer_types == [kinds[letter] for letter in types]
+        check(Case(family, "layer", dims.replace(num_hidden_layers=5), init, dims, settings=extra))
+
+
+# --- heads and their keys ---
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("init", ["preserving", "copy"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((4, 2), (4, 4)),  # GQA to MHA
+        ((4, 1), (4, 2)),  # MQA to GQA
+        ((4, 2), (8, 4)),  # key/value heads at a constant group
+        ((4, 2), (6, 3)),
+        ((4, 2), (8, 2)),  # query heads at constant key/value heads
+        ((4, 1), (6, 1)),
+        ((4, 2), (12, 4)),  # both
+        ((4, 4), (8, 4)),  # MHA to GQA by more query heads
+    ],
+    ids=str,
+)
+def test_query_and_key_value_heads(family, init, old, new):
+    dims = ModelDims(48, 40, 2, *old, 12)
+    grown = dims.replace(num_attention_heads=new[0], num_key_value_heads=new[1])
+    source = tiny_model(family, dims, torch.float64)
+    assert logit_error(source, grow_model(source, "mha", grown, init=init)) < 1e-10
+
+
+def test_query_heads_cannot_leave_their_keys():
+    with pytest.raises(GrowthError, match="would part query heads from their keys; keep num_key_value_heads at 2"):
+        grow_model(tiny_model("llama", ModelDims(48, 40, 1, 12, 2, 12)), "mha", ModelDims(48, 40, 1, 12, 3, 12))
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("init", ["preserving", "copy"])
+def test_a_tied_layer_norm_cannot_be_padded(init):
+    model = tiny_model("gpt_neox", MHA, tied=True)
+    uneven = MHA.replace(hidden_size=72, num_attention_heads=6, num_key_value_heads=6)
+    with pytest.raises(GrowthError, match="tied embeddings cannot grow exactly by padding"):
+        grow_model(model, "hidden", uneven, init=init)
+    assert grow_model(model, "hidden", uneven, init="random").config.hidden_size == 72
+    double = MHA.replace(hidden_size=96, num_attention_heads=8, num_key_value_heads=8)
+    if init == "copy":
+        assert logit_error(model, grow_model(model, "hidden", double, init=init)) < 1e-5
+
+
+def test_an_unknown_family():
+    with pytest.raises(
+        ArchitectureError, match=r"no axis table for model_type 'olmo2' \(supported: llama, .*CONTRIBU"
+    ):
+        conformance("olmo2")
+    with pytest.raises(ArchitectureError, match="'gpt2'"):
+        plan_growth({"model_type": "gpt2"}, "ffn", 64)
+
+
+def test_a_family_of_ones_own(monkeypatch):
+    """A third party's table: Qwen 2's model under Llama's table plus its biases."""
+    qwen2 = ARCHITECTURES["qwen2"]
+    own = dataclasses.replace(LLAMA, model_type="qwen2", parameters=qwen2.parameters)
+    monkeypatch.setitem(ARCHITECTURES, "qwen2", own)
+    cases = conformance_cases("qwen2", every=False)[4::3]
+    assert all(check(case).refused == "" for case in cases)
+
+
+# --- the tools and the page ---
+
+
+def test_models_and_errors():
+    one, same, other = tiny_model("llama"), tiny_model("llama"), tiny_model("llama", seed=1)
+    assert logit_error(one, same) == 0 and logit_error(one, other) > 0.1
+    gains = tiny_model("gemma2").model.norm.weight + 1
+    assert 0.5 <= gains.min() < gains.max() <= 1.5
+    assert tiny_model("llama", tied=True).lm_head.weight.shape == (64, 48)
+    assert probe().shape == (2, 20) and torch.equal(probe(), probe())
+    refused = check(Case("llama", "head_dim", MHA.replace(head_dim=18), "spread"))
+    assert "whole multiple" in refused.refused and math.isnan(refused.error)
+    assert isinstance(tiny_model("mistral"), type(AutoModelForCausalLM.from_config(tiny_model("mistral").config)))
+
+
+def rows(page):
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_page_in_docs_has_the_suites_rows():
+    """Run `python -m slop_hf.testing --output docs/exactness.md` after a change of families, operators or inits."""
+    page = EXACTNESS.read_text(encoding="utf-8")
+    expected = [[family, name, init] for family in ARCHITECTURES for name in INITS for init in INITS[name]]
+    assert [row[:3] for row in rows(page)] == expected
+    for family, _, init, keeps, double, single, *_ in rows(page):
+        assert keeps in ("yes", "no", ""), (family, init)
+        if keeps == "yes":
+            assert float(double) <= 1e-10 and float(single) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_page_is_the_same_each_time():
+    assert rows(exactness_page(["gpt_neox"])) == rows(exactness_page(["gpt_neox"]))

@@ -1,0 +1,102 @@
+"""hypothesis looks for a structure, dtype or mixture of inits that growth gets wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slop_hf import ModelDims
+from slop_hf.architectures import ARCHITECTURES
+from slop_hf.growth import INITS
+from slop_hf.operators import operators_between
+from slop_hf.testing import Case, check
+
+DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
+FAST = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+THOROUGH = settings(FAST, max_examples=500)
+
+
+@st.composite
+def growths(draw):
+    """A case with sizes of its own: of one operator or of several at once, each with one of its inits."""
+    family = draw(st.sampled_from(list(ARCHITECTURES)))
+    table = ARCHITECTURES[family]
+    exact = draw(st.sampled_from([True, True, False]))
+    kv = draw(st.integers(1, 3))
+    heads = kv * (draw(st.integers(1, 3)) if table.own_head_dim else 1)
+    head_dim = 2 * draw(st.integers(2, 4))
+    hidden = heads * (2 * draw(st.integers(1, 4)) if table.own_head_dim else head_dim)
+    if not table.own_head_dim:
+        kv = heads
+    layers, ffn = draw(st.integers(1, 3)), draw(st.integers(1, 24))
+    old = ModelDims(hidden, ffn, layers, heads, kv, head_dim)
+
+    wanted = draw(st.sets(st.sampled_from(list(INITS)), min_size=1))
+    if not table.own_head_dim:
+        wanted -= {"head_dim"}
+        wanted |= {"hidden", "mha"} if wanted & {"hidden", "mha"} else set()
+    changes = {}
+    if "mha" in wanted:
+        more_kv = kv + draw(st.integers(0, 2))
+        group = heads // kv + draw(st.integers(0, 2)) if table.own_head_dim else 1
+        changes.update(num_attention_heads=more_kv * group, num_key_value_heads=more_kv)
+    new_heads = changes.get("num_attention_heads", heads)
+    if not table.own_head_dim:
+        changes["hidden_size"] = new_heads * head_dim
+    elif "hidden" in wanted or hidden % new_heads:
+        changes["hidden_size"] = new_heads * (-(-hidden // new_heads) + draw(st.integers(0, 3)))
+    if "ffn" in wanted:
+        changes["intermediate_size"] = ffn + draw(st.integers(1, 2 * ffn + 3))
+    if "layer" in wanted:
+        changes["num_hidden_layers"] = layers + draw(st.integers(1, 3))
+    multiple = draw(st.booleans())
+    if "head_dim" in wanted:
+        changes["head_dim"] = (
+            head_dim * draw(st.integers(2, 3)) if multiple else head_dim + 2 * draw(st.integers(1, 4))
+        )
+    new = old.replace(**changes)
+    operators = operators_between(old, new)
+
+    inits = {}
+    tied = draw(st.booleans())
+    for name in operators:
+        known = [init for init in INITS[name] if (init in ("preserving", "copy", "spread")) == exact]
+        if name == "head_dim" and not multiple and "spread" in known:
+            known.remove("spread")
+        if name == "head_dim" and table.norms_heads:
+            known = ["random"]
+        if name == "hidden" and table.norm == "layer" and tied and exact:
+            known = ["copy"] if new.hidden_size % old.hidden_size == 0 else ["random"]
+        inits[name] = draw(st.sampled_from(known))
+    flags = {row.when: draw(st.booleans()) for row in table.parameters if row.when}
+    # A norm over a few slots can magnify rounding more than a hundredfold; float64 tells that from a mistake.
+    dtype = torch.float64 if hidden < 12 else draw(st.sampled_from(DTYPES))
+    return Case(family, operators, new, inits, old, tied, dtype, flags)
+
+
+def keeps_its_promises(case, seed):
+    if not case.operator:
+        return
+    result = check(case, seed=seed)
+    assert result.refused == "", f"{case}: {result.refused}"
+    assert result.preserves == all(init in ("preserving", "copy", "spread") for init in case.init.values())
+    alone = case.operator[0] if len(case.operator) == 1 else None
+    if alone:
+        # What an operator does alone and what it does in a stage of one are the same.
+        same = dataclasses.replace(case, operator=alone, init=case.init[alone])
+        assert check(same, seed=seed).error == result.error
+
+
+@FAST
+@given(growths(), st.integers(0, 2**31))
+def test_random_growths(case, seed):
+    keeps_its_promises(case, seed)
+
+
+@pytest.mark.slow
+@THOROUGH
+@given(growths(), st.integers(0, 2**31))
+def test_many_random_growths(case, seed):
+    keeps_its_promises(case, seed)
