@@ -271,6 +271,21 @@ def test_sliding_windows_stay_with_their_layers(family):
         check(Case(family, "layer", dims.replace(num_hidden_layers=5), init, dims, settings=extra))
 
 
+def test_an_inserted_layer_learns_in_new_hidden_slots():
+    """Its closing norms are silent, and its branches write zeros to new slots: one of the two must not be zero."""
+    new = GQA.replace(num_hidden_layers=3, hidden_size=72)
+    for init in ("preserving", "copy"):
+        inits = {"layer": "preserving", "hidden": init}
+        result = check(Case("gemma2", ("layer", "hidden"), new, inits, GQA, dtype=torch.float64))
+        assert result.preserves and result.error < 1e-10
+
+
+def test_noise_of_copies_sums_to_zero_in_float64():
+    for operator, size in (("ffn", 120), ("mha", 12)):
+        model = tiny_model("llama", GQA, torch.float64)
+        assert 0 < logit_error(model, grow_model(model, operator, size, init="copy", noise=5.0)) < 1e-12
+
+
 # --- heads and their keys ---
 
 
