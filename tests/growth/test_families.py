@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from slop_hf import ModelDims, grow_model
+from slop_hf import GrowthStage, ModelDims, grow_model
 from slop_hf.architectures import ARCHITECTURES, LLAMA
 from slop_hf.errors import ArchitectureError, GrowthError
 from slop_hf.growth import INITS, inits, plan_growth
@@ -284,6 +284,16 @@ def test_noise_of_copies_sums_to_zero_in_float64():
     for operator, size in (("ffn", 120), ("mha", 12)):
         model = tiny_model("llama", GQA, torch.float64)
         assert 0 < logit_error(model, grow_model(model, operator, size, init="copy", noise=5.0)) < 1e-12
+
+
+def test_noise_writes_nothing_to_new_hidden_slots():
+    """The rounding of a zero sum would be magnified by every closing norm on its way."""
+    dims, new = ModelDims(2, 17, 3, 1, 1, 4), ModelDims(18, 28, 4, 6, 2, 4)
+    inits = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "preserving"}
+    model = tiny_model("gemma2", dims, torch.float64)
+    grown = grow_model(model, GrowthStage(tuple(inits), new, init=inits), noise=5.0)
+    assert logit_error(model, grown) < 1e-12
+    assert not grown.model.layers[0].mlp.down_proj.weight[2:].any()
 
 
 # --- heads and their keys ---

@@ -58,6 +58,10 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan) -> torch.Tensor:
     grown = assemble(source, plan.maps, plan.fill, factor, generator)
     if plan.noise:
         add_zero_sum_noise(grown, plan.maps[-1], plan.noise, generator)
+        # Rows that are to write zeros would write the rounding of that sum, which later layers magnify.
+        for run in plan.maps[0].runs:
+            if run.old is None and not plan.fill([run.operator, None]).std:
+                grown[run.start : run.start + run.length] = 0
     return grown
 
 
