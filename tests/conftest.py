@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+from hypothesis import settings
+
 _hf_home = tempfile.TemporaryDirectory(prefix="slop-hf-tests-", ignore_cleanup_errors=True)  # removed at exit
 
 os.environ.update(
@@ -12,8 +14,6 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )
-
-from hypothesis import settings
 
 # The same examples in every run: a change is judged by what it changed, not by the dice.
 settings.register_profile("steady", derandomize=True, deadline=None)
