@@ -122,7 +122,7 @@ class GrowthPlan:
         init = self.inits.get("layer", "stack")
         return tuple(LAYER_INITS[init](self.old.num_hidden_layers, self.new.num_hidden_layers))
 
-    @property
+    @cached_property
     def inserted(self) -> frozenset[int]:
         """New layers that add nothing to the residual stream."""
         if self.inits.get("layer") != "preserving":

@@ -153,7 +153,9 @@ class SlopTrainer(Trainer):
                 self.schedule.to_yaml(self.run.path / SCHEDULE_FILE)
             return 0, None, None
         if not self.run.exists:
-            raise RunError(f"nothing to resume: {self.run.path} holds no run")
+            raise RunError(
+                f"nothing to resume: {self.run.path} holds no run; begin one with resume_from_checkpoint=None"
+            )
         check_same_schedule(self.run, self.schedule)
         number = self.run.finished_stages
         checkpoint = None if self.run.is_finished else last_checkpoint(self.run, number)
