@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -11,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from .safetensors_io import (
     read_tensor,
     write_tensor,
 )
-from .tensors import grow_parameter
+from .tensors import grow_parameter, worker_threads
 from .verify import combine_hashes, probe_checkpoints, tensor_hash
 
 #: Memory of the tensors in flight; one that takes more by itself is made alone.
@@ -60,7 +60,7 @@ def grow_checkpoint(
     """Grow a checkpoint into a new directory, with its tokenizer, generation config and a receipt.
 
     Safetensors to safetensors, a tensor at a time: the memory that it takes is that of the largest tensor, before and
-    after, or half a GiB where that is more. The weights are those of `grow_model`, bit for bit, each in the dtype
+    after, and at least half a GiB to work in. The weights are those of `grow_model`, bit for bit, each in the dtype
     that it is stored in. The directory is complete or absent; what a killed run leaves beside it (`.NAME.writing`)
     is removed by the next.
 
@@ -183,8 +183,10 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
             with lock:
                 bar.update(nbytes)
 
+        memory = _Memory(IN_FLIGHT_BYTES // (2 * threads))
+
         def make(one: TensorPlan) -> None:
-            write_tensor(directory, one.target, _grow(one, hashes, lock), advance)
+            write_tensor(directory, one.target, _grow(one, hashes, lock, memory), advance)
             with lock:
                 unwritten[str(one.target.file)] -= 1
                 last = not unwritten[str(one.target.file)]
@@ -195,11 +197,11 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
     return combine_hashes((name, digest) for name, digest in hashes.items() if digest)
 
 
-def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock) -> torch.Tensor:
-    """The grown tensor; the source is hashed when it is first read."""
-    steps = one.steps
+def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, memory: _Memory) -> torch.Tensor:
+    """The grown tensor, in the thread's memory; the source is hashed when it is first read."""
+    steps, dtype = one.steps, FLOATS[one.source.dtype]
     if one.is_read:
-        value = read_tensor(one.source)
+        value = read_tensor(one.source, memory.tensor("read", one.source.shape, dtype))
         name = steps[0].source
         with lock:
             is_first = name not in hashes
@@ -207,11 +209,31 @@ def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock) 
         if is_first:
             hashes[name] = tensor_hash(value)
     else:
-        value = torch.empty(0, dtype=FLOATS[one.source.dtype])
+        value = torch.empty(0, dtype=dtype)
         steps = steps[max(i for i, step in enumerate(steps) if step.silent) :]
-    for step in steps:
+    for step in steps[:-1]:
         value = grow_parameter(value, step)
-    return value
+    return grow_parameter(value, steps[-1], memory.tensor("written", one.target.shape, dtype))
+
+
+class _Memory(threading.local):
+    """A thread's memory for the tensor that it reads and the one that it writes, used again for the next.
+
+    The kernel clears every page that it hands out, which takes longer than to fill it. A tensor of more than `limit`
+    bytes has memory of its own, which is given back.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: dict[str, torch.Tensor] = {}
+
+    def tensor(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._limit:
+            return torch.empty(shape, dtype=dtype)
+        if use not in self._held:
+            self._held[use] = torch.empty(self._limit, dtype=torch.uint8)  # pages that are never touched cost nothing
+        return self._held[use][:nbytes].view(dtype).view(shape)
 
 
 class _InFlight:
@@ -254,7 +276,7 @@ def _in_threads(tensors: Sequence[TensorPlan], make: Callable[[TensorPlan], None
         finally:
             flight.leave(one.working_bytes)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with worker_threads(threads) as pool:
         try:
             entered = (one for one in tensors if flight.enter(one.working_bytes))
             for future in [pool.submit(run, one) for one in entered]:

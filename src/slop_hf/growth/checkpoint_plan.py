@@ -61,12 +61,12 @@ class TensorPlan:
 
     @property
     def working_bytes(self) -> int:
-        """Memory that making it takes: a step's old and new tensor, and the float32 arithmetic on the old one."""
+        """Memory that making it takes: a step's old and new tensor, and an old one that is centred in float32."""
         sizes = [self.source.numel, *(_numel(axis.new_size for axis in step.maps) for step in self.steps)]
         width = FLOATS[self.source.dtype].itemsize
         float32 = 8 if width < 4 else width
         return max(
-            (old + new) * width + (old * float32 if _computes(step) else 0)
+            (old + new) * width + (old * float32 if step.centre else 0)
             for old, new, step in zip(sizes, sizes[1:], self.steps, strict=False)
         )
 
@@ -334,11 +334,6 @@ def _free_bytes(target: Path) -> int:
     leftover = target.with_name(f".{target.name}.writing")  # as `written_aside` names it
     taken = sum(path.stat().st_size for path in leftover.rglob("*") if path.is_file())
     return shutil.disk_usage(parent).free + taken
-
-
-def _computes(step: ParameterPlan) -> bool:
-    reads = step.row.reads
-    return step.centre or step.scale != 1.0 or (reads is not None and step.maps[reads].most_copies > 1)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

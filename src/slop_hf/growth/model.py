@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import cast
 
@@ -16,7 +15,7 @@ from ..errors import GrowthError
 from ..schedule import GrowthStage
 from .peft import base_of, grow_adapters, is_peft_model
 from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth
-from .tensors import grow_parameter
+from .tensors import grow_parameter, worker_threads
 
 
 def grow_model(
@@ -81,13 +80,8 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
             "merge adapters and undo quantisation before growing"
         )
     parameters = list(plan.parameters())
-    threads = torch.get_num_threads()
-    # Random numbers are drawn on one thread a tensor, so threads share out the tensors.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            grown = list(pool.map(lambda one: grow_parameter(weights[one.source], one), parameters))
-        finally:
-            torch.set_num_threads(threads)
+    with worker_threads(torch.get_num_threads()) as pool:
+        grown = list(pool.map(lambda one: grow_parameter(weights[one.source], one), parameters))
     return {parameter.name: tensor for parameter, tensor in zip(parameters, grown, strict=True)}
 
 
