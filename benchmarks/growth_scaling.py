@@ -156,10 +156,11 @@ def draw_figure(record: Record, path: Path) -> None:
             axes.set_xlabel("parameters of the source")
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(FixedLocator(sizes))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1e6:,.3g}M"))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1e6:,.0f}M"))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3, which="both", linewidth=0.4)
-            axes.legend()
+            axes.legend(loc="upper left")
+            axes.set_ylim(top=axes.get_ylim()[1] * 6)  # room for the legend
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
     path.parent.mkdir(parents=True, exist_ok=True)
