@@ -1,6 +1,7 @@
 """Training through a schedule."""
 
 from .arguments import SlopTrainingArguments
+from .calibration import StepTimes, calibrate
 from .config import RunConfig, build_trainer, preview_run
 from .spans import StageSpan, stage_spans
 from .trainer import SlopTrainer
@@ -10,7 +11,9 @@ __all__ = [
     "SlopTrainer",
     "SlopTrainingArguments",
     "StageSpan",
+    "StepTimes",
     "build_trainer",
+    "calibrate",
     "preview_run",
     "stage_spans",
 ]

@@ -99,6 +99,7 @@ class SlopTrainer(Trainer):
         self._writing: Path | None = None
         self.add_callback(LogStageEnd(lambda: self._span.end_step))
         self._seconds_before = self._stage_began = self._evaluation_seconds = 0.0
+        self._first_step = 0  # of this call; later ones may begin where a checkpoint ended
 
     # ---- The run -----------------------------------------------------------------------------------------------
 
@@ -275,7 +276,8 @@ class SlopTrainer(Trainer):
             self.state.num_input_tokens_seen = before.num_input_tokens_seen
             self.state.log_history = list(before.log_history)
         self.state.max_steps = self.spans[-1].end_step
-        done = self.state.global_step - self._span.first_step
+        self._first_step = self.state.global_step
+        done = self._first_step - self._span.first_step
         return 0, done * self.args.gradient_accumulation_steps
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,7 +331,7 @@ class SlopTrainer(Trainer):
         for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
             logs[name.removesuffix("loss") + "perplexity"] = math.exp(min(logs[name], MAX_EXPONENT))
         if "train_runtime" in logs:
-            done = self.state.global_step - self._initial_global_step
+            done = self.state.global_step - self._first_step
             logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
             logs["train_samples_per_second"] = round(
                 done * self._span.blocks / self._span.steps / logs["train_runtime"], 3
