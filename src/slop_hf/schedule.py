@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +12,7 @@ from .dims import ModelDims
 from .errors import GrowthError, ScheduleError
 from .operators import OPERATORS, operator_named, operators_between
 from .serialization import parse, read_yaml, to_yaml, write_text
-
-#: The paper trains the initial model on 25B tokens and every stage on 10B.
-PAPER_INITIAL_SHARE = 2.5
+from .tokens import PAPER_INITIAL_SHARE, token_shares
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,20 @@ class GrowthSchedule:
         Every growth stage takes one share and the initial model `initial_share` of them: 25B and 10B each in
         the paper (Section 4.1). An `initial_share` of 0 is for a model that is trained already.
         """
-        shares = token_shares(total, len(self.stages), initial_share=initial_share)
-        stages = tuple(replace(stage, tokens=share) for stage, share in zip(self.stages, shares[1:], strict=True))
-        return replace(self, initial_tokens=shares[0], stages=stages)
+        return self.with_shares(token_shares(total, len(self.stages), initial_share=initial_share))
+
+    def with_shares(self, tokens: Sequence[int]) -> GrowthSchedule:
+        """The same schedule with other tokens for each stage of training, the initial model's first.
+
+        Raises:
+            ScheduleError: where they are not as many as the stages.
+        """
+        if len(tokens) != len(self.stages) + 1:
+            raise ScheduleError(
+                f"{len(tokens)} token counts for an initial model and {len(self.stages)} stages: give one for each"
+            )
+        stages = tuple(replace(stage, tokens=count) for stage, count in zip(self.stages, tokens[1:], strict=True))
+        return replace(self, initial_tokens=tokens[0], stages=stages)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The schedule as YAML text, also written to `path` if one is given."""
@@ -169,20 +178,6 @@ class GrowthSchedule:
 
     def __iter__(self) -> Iterator[GrowthStage]:
         return iter(self.stages)
-
-
-def token_shares(total: float, stages: int, *, initial_share: float = PAPER_INITIAL_SHARE) -> list[int]:
-    """`total` tokens for the initial model and `stages` growth stages, in whole tokens.
-
-    >>> token_shares(65e9, 4)
-    [25000000000, 10000000000, 10000000000, 10000000000, 10000000000]
-    """
-    if not total > 0 or initial_share < 0:
-        raise ScheduleError(f"tokens must be positive and shares not negative, got {total} and {initial_share}")
-    parts = stages + initial_share
-    if not parts:
-        raise ScheduleError("a schedule without stages trains its initial model: give it a share of the tokens")
-    return [round(total * initial_share / parts)] + [round(total / parts)] * stages
 
 
 def _check_tokens(tokens: int) -> None:
