@@ -199,7 +199,7 @@ def test_bad_planners(arguments, message):
         ({"target_params": -1}, "must be a positive number"),
         ({"target_params": float("nan")}, "must be a positive number"),
         ({"target_params": 1e9, "tolerance": 1.5}, "tolerance must be a share"),
-        ({"target_params": 1e9, "min_layers": 9, "max_layers": 8}, "bounds contradict: layers 9 to 8"),
+        ({"target_params": 1e9, "min_layers": 9, "max_layers": 8}, "bounds contradict: min_layers 9 and max_layers 8"),
         ({"target_params": 1e9, "min_aspect": 0}, "bounds contradict"),
         ({"target_params": 1e9, "hidden_multiple": 0}, "hidden_multiple must be at least 1"),
         ({"target_params": 1e9, "count": "some"}, "'model' or 'paper'"),

@@ -1,42 +1,71 @@
-"""`SlopPlanner`: the best growth schedules through a space of configurations.
-
-With each dimension grown once, a path to a target is an order of the operators; the planner scores every order of
-every target in numpy and keeps the best K. This is the exact answer that Algorithm 1 of the paper searches for.
-Cost: (number of targets) x (number of operators)! paths, a few dozen bytes each.
-"""
+"""`SlopPlanner`: the best growth schedules through a space of configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import permutations
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Literal
 
 import numpy as np
 
+from .budget import Budget, TokenRule
+from .corners import Corners, best_orders
 from .dims import ModelDims
-from .errors import PlanError
-from .objectives import NEED_TOKENS, OBJECTIVES, Paths, flops
+from .errors import GrowthError, PlanError
+from .graph import GrowthGraph, StageCost, check_size, count_edges, grid_edges, significant
+from .grid import OWN_FIELD, GrowthGrid, axis_values, build_grid, grid_key, grid_shape
+from .hours import CostModel
+from .objectives import OBJECTIVES, Objective, score, step_of
 from .operators import OPERATORS, operator_named, operators_between
-from .schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage, token_shares
-from .space import ConfigSpace, DimsArray
+from .rules import PathRules, beyond
+from .scaling import ScalingLaw
+from .schedule import GrowthSchedule, GrowthStage
+from .space import ConfigSpace
+from .structures import DimsArray, Prices, Structures
+from .tokens import PAPER_INITIAL_SHARE
+
+Mode = Literal["once", "repeated", "joint"]
+Sharing = Literal["paper", "utility"]
+Path = tuple[ModelDims, ...]
+
+#: Up to so many targets may have a grid each, where the boxes to them are small beside the box around all of them.
+_MAX_ALONE = 64
 
 
 @dataclass(frozen=True)
 class SlopPlanner:
     """Finds growth schedules from an initial structure to the targets of a space.
 
-    Each operator grows once, in a stage of its own. A dimension without an operator of its own follows `hidden`:
-    heads always did in the paper's tables (fixed head_dim), and ffn does in its Table 4. Only structures that
-    transformers can load count.
+    A dimension without an operator of its own follows `hidden`: heads always did in the paper's tables (fixed
+    head_dim), and ffn does in its Table 4. Only structures that transformers can load and the space allows count.
+
+    | mode | a stage grows | number of stages | cost |
+    |---|---|---|---|
+    | `once` (the paper) | one dimension, all the way to the target | one for each operator | targets x orders |
+    | `repeated` | one dimension, by any amount | given, or free | structures x values of a dimension x stages |
+    | `joint` | any number of dimensions, by any amounts | given, or free | pairs of structures x stages |
+
+    All are exact. `once` scores every order of every target; the others are Algorithm 1 in its general form, a layered
+    dynamic programme over (structure, number of stages) on the grid of the space's multiples.
 
     Args:
         initial: the structure to grow from.
-        space: the targets.
+        space: the targets, and what limits every structure on the way.
         operators: the dimensions to grow, in any order.
         objective: a name in `objectives.OBJECTIVES`.
+        cost_model: hours of the hardware, for the objectives that need them.
+        law: the scaling law that predicts losses.
+        mode: see the table.
+        stages: number of growth stages; None for `once`, or to leave it free.
+        max_stages: the largest number where it is free.
+        stage_price: what a stage costs beside its training, in the objective's unit; for sums that are to be small.
+        max_factor: largest growth of the parameters in one stage; None for any.
+        through: structures that every schedule has to pass.
 
     Raises:
-        PlanError: for an unknown operator or objective.
+        PlanError: for arguments that contradict one another or mean nothing.
 
     >>> space = ConfigSpace(targets=[ModelDims(2816, 7680, 8, 22), ModelDims(1280, 3584, 40, 10)])
     >>> best = SlopPlanner(ModelDims(768, 2048, 6, 6), space).plan(top_k=1)[0]
@@ -48,6 +77,14 @@ class SlopPlanner:
     space: ConfigSpace
     operators: Sequence[str] = ("layer", "ffn", "hidden")
     objective: str = "delta_params"
+    cost_model: CostModel | None = None
+    law: ScalingLaw = field(default_factory=ScalingLaw)
+    mode: Mode = "once"
+    stages: int | None = None
+    max_stages: int = 6
+    stage_price: float = 0.0
+    max_factor: float | None = None
+    through: Sequence[ModelDims] = ()
 
     def __post_init__(self) -> None:
         if not self.operators or len(set(self.operators)) < len(self.operators):
@@ -56,111 +93,278 @@ class SlopPlanner:
             operator_named(name)
         if self.objective not in OBJECTIVES:
             raise PlanError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
+        if self.mode not in ("once", "repeated", "joint"):
+            raise PlanError(f"mode must be 'once', 'repeated' or 'joint', got {self.mode!r}")
+        if self._objective.needs_cost_model and self.cost_model is None:
+            raise PlanError(f"objective {self.objective!r} needs hours: give a cost model, see `slop calibrate`")
+        if self.max_factor is not None and not (math.isfinite(self.max_factor) and self.max_factor > 1):
+            raise PlanError(f"max_factor must be a number above 1, such as 2, got {self.max_factor}")
+        self._check_stages()
+        for waypoint in self.through:
+            try:
+                operators_between(self.initial, waypoint)
+            except GrowthError as caught:
+                raise PlanError(f"no schedule can pass through {waypoint}: from {self.initial}, {caught}") from None
+        if obstacle := self.space.obstacle(self.initial):
+            raise PlanError(f"the initial structure is not one that the space allows: {obstacle}")
+
+    def _check_stages(self) -> None:
+        for name, value in (("stages", self.stages), ("max_stages", self.max_stages)):
+            if value is not None and value < 1:
+                raise PlanError(f"{name} must be at least 1, got {value}")
+        if self.mode == "once" and self.stages not in (None, len(self.operators)):
+            raise PlanError(
+                f"mode 'once' has a stage for each of {len(self.operators)} operators, got stages={self.stages}; "
+                "take mode 'repeated' or 'joint' for another number"
+            )
+        if not (math.isfinite(self.stage_price) and self.stage_price >= 0):
+            raise PlanError(f"stage_price must be 0 or more, got {self.stage_price}")
+        if self.stage_price and not self._objective.compares_stages:
+            raise PlanError(f"a stage has no price in the unit of {self.objective!r}; take objective flops or hours")
+        if self.mode != "once" and self.stages is None and not self._objective.compares_stages:
+            raise PlanError(
+                f"objective {self.objective!r} cannot choose the number of stages: each stage is one more factor (or "
+                "summand), so that the choice would depend on the unit it is counted in; give stages, or take "
+                "objective flops or hours"
+            )
+
+    @property
+    def _objective(self) -> Objective:
+        return OBJECTIVES[self.objective]
+
+    @property
+    def _prices(self) -> Prices:
+        return Prices(self.space.config, self.space.sequence_length, self.cost_model, self.law)
+
+    @property
+    def rules(self) -> PathRules:
+        """What the structures and growths of a schedule keep to."""
+        return PathRules(self.space, self.max_factor, tuple(self.through))
 
     def plan(
         self,
         top_k: int = 5,
         *,
-        tokens: float | None = None,
+        tokens: float | Sequence[float] | None = None,
         initial_share: float = PAPER_INITIAL_SHARE,
+        already_seen: float = 0.0,
+        sharing: Sharing = "paper",
     ) -> list[GrowthSchedule]:
-        """The best schedules, best first.
+        """The best schedules, best first, all different.
 
-        Equal scores are ordered by the FLOPs of stages of equal length, then by target and sequence.
+        In mode `once` equal scores are ordered by the FLOPs of stages of equal length, then by target and sequence;
+        in the others by number of stages, then by the structures along the way.
 
         Args:
             top_k: how many schedules.
-            tokens: training tokens of the whole run, shared out by the paper's rule (`GrowthSchedule.with_tokens`).
-            initial_share: the initial model's share of the tokens, a growth stage having 1.
+            tokens: training tokens of the whole run, or of each stage, the initial model's first.
+            initial_share: the initial model's share of the tokens, a growth stage having 1 (the paper's rule); 0 for
+                a model that is trained already.
+            already_seen: tokens that the initial model was trained on before.
+            sharing: "utility" shares the tokens of the schedules found out once more, by equal marginal utility
+                (`tokens.utility_shares`); they were ranked with the paper's shares.
 
         Raises:
             PlanError: where no schedule exists; the message says what stands in the way.
         """
+        rule = TokenRule(tokens, initial_share, already_seen, sharing)
+        self._check_request(top_k, rule)
+        targets = self._reachable_targets()
+        found = self._ordered(targets, rule, top_k) if self.mode == "once" else self._searched(targets, rule, top_k)
+        if not found:
+            raise PlanError(self._no_path())
+        if sharing == "utility":
+            found = [(path, self._by_utility(path, rule)) for path, _ in found]
+        return [self._schedule(path, budget) for path, budget in found]
+
+    def _check_request(self, top_k: int, rule: TokenRule) -> None:
         if top_k < 1:
             raise PlanError(f"top_k must be at least 1, got {top_k}")
-        if tokens is None and self.objective in NEED_TOKENS:
-            raise PlanError(f"objective {self.objective!r} needs a token budget: give tokens")
-        shares = None if tokens is None else token_shares(tokens, len(self.operators), initial_share=initial_share)
-        targets = DimsArray.of(self._reachable_targets())
-        orders = list(permutations(sorted(self.operators)))
-        candidates = [self._paths(targets, order, shares) for order in orders]
-        loadable = np.stack([paths.structures.loadable.all(axis=1) for paths in candidates], axis=1)
-        if not loadable.any():
+        if self._objective.needs_tokens and rule.tokens is None:
+            raise PlanError(f"objective {self.objective!r} needs a token budget: give tokens, such as 65e9")
+        if rule.is_for_each_stage and self.mode != "once" and self.stages is None:
+            raise PlanError("tokens for each stage need a given number of stages: give stages")
+        if self.objective == "loss_per_hour" and not rule.knows_the_start:
             raise PlanError(
-                "in every order some structure between initial and target has a hidden size that its heads do not "
-                "divide, which transformers refuses; let the heads follow hidden (leave out 'mha') or choose head "
-                "counts that divide both hidden sizes"
+                "objective 'loss_per_hour' has to know how good the initial model is: give the tokens that it was "
+                "trained on (already_seen), or a share of the budget"
             )
-        scores = np.stack([OBJECTIVES[self.objective](paths) for paths in candidates], axis=1)
-        even = np.stack([flops(replace(paths, tokens=np.ones(len(orders[0]) + 1))) for paths in candidates], axis=1)
-        best = self._best(np.where(loadable, scores, np.inf), even, top_k)
-        return [self._schedule(candidates[order], orders[order], target, shares) for target, order in best]
 
-    @staticmethod
-    def _best(scores: np.ndarray, tie_break: np.ndarray, top_k: int) -> list[tuple[int, int]]:
-        """Indices (target, order) of the smallest finite `scores` [targets, orders]."""
-        # Products of the same factors in another order differ in the last bits: round before ranking.
-        ranks = np.round(np.log(scores), 10).ravel()
-        chosen = np.lexsort((tie_break.ravel(), ranks))[:top_k]  # stable, so that equal ones keep their order
-        return [divmod(int(index), scores.shape[1]) for index in chosen if np.isfinite(ranks[index])]
+    def _by_utility(self, path: Path, rule: TokenRule) -> Budget:
+        structures = Structures(DimsArray.of(path), self._prices)
+        costs = structures.flops_per_token if self.cost_model is None else structures.hours_per_token
+        return rule.by_utility(structures.parameters.tolist(), costs.tolist(), self.law)
 
-    def _reachable_targets(self) -> list[ModelDims]:
-        """The targets that every operator grows towards, with no dimension left behind."""
-        reasons, reachable = [], []
-        for target in self.space.structures(self.initial):
-            reason = self._obstacle(target)
-            if reason is None:
-                reachable.append(target)
-            else:
-                reasons.append(f"{target}: {reason}")
-        if not reachable:
-            more = f" (and {len(reasons) - 1} more targets)" if len(reasons) > 1 else ""
+    def _reachable_targets(self) -> DimsArray:
+        """The targets that the operators can grow to, with no dimension left behind."""
+        targets = self.space.targets_from(self.initial)
+        changed = {name: self._changes(targets, name) for name in OPERATORS}
+        reached = self.space.allows(targets)
+        for waypoint in (self.initial, *self.through):
+            reached &= beyond(targets, waypoint)
+        for name, changes in changed.items():
+            if name in self.operators:
+                reached &= changes | (self.mode != "once")
+            elif name not in self._followers:
+                reached &= ~changes
+        reached &= np.logical_or.reduce(list(changed.values()))
+        if not reached.any():
+            more = f" (and {len(targets) - 1} more targets)" if len(targets) > 1 else ""
             raise PlanError(
-                f"no target can be reached from {self.initial} by {', '.join(self.operators)}; {reasons[0]}{more}"
+                f"no target can be reached from {self.initial} by {', '.join(self.operators)}; "
+                f"{targets.at(0)}: {self._obstacle(targets.at(0))}{more}"
             )
-        return reachable
+        return targets[reached]
+
+    def _changes(self, targets: DimsArray, operator: str) -> np.ndarray:
+        fields = OPERATORS[operator].fields
+        return np.logical_or.reduce([getattr(targets, name) != getattr(self.initial, name) for name in fields])
 
     def _obstacle(self, target: ModelDims) -> str | None:
+        """What stands in the way of one target."""
         try:
             needed = operators_between(self.initial, target)
-        except ValueError as caught:
+            for waypoint in self.through:
+                operators_between(waypoint, target)
+        except GrowthError as caught:
             return str(caught)
         idle = [name for name in self.operators if name not in needed]
-        if idle:
+        if idle and (self.mode == "once" or not needed):
             return f"{', '.join(idle)} would grow nothing; leave it out of the operators"
-        followers = [] if "hidden" not in self.operators else ["mha", "ffn"]
-        missing = [name for name in needed if name not in (*self.operators, *followers)]
+        missing = [name for name in needed if name not in (*self.operators, *self._followers)]
         if missing:
             return f"needs {', '.join(missing)} among the operators"
-        return None
+        return self.space.obstacle(target)
 
-    def _stage_operators(self, name: str) -> tuple[str, ...]:
-        """The operators of a stage: one, and with `hidden` those that follow it."""
-        followers = [other for other in ("ffn", "mha") if other not in self.operators] if name == "hidden" else []
-        return (name, *followers)
+    @property
+    def _followers(self) -> tuple[str, ...]:
+        """The operators that grow with `hidden`, having no stages of their own."""
+        own = self.operators
+        return tuple(name for name in ("ffn", "mha", "head_dim") if name not in own) if "hidden" in own else ()
 
-    def _paths(self, targets: DimsArray, order: tuple[str, ...], shares: list[int] | None) -> Paths:
-        """The path to every target [targets] in one order, as structures of shape [targets, stages + 1]."""
-        columns = {}
-        for item in fields(DimsArray):
-            start = getattr(self.initial, item.name)
-            columns[item.name] = np.full((len(targets.hidden_size), len(order) + 1), start, dtype=np.int64)
-        for number, name in enumerate(order, start=1):
-            for operator in self._stage_operators(name):
-                for field in OPERATORS[operator].fields:
-                    columns[field][:, number:] = getattr(targets, field)[:, None]
-        tokens = None if shares is None else np.array(shares)
-        return Paths(DimsArray(**columns), tokens, self.space.config, self.space.sequence_length)
+    def _ordered(self, targets: DimsArray, rule: TokenRule, top_k: int) -> list[tuple[Path, Budget]]:
+        """The best paths on which each dimension grows once."""
+        budget = rule.budget(len(self.operators))
+        grows = {name: (name, *self._followers) if name == "hidden" else (name,) for name in self.operators}
+        corners = Corners(self.initial, targets, grows, self._prices, self.rules)
+        found = []
+        for target, order in best_orders(corners, self._objective, budget, top_k):
+            own = replace(corners, targets=targets[[target]])
+            found.append((tuple(own.at(grown).at(0) for grown in own.path(order)), budget))
+        return found
 
-    def _schedule(self, paths: Paths, order: tuple[str, ...], target: int, shares: list[int] | None) -> GrowthSchedule:
-        structures = [paths.structures.at((target, number)) for number in range(len(order) + 1)]
-        tokens = shares or [0] * len(structures)
+    def _searched(self, targets: DimsArray, rule: TokenRule, top_k: int) -> list[tuple[Path, Budget]]:
+        """The best paths by one or more dimensions a stage."""
+        counts = range(1, self.max_stages + 1) if self.stages is None else [self.stages]
+        budgets = [rule.budget(count) for count in counts]
+        found = []
+        for grid, graph in self._graphs([targets.at(number) for number in range(len(targets))]):
+            for budget in budgets:
+                for cost, path in self._best_paths(grid, graph, budget, top_k):
+                    price = float(significant(np.float64(cost + self.stage_price * budget.stages)))
+                    structures = tuple(graph.structures.dims.at(vertex) for vertex in path)
+                    sizes = tuple(tuple(dims.as_dict().values()) for dims in structures)
+                    found.append(((price, budget.stages, sizes), structures, budget))
+        found.sort(key=lambda one: one[0])
+        return [(structures, budget) for _, structures, budget in found[:top_k]]
+
+    def _graphs(self, targets: Sequence[ModelDims]) -> Iterator[tuple[GrowthGrid, GrowthGraph]]:
+        """The growths to the targets; those whose followers follow alike may share a grid."""
+        values = self.axes(targets)
+
+        def key(target: ModelDims) -> tuple[str, ...]:
+            return tuple(map(str, grid_key(self.initial, target, list(values))))
+
+        for _, group in groupby(sorted(targets, key=key), key):
+            goals = list(group)
+            joint = self.mode == "joint"
+            alone = sum(count_edges(grid_shape([goal], values), joint) for goal in goals[:_MAX_ALONE])
+            is_less = len(goals) <= _MAX_ALONE and alone < count_edges(grid_shape(goals, values), joint)
+            for some in [[goal] for goal in goals] if is_less else [goals]:
+                check_size(grid_shape(some, values), joint)
+                grid = build_grid(self.initial, some, values, self.space.ffn_multiple)
+                yield grid, self.graph(grid)
+
+    def axes(self, targets: Sequence[ModelDims]) -> dict[str, np.ndarray]:
+        """The values that each dimension with stages of its own may take on the way to targets, ascending.
+
+        In mode `once` those at the two ends, otherwise also the space's multiples.
+        """
+        grown = {name for target in targets for name in operators_between(self.initial, target)}
+        own = [name for name in self.operators if name in grown]
+        if self.mode == "once":
+            ends = (self.initial, *targets)
+            return {name: np.unique([getattr(dims, OWN_FIELD[name]) for dims in ends]) for name in own}
+        return {name: axis_values(name, self.initial, targets, self.space) for name in own}
+
+    def graph(self, grid: GrowthGrid) -> GrowthGraph:
+        """All growths on a grid that the mode and the rules allow."""
+        structures = Structures(grid.structures, self._prices)
+        edges = grid_edges(grid.shape, self.mode == "joint")
+        loadable = self.rules.vertices(structures)
+        allowed = loadable[edges.targets] & loadable[edges.from_each]
+        if self.max_factor is not None or self.through:
+            allowed &= self.rules.edges(structures.take(edges.from_each), structures.take(edges.targets))
+        return GrowthGraph(structures, edges, allowed)
+
+    def _best_paths(
+        self, grid: GrowthGrid, graph: GrowthGraph, budget: Budget, top_k: int
+    ) -> Iterator[tuple[float, tuple[int, ...]]]:
+        cost, first = self.stage_cost(budget)
+        # What needs no tokens costs the same in every stage; otherwise tokens may differ from one to the next.
+        same = not self._objective.needs_tokens
+        for total, path in graph.best_paths(grid.start, grid.goals, budget.stages, cost, fixed_cost=same, top_k=top_k):
+            yield first + total, path
+
+    def stage_cost(self, budget: Budget) -> tuple[StageCost, float]:
+        """The cost of a stage under the objective, and that of training the initial model."""
+        initial = Structures(DimsArray.of([self.initial]), self._prices)
+
+        def cost(number: int, before: Structures, after: Structures) -> np.ndarray:
+            return self._objective.cost(step_of(budget, number, initial, before, after))
+
+        first = float(cost(0, initial, initial)[0]) if self._objective.counts_initial else 0.0
+        return cost, first
+
+    def _no_path(self) -> str:
+        if self.max_factor is not None or self.through:
+            return (
+                "no schedule keeps to max_factor and passes through all that it has to; allow more growth in a stage, "
+                "more stages, or mode 'repeated' or 'joint'"
+            )
+        if self.mode != "once" and self.stages is not None:
+            return (
+                f"no schedule of {self.stages} stages leads to a target: take more (each of the operators needs one, "
+                "unless mode is 'joint') or fewer (each has to grow something on the space's multiples)"
+            )
+        return (
+            "in every order some structure between initial and target has a hidden size that its heads do not divide, "
+            "which transformers refuses, or breaks a limit of the space; let the heads follow hidden (leave out "
+            "'mha'), or choose head counts that divide both hidden sizes"
+        )
+
+    def _schedule(self, path: Path, budget: Budget) -> GrowthSchedule:
         stages = []
-        for number, name in enumerate(order, start=1):
-            grown = operators_between(structures[number - 1], structures[number])
-            operators = (name, *(other for other in grown if other != name))
-            stages.append(GrowthStage(operators, structures[number], tokens[number]))
-        one = Paths(DimsArray.of(structures).row(), paths.tokens, paths.config, paths.sequence_length)
-        names = [name for name in OBJECTIVES if paths.tokens is not None or name not in NEED_TOKENS]
-        scores = {name: float(OBJECTIVES[name](one)[0]) for name in names}
-        return GrowthSchedule(structures[0], tuple(stages), tokens[0], scores)
+        for before, after, count in zip(path, path[1:], budget.tokens[1:], strict=False):
+            grown = operators_between(before, after)
+            own = tuple(name for name in grown if name in self.operators)
+            followers = tuple(name for name in grown if name not in own)
+            stages.append(GrowthStage((*own, *followers), after, int(count)))
+        return GrowthSchedule(path[0], tuple(stages), int(budget.tokens[0]), self.scores(path, budget))
+
+    def scores(self, path: Sequence[ModelDims], budget: Budget) -> dict[str, float]:
+        """What every objective makes of a schedule, those left out that lack a budget or a cost model."""
+        structures = Structures(DimsArray.of(path)[None], self._prices)
+        return {
+            name: float(score(one, structures, budget)[0])
+            for name, one in OBJECTIVES.items()
+            if self._tells(name, budget)
+        }
+
+    def _tells(self, name: str, budget: Budget) -> bool:
+        """Whether all that an objective needs is known."""
+        objective = OBJECTIVES[name]
+        if name == "loss_per_hour" and not (budget.seen_before(1) and all(budget.tokens[1:])):
+            return False
+        hours = self.cost_model is not None or not objective.needs_cost_model
+        return hours and (budget.is_given or not objective.needs_tokens)
