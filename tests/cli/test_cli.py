@@ -103,7 +103,7 @@ def test_plan_refuses(arguments, message, error_of):
     assert message in error_of("plan", *arguments)
 
 
-@pytest.mark.parametrize("command", ["plan", "grow", "train", "report"])
+@pytest.mark.parametrize("command", ["plan", "grow", "train", "report", "reproduce"])
 def test_help_teaches(command, output_of):
     text = output_of(command, "--help")
     assert f"slop {command}" in text and "Example" in text and "--json" in text

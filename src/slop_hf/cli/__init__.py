@@ -1,4 +1,4 @@
-"""The `slop` command: plan, grow, train, report.
+"""The `slop` command: plan, grow, train, report, reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.
@@ -11,9 +11,11 @@ import sys
 import typer
 
 from ..errors import SlopError
+from .calibrate import calibrate
 from .grow import grow
 from .plan import plan
 from .report import report
+from .reproduce import reproduce
 from .train import train
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ app.command()(plan)
 app.command()(grow)
 app.command()(train)
 app.command()(report)
+app.command()(reproduce)
+app.command()(calibrate)
 
 
 def main() -> None:
