@@ -1,0 +1,235 @@
+"""The planner beside networkx, and how its time grows; `README.md` says how to read a record.
+
+python benchmarks/planner.py                 # a few minutes, on a machine that does nothing else
+python benchmarks/planner.py --scale tiny    # seconds, to see that it works; the figures mean nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import networkx
+import numpy as np
+from growth import ROOT
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from measuring import Measurement, Record, circumstances, goal, measured
+from rich.console import Console
+from rich.table import Table
+
+from slop_hf import ConfigSpace, ModelDims, SlopPlanner
+from slop_hf.cost import paper_params
+from slop_hf.operators import OPERATORS
+from slop_hf.serialization import to_json, write_text
+from slop_hf.structures import DimsArray
+
+INITIAL = ModelDims(768, 2048, 6, 6)
+ALL = ("layer", "mha", "ffn", "hidden")
+OUTPUTS = {"full": ROOT / "benchmarks/results/planner.json", "tiny": ROOT / "runs/benchmarks/planner.json"}
+#: Numbers of targets or structures; the largest has goals.
+SIZES = {
+    "full": {"once": (10**3, 10**4, 10**5, 10**6), "repeated": (10**3, 10**4, 10**5), "joint": (500, 5000, 15000)},
+    "tiny": {"once": (100, 1000), "repeated": (100, 1000), "joint": (50, 200)},
+}
+GOAL_SIZES = {"once": -1, "repeated": -1, "joint": 1}
+PEERS = {"full": 2000, "tiny": 20}
+
+
+def run(scale: str, repetitions: int) -> Record:
+    """Every mode at every size, and networkx on part of the largest."""
+    found: Record = {"cases": []}
+    for mode, sizes in SIZES[scale].items():
+        for size in sizes:
+            runs = [measured(TASKS[mode], size) for _ in range(repetitions)]
+            found["cases"].append(
+                {
+                    "mode": mode,
+                    "size": runs[0].value,
+                    "seconds": [one.seconds for one in runs],
+                    "median_seconds": statistics.median(one.seconds for one in runs),
+                    "peak_bytes": [one.peak_bytes for one in runs],
+                }
+            )
+    found["networkx"] = beside_networkx(SIZES[scale]["once"][-1], PEERS[scale], found["cases"])
+    found["goals"] = _goals(found, scale)
+    return found
+
+
+def million(count: int) -> DimsArray:
+    """So many different targets, whose every corner is loadable."""
+    hidden, heads = np.array([1536, 2304, 3072, 3840, 4608]), np.array([12, 24])
+    depth = np.arange(7, 107)
+    ffn = 2048 + 16 * np.arange(1, math.ceil(count / (len(hidden) * len(heads) * len(depth))) + 1)
+    sizes = [axis.ravel()[:count] for axis in np.meshgrid(ffn, hidden, depth, heads, indexing="ij")]
+    return DimsArray(sizes[1], sizes[0], sizes[2], sizes[3], sizes[3], np.full(len(sizes[0]), 128))
+
+
+def once(count: int) -> int:
+    """The best 10 of so many targets x 24 orders."""
+    space = ConfigSpace(targets=million(count))
+    SlopPlanner(INITIAL, space, operators=ALL, objective="delta_params_eq3").plan(top_k=10)
+    return count
+
+
+def repeated(count: int) -> int:
+    """One dimension a stage, a free number of stages up to 6, and six by Eq. 3."""
+    space, size = _box(count)
+    common: dict[str, Any] = {"mode": "repeated", "operators": ("layer", "ffn", "hidden")}
+    SlopPlanner(INITIAL, space, objective="flops", max_stages=6, **common).plan(top_k=10, tokens=65e9)
+    SlopPlanner(INITIAL, space, objective="delta_params_eq3", stages=6, **common).plan(top_k=10)
+    return size
+
+
+def joint(count: int) -> int:
+    """Several dimensions a stage, a free number of stages up to 6, and six by Eq. 3."""
+    space, size = _box(count)
+    common: dict[str, Any] = {"mode": "joint", "operators": ("layer", "ffn", "hidden")}
+    SlopPlanner(INITIAL, space, objective="flops", max_stages=6, **common).plan(top_k=10, tokens=65e9)
+    SlopPlanner(INITIAL, space, objective="delta_params_eq3", stages=6, **common).plan(top_k=10)
+    return size
+
+
+TASKS = {"once": once, "repeated": repeated, "joint": joint}
+
+
+def _box(count: int) -> tuple[ConfigSpace, int]:
+    """A target with about so many structures between it and the initial one, and how many there are."""
+    side = round(count ** (1 / 3))
+    steps = side - 1, max(1, round(count / side**2)) - 1
+    target = ModelDims(768 + 128 * steps[0], 2048 + 256 * steps[0], 6 + steps[1], 6 + steps[0])
+    return ConfigSpace(targets=[target]), side * side * (steps[1] + 1)
+
+
+def beside_networkx(targets: int, part: int, cases: Sequence[Record]) -> Record:
+    """`networkx.dijkstra_path` on the corners of each target, of part of the targets; the graphs are ready before."""
+    graphs = [_graph(million(targets).at(number * (targets // part))) for number in range(part)]
+    outcome: Measurement = measured(partial(_shortest, graphs))
+    ours = next(case for case in cases if case["mode"] == "once" and case["size"] == targets)
+    equal = sum(
+        math.isclose(length, _own(target), rel_tol=1e-12)
+        for length, (_, target) in zip(outcome.value, graphs, strict=True)
+    )
+    extrapolated = outcome.seconds * targets / part
+    return {
+        "targets": part,
+        "seconds": outcome.seconds,
+        "extrapolated_seconds": extrapolated,
+        "ratio": extrapolated / ours["median_seconds"],
+        "equal_answers": equal,
+    }
+
+
+def _shortest(graphs: Sequence[tuple[networkx.DiGraph, ModelDims]]) -> list[float]:
+    lengths = []
+    for graph, target in graphs:
+        path = networkx.dijkstra_path(graph, INITIAL, target)
+        lengths.append(networkx.path_weight(graph, path, "weight"))
+    return lengths
+
+
+def _own(target: ModelDims) -> float:
+    space = ConfigSpace(targets=[target])
+    best = SlopPlanner(INITIAL, space, operators=ALL, objective="delta_params_eq3").plan(top_k=1)[0]
+    return math.log(best.scores["delta_params_eq3"])
+
+
+def _graph(target: ModelDims) -> tuple[networkx.DiGraph, ModelDims]:
+    """The corners between the initial structure and a target, with Eq. 3's weights as logarithms."""
+    graph = networkx.DiGraph()
+
+    def corner(grown: Sequence[str]) -> ModelDims:
+        fields = {name for operator in grown for name in OPERATORS[operator].fields}
+        return INITIAL.replace(**{name: getattr(target, name) for name in fields}) if fields else INITIAL
+
+    for count in range(len(ALL)):
+        for grown, more in product(combinations(ALL, count), ALL):
+            if more not in grown:
+                before, after = corner(grown), corner((*grown, more))
+                graph.add_edge(before, after, weight=math.log(max(1, paper_params(after) - paper_params(before))))
+    return graph, target
+
+
+def _goals(found: Record, scale: str) -> list[Record]:
+    goals = []
+    limits = {"once": 2.0, "repeated": 10.0, "joint": 10.0}
+    for mode, limit in limits.items():
+        cases = [case for case in found["cases"] if case["mode"] == mode]
+        case = cases[GOAL_SIZES[mode]]
+        goals.append(goal(f"{mode}, {case['size']:,}: seconds", case["median_seconds"], limit))
+        if mode == "once":
+            goals.append(goal(f"{mode}, {case['size']:,}: peak bytes", max(case["peak_bytes"]), 1e9))
+    peer = found["networkx"]
+    goals.append(goal("once: seconds / networkx's", 1 / peer["ratio"], 0.01))
+    goals.append(goal("targets with another answer than networkx", peer["targets"] - peer["equal_answers"], 0))
+    return goals
+
+
+def draw_figure(record: Record, path: Path) -> None:
+    """Seconds against the number of targets or structures, both axes logarithmic."""
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        lines = {
+            "once": ("each dimension once: targets × 24 orders", "#0072B2"),
+            "repeated": ("one dimension a stage: structures", "#D55E00"),
+            "joint": ("several dimensions a stage: structures", "#009E73"),
+        }
+        for mode, (label, colour) in lines.items():
+            cases = [case for case in record["cases"] if case["mode"] == mode]
+            values = [case["median_seconds"] for case in cases]
+            axes.loglog([case["size"] for case in cases], values, "o-", color=colour, label=label, markersize=4)
+        axes.set_xlabel("number of targets or structures")
+        axes.set_ylabel("median time [s]")
+        axes.grid(alpha=0.3, which="both", linewidth=0.4)
+        axes.legend(loc="upper left")
+        axes.set_ylim(top=axes.get_ylim()[1] * 10)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_bytes(buffer.getvalue())
+    aside.replace(path)
+
+
+def table(record: Record) -> Table:
+    """The record to read."""
+    shown = Table("mode", "size", "median s", "peak MB", title="planner")
+    for case in record["cases"]:
+        peak = max(case["peak_bytes"]) / 1e6
+        shown.add_row(case["mode"], f"{case['size']:,}", f"{case['median_seconds']:.3f}", f"{peak:.0f}")
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scale", choices=OUTPUTS, default="full", help="tiny: small spaces, to try it out")
+    parser.add_argument("--repetitions", type=int, default=3, help="of each measurement; the median counts")
+    parser.add_argument("--output", type=Path, help="the record (full: benchmarks/results/planner.json)")
+    options = parser.parse_args(arguments)
+    output = options.output or OUTPUTS[options.scale]
+    command = f"python benchmarks/planner.py --scale {options.scale} --repetitions {options.repetitions}"
+    record = {**circumstances(options.scale, options.repetitions, command), **run(options.scale, options.repetitions)}
+    write_text(output, to_json(record))
+    draw_figure(record, output.with_name(f"{output.stem}_scaling.png"))
+    console = Console()
+    console.print(table(record))
+    console.print(json.dumps(record["networkx"]))
+    for one in record["goals"]:
+        console.print(
+            f"{one['goal']}: {one['value']:.4g}, at most {one['limit']:.4g}: {'met' if one['met'] else 'NOT met'}"
+        )
+
+
+if __name__ == "__main__":
+    main()
