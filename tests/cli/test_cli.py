@@ -7,50 +7,11 @@ import sys
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory
-from slop_hf.cli import main
 
 PLAN = ["plan", "--initial", "768,2048,6,6", "--target-params", "1e9"]
-
-
-@pytest.fixture
-def slop(monkeypatch, capfd):
-    """Run `slop` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["slop", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
-def output_of(slop):
-    def output(*arguments):
-        code, out, err = slop(*arguments)
-        assert code == 0, err
-        return out
-
-    return output
-
-
-@pytest.fixture
-def error_of(slop):
-    def error(*arguments):
-        code, _, err = slop(*arguments)
-        assert code == 2, err
-        assert err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
-        return err
-
-    return error
 
 
 def test_errors_reach_the_shell():
@@ -59,48 +20,6 @@ def test_errors_reach_the_shell():
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown operator 'depth'; known: layer, mha, ffn, hidden, head_dim\n"
-
-
-def test_plan_prints_a_table(output_of):
-    text = output_of(*PLAN, "--top-k", 3)
-    assert "(2816, 7680, 8, 22)" in text and "1.69e+24" in text and "l-f-h" in text
-
-
-def test_plan_writes_a_schedule_that_train_accepts(tmp_path, config, output_of):
-    done = output_of("plan", "--initial", "16,32,2,2", "--target", "32,48,3,4", "--operators", "layer,ffn,hidden,mha",
-                "--tokens", "4e3", "-o", tmp_path / "plan.yaml", "--json")  # fmt: skip
-    found = json.loads(done)
-    schedule = GrowthSchedule.from_yaml(tmp_path / "plan.yaml")
-    assert len(found) == 5 and found[0]["initial"]["hidden_size"] == 16 and len(schedule.stages) == 4
-    rows = json.loads(
-        output_of("train", config, "-s", tmp_path / "plan.yaml", "-o", tmp_path / "out", "--dry-run", "--json")
-    )
-    assert [row["stage"] for row in rows] == list(schedule.stage_names)
-    assert not (tmp_path / "out").exists()
-
-
-def test_plan_from_a_model(tmp_path, output_of):
-    LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                tie_word_embeddings=True).save_pretrained(tmp_path)  # fmt: skip
-    done = output_of("plan", "--from", tmp_path, "--target", "128,256,4,8", "--json")
-    assert json.loads(done)[0]["initial"] == ModelDims(64, 128, 2, 4).as_dict()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--initial", "768,2048,6", "--target-params", "1e9"], "expected hidden,ffn,layers,heads"),
-        (["--initial", "768,2048,6,6"], "either targets or target_params"),
-        (["--target-params", "1e9"], "either with --initial or with --from"),
-        (["--from", "nowhere", "--target-params", "1e9"], "no readable config.json"),
-        ([*PLAN[1:], "--operators", "depth"], "unknown operator 'depth'"),
-        ([*PLAN[1:], "--objective", "flops"], "needs a token budget"),
-        ([*PLAN[1:], "--tokens", "-5"], "tokens must be positive"),
-        ([*PLAN[1:], "--min-layers", "70"], "bounds contradict"),
-    ],
-)
-def test_plan_refuses(arguments, message, error_of):
-    assert message in error_of("plan", *arguments)
 
 
 @pytest.mark.parametrize("command", ["plan", "grow", "train", "report", "reproduce"])
@@ -169,38 +88,6 @@ def test_grow_through_a_schedule(model_dir, tmp_path, output_of, error_of):
     assert "has no stages" in error_of(*arguments)
     GrowthSchedule(deep, (stages[1],)).to_yaml(path)
     assert "begins with (32, 48, 3, 4), but the model has (32, 48, 2, 4)" in error_of(*arguments)
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A run of three short stages over a few text files."""
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(40):
-        (texts / f"{number}.txt").write_text(f"file {number}: " + " ".join(str(number * k) for k in range(60)))
-    dims = ModelDims(16, 32, 2, 2)
-    deeper = dims.replace(num_hidden_layers=3)
-    wider = deeper.replace(intermediate_size=48)
-    stages = [
-        {"operators": ["layer"], "dims": deeper.as_dict(), "tokens": 600},
-        {"operators": ["ffn"], "dims": wider.as_dict(), "tokens": 600},
-    ]
-    data = {
-        "source": str(texts),
-        "vocab_size": 300,
-        "block_size": 32,
-        "held_out": 0.2,
-        "cache_dir": str(tmp_path / "cache"),
-    }
-    run = {
-        "schedule": {"initial": dims.as_dict(), "initial_tokens": 600, "stages": stages},
-        "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
-        "data": data,
-        "training": {"per_device_train_batch_size": 2, "use_cpu": True, "logging_steps": 2, "disable_tqdm": True},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(run))
-    return path
 
 
 def test_train_resume_and_report(config, tmp_path, output_of, error_of):

@@ -1,0 +1,182 @@
+"""`slop plan` as a user would type it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig
+
+from slop_hf import GrowthSchedule, ModelDims
+from slop_hf.hours import CostModel
+
+START = ["plan", "--initial", "768,2048,6,6"]
+PLAN = [*START, "--target-params", "1e9"]
+TARGETS = ["2816,7680,8,22", "1280,3584,40,10", "1536,4096,32,12", "2560,6912,10,20"]
+PAPER = [*START, *(part for target in TARGETS for part in ("--target", target))]
+
+
+def test_plan_prints_a_table(output_of):
+    text = output_of(*PLAN, "--top-k", 3)
+    assert "(2816, 7680, 8, 22)" in text and "1.69e+24" in text and "l-f-h" in text
+
+
+def test_plan_writes_a_schedule_that_train_accepts(tmp_path, config, output_of):
+    done = output_of("plan", "--initial", "16,32,2,2", "--target", "32,48,3,4", "--operators", "layer,ffn,hidden,mha",
+                "--tokens", "4e3", "-o", tmp_path / "plan.yaml", "--json")  # fmt: skip
+    found = json.loads(done)
+    schedule = GrowthSchedule.from_yaml(tmp_path / "plan.yaml")
+    assert (
+        len(found["schedules"]) == 5
+        and found["schedules"][0]["initial"]["hidden_size"] == 16
+        and len(schedule.stages) == 4
+    )
+    rows = json.loads(
+        output_of("train", config, "-s", tmp_path / "plan.yaml", "-o", tmp_path / "out", "--dry-run", "--json")
+    )
+    assert [row["stage"] for row in rows] == list(schedule.stage_names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_from_a_model(tmp_path, output_of):
+    LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                tie_word_embeddings=True).save_pretrained(tmp_path)  # fmt: skip
+    done = output_of("plan", "--from", tmp_path, "--target", "128,256,4,8", "--json")
+    assert json.loads(done)["schedules"][0]["initial"] == ModelDims(64, 128, 2, 4).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--initial", "768,2048,6", "--target-params", "1e9"], "expected hidden,ffn,layers,heads"),
+        (["--initial", "768,2048,6,6"], "either targets or target_params"),
+        (["--target-params", "1e9"], "either with --initial or with --from"),
+        (["--from", "nowhere", "--target-params", "1e9"], "no readable config.json"),
+        ([*PLAN[1:], "--operators", "depth"], "unknown operator 'depth'"),
+        ([*PLAN[1:], "--objective", "flops"], "needs a token budget"),
+        ([*PLAN[1:], "--tokens", "-5"], "tokens must be positive"),
+        ([*PLAN[1:], "--min-layers", "70"], "bounds contradict"),
+    ],
+)
+def test_plan_refuses(arguments, message, error_of):
+    assert message in error_of("plan", *arguments)
+
+
+OPTIONS = {
+    "paper": [],
+    "every operator": ["--operators", "layer,ffn,hidden,mha"],
+    "fixed heads": ["--target", "32,64,4,2", "--heads", "fixed"],
+    "flops": ["--objective", "flops"],
+    "hours": ["--objective", "hours", "--sharing", "utility"],
+    "loss per hour": ["--objective", "loss_per_hour"],
+    "repeated": ["--mode", "repeated", "--stages", "4"],
+    "joint": ["--mode", "joint", "--stages", "2", "--objective", "loss_per_hour"],
+    "free": ["--mode", "repeated", "--objective", "hours", "--stage-price", "1e-12", "--max-stages", "5"],
+    "limits": ["--max-factor", "3", "--tensor-parallel", "2", "--through", "16,64,4,2"],
+    "given tokens": ["--tokens", "1e3,2e3,3e3,4e3"],
+    "pretrained": ["--pretrained", "--already-seen", "1e6"],
+    "memory": ["--device-memory", "1e9", "--zero", "3", "--devices", "2", "--checkpointing", "--precision", "fp32"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_train_accepts_every_schedule(options, tmp_path, config, output_of):
+    common = ["plan", "--initial", "16,32,2,2", "--tokens", "4e3", "--hidden-multiple", "8", "--ffn-multiple", "16"]
+    target = [] if "--target" in options else ["--target", "32,64,4,4"]
+    path = tmp_path / "plan.yaml"
+    found = json.loads(output_of(*common, *target, *options, "-o", path, "--explain", "--json"))
+    assert found["schedules"] and found["choices"]
+    assert {arm["name"] for arm in found["arms"]} >= {
+        "plan",
+        "from_scratch",
+        "single_stage",
+        "msg",
+        "elle",
+        "stacking",
+    }
+    for raw in found["schedules"]:
+        path.write_text(json.dumps(raw))  # YAML contains JSON
+        rows = json.loads(output_of("train", config, "-s", path, "-o", tmp_path / "out", "--dry-run", "--json"))
+        assert [row["stage"] for row in rows] == list(GrowthSchedule.from_yaml(path).stage_names)
+
+
+def test_plan_answers_without_torch(tmp_path):
+    """Every kind of search, reasons and control arms; a figure loads matplotlib, but no torch either."""
+    command = [
+        *PAPER,
+        "--tokens",
+        "65e9",
+        "--mode",
+        "joint",
+        "--stages",
+        "3",
+        "--explain",
+        "--plot",
+        tmp_path / "a.svg",
+    ]
+    script = (
+        "import sys; from slop_hf.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert figure.read_text().lstrip().startswith("<?xml")
+
+
+def test_plan_says_what_is_better_than_growth(output_of):
+    text = output_of(*PAPER, "--tokens", "65e9")
+    assert "favours no growth: from scratch reaches a loss of" in text
+    assert "favours growth" in output_of(*PAPER, "--tokens", "3e9")
+    assert "unknown" in output_of(*PAPER, "--tokens", "65e9", "--pretrained")
+    assert "from scratch" not in output_of(*PAPER, "--tokens", "65e9", "--no-arms")
+
+
+def test_plan_explains(output_of):
+    choices = json.loads(output_of(*PAPER, "--explain", "--json"))["choices"]
+    assert [choice["taken"]["stage"]["operators"] for choice in choices] == [["layer"], ["ffn"], ["hidden", "mha"]]
+    values = {choice["taken"]["value"] for choice in choices}
+    assert len(values) == 1 and values.pop() == pytest.approx(1.689e24, rel=1e-3)
+    others = {other["stage"]["operators"][0]: other["value"] for other in choices[0]["others"]}
+    # l-h-f, f-l-h and f-h-l, h-l-f and h-f-l to the same target: the best of each beginning.
+    orders = {
+        s["stages"][0]["operators"][0]: [] for s in json.loads(output_of(*PAPER, "-k", "24", "--json"))["schedules"]
+    }
+    for schedule in json.loads(output_of(*PAPER, "-k", "24", "--json"))["schedules"]:
+        if schedule["stages"][-1]["dims"]["num_hidden_layers"] == 8:
+            orders[schedule["stages"][0]["operators"][0]].append(schedule["scores"]["delta_params"])
+    assert others["ffn"] == pytest.approx(min(orders["ffn"]))
+    assert others["mha"] == pytest.approx(min(orders["hidden"]))
+
+
+def test_plan_to_a_config(tmp_path, output_of):
+    for name, sizes in (("small", (64, 128, 2, 4)), ("large", (128, 256, 4, 8))):
+        config = LlamaConfig(vocab_size=100, hidden_size=sizes[0], intermediate_size=sizes[1],
+                             num_hidden_layers=sizes[2], num_attention_heads=sizes[3])  # fmt: skip
+        config.save_pretrained(tmp_path / name)
+    done = output_of("plan", "--from", tmp_path / "small", "--to", tmp_path / "large" / "config.json", "--json")
+    (best, *_) = json.loads(done)["schedules"]
+    assert best["stages"][-1]["dims"] == ModelDims(128, 256, 4, 8).as_dict()
+
+
+def test_plan_with_measured_hours(tmp_path, output_of, error_of):
+    CostModel(2e-18, 1e-9, "a machine").to_yaml(tmp_path / "cost.yaml")
+    measured = json.loads(output_of(*PAPER, "--tokens", "65e9", "--cost-model", tmp_path / "cost.yaml", "--json"))
+    flops, hours = (measured["schedules"][0]["scores"][name] for name in ("flops", "hours"))
+    assert hours == pytest.approx(2e-18 * flops + 1e-9 * 55e9 * 65 / 55, rel=1e-6)
+    assert "nothing.yaml: no such file" in error_of(*PAPER, "--cost-model", tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "many"], "expected a number such as 65e9"),
+        (["--ffn-ratios", "0"], "expected positive numbers or fractions"),
+        (["--to", "nowhere"], "no readable config.json"),
+        (["--plot", "plan.bmp"], ".bmp"),
+        (["--device-memory", "-1"], "bytes_per_device"),
+        (["--device-memory", "8e10", "--zero", "4"], "zero_stage"),
+        (["--through", "768,2048"], "expected hidden,ffn,layers,heads"),
+    ],
+)
+def test_plan_refuses_options(options, message, error_of):
+    assert message in error_of(*PAPER, *options)
