@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .data import prepare_data as prepare_data
     from .dims import ModelDims as ModelDims
     from .errors import SlopError as SlopError
+    from .explanation import explain as explain
     from .growth import GrowthReceipt as GrowthReceipt
     from .growth import checkpoint_directory as checkpoint_directory
     from .growth import grow_adamw_state as grow_adamw_state
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from .growth import grow_optimizer_file as grow_optimizer_file
     from .growth import grow_optimizer_state_dict as grow_optimizer_state_dict
     from .growth import plan_checkpoint_growth as plan_checkpoint_growth
+    from .hours import CostModel as CostModel
+    from .memory import MemoryLimit as MemoryLimit
     from .planner import SlopPlanner as SlopPlanner
     from .records import RunDirectory as RunDirectory
     from .records import StageRecord as StageRecord
     from .report import comparison_table as comparison_table
     from .report import summarise as summarise
     from .report import write_report as write_report
+    from .scaling import ScalingLaw as ScalingLaw
     from .schedule import GrowthSchedule as GrowthSchedule
     from .schedule import GrowthStage as GrowthStage
     from .space import ConfigSpace as ConfigSpace
@@ -39,13 +43,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConfigSpace": "space",
+    "CostModel": "hours",
     "DataConfig": "data",
     "GrowthReceipt": "growth",
     "GrowthSchedule": "schedule",
     "GrowthStage": "schedule",
+    "MemoryLimit": "memory",
     "ModelDims": "dims",
     "RunConfig": "training",
     "RunDirectory": "records",
+    "ScalingLaw": "scaling",
     "SlopError": "errors",
     "SlopPlanner": "planner",
     "SlopTrainer": "training",
@@ -54,6 +61,7 @@ _HOMES = {
     "build_trainer": "training",
     "checkpoint_directory": "growth",
     "comparison_table": "report",
+    "explain": "explanation",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",
     "grow_checkpoint": "growth",
