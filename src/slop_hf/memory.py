@@ -58,16 +58,16 @@ def training_memory(
 ) -> MemoryEstimate:
     """The memory of each device at the peak of a step of AdamW, in bytes.
 
-    A parameter takes 16 bytes: in "bf16", 2 for its weight, 2 for its gradient and 12 for the float32 weight and
-    moments; in "fp32" 4, 4 and 8. Stage 1 of ZeRO shares the optimizer's part among the devices, 2 the gradients
-    too, 3 the weights too. Activations are those of one micro-batch, what `saved_activations` counts and the largest
-    of what comes on top of it in the backward pass: gradients of the logits, or of a layer.
+    A parameter takes 16 bytes: in "bf16", 2 for its weight, 2 for its gradient and 12 for a float32 weight and the
+    moments; in "fp32" 4, 4 and 8. Stage 1 of ZeRO shards the optimizer's part over the devices, 2 the gradients too,
+    3 the weights too. Activations are those of one micro-batch: what `saved_activations` counts and, on top of it, the
+    gradients of the logits (`8v` a token) or of a layer; with checkpointing also one layer computed again.
 
-    Exact to a few percent for Llama, Mistral and Qwen; an approximation for the other families, and too low for what
-    runs without a fused attention (Gemma 2's soft-capped scores, which transformers computes in full). Not counted:
-    fragmentation, communication buffers, the layer that ZeRO-3 gathers, what the optimizer's step holds for a moment,
-    and the CUDA context; leave a tenth of the device for them. A model that keeps float32 weights and is trained in
-    bf16 by autocast (`bf16=True` of Trainer, without DeepSpeed) takes more, see `saved_activations`.
+    Close for Llama, Mistral and Qwen; an approximation for the other families, and too low for what runs without fused
+    attention (Gemma 2's soft-capped scores, which transformers computes in full). Not counted: fragmentation,
+    communication buffers, the layer that ZeRO-3 gathers, what the optimizer's step holds for a moment, the model's
+    buffers, the CUDA context; leave room for them. Matrices are whole on each device. A model of float32 weights that
+    autocast trains in bf16 (`bf16=True` of Trainer, without DeepSpeed) takes more: see `saved_activations`.
 
     Args:
         config: a transformers config, or its dict.
@@ -85,14 +85,21 @@ def training_memory(
     >>> memory = training_memory(ModelDims(4096, 11008, 32, 32), zero_stage=1, devices=8)
     >>> for part in ("parameters", "gradients", "optimizer", "activations", "total"):
     ...     print(f"{part:12}{getattr(memory, part) / 1e9:6.1f} GB")
+    parameters    13.5 GB
+    gradients     13.5 GB
+    optimizer     10.1 GB
+    activations   13.1 GB
+    total         50.1 GB
     """
     _check(zero_stage, devices, micro_batch_size, precision)
     count = count_parameters(dims, config)
     # ZeRO shards the optimizer first and the weights last.
     shares = [devices if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    state = [-(-count * size // share) for size, share in zip(STATE_BYTES[precision], shares, strict=True)]
+    parameters, gradients, optimizer = (
+        -(-count * size // share) for size, share in zip(STATE_BYTES[precision], shares, strict=True)
+    )
     tally = _Tally.of(dims, config, sequence_length, micro_batch_size, precision)
-    return MemoryEstimate(*state, activations=tally.peak(checkpointing))
+    return MemoryEstimate(parameters, gradients, optimizer, tally.peak(checkpointing))
 
 
 def saved_activations(
@@ -112,14 +119,22 @@ def saved_activations(
     * in each layer: `2 (4h + eh)` in the two norms (float32 input, normalised value), `2eh` in what the projections
       read, `e (2q + 2k) + 4a` in attention (queries, keys, values, output, logsumexp) and `4ef` in the ffn (gate,
       silu of it, up, their product); with checkpointing `eh`, the layer's input, in the place of all this;
-    * once: `4h + eh` in the last norm, `eh` in what the output projection reads, `4v` log-probabilities.
+    * once: `4h + eh` in the last norm, `eh` in what the output projection reads, `4v` log-probabilities;
+    * and each position of a sequence `2e` a head's size in the tables of the rotation.
 
-    Attention keeps no scores where a fused kernel runs. Where key/value heads are shared there is none in float32,
-    and each layer keeps `4aS` more a token, with S the sequence length.
+    Attention keeps no scores where a fused kernel runs. In float32 none shares key/value heads: a layer with fewer of
+    them than heads keeps `4eq + 4aS` in attention, with S the sequence length.
+
+    Autocast to bf16 from float32 weights keeps about `10h` a token and layer more than "bf16", since the residual
+    stream is float32 and every projection keeps a copy of what it reads, and 2 bytes a parameter, the weights in bf16.
 
     >>> from slop_hf import ModelDims
     >>> dims = ModelDims(1024, 4096, 1, 8)
-    >>> once = 2048 * (6 * 1024 + 2 * 1024 + 4 * 32000)
+    >>> a_layer = 2 * (4 + 2 + 2) * 1024 + 2 * 4 * 1024 + 4 * 8 + 4 * 2 * 4096
+    >>> once = (4 + 2 + 2) * 1024 + 4 * 32000
+    >>> rotary = 2048 * 2 * 2 * 128
+    >>> saved_activations(dims) == 2048 * (a_layer + once) + rotary
+    True
     """
     _check(0, 1, micro_batch_size, precision)
     return _Tally.of(dims, config, sequence_length, micro_batch_size, precision).saved(checkpointing)
@@ -139,6 +154,7 @@ class MemoryLimit:
     >>> from slop_hf import ModelDims
     >>> limit = MemoryLimit(72e9, zero_stage=1, devices=8)
     >>> limit.fits(ModelDims(4096, 11008, 32, 32), {"model_type": "llama", "vocab_size": 32000}, 2048)
+    True
     """
 
     bytes_per_device: float
@@ -169,7 +185,9 @@ class MemoryLimit:
 
         >>> from slop_hf import ModelDims
         >>> config = {"model_type": "llama", "vocab_size": 32000}
-        >>> MemoryLimit(72e9, devices=8).explain(ModelDims(4096, 11008, 32, 32), config, 2048)
+        >>> print(MemoryLimit(72e9, devices=8).explain(ModelDims(4096, 11008, 32, 32), config, 2048))
+        needs 120.9 GB a device (parameters 13.5, gradients 13.5, optimizer 80.9, activations 13.1), has 72.0;
+        zero_stage 1 would make it fit
         """
         need = self.estimate(dims, config, sequence_length)
         parts = ", ".join(f"{field.name} {_gigabytes(getattr(need, field.name))}" for field in fields(need))
@@ -200,8 +218,10 @@ class MemoryLimit:
         changes = self._changes(all_of_it)
         if changes and least <= self.bytes_per_device:
             return f"{changes} together would make it fit"
-        with_changes = f" with {changes} (then {_gigabytes(least)})" if changes else ""
-        return f"it would not fit{with_changes}: choose a smaller structure, shorter sequences or more devices"
+        even_with = f" even with {changes} (then {_gigabytes(least)})" if changes else ""
+        return (
+            f"it would not fit{even_with}: take a smaller structure, shorter sequences or more devices to shard over"
+        )
 
     def _changes(self, other: MemoryLimit) -> str:
         """How another limit's settings differ."""
@@ -266,7 +286,10 @@ class _Tally:
         return self.tables + self.head + self.layers * (self.layer_input if checkpointing else self.layer)
 
     def peak(self, checkpointing: bool) -> Any:
-        """The most that is held in the backward pass: at its beginning, or in the layer that it comes to first."""
+        """The most that is held in the backward pass: at its beginning, or in the layer that it comes to first.
+
+        The last norm, between these two, holds more only where the vocabulary is hardly larger than the hidden size.
+        """
         at_loss = self.head + self.head_gradients
         in_layer = self.layer_gradients + (self.recomputed if checkpointing else 0)
         kept = self.layer_input if checkpointing else self.layer
@@ -298,8 +321,8 @@ def _attention(rows: list[Parameter], dims: Any, sizes: dict[str, Any], scores: 
 
 def _scores(dims: Any, sequence_length: int, precision: Precision) -> Any:
     """Bytes a token of a layer's attention scores: none where a fused kernel runs."""
-    # transformers has sdpa share key/value heads among queries. On a GPU flash attention can, but not in float32; the
-    # float32 kernel cannot, and sdpa falls back to plain products.
+    # transformers has sdpa share key/value heads among queries. On a GPU flash attention can, but knows no float32;
+    # the kernel for float32 cannot (up to torch 2.13), and sdpa falls back to plain products.
     plain = (dims.num_key_value_heads < dims.num_attention_heads) & (precision == "fp32")
     return plain * _FLOAT32 * dims.num_attention_heads * sequence_length
 

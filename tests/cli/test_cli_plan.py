@@ -102,18 +102,8 @@ def test_train_accepts_every_schedule(options, tmp_path, config, output_of):
 
 def test_plan_answers_without_torch(tmp_path):
     """Every kind of search, reasons and control arms; a figure loads matplotlib, but no torch either."""
-    command = [
-        *PAPER,
-        "--tokens",
-        "65e9",
-        "--mode",
-        "joint",
-        "--stages",
-        "3",
-        "--explain",
-        "--plot",
-        tmp_path / "a.svg",
-    ]
+    figure = tmp_path / "a.svg"
+    command = [*PAPER, "--tokens", "65e9", "--mode", "joint", "--stages", "3", "--explain", "--plot", figure]
     script = (
         "import sys; from slop_hf.cli import app; app(sys.argv[1:], standalone_mode=False);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"

@@ -104,8 +104,9 @@ def calibrate(
             steps=steps,
             warmup_steps=warmup_steps,
             precision=precision,  # type: ignore[arg-type]
+            checkpointing=checkpointing,
             seed=seed,
-            training={"gradient_checkpointing": checkpointing, "use_cpu": cpu},
+            training={"use_cpu": cpu},
             progress=True,
             observe=times.append,
         )

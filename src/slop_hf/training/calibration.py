@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -38,9 +38,12 @@ from .config import RunConfig
 from .spans import StageSpan
 from .trainer import SlopTrainer
 
-
 #: Nothing but the steps: no files, no logs.
 _QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+
+_FIELDS = {item.name for item in fields(SlopTrainingArguments)}
+#: transformers 5.23 gave it a new name, and warns of the old one.
+_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def calibrate(
     steps: int = 10,
     warmup_steps: int = 3,
     precision: Precision = "fp32",
+    checkpointing: bool = False,
     seed: int = 0,
     training: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -114,8 +118,9 @@ def calibrate(
         steps: to time, for each structure.
         warmup_steps: before those; the first ones allocate memory and choose kernels.
         precision: "fp32", or "bf16" for autocast over float32 weights (`bf16=True` of Trainer).
+        checkpointing: whether activations are recomputed.
         seed: of weights and tokens.
-        training: more fields of `SlopTrainingArguments`, such as `gradient_checkpointing` or `use_cpu`.
+        training: more fields of `SlopTrainingArguments`, such as `use_cpu` or `optim`.
         progress: whether to show a bar, on a terminal.
         observe: called with the times of each structure once they are known.
 
@@ -129,6 +134,8 @@ def calibrate(
     setting = {**DEFAULT_CONFIG, **config}
     _check(structures, setting, sequence_length, batch_size, steps, warmup_steps, precision)
     arguments = {"per_device_train_batch_size": batch_size, "bf16": precision == "bf16", "seed": seed, **_QUIET}
+    if checkpointing:
+        arguments |= {_CHECKPOINTING: True}
     # Positions for the sequences, where the config says nothing of them.
     model = {"max_position_embeddings": sequence_length, **setting}
     run = RunConfig(model=model, training={**(training or {}), **arguments})
@@ -212,6 +219,8 @@ class _Bench:
 
     def _trainer(self, dims: ModelDims, directory: str, clock: _Clock) -> SlopTrainer:
         args = self.run.arguments(directory)
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
         model = self._model(dims, args.seed)
         blocks = (self.warmup_steps + self.steps) * args.train_batch_size * args.gradient_accumulation_steps
         data = _RandomTokens(blocks, self.sequence_length, model.config.vocab_size, args.seed)

@@ -1,0 +1,152 @@
+"""Calibration: what is measured and refused; how fast anything is, no test can say."""
+
+import tempfile
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slop_hf import ModelDims
+from slop_hf.cost import count_parameters, flops_per_token
+from slop_hf.errors import ArchitectureError, DataError, PlanError, RunError
+from slop_hf.hours import CostModel
+from slop_hf.training import StepTimes, calibrate, calibration
+
+# So far apart in FLOPs that noise cannot turn their order around.
+SIZES = [ModelDims(128, 256, 2, 4), ModelDims(256, 1024, 4, 4), ModelDims(16, 32, 1, 2)]
+CONFIG = {"model_type": "llama", "vocab_size": 64}
+LENGTH, BATCH, STEPS = 32, 4, 3
+
+
+def measure(structures=SIZES, config=CONFIG, **changes):
+    settings = {"sequence_length": LENGTH, "batch_size": BATCH, "steps": STEPS, "warmup_steps": 1}
+    training = {"use_cpu": True, **changes.pop("training", {})}
+    return calibrate(structures, config, **{**settings, **changes}, training=training)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A calibration, the times that it saw, and the folder that it had for temporary files."""
+    times, folder = [], tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        return measure(observe=times.append), times, folder
+
+
+def test_every_structure_is_measured_in_the_order_given(measured):
+    cost_model, times, _ = measured
+    assert [one.label for one in cost_model.measurements] == [str(dims) for dims in SIZES]
+    for dims, one in zip(SIZES, cost_model.measurements, strict=True):
+        assert one.flops_per_token == flops_per_token(dims, CONFIG, LENGTH)
+        assert one.tokens == BATCH * LENGTH and one.hours > 0
+    assert cost_model.hours_per_flop > 0 and cost_model.mean_error >= 0
+    assert [one.dims for one in times] == [SIZES[1], SIZES[0], SIZES[2]], "the largest first"
+
+
+def test_times_leave_the_warm_up_out(measured):
+    for one in measured[1]:
+        assert len(one.seconds) == STEPS and min(one.seconds) > 0
+        assert one.parameters == count_parameters(one.dims, CONFIG)
+        assert one.devices == 1 and one.peak_bytes is None, "torch counts no memory of a CPU"
+        assert one.measurement.hours == pytest.approx(one.seconds_per_step / 3600)
+
+
+def test_the_hardware_is_named(measured):
+    hardware = measured[0].hardware
+    assert f"torch {torch.__version__}, float32, batches of {BATCH} × {LENGTH} tokens" in hardware
+    assert f"{torch.get_num_threads()} thread" in hardware and not hardware.startswith(",")
+
+
+def test_nothing_is_left_on_disk(measured):
+    assert list(measured[2].iterdir()) == []
+
+
+def test_as_yaml(measured, tmp_path):
+    cost_model = measured[0]
+    cost_model.to_yaml(tmp_path / "cost.yaml")
+    assert CostModel.from_yaml(tmp_path / "cost.yaml") == cost_model
+
+
+def test_a_step_counts_all_of_its_batches(capfd):
+    times = []
+    training = {"gradient_accumulation_steps": 2}
+    settings = {"warmup_steps": 0, "precision": "bf16", "checkpointing": True, "training": training}
+    sizes = [ModelDims(16, 32, 1, 2), ModelDims(128, 256, 4, 4)]
+    cost_model = measure(sizes, steps=2, **settings, observe=times.append)
+    assert [len(one.seconds) for one in times] == [2, 2]
+    assert [one.tokens for one in cost_model.measurements] == [2 * BATCH * LENGTH] * 2
+    assert "bfloat16" in cost_model.hardware
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "qwen3"])
+def test_other_families(family, monkeypatch):
+    """Their special tokens lie outside of the vocabulary, and their defaults are not Llama's."""
+    seen = []
+    monkeypatch.setattr(calibration, "_fit", lambda found: seen.extend(found))
+    sizes = [ModelDims(16, 32, 1, 2), ModelDims(32, 64, 2, 2)]
+    measure(sizes, {"model_type": family, "vocab_size": 40}, steps=1, warmup_steps=0)
+    assert [one.dims for one in seen] == sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"structures": []}, PlanError, "at least 2 structures of different FLOPs, got none"),
+        ({"structures": SIZES[:1]}, PlanError, r"got \(128, 256, 2, 4\): give more sizes"),
+        ({"structures": [*SIZES, SIZES[0]]}, PlanError, r"\(128, 256, 2, 4\) is given twice"),
+        ({"steps": 0}, PlanError, "steps must be a whole number, 1 or more, got 0"),
+        ({"steps": 1.5}, PlanError, "got 1.5"),
+        ({"warmup_steps": -1}, PlanError, "warmup_steps must be a whole number, 0 or more"),
+        ({"batch_size": 0}, PlanError, "batch_size must be a whole number, 1 or more"),
+        ({"sequence_length": 1}, PlanError, "sequence_length must be a whole number, 2 or more"),
+        ({"config": {"vocab_size": 0}}, PlanError, "vocab_size must be a whole number, 2 or more"),
+        ({"precision": "fp8"}, PlanError, "unknown precision 'fp8'; known: bf16, fp32"),
+        ({"config": {"model_type": "mamba"}}, ArchitectureError, "mamba"),
+        ({"config": {"hiden_act": "relu"}}, RunError, "did you mean 'hidden_act'"),
+        ({"config": {"max_position_embeddings": 8}}, DataError, "max_position_embeddings is 8"),
+        ({"training": {"learning_rte": 1}}, RunError, "did you mean 'learning_rate'"),
+    ],
+)
+def test_refused_before_anything_is_measured(changes, error, message):
+    times = []
+    with pytest.raises(error, match=message):
+        measure(**changes, observe=times.append)
+    assert times == []
+
+
+def test_out_of_memory_names_the_structure(monkeypatch, tmp_path):
+    def exhausted(config):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", exhausted)
+    with pytest.raises(RunError, match=r"\(256, 1024, 4, 4\) does not fit in memory with 4 sequences of 32 tokens"):
+        measure()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_failures_stay_what_they_are(monkeypatch):
+    def broken(config):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        measure()
+
+
+def test_hours_that_do_not_rise_say_what_was_measured(monkeypatch):
+    def backwards(self, dims, tick):
+        flops = float(flops_per_token(dims, CONFIG, LENGTH))
+        return StepTimes(dims, 1, flops, 128, 1, (1e6 / flops,), "a strange machine")
+
+    monkeypatch.setattr(calibration._Bench, "time", backwards)
+    message = r"do not rise with the FLOPs.*\(a step took: \(128, 256, 2, 4\) [0-9.]+ s, \(256, 1024"
+    with pytest.raises(PlanError, match=message):
+        measure()
+
+
+def test_one_slow_step_does_not_count():
+    times = StepTimes(SIZES[0], 1, 1e6, 100, 4, (1.0, 1.5, 60.0), "", None)
+    assert times.seconds_per_step == 1.5
+    assert times.measurement.hours == pytest.approx(1.5 * 4 / 3600)
