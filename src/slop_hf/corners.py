@@ -71,7 +71,7 @@ class Corners:
     def costs(self, objective: Objective, budget: Budget) -> np.ndarray:
         """The cost of every order of every target, shape [orders, targets]; infinite where it may not be taken."""
         initial = self.structures[frozenset()]
-        barred = {corner: ~self.rules.vertices(structures) for corner, structures in self.structures.items()}
+        barred = self._barred()
         edges: dict[tuple[frozenset[str], frozenset[str]], np.ndarray] = {}
         rows = []
         for order in self.orders:
@@ -87,14 +87,27 @@ class Corners:
             rows.append(total)
         return np.stack(rows)
 
+    def _barred(self) -> dict[frozenset[str], np.ndarray]:
+        """Where a path may not use a corner."""
+        # Whether a structure loads depends on few of its sizes, so that corners share the answer: division is slow.
+        shaping = {name for name, own in self.grows.items() if not {"layer", "ffn"}.issuperset(own)}
+        loadable: dict[frozenset[str], np.ndarray] = {}
+        barred = {}
+        for corner, structures in self.structures.items():
+            shape = corner & shaping
+            if shape not in loadable:
+                loadable[shape] = structures.dims.loadable
+            barred[corner] = ~(loadable[shape] & self.rules.space.within_limits(structures.dims))
+        return barred
+
     def even_flops(self, orders: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """FLOPs of stages of one token each, of pairs of an order and a target."""
         total = np.zeros(len(orders))
         for index, order in enumerate(self.orders):
             chosen = orders == index
-            total[chosen] = sum(
-                self.structures[corner].flops_per_token[targets[chosen]] for corner in self.path(order)
-            )
+            if chosen.any():
+                own = replace(self, targets=self.targets[targets[chosen]])
+                total[chosen] = sum(own.structures[corner].flops_per_token for corner in own.path(order))
         return total
 
 

@@ -31,7 +31,7 @@ class PathRules:
 
     def edges(self, before: Structures, after: Structures) -> np.ndarray:
         """Whether a path may grow each structure into the other."""
-        allowed = np.ones(before.parameters.shape, dtype=bool)
+        allowed = np.ones(len(before), dtype=bool)
         if self.max_factor is not None:
             allowed &= after.parameters <= before.parameters * self.max_factor
         for waypoint in self.through:

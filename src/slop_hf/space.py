@@ -111,9 +111,14 @@ class ConfigSpace:
 
     def allows(self, structures: DimsArray) -> np.ndarray:
         """Whether growth may pass through structures, and end there: loadable, divisible, and not too large."""
-        allowed = structures.loadable
-        for sizes in (structures.num_attention_heads, structures.num_key_value_heads, structures.intermediate_size):
-            allowed &= sizes % self.tensor_parallel == 0
+        return structures.loadable & self.within_limits(structures)
+
+    def within_limits(self, structures: DimsArray) -> np.ndarray:
+        """The same without the question whether they are loadable."""
+        allowed = np.ones(len(structures), dtype=bool)
+        if self.tensor_parallel > 1:
+            for sizes in (structures.num_attention_heads, structures.num_key_value_heads, structures.intermediate_size):
+                allowed &= sizes % self.tensor_parallel == 0
         if self.memory is not None:
             allowed &= self.memory.fits(structures, self.config, self.sequence_length)
         return allowed

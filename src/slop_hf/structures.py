@@ -81,6 +81,9 @@ class Structures:
         self.dims = dims
         self.prices = prices
 
+    def __len__(self) -> int:
+        return len(self.dims)
+
     def take(self, index: np.ndarray) -> Structures:
         """Some of them, in any order and as often as asked for; what has been computed here is not computed again."""
         return _Taken(self, index)
@@ -130,6 +133,9 @@ class _Taken(Structures):
     def __init__(self, whole: Structures, index: np.ndarray) -> None:
         self.prices = whole.prices
         self._whole, self._index = whole, index
+
+    def __len__(self) -> int:
+        return len(self._index)
 
     @cached_property
     def dims(self) -> DimsArray:  # type: ignore[override]
