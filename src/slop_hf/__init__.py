@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .training import SlopTrainer as SlopTrainer
     from .training import SlopTrainingArguments as SlopTrainingArguments
     from .training import build_trainer as build_trainer
+    from .training import calibrate as calibrate
     from .training import preview_run as preview_run
 
 _HOMES = {
@@ -59,6 +60,7 @@ _HOMES = {
     "SlopTrainingArguments": "training",
     "StageRecord": "records",
     "build_trainer": "training",
+    "calibrate": "training",
     "checkpoint_directory": "growth",
     "comparison_table": "report",
     "explain": "explanation",

@@ -20,7 +20,7 @@ from ..dims import ModelDims
 from ..errors import PlanError
 from ..hours import CostModel
 from ..serialization import plain
-from .plan import _read_config
+from .plan import read_config
 
 if TYPE_CHECKING:
     from ..training import StepTimes
@@ -74,8 +74,8 @@ def calibrate(
 ) -> None:
     """Measure this hardware: train a few structures for a few steps, and fit how long training takes.
 
-    Measure as you will train: the same batch, sequence length, precision and, above all, sizes. The built-in ladder is
-    for CPUs; on a GPU, give the structures of the plan and a batch that fills it.
+    Measure as you will train: the same batch, sequence length, precision and, above all, sizes, while the machine does
+    nothing else. The built-in ladder is for CPUs; on a GPU, give the structures of the plan and a batch that fills it.
 
     Examples:
 
@@ -91,7 +91,7 @@ def calibrate(
         each = f"{warmup_steps} + {steps} steps of {batch_size} × {sequence_length} tokens"
         _show_preview([_preview(dims, config, batch_size, sequence_length) for dims in chosen], each, as_json)
         return
-    from ..training import calibrate as measure  # torch takes seconds
+    from .. import calibrate as measure  # torch takes seconds
 
     times: list[StepTimes] = []
     # What transformers prints while it trains would get into the JSON.
@@ -115,7 +115,7 @@ def calibrate(
 
 
 def _config(source: Path | None, vocab_size: int | None, tied: bool) -> dict[str, Any]:
-    config = dict(DEFAULT_CONFIG) if source is None else _read_config(source, "--from")[1]
+    config = dict(DEFAULT_CONFIG) if source is None else read_config(source, "--from")[1]
     config |= {"vocab_size": vocab_size} if vocab_size else {}
     config |= {"tie_word_embeddings": True} if tied else {}
     return config
@@ -142,7 +142,7 @@ def _end(text: str | None, path: Path | None, *names: str) -> ModelDims:
     if text is not None:
         return ModelDims.parse(text)
     assert path is not None
-    return _read_config(path, names[1])[0]
+    return read_config(path, names[1])[0]
 
 
 def structures_between(smallest: ModelDims, largest: ModelDims, count: int = 5) -> list[ModelDims]:

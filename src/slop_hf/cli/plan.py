@@ -143,7 +143,7 @@ def plan(
     space = ConfigSpace(
         targets=[
             *map(ModelDims.parse, target or ()),
-            *([_read_config(destination, "--to")[0]] if destination else []),
+            *([read_config(destination, "--to")[0]] if destination else []),
         ],
         target_params=target_params,
         tolerance=tolerance,
@@ -219,10 +219,11 @@ def _start(text: str | None, source: Path | None) -> tuple[ModelDims, dict[str, 
     if text is not None:
         return ModelDims.parse(text), dict(DEFAULT_CONFIG)
     assert source is not None
-    return _read_config(source, "--from")
+    return read_config(source, "--from")
 
 
-def _read_config(source: Path, option: str) -> tuple[ModelDims, dict[str, Any]]:
+def read_config(source: Path, option: str) -> tuple[ModelDims, dict[str, Any]]:
+    """The structure of a model directory or `config.json`, and what growth leaves alone."""
     path = source / "config.json" if source.is_dir() else source
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
