@@ -117,7 +117,11 @@ class ConfigSpace:
         """The same without the question whether they are loadable."""
         allowed = np.ones(len(structures), dtype=bool)
         if self.tensor_parallel > 1:
-            for sizes in (structures.num_attention_heads, structures.num_key_value_heads, structures.intermediate_size):
+            for sizes in (
+                structures.num_attention_heads,
+                structures.num_key_value_heads,
+                structures.intermediate_size,
+            ):
                 allowed &= sizes % self.tensor_parallel == 0
         if self.memory is not None:
             allowed &= self.memory.fits(structures, self.config, self.sequence_length)
