@@ -1,8 +1,8 @@
-"""The planner's general modes beside plain enumeration of every path of every small space."""
+"""Every mode of the planner, under every objective, beside plain enumeration of every path of small spaces."""
 
 import math
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
 
 import pytest
 from hypothesis import given, settings
@@ -110,12 +110,41 @@ def all_paths(target, targets, operators, stages, joint, max_factor, through):
     yield from follow((INITIAL,))
 
 
+def paths_once(target, operators, max_factor, through):
+    """Every order in which each operator grows once, all the way, and every structure loads."""
+    fields = {
+        "layer": ["num_hidden_layers"],
+        "ffn": ["intermediate_size"],
+        "mha": ["num_attention_heads", "num_key_value_heads"],
+        "hidden": ["hidden_size"],
+    }
+    for order in permutations(operators):
+        path = [INITIAL]
+        for name in order:
+            own = [name, *(other for other in ("ffn", "mha") if name == "hidden" and other not in operators)]
+            sizes = {field: target.as_dict()[field] for one in own for field in fields[one]}
+            try:
+                path.append(path[-1].replace(**sizes))
+            except ValueError:  # heads that do not divide the hidden size
+                break
+        complete = len(path) == len(order) + 1 and path[-1] == target
+        if complete and all(may_grow(a, b, operators, False, max_factor, through) for a, b in pairwise(path)):
+            yield tuple(path)
+
+
+def every_path(problem, target, count):
+    operators, mode, _, _, _, _, max_factor, through = problem
+    if mode == "once":
+        return paths_once(target, operators, max_factor, through) if count == len(operators) else ()
+    return all_paths(target, problem[2], operators, count, mode == "joint", max_factor, through)
+
+
 @st.composite
 def problems(draw):
     operators = draw(
         st.sampled_from([("layer", "ffn", "hidden"), ("layer", "hidden"), ("ffn", "hidden", "mha"), ("layer", "mha")])
     )
-    joint = draw(st.booleans())
+    mode = draw(st.sampled_from(["once", "repeated", "joint"]))
     targets = []
     for _ in range(draw(st.integers(1, 2))):
         heads = 4 + draw(st.integers(0, 4)) if "hidden" in operators or "mha" in operators else 4
@@ -129,9 +158,11 @@ def problems(draw):
             targets.append(target)
     objective = draw(st.sampled_from(sorted(OBJECTIVES)))
     stages = draw(st.integers(1, 4))
-    if not joint:  # each dimension that grows takes a stage at least
+    if mode == "once":
+        stages = len(operators)
+    elif mode == "repeated":  # each dimension that grows takes a stage at least
         stages = max([stages, *(len(set(operators) & set(operators_between(INITIAL, one))) for one in targets)])
-    if OBJECTIVES[objective].compares_stages and draw(st.booleans()):
+    if mode != "once" and OBJECTIVES[objective].compares_stages and draw(st.booleans()):
         stages = None
     price = draw(st.sampled_from([0.0, 1e5])) if OBJECTIVES[objective].compares_stages else 0.0
     max_factor = draw(st.sampled_from([None, None, 1.4, 2.0]))
@@ -140,13 +171,13 @@ def problems(draw):
         through = tuple(
             draw(st.sampled_from(sorted(vertices(targets[0], targets, operators), key=str))) for _ in range(1)
         )
-    return operators, joint, targets, objective, stages, price, max_factor, through
+    return operators, mode, targets, objective, stages, price, max_factor, through
 
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.integers(1, 6))
 def test_equals_enumeration(problem, top_k):
-    operators, joint, targets, objective, stages, price, max_factor, through = problem
+    operators, mode, targets, objective, stages, price, max_factor, through = problem
     if not targets:
         return
     planner = SlopPlanner(
@@ -155,7 +186,7 @@ def test_equals_enumeration(problem, top_k):
         operators=operators,
         objective=objective,
         cost_model=COST,
-        mode="joint" if joint else "repeated",
+        mode=mode,
         stages=stages,
         max_stages=3,
         stage_price=price,
@@ -167,7 +198,7 @@ def test_equals_enumeration(problem, top_k):
         share = 700_000 / (count + 2.5)
         tokens = [round(2.5 * share), *[round(share)] * count]
         for target in targets:
-            for path in all_paths(target, targets, operators, count, joint, max_factor, through):
+            for path in every_path(problem, target, count):
                 expected.append((value(objective, path, tokens) + price * count, path))
     largest = OBJECTIVES[objective].best == "largest"
     expected.sort(key=lambda one: -one[0] if largest else one[0])
