@@ -211,9 +211,11 @@ def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, 
     else:
         value = torch.empty(0, dtype=dtype)
         steps = steps[max(i for i, step in enumerate(steps) if step.silent) :]
-    for step in steps[:-1]:
-        value = grow_parameter(value, step)
-    return grow_parameter(value, steps[-1], memory.tensor("written", one.target.shape, dtype))
+    growing = [step for step in steps if not step.changes_nothing]
+    for number, step in enumerate(growing, start=1):
+        out = memory.tensor("written", one.target.shape, dtype) if number == len(growing) else None
+        value = grow_parameter(value, step, out)
+    return value
 
 
 class _Memory(threading.local):

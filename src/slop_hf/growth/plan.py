@@ -70,6 +70,12 @@ class ParameterPlan:
         """The name in a checkpoint of the parameter that it grows from."""
         return self.row.stored_as or self.source
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the grown parameter is the old one as it is."""
+        computes = self.scale != 1.0 or self.centre or self.noise or self.silent
+        return not computes and all(axis.is_identity for axis in self.maps)
+
     def fill(self, operators: Sequence[str | None]) -> Fill:
         """What a block of entries holds that each of `operators` has added along one dimension (None: old there).
 

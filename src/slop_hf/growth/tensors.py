@@ -43,7 +43,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
     if plan.centre:
         source = source.to(exact)
         source = (source - source.mean(dim=plan.row.axes.index("hidden"), keepdim=True)).to(tensor.dtype)
-    if plan.gain_offset:
+    if plan.gain_offset and plan.scale != 1.0:
         source = ((source.to(exact) + plan.gain_offset) * plan.scale - plan.gain_offset).to(tensor.dtype)
     scale, reads = 1.0 if plan.gain_offset else plan.scale, plan.row.reads
     draws = NormalDraws(plan.seed, plan.name)
