@@ -1,8 +1,11 @@
 """`slop plan` as a user would type it."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from transformers import LlamaConfig
@@ -146,6 +149,53 @@ def test_plan_to_a_config(tmp_path, output_of):
     done = output_of("plan", "--from", tmp_path / "small", "--to", tmp_path / "large" / "config.json", "--json")
     (best, *_) = json.loads(done)["schedules"]
     assert best["stages"][-1]["dims"] == ModelDims(128, 256, 4, 8).as_dict()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A Hub with the config of one model."""
+
+    config = json.dumps(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                    num_attention_heads=4).to_dict()).encode()  # fmt: skip
+
+    def do_HEAD(self, with_body=False):
+        found = self.path == "/org/small/resolve/main/config.json"
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(self.config) if found else 0))
+        headers = {"ETag": '"1"', "X-Repo-Commit": 40 * "a"} if found else {"X-Error-Code": "RepoNotFound"}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if found and with_body:
+            self.wfile.write(self.config)
+
+    def do_GET(self):
+        self.do_HEAD(with_body=True)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The environment of a process that knows no other Hub."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        server.shutdown()
+
+
+def test_plan_from_the_hub(hub):
+    def plan(source):
+        command = [sys.executable, "-m", "slop_hf", "plan", "--from", source, "--target", "128,256,4,8", "--json"]
+        return subprocess.run(command, capture_output=True, text=True, env=hub)
+
+    done = plan("org/small")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schedules"][0]["initial"] == ModelDims(64, 128, 2, 4).as_dict()
+    missing = plan("org/large")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: --from org/large: no readable config.json there, nor on the Hub (404")
 
 
 def test_plan_with_measured_hours(tmp_path, output_of, error_of):

@@ -20,7 +20,7 @@ from ..dims import ModelDims
 from ..errors import PlanError
 from ..hours import CostModel
 from ..serialization import plain
-from .plan import read_config
+from .model_config import read_config
 
 if TYPE_CHECKING:
     from ..training import StepTimes
@@ -46,11 +46,11 @@ def calibrate(
         str | None, typer.Option(help="Measure five sizes instead, from this structure to --target or --to.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Family, vocabulary and initial structure: a model or config.json.")
+        str | None, typer.Option("--from", help="Family, vocabulary and initial structure: a model or its config.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="The largest of those sizes.")] = None,
     destination: Annotated[
-        Path | None, typer.Option("--to", help="Take it from a model directory or config.json.")
+        str | None, typer.Option("--to", help="Take it from a model directory, a config.json or a Hub id.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to time, of each structure; their median counts.")] = 10,
     warmup_steps: Annotated[int, typer.Option(help="Steps before those, not counted.")] = 3,
@@ -114,7 +114,7 @@ def calibrate(
     _show(cost_model, sorted(times, key=lambda one: chosen.index(one.dims)), output, as_json)
 
 
-def _config(source: Path | None, vocab_size: int | None, tied: bool) -> dict[str, Any]:
+def _config(source: str | None, vocab_size: int | None, tied: bool) -> dict[str, Any]:
     config = dict(DEFAULT_CONFIG) if source is None else read_config(source, "--from")[1]
     config |= {"vocab_size": vocab_size} if vocab_size else {}
     config |= {"tie_word_embeddings": True} if tied else {}
@@ -122,7 +122,7 @@ def _config(source: Path | None, vocab_size: int | None, tied: bool) -> dict[str
 
 
 def _chosen(
-    structures: str | None, initial: str | None, source: Path | None, target: str | None, destination: Path | None
+    structures: str | None, initial: str | None, source: str | None, target: str | None, destination: str | None
 ) -> list[ModelDims]:
     """The structures to measure, from the options that name them."""
     has_end = target is not None or destination is not None
@@ -136,13 +136,13 @@ def _chosen(
     return structures_between(smallest, _end(target, destination, "--target", "--to"))
 
 
-def _end(text: str | None, path: Path | None, *names: str) -> ModelDims:
-    if (text is None) == (path is None):
+def _end(text: str | None, source: str | None, *names: str) -> ModelDims:
+    if (text is None) == (source is None):
         raise PlanError(f"sizes from one structure to another need both ends: give either {' or '.join(names)}")
     if text is not None:
         return ModelDims.parse(text)
-    assert path is not None
-    return read_config(path, names[1])[0]
+    assert source is not None
+    return read_config(source, names[1])[0]
 
 
 def structures_between(smallest: ModelDims, largest: ModelDims, count: int = 5) -> list[ModelDims]:

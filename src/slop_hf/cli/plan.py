@@ -22,8 +22,8 @@ from ..serialization import plain
 from ..space import ConfigSpace
 from ..tokens import PAPER_INITIAL_SHARE
 from . import plan_view
+from .model_config import read_config
 
-_CARRIED_OVER = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
 
 
@@ -36,7 +36,7 @@ def plan(
         str | None, _option(_START, help="Initial structure: hidden,ffn,layers,heads[,kv_heads[,head_dim]].")
     ] = None,
     source: Annotated[
-        Path | None, _option(_START, "--from", help="Take it from a model directory or config.json instead.")
+        str | None, _option(_START, "--from", help="Take it from a model directory, a config.json or a Hub id.")
     ] = None,
     target_params: Annotated[
         float | None, _option(_START, help="Every structure of about this many parameters is a target, e.g. 1e9.")
@@ -47,7 +47,7 @@ def plan(
         list[str] | None, _option(_START, help="A target structure, like --initial; give it again for more.")
     ] = None,
     destination: Annotated[
-        Path | None, _option(_START, "--to", help="The target, from a model directory or config.json.")
+        str | None, _option(_START, "--to", help="The target, from a model directory, a config.json or a Hub id.")
     ] = None,
     through: Annotated[
         list[str] | None, _option(_START, help="A structure to pass on the way; give it again for more.")
@@ -213,23 +213,13 @@ def _write(answer: plan_view.Answer, output: Path | None, plot: Path | None) -> 
         plan_figure(answer.schedules, arms, config=space.config, sequence_length=space.sequence_length, path=plot)
 
 
-def _start(text: str | None, source: Path | None) -> tuple[ModelDims, dict[str, Any]]:
+def _start(text: str | None, source: str | None) -> tuple[ModelDims, dict[str, Any]]:
     if (text is None) == (source is None):
         raise PlanError("give the initial structure either with --initial or with --from")
     if text is not None:
         return ModelDims.parse(text), dict(DEFAULT_CONFIG)
     assert source is not None
     return read_config(source, "--from")
-
-
-def read_config(source: Path, option: str) -> tuple[ModelDims, dict[str, Any]]:
-    """The structure of a model directory or `config.json`, and what growth leaves alone."""
-    path = source / "config.json" if source.is_dir() else source
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as caught:
-        raise PlanError(f"{option} {source}: no readable config.json there ({caught})") from None
-    return ModelDims.from_config(found), {name: found[name] for name in _CARRIED_OVER if name in found}
 
 
 def _tokens(text: str | None) -> float | list[float] | None:
