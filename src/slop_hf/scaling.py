@@ -16,10 +16,10 @@ from .errors import PlanError
 class ScalingLaw:
     """`loss = irreducible + A / N^alpha + B / D^beta` for N parameters and D tokens (Hoffmann et al. 2022, Eq. 10).
 
-    The loss is a cross-entropy in nats per token. The defaults are those of Besiroglu et al. 2024
-    (arXiv 2404.10102), who fitted the data of Hoffmann et al. once more and found that the printed constants did not follow from them. Both were measured on
-    models from 44M to 16B parameters, their tokenizer and their text: the law compares schedules, and does not
-    foretell the loss of a run.
+    The loss is a cross-entropy in nats per token. The defaults are those of Besiroglu et al. 2024 (arXiv 2404.10102),
+    who fitted the data of Hoffmann et al. once more and found that the printed constants did not follow from them.
+    Both were measured on models from 44M to 16B parameters, their tokenizer and their text: the law compares
+    schedules, and does not foretell the loss of a run.
 
     Args:
         irreducible: the loss of the text itself.
