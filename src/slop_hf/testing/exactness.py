@@ -26,7 +26,8 @@ multi-head, grouped-query and multi-query attention, embeddings tied and untied,
 large again, with and without the optional biases.
 
 * An init that keeps the function is exact up to {_DOUBLE} in float64 and {_SINGLE} in float32, and in bfloat16 up to
-  {ROUNDING_FLOORS:g} times the error of *casting* the float32 source. The command fails where one is not.
+  {ROUNDING_FLOORS:g} times the error of *casting* the float32 source (or the grown model, if more). The
+  command fails where one is not.
 * float64 is float64 throughout: what transformers computes in float32 whatever the dtype (most norms, the softmax,
   rotary angles) is computed in float64 too, so that its rounding, about 1e-6, hides nothing.
 * *refused*: how many of the row's cases the library does not grow, and why; the numbers are those of the others.
