@@ -70,9 +70,10 @@ def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float 
     if strays := [dims for dims in schedule.structures if dims not in places]:
         raise PlanError(f"{strays[0]} is not among the structures of this planner; explain a schedule that it made")
     objective = OBJECTIVES[planner.objective]
-    cost, first = planner.stage_cost(Budget(schedule.tokens, already_seen))
+    budget = Budget(schedule.tokens, already_seen)
+    cost, first = planner.stage_cost(budget)
     steps = graph.choices(
-        [places[dims] for dims in schedule.structures], grid.goals, cost, fixed_cost=not objective.needs_tokens
+        [places[dims] for dims in schedule.structures], grid.goals, cost, fixed_cost=planner.has_fixed_costs(budget)
     )
     choices = []
     for before, stage, options in zip(schedule.structures, schedule.stages, steps, strict=False):

@@ -311,10 +311,14 @@ class SlopPlanner:
         self, grid: GrowthGrid, graph: GrowthGraph, budget: Budget, top_k: int
     ) -> Iterator[tuple[float, tuple[int, ...]]]:
         cost, first = self.stage_cost(budget)
-        # What needs no tokens costs the same in every stage; otherwise tokens may differ from one to the next.
-        same = not self._objective.needs_tokens
+        same = self.has_fixed_costs(budget)
         for total, path in graph.best_paths(grid.start, grid.goals, budget.stages, cost, fixed_cost=same, top_k=top_k):
             yield first + total, path
+
+    def has_fixed_costs(self, budget: Budget) -> bool:
+        """Whether a growth costs the same in every stage: no tokens count, or they are as many in each."""
+        equal = len(set(budget.tokens[1:])) == 1
+        return not self._objective.needs_tokens or (self._objective.compares_stages and equal)
 
     def stage_cost(self, budget: Budget) -> tuple[StageCost, float]:
         """The cost of a stage under the objective, and that of training the initial model."""
