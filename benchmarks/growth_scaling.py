@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 from functools import partial
@@ -15,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from measuring import Context, Measurement, Record, alternate, measured
+from measuring import Context, Measurement, Record, alternate, measured, save_figure
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
@@ -161,12 +160,7 @@ def draw_figure(record: Record, path: Path) -> None:
             axes.grid(alpha=0.3, which="both", linewidth=0.4)
             axes.legend(loc="upper left")
             axes.set_ylim(top=axes.get_ylim()[1] * 6)  # room for the legend
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(path)
+        save_figure(figure, path)
 
 
 def tables(record: Record) -> list[Table]:

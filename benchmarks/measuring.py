@@ -7,6 +7,7 @@ forked from one that has imported everything and done nothing; commands of other
 from __future__ import annotations
 
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from matplotlib.figure import Figure
 
 import slop_hf
 
@@ -188,6 +190,16 @@ def raw(results: Mapping[str, Sequence[Measurement]]) -> Record:
 def goal(text: str, value: float, limit: float) -> Record:
     """A goal, the value to compare, the largest that meets it, and whether it does."""
     return {"goal": text, "value": value, "limit": limit, "met": value <= limit}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, aside and then renamed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_bytes(buffer.getvalue())
+    aside.replace(path)
 
 
 def circumstances(scale: str, repetitions: int, command: str) -> Record:

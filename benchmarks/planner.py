@@ -7,7 +7,6 @@ python benchmarks/planner.py --scale tiny    # seconds, to see that it works; th
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import statistics
@@ -23,7 +22,7 @@ from growth import ROOT
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measuring import Measurement, Record, circumstances, goal, measured
+from measuring import Measurement, Record, circumstances, goal, measured, save_figure
 from rich.console import Console
 from rich.table import Table
 
@@ -194,12 +193,7 @@ def draw_figure(record: Record, path: Path) -> None:
         axes.grid(alpha=0.3, which="both", linewidth=0.4)
         axes.legend(loc="upper left")
         axes.set_ylim(top=axes.get_ylim()[1] * 10)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(path)
+        save_figure(figure, path)
 
 
 def table(record: Record) -> Table:

@@ -40,7 +40,7 @@ class GrowthGrid:
     goals: tuple[int, ...]
 
 
-def grid_key(initial: ModelDims, goal: ModelDims, operators: Sequence[str]) -> tuple[object, ...]:
+def grid_key(goal: ModelDims, operators: Sequence[str]) -> tuple[object, ...]:
     """Goals of one key share a grid: what follows `hidden` does so alike."""
     follows_heads = Fraction(goal.num_attention_heads, goal.hidden_size) if "mha" not in operators else None
     follows_ffn = (goal.hidden_size, goal.intermediate_size) if "ffn" not in operators else None

@@ -46,6 +46,7 @@ class Objective:
         title: a column's heading.
         counts_initial: whether training the initial model is a stage too.
         needs_tokens, needs_cost_model: what it cannot be told without.
+        needs_start: whether it cannot be told of an initial model that has seen no tokens, or of a stage without any.
         compares_stages: whether schedules with different numbers of stages may be compared by it.
     """
 
@@ -56,6 +57,7 @@ class Objective:
     counts_initial: bool = False
     needs_tokens: bool = False
     needs_cost_model: bool = False
+    needs_start: bool = False
     compares_stages: bool = False
 
     def cost(self, step: Step) -> np.ndarray:
@@ -129,7 +131,7 @@ OBJECTIVES: dict[str, Objective] = {
         compares_stages=True,
     ),
     "loss_per_hour": Objective(
-        loss_per_hour, "sum", "largest", "loss / hour", needs_tokens=True, needs_cost_model=True
+        loss_per_hour, "sum", "largest", "loss / hour", needs_tokens=True, needs_cost_model=True, needs_start=True
     ),
 }
 

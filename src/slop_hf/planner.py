@@ -184,9 +184,9 @@ class SlopPlanner:
             raise PlanError(f"objective {self.objective!r} needs a token budget: give tokens, such as 65e9")
         if rule.is_for_each_stage and self.mode != "once" and self.stages is None:
             raise PlanError("tokens for each stage need a given number of stages: give stages")
-        if self.objective == "loss_per_hour" and not rule.knows_the_start:
+        if self._objective.needs_start and not rule.knows_the_start:
             raise PlanError(
-                "objective 'loss_per_hour' has to know how good the initial model is: give the tokens that it was "
+                f"objective {self.objective!r} has to know how good the initial model is: give the tokens that it was "
                 "trained on (already_seen), or a share of the budget"
             )
 
@@ -273,7 +273,7 @@ class SlopPlanner:
         values = self.axes(targets)
 
         def key(target: ModelDims) -> tuple[str, ...]:
-            return tuple(map(str, grid_key(self.initial, target, list(values))))
+            return tuple(map(str, grid_key(target, list(values))))
 
         for _, group in groupby(sorted(targets, key=key), key):
             goals = list(group)
@@ -368,7 +368,7 @@ class SlopPlanner:
     def _tells(self, name: str, budget: Budget) -> bool:
         """Whether all that an objective needs is known."""
         objective = OBJECTIVES[name]
-        if name == "loss_per_hour" and not (budget.seen_before(1) and all(budget.tokens[1:])):
+        if objective.needs_start and not (budget.seen_before(1) and all(budget.tokens[1:])):
             return False
         hours = self.cost_model is not None or not objective.needs_cost_model
         return hours and (budget.is_given or not objective.needs_tokens)

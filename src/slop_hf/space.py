@@ -134,7 +134,8 @@ class ConfigSpace:
         if self.memory is not None and not bool(self.memory.fits(dims, self.config, self.sequence_length)):
             return f"{dims} does not fit: {self.memory.explain(dims, self.config, self.sequence_length)}"
         return (
-            f"heads, key/value heads and ffn of {dims} are not all multiples of tensor_parallel {self.tensor_parallel}"
+            f"heads, key/value heads and ffn of {dims} are not all multiples of tensor_parallel "
+            f"{self.tensor_parallel}; lower it, or choose sizes that are"
         )
 
     def structures(self, initial: ModelDims) -> list[ModelDims]:
