@@ -27,7 +27,8 @@ from .serialization import parse, to_json
 SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_STEM = "optimizer"
+OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ class RunDirectory:
     def stage_dir(self, number: int) -> Path:
         """Where a finished stage lies."""
         return self.path / self.schedule.stage_name(number)
+
+    def optimizer_files(self, number: int) -> list[Path]:
+        """AdamW's state of a finished stage: one file, several, or none any more."""
+        return sorted(self.stage_dir(number).glob(f"{OPTIMIZER_STEM}*.safetensors"))
 
     def running_dir(self, number: int) -> Path:
         """Where a stage in training keeps its checkpoints."""

@@ -83,7 +83,7 @@ def test_paper_recipe_is_the_default(tmp_path):
 
 def test_records_and_layout(finished):
     run, watch, *_ = finished
-    assert sorted(path.name for path in run.path.iterdir()) == ["schedule.yaml", *sorted(SCHEDULE.stage_names)]
+    assert sorted(path.name for path in run.path.iterdir()) == ["run.json", "schedule.yaml", *sorted(SCHEDULE.stage_names)]
     assert run.schedule == SCHEDULE and run.is_finished
     records = run.records()
     for number, record in enumerate(records):

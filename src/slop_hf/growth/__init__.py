@@ -15,15 +15,18 @@ from .model import build_model, grow_model, grow_weights, no_progress_bars
 from .peft import base_of, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
+from .stream import WEIGHT, StateStream
 from .verify import probe_growth, weights_hash
 
 __all__ = [
     "INITS",
+    "WEIGHT",
     "AdamWState",
     "CheckpointPlan",
     "GrowthPlan",
     "GrowthProbe",
     "GrowthReceipt",
+    "StateStream",
     "base_of",
     "build_model",
     "checkpoint_directory",

@@ -20,6 +20,7 @@ from .axes import Run
 from .inits import ZERO, Fill
 from .plan import GrowthPlan, ParameterPlan
 from .safetensors_io import (
+    DTYPE_NAMES,
     FLOATS,
     StoredTensor,
     create_shard,
@@ -37,7 +38,6 @@ StepPolicy = Literal["keep", "reset"]
 
 #: AdamW's moments, and to which power a gradient enters them; the last is AMSGrad's.
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
-_DTYPES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def grow_adamw_state(
@@ -82,11 +82,11 @@ def grow_adamw_state(
     (tensor([1., 1., 1., 1., 0., 0.]), tensor(9.))
     """
     _check_step(step)
-    _check_names(state, plan, "the optimizer state")
-    idle = _idle(plan)
+    check_names(state, plan, "the optimizer state")
+    idle = idle_parameters(plan)
     return {
         parameter.name: {
-            key: _grow_entry(key, value, parameter, step, parameter.name in idle)
+            key: grow_entry(key, value, parameter, step, parameter.name in idle)
             for key, value in state[parameter.source].items()
         }
         for parameter in plan.parameters()
@@ -165,7 +165,7 @@ def grow_optimizer_state_dict(
     if strays := [name for name in names if name not in grown_of]:
         raise GrowthError(f"the model that is to grow has no parameter {strays[0]}; name parameters as the model does")
     name_of, index_of = dict(zip(indices, names, strict=True)), dict(zip(names, indices, strict=True))
-    idle, state, new_groups = _idle(plan), {}, []
+    idle, state, new_groups = idle_parameters(plan), {}, []
     new_names: list[str] = []
     for group in groups:
         old = [name_of[index] for index in group["params"]]
@@ -179,7 +179,7 @@ def grow_optimizer_state_dict(
         for index, parameter in enumerate(grown, first):
             if entries := state_dict["state"].get(index_of[parameter.source]):
                 state[index] = {
-                    key: _grow_entry(key, value, parameter, step, parameter.name in idle)
+                    key: grow_entry(key, value, parameter, step, parameter.name in idle)
                     for key, value in entries.items()
                 }
     return {**state_dict, "state": state, "param_groups": new_groups}, new_names
@@ -226,9 +226,9 @@ def grow_optimizer_file(
         target = target / OPTIMIZER_FILE
     if target.exists():
         raise GrowthError(f"{target} exists already; choose another target, nothing is overwritten")
-    stored = _read_stored(source)
-    _check_names(stored, plan, str(source))
-    parameters, idle = list(plan.parameters()), _idle(plan)
+    stored = stored_state(source)
+    check_names(stored, plan, str(source))
+    parameters, idle = list(plan.parameters()), idle_parameters(plan)
     layout = {
         f"{key}/{parameter.name}": (
             entry.dtype,
@@ -240,7 +240,7 @@ def grow_optimizer_file(
     grown = (
         (
             f"{key}/{parameter.name}",
-            _grow_entry(key, read_tensor(entry), parameter, step, parameter.name in idle),
+            grow_entry(key, read_tensor(entry), parameter, step, parameter.name in idle),
         )
         for parameter in parameters
         for key, entry in stored[parameter.source].items()
@@ -258,7 +258,7 @@ def save_adamw_state(state: Mapping[str, Mapping[str, torch.Tensor]], path: str 
     {'weight': {'step': tensor(3.)}}
     """
     entries = {f"{key}/{name}": value for name, moments in state.items() for key, value in moments.items()}
-    layout = {name: (_DTYPES[value.dtype], tuple(value.shape)) for name, value in entries.items()}
+    layout = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in entries.items()}
     return _write(Path(path), layout, ((name, value.cpu()) for name, value in entries.items()))
 
 
@@ -268,12 +268,19 @@ def load_adamw_file(path: str | Path) -> AdamWState:
     Raises:
         GrowthError: for what is missing, corrupt or not in this layout.
     """
-    stored = _read_stored(path)
+    stored = stored_state(path)
     return {name: {key: read_tensor(entry) for key, entry in entries.items()} for name, entries in stored.items()}
 
 
-def _read_stored(source: str | Path) -> dict[str, dict[str, StoredTensor]]:
-    """Where each parameter's entries lie."""
+def stored_state(source: str | Path) -> dict[str, dict[str, StoredTensor]]:
+    """Where each parameter's entries lie: `exp_avg`, `exp_avg_sq` and `step`.
+
+    Args:
+        source: a file, or a folder with `optimizer.safetensors` or shards of it.
+
+    Raises:
+        GrowthError: for what is missing, corrupt or not in this layout.
+    """
     source = Path(source)
     files = [source]
     if source.is_dir():
@@ -314,7 +321,8 @@ def _write(
     return target
 
 
-def _grow_entry(key: str, value: Any, plan: ParameterPlan, step: StepPolicy, idle: bool) -> Any:
+def grow_entry(key: str, value: Any, plan: ParameterPlan, step: StepPolicy, idle: bool) -> Any:
+    """One entry of a parameter's state, grown; arguments as for `grow_moment`."""
     if key == "step":
         kept = value.detach().clone() if isinstance(value, torch.Tensor) else value
         return kept if step == "keep" else kept * 0
@@ -323,7 +331,7 @@ def _grow_entry(key: str, value: Any, plan: ParameterPlan, step: StepPolicy, idl
     return grow_moment(value, plan, MOMENTS[key], step=step, idle=idle)
 
 
-def _idle(plan: GrowthPlan) -> set[str]:
+def idle_parameters(plan: GrowthPlan) -> set[str]:
     """The parameters of inserted layers, which nothing reads before their output projections leave 0."""
     rows = [row.name for row in plan.architecture.rows(plan.source_config) if row.in_layer]
     return {name.replace(LAYER, str(layer)) for name in rows for layer in plan.inserted}
@@ -334,7 +342,12 @@ def _check_step(step: str) -> None:
         raise GrowthError(f"step must be one of {', '.join(get_args(StepPolicy))}, got {step!r}")
 
 
-def _check_names(found: Iterable[str], plan: GrowthPlan, what: str) -> None:
+def check_names(found: Iterable[str], plan: GrowthPlan, what: str) -> None:
+    """Refuse a state that is not of the model that is to grow.
+
+    Raises:
+        GrowthError: naming the parameter that is missing, or too many.
+    """
     known, found = {parameter.source for parameter in plan.parameters()}, set(found)
     if missing := sorted(known - found):
         raise GrowthError(f"{what} has no {missing[0]}; grow the state of an AdamW that has taken a step")

@@ -36,6 +36,8 @@ FLOATS: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+#: The same the other way round.
+DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -216,12 +218,15 @@ def equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
         return all(_read(file, length) == _read(other_file, length) for length in parts)
 
 
-def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int | str) -> tuple[Shard, ...]:
+def plan_shards(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int | str, stem: str = "model"
+) -> tuple[Shard, ...]:
     """The files that hold tensors, named and filled as transformers does.
 
     Args:
         tensors: dtype and shape by name; they fill the files in this order.
         max_shard_size: largest number of bytes of tensors in a file, such as "5GB"; a larger tensor is alone in one.
+        stem: what the files' names begin with.
 
     Raises:
         GrowthError: for a size that is none.
@@ -235,7 +240,7 @@ def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_si
         split = split_state_dict_into_shards_factory(
             sizes,
             get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
         valid = isinstance(max_shard_size, str) or max_shard_size > 0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from ..errors import RunError
+from .launch import prepare_launch
 
 #: Optimizers whose state is AdamW's two moments and a step, kept per parameter.
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
+LR_SPANS = ("stage", "run")
 
 
 @dataclass
@@ -30,32 +32,84 @@ class SlopTrainingArguments(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
     lr_scheduler_type: str = field(
-        default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule; it starts anew in every stage."}
+        default="cosine_with_min_lr",
+        metadata={"help": "Learning-rate schedule, over each stage or the run (lr_span); WSD: warmup_stable_decay."},
     )
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Its arguments; the paper ends at 10%%."}
+        default_factory=lambda: {"min_lr_rate": 0.1},
+        metadata={"help": "Its arguments; the paper ends at 10%%. num_decay_steps below 1 is a share of the span."},
+    )
+    lr_span: str = field(
+        default="stage",
+        metadata={
+            "help": "What the schedule spans: 'stage', anew after each growth, or 'run', once.",
+            "choices": LR_SPANS,
+        },
     )
     warmup_steps: float = field(
-        default=0.05, metadata={"help": "Warm-up of every stage: steps, or below 1 a share of the stage."}
+        default=0.05, metadata={"help": "Warm-up of each span: steps, or below 1 a share of the span."}
+    )
+    rewarm_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Warm-up after each growth: steps, or below 1 a share of the stage. Left out, stages warm up as "
+            "warmup_steps says, and a schedule over the run goes on as if nothing had happened."
+        },
+    )
+    batch_tokens: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of an optimizer step over all devices: one number, or one for each stage. Accumulation "
+            "follows from it. Left out, batch size, accumulation and number of devices decide."
+        },
+    )
+    stage_batch_sizes: list[int] | None = field(
+        default=None, metadata={"help": "per_device_train_batch_size of each stage; later models may need a smaller."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Not used: the schedule's tokens decide."})
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Stays sequential: the shuffled order is the run's own."}
+    )
+    growth_init: dict[str, str] | str | None = field(
+        default=None,
+        metadata={"help": "Init of each operator, or one name for all, for stages whose schedule names none."},
     )
     growth_seed: int = field(default=0, metadata={"help": "Seed of the entries that growth draws at random."})
     carry_optimizer_state: bool = field(
         default=True,
         metadata={"help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew."},
     )
-    eval_after_growth: bool = field(
-        default=True, metadata={"help": "Evaluate right after each growth as well as at the end of each stage."}
+    eval_before_growth: bool = field(default=True, metadata={"help": "Evaluate at the end of each stage."})
+    eval_after_growth: bool = field(default=True, metadata={"help": "Evaluate right after each growth."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite; the run stops where one comes."}
     )
     keep_optimizer_states: bool = field(
-        default=False, metadata={"help": "Keep optimizer.safetensors of stages that a later one no longer needs."}
+        default=False,
+        metadata={"help": "Keep the optimizer's state of stages that a later one no longer needs, to roll back to."},
+    )
+    max_shard_size: str = field(default="2GB", metadata={"help": "Largest file of weights or optimizer state."})
+    cost_model: str | None = field(
+        default=None, metadata={"help": "File made by `slop calibrate`, to estimate the time left with."}
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "Peak of a device in TFLOP/s, for MFU; known devices need none."}
     )
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "growth_init"]
+
     def __post_init__(self) -> None:
+        prepare_launch(self)
         super().__post_init__()
+        self._refuse_meaningless()
+        optim = getattr(self.optim, "value", self.optim)
+        if self.carry_optimizer_state and optim not in ADAMW:
+            raise RunError(
+                f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
+                "set carry_optimizer_state to false to start it anew in every stage"
+            )
+
+    def _refuse_meaningless(self) -> None:
         if self.max_steps > 0 or self.num_train_epochs != 1.0:
             raise RunError(
                 "max_steps and num_train_epochs have no meaning here; a stage lasts for its schedule's tokens"
@@ -69,9 +123,16 @@ class SlopTrainingArguments(TrainingArguments):
             raise RunError("load_best_model_at_end cannot work across stages of different shapes; leave it out")
         if self.push_to_hub:
             raise RunError("push_to_hub would push unfinished stages; push the finished stage directories instead")
-        optim = getattr(self.optim, "value", self.optim)
-        if self.carry_optimizer_state and optim not in ADAMW:
-            raise RunError(
-                f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
-                "set carry_optimizer_state to false to start it anew in every stage"
-            )
+        if self.auto_find_batch_size:
+            raise RunError("auto_find_batch_size would change the batch of a run in the middle; set stage_batch_sizes")
+        if self.save_only_model:
+            raise RunError("save_only_model leaves checkpoints that no run can be resumed from; leave it out")
+        if self.lr_span not in LR_SPANS:
+            raise RunError(f"lr_span must be one of {', '.join(LR_SPANS)}, got {self.lr_span!r}")
+        for name in ("batch_tokens", "stage_batch_sizes"):
+            numbers = getattr(self, name)
+            if numbers is not None and (not numbers or min(numbers) < 1):
+                raise RunError(f"{name} must be positive numbers, one or one for each stage, got {numbers}")
+        for name in ("rewarm_steps", "peak_tflops"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise RunError(f"{name} must not be negative, got {getattr(self, name)}")

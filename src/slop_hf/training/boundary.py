@@ -1,151 +1,164 @@
-"""What crosses a boundary between stages: weights, AdamW's moments, the trainer's state; in memory and on disk."""
+"""What crosses a boundary between stages: weights and AdamW's state, out to files and in from files.
+
+Both ways go a parameter at a time. Each rank writes its share of the files, reads and grows its share of the
+parameters; in between, a whole parameter lies on one rank only. Growth, resumption and the change from one number of
+ranks to another are the same thing: states that enter from a directory.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 
-from ..errors import RunError
-from ..growth import AdamWState, load_adamw_file, no_progress_bars, resolve_inits, save_adamw_state
-from ..records import OPTIMIZER_FILE, RECORD_FILE, STATE_FILE, RunDirectory, StageRecord
-from ..serialization import versions, write_text, written_aside
-from .spans import StageSpan
+from ..architectures import architecture_of
+from ..errors import GrowthError, SlopError
+from ..growth import WEIGHT, StateStream
+from ..growth.safetensors_io import (
+    DTYPE_NAMES,
+    INDEX_FILE,
+    Shard,
+    StoredTensor,
+    create_shard,
+    flush_shard,
+    index_text,
+    plan_shards,
+    write_tensor,
+)
+from ..growth.tensors import worker_threads
+from ..serialization import write_text
+from .states import MOMENTS, STEP, States
 
-MAX_EXPONENT = 700.0  # exp of more is no float: a diverged run has a perplexity of about 1e304
-
-
-def read_adamw_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> AdamWState:
-    """The state of a torch AdamW by parameter name; empty before its first step. Tensors are not copied."""
-    return {
-        name: {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
-        for name, parameter in model.named_parameters()
-        if optimizer.state.get(parameter)
-    }
-
-
-def load_adamw_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module, state: AdamWState) -> None:
-    """Put a state by parameter name into a fresh AdamW; its own groups and hyper-parameters stay."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    groups = optimizer.state_dict()["param_groups"]
-    # load_state_dict puts each tensor where this kind of AdamW (fused, capturable, ...) wants it.
-    optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})
+#: Parameters that a rank reads and grows at a time; each takes memory.
+MOST_THREADS = 4
 
 
-def stage_record(
-    span: StageSpan,
-    history: list[dict[str, Any]],
-    metrics: dict[str, float],
-    seconds: float,
-    devices: int,
-    growth_seed: int,
-) -> StageRecord:
-    """The record of a stage that has just ended.
+def leave(states: States, config: Any, directory: Path, max_shard_size: int | str) -> list[str]:
+    """Write a model's weights, and AdamW's state if it has one, as all ranks together.
+
+    Weights are named and sharded as transformers does, at the precision of the states: under ZeRO-3 they are the
+    float32 masters.
 
     Args:
-        span: the stage.
-        history: the run's log up to its end.
-        metrics: of the evaluation at its end; empty without held-out data.
-        seconds: of training.
-        devices: processes that shared the work.
-        growth_seed: of the growth at its beginning.
-    """
-    of_stage = [entry for entry in history if entry.get("stage") == span.number]
-    losses = [entry["loss"] for entry in of_stage if "loss" in entry]
-    at_growth = [held_out_loss(entry) for entry in of_stage if span.growth and entry["step"] == span.first_step]
-    eval_loss = held_out_loss(metrics)
-    return StageRecord(
-        stage=span.number,
-        name=span.name,
-        operators=span.growth.operators if span.growth else (),
-        dims=span.dims,
-        parameters=span.parameters,
-        tokens=span.tokens,
-        total_tokens=span.first_token + span.tokens,
-        first_token=span.first_token,
-        steps=span.steps,
-        global_step=span.end_step,
-        flops=span.flops,
-        total_flops=span.first_flops + span.flops,
-        seconds=seconds,
-        devices=devices,
-        train_loss=losses[-1] if losses else None,
-        eval_loss=eval_loss,
-        eval_loss_after_growth=next((loss for loss in at_growth if loss is not None), None),
-        perplexity=math.exp(min(eval_loss, MAX_EXPONENT)) if eval_loss is not None else None,
-        init=resolve_inits(span.growth.operators, span.growth.init) if span.growth else {},
-        growth_seed=growth_seed if span.growth else None,
-        versions=versions(),
-    )
+        states: of the model.
+        config: of the model.
+        directory: to write into; all ranks see the same.
+        max_shard_size: of a file, such as "2GB".
 
-
-def held_out_loss(metrics: dict[str, float]) -> float | None:
-    """The loss in what `evaluate` returns; the mean over data sets where there are several."""
-    losses = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("loss")]
-    return sum(losses) / len(losses) if losses else None
-
-
-def write_stage(
-    run: RunDirectory,
-    record: StageRecord,
-    model: PreTrainedModel,
-    processing_class: Any,
-    trainer_state: TrainerState,
-    optimizer_state: AdamWState,
-) -> Path:
-    """Write a finished stage: a stock model with its record, or nothing at all."""
-    target = run.stage_dir(record.stage)
-    use_cache = model.config.use_cache
-    with written_aside(target) as directory, no_progress_bars():
-        model.config.use_cache = True  # Trainer turns it off, and would leave it so in every published config
-        try:
-            model.save_pretrained(directory)
-        finally:
-            model.config.use_cache = use_cache
-        if processing_class is not None:
-            processing_class.save_pretrained(directory)
-        if optimizer_state:
-            save_adamw_state(optimizer_state, directory / OPTIMIZER_FILE)
-        trainer_state.save_to_json(str(directory / STATE_FILE))
-        write_text(directory / RECORD_FILE, record.to_json())
-    return target
-
-
-def read_stage(run: RunDirectory, number: int) -> tuple[PreTrainedModel, AdamWState, TrainerState]:
-    """Model, AdamW's state (empty where none was kept) and trainer's state of a finished stage."""
-    directory = run.stage_dir(number)
-    with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    optimizer_file = directory / OPTIMIZER_FILE
-    state = load_adamw_file(optimizer_file) if optimizer_file.is_file() else {}
-    return model, state, TrainerState.load_from_json(str(directory / STATE_FILE))
-
-
-def last_checkpoint(run: RunDirectory, number: int) -> Path | None:
-    """The newest of Trainer's checkpoints inside an unfinished stage; they are complete or absent."""
-    found = run.running_dir(number).glob("checkpoint-*")
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def check_same_schedule(run: RunDirectory, schedule: Any) -> None:
-    """Refuse to resume a run of another schedule.
+    Returns:
+        The files that this rank has written.
 
     Raises:
-        RunError: naming the first stage that differs.
+        SlopError: on all ranks, for a full disk and the like.
     """
-    found = run.schedule
-    if found == schedule:
-        return
-    old = zip(found.structures, found.tokens, strict=True)
-    new = zip(schedule.structures, schedule.tokens, strict=True)
-    pairs = enumerate(zip(old, new, strict=False))
-    where = next((number for number, (before, after) in pairs if before != after), None)
-    what = f"stage {where} differs" if where is not None else "they differ in their number of stages or inits"
-    raise RunError(
-        f"{run.path} holds a run of another schedule ({what}); resume with {run.path / 'schedule.yaml'}, "
-        "or choose another output directory"
-    )
+    architecture = architecture_of(config)
+    stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
+    sources: dict[str, tuple[str, str]] = {}
+    layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
+    has_moments = states.has_moments()
+    for name, shape in states.shapes.items():
+        weight = stored.get(name, name)
+        sources[weight] = name, WEIGHT
+        layouts["model"][weight] = DTYPE_NAMES[states.dtype(name, WEIGHT)], shape
+        for key in (*MOMENTS, STEP) if has_moments else ():
+            sources[f"{key}/{name}"] = name, key
+            dtype = torch.float32 if key == STEP else states.dtype(name, key)
+            layouts["optimizer"][f"{key}/{name}"] = DTYPE_NAMES[dtype], () if key == STEP else shape
+    weights = plan_shards(layouts["model"], max_shard_size)
+    shards = [*weights, *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if has_moments else ())]
+    written = _write_shards(states, directory, shards, sources)
+    if len(weights) > 1 and states.ranks.is_first:
+        write_text(directory / INDEX_FILE, index_text(weights))
+        written.append(INDEX_FILE)
+    return written
+
+
+def _write_shards(
+    states: States, directory: Path, shards: list[Shard], sources: Mapping[str, tuple[str, str]]
+) -> list[str]:
+    """Write every shard, each on one rank; round by round, each rank writes a tensor of one of its own."""
+    ranks = states.ranks
+    mine = ranks.mine(shards)
+    with ranks.together():
+        for shard in mine:
+            create_shard(directory, shard)  # takes the space: a full disk is found out now
+    queues = [
+        [tensor for shard in shards[rank :: ranks.count] for tensor in shard.tensors] for rank in range(ranks.count)
+    ]
+    failed: Exception | None = None
+    step = torch.tensor(states.step if states.has_moments() else 0.0, dtype=torch.float32)
+    for tensors in zip_longest(*queues):
+        job: tuple[StoredTensor, torch.Tensor] | None = None
+        for owner, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            name, key = sources[tensor.name]
+            value = step if key == STEP else states.whole(name, key, owner)
+            if owner == ranks.rank and value is not None:
+                job = tensor, value
+        if job is not None and failed is None:
+            try:
+                write_tensor(directory, *job)
+            except SlopError as caught:  # go on with what the others wait for
+                failed = caught
+    ranks.agree(failed)
+    with ranks.together():
+        for shard in mine:
+            flush_shard(directory, shard)
+    return [shard.file for shard in mine]
+
+
+def enter(states: States, stream: StateStream) -> None:
+    """Fill a model's weights and AdamW's state from a directory, grown on the way if the stream grows them.
+
+    Args:
+        states: of the model; all of its parameters are replaced.
+        stream: the directory, on all ranks the same. Without AdamW's state in it, AdamW begins anew.
+
+    Raises:
+        SlopError: on all ranks, for files that cannot be read or are of another model.
+    """
+    ranks, names = states.ranks, list(states.shapes)
+    if missing := sorted(set(names) ^ stream.names):
+        raise GrowthError(f"the model's parameters and the stored ones differ, as in {missing[0]}")
+    step = stream.step
+    keys = (WEIGHT, *MOMENTS) if step is not None else (WEIGHT,)
+    if step is not None:
+        states.make_moments(step)
+    failed: Exception | None = None
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    with worker_threads(threads) as pool:
+        for part, entries in _ahead(pool, stream, names, ranks.rank, ranks.count, threads):
+            for number, name in enumerate(part):
+                owner = number % ranks.count
+                found: dict[str, torch.Tensor] = {}
+                if owner == ranks.rank:
+                    try:
+                        found = entries[name].result()
+                    except (SlopError, OSError) as caught:
+                        failed = failed or caught
+                        found = dict.fromkeys(keys, torch.zeros(states.shapes[name]))  # the others wait for something
+                for key in keys:
+                    states.put(name, key, found.get(key), owner)
+                entries.pop(name, None)
+    ranks.agree(failed)
+    states.finish()
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, stream: StateStream, names: list[str], rank: int, count: int, threads: int
+) -> Iterator[tuple[list[str], dict[str, Future[dict[str, torch.Tensor]]]]]:
+    """Parts of `names` with what this rank reads of each; the next part is read while one is worked on."""
+    parts = [names[start : start + count * threads] for start in range(0, len(names), count * threads)]
+
+    def begin(part: list[str]) -> dict[str, Future[dict[str, torch.Tensor]]]:
+        return {name: pool.submit(stream.read, name) for name in part[rank::count]}
+
+    reading = begin(parts[0])
+    for number, part in enumerate(parts):
+        current, reading = reading, begin(parts[number + 1]) if number + 1 < len(parts) else {}
+        yield part, current

@@ -8,8 +8,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class LogStageEnd(TrainerCallback):
+class StageEnd(TrainerCallback):
     """Logs at the last step of each stage, so that its record and curve end where it ends.
+
+    No checkpoint is saved there: the stage's directory is written at once.
 
     Args:
         end_step: tells the global step at which the stage in training ends.
@@ -23,4 +25,5 @@ class LogStageEnd(TrainerCallback):
     ) -> TrainerControl:
         if state.global_step == self.end_step():
             control.should_log = True
+            control.should_save = False
         return control

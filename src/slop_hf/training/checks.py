@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..dims import ModelDims
 from ..errors import DataError, RunError
-from ..growth import plan_growth
+from ..growth import plan_growth, resolve_inits
+from ..operators import operator_named
 from ..schedule import GrowthSchedule
 from .spans import StageSpan
 
@@ -51,6 +53,43 @@ def check_blocks(dataset: Any, model: PreTrainedModel) -> int:
             f"blocks have {block_size} tokens, the model's max_position_embeddings is {limit}; cut them shorter"
         )
     return block_size
+
+
+def check_launch(args: Any, *, fsdp: bool) -> None:
+    """Refuse launches whose states could not be carried over a growth.
+
+    Raises:
+        RunError: with another way to launch.
+    """
+    if fsdp:
+        raise RunError("FSDP is not supported; shard with DeepSpeed ZeRO-3 (recipes/accelerate), or launch without")
+    if args.n_gpu > 1:
+        raise RunError(
+            f"one process sees {args.n_gpu} GPUs; start one a GPU by `accelerate launch`, or set CUDA_VISIBLE_DEVICES"
+        )
+    if args.save_on_each_node:
+        raise RunError("save_on_each_node would write a run in pieces; put output_dir on a shared disk")
+
+
+def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> GrowthSchedule:
+    """The schedule with an init for each stage that names none; operators that a stage has not are left out.
+
+    Raises:
+        GrowthError: for an unknown operator or init.
+    """
+    if init is None:
+        return schedule
+    if isinstance(init, dict):
+        for operator in init:
+            operator_named(operator)
+    stages = []
+    for stage in schedule.stages:
+        if stage.init is None:
+            own = init if isinstance(init, str) else {name: init[name] for name in stage.operators if name in init}
+            resolve_inits(stage.operators, own)
+            stage = replace(stage, init=own or None)
+        stages.append(stage)
+    return replace(schedule, stages=tuple(stages))
 
 
 def check_growths(spans: Sequence[StageSpan], config: Any) -> None:

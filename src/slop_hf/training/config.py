@@ -16,15 +16,18 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 
 from ..baselines import from_scratch
 from ..data import Corpus, DataConfig, documents, load_tokenizer, prepare_data
+from ..data.sources import local_files
 from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
 from ..records import RunDirectory
 from ..schedule import GrowthSchedule
 from ..serialization import parse, read_yaml
 from .arguments import SlopTrainingArguments
+from .batches import blocks_per_step, stage_batches
 from .spans import StageSpan, stage_spans
 from .trainer import SlopTrainer
 
@@ -160,20 +163,35 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     )
 
 
-def preview_run(config: RunConfig, output_dir: str | Path, *, scratch: bool = False) -> tuple[StageSpan, ...]:
-    """What a run would do, without doing it: the spans of its stages in one process.
+def preview_run(
+    config: RunConfig, output_dir: str | Path, *, scratch: bool = False, devices: int = 1
+) -> tuple[StageSpan, ...]:
+    """What a run would do, without doing it: the spans of its stages.
+
+    It may be asked anywhere: a dataset on the Hub is not looked up, a tokenizer there only where neither `model` nor
+    `data` tells its size, and devices that compute in bf16 are not needed.
+
+    Args:
+        config: the run.
+        output_dir: where it would write.
+        scratch: as for `build_trainer`.
+        devices: that would share the work.
 
     Raises:
         SlopError: for what cannot run, as far as it shows without reading the whole corpus.
     """
-    args = config.arguments(output_dir)
+    training = dict(config.training)
+    if not is_torch_bf16_gpu_available():
+        for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them where there is no such device
+            training.pop(name, None)
+    args = dataclasses.replace(config, training=training).arguments(output_dir)
     schedule = _arm(config, scratch)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
-    next(documents(config.data))  # refuses a source that is missing or empty
-    tokenizer = config.data.tokenizer
-    vocab_size = config.data.vocab_size if tokenizer is None else len(load_tokenizer(tokenizer))
-    model_config = config.model_config(schedule.initial, vocab_size)
+    local = tuple(source for source in config.data.sources if local_files(source) is not None)
+    if local:
+        next(documents(dataclasses.replace(config.data, source=local)))  # refuses a source that is missing or empty
+    model_config = config.model_config(schedule.initial, known_vocab_size(config))
     dims = ModelDims.from_config(model_config)
     if dims != schedule.initial:
         raise RunError(
@@ -184,8 +202,19 @@ def preview_run(config: RunConfig, output_dir: str | Path, *, scratch: bool = Fa
             f"block_size {config.data.block_size} is above the model's max_position_embeddings "
             f"{model_config.max_position_embeddings}; cut shorter blocks"
         )
-    per_step = args.train_batch_size * args.gradient_accumulation_steps
-    return stage_spans(schedule, model_config, config.data.block_size, per_step)
+    blocks = blocks_per_step(args, config.data.block_size, devices, len(schedule.stages) + 1)
+    stage_batches(args, blocks, devices)  # refuses a batch that the devices cannot share
+    return stage_spans(schedule, model_config, config.data.block_size, blocks)
+
+
+def known_vocab_size(config: RunConfig) -> int:
+    """The model's vocabulary as far as the run says it; otherwise that of its tokenizer, which is then loaded."""
+    tokenizer = config.data.tokenizer
+    if tokenizer is None:
+        return config.data.vocab_size
+    if "vocab_size" in config.model and not Path(tokenizer).exists():
+        return config.model["vocab_size"]
+    return len(load_tokenizer(tokenizer))
 
 
 def _arm(config: RunConfig, scratch: bool) -> GrowthSchedule:

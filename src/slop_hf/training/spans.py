@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class StageSpan:
     flops: float
 
     @property
+    def blocks_per_step(self) -> int:
+        """Blocks of an optimizer step over all devices; 0 where there is none."""
+        return self.blocks // self.steps if self.steps else 0
+
+    @property
     def end_step(self) -> int:
         """The global step at which it ends."""
         return self.first_step + self.steps
@@ -52,7 +58,9 @@ class StageSpan:
         return self.first_token + round(done * self.tokens), self.first_flops + done * self.flops
 
 
-def stage_spans(schedule: GrowthSchedule, config: Any, block_size: int, blocks_per_step: int) -> tuple[StageSpan, ...]:
+def stage_spans(
+    schedule: GrowthSchedule, config: Any, block_size: int, blocks_per_step: Sequence[int]
+) -> tuple[StageSpan, ...]:
     """The spans of all stages.
 
     Tokens are rounded to whole steps, to at least one step where any are asked for.
@@ -61,7 +69,7 @@ def stage_spans(schedule: GrowthSchedule, config: Any, block_size: int, blocks_p
         schedule: with tokens.
         config: the initial model's config, or its dict.
         block_size: tokens of a training block.
-        blocks_per_step: blocks of an optimizer step, over all processes and accumulation.
+        blocks_per_step: blocks of an optimizer step of each stage, over all devices and accumulation.
 
     Raises:
         RunError: for a schedule without any tokens.
@@ -69,10 +77,10 @@ def stage_spans(schedule: GrowthSchedule, config: Any, block_size: int, blocks_p
     if not sum(schedule.tokens):
         raise RunError("the schedule has no tokens to train on; give tokens to its stages, or --tokens to `slop plan`")
     spans: list[StageSpan] = []
-    step = 0
+    step = block = 0
     flops = 0.0
-    tokens_per_step = block_size * blocks_per_step
     for number, (dims, tokens) in enumerate(zip(schedule.structures, schedule.tokens, strict=True)):
+        tokens_per_step = block_size * blocks_per_step[number]
         steps = max(1, round(tokens / tokens_per_step)) if tokens else 0
         spans.append(
             StageSpan(
@@ -83,14 +91,15 @@ def stage_spans(schedule: GrowthSchedule, config: Any, block_size: int, blocks_p
                 parameters=count_parameters(dims, config),
                 first_step=step,
                 steps=steps,
-                first_block=step * blocks_per_step,
-                blocks=steps * blocks_per_step,
-                first_token=step * tokens_per_step,
+                first_block=block,
+                blocks=steps * blocks_per_step[number],
+                first_token=block * block_size,
                 tokens=steps * tokens_per_step,
                 first_flops=flops,
                 flops=float(flops_per_token(dims, config, block_size)) * steps * tokens_per_step,
             )
         )
         step += steps
+        block += spans[-1].blocks
         flops += spans[-1].flops
     return tuple(spans)

@@ -1,0 +1,52 @@
+"""What a launch needs before transformers looks for its devices."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+from accelerate.utils import str_to_bool
+
+from ..errors import RunError
+
+
+def prepare_launch(args: Any) -> None:
+    """Set up DeepSpeed's surroundings, where arguments or launcher ask for DeepSpeed.
+
+    `accelerate launch` without a configuration sets no rank, and DeepSpeed would look for MPI. Without an accelerator
+    the backend has to be named, or each rank believes that it is alone; and DeepSpeed would compile an operator that
+    makes little difference, for a minute.
+
+    Args:
+        args: `TrainingArguments` before their `__post_init__`.
+
+    Raises:
+        RunError: for a launch that would not do what it says.
+    """
+    by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
+    if args.deepspeed is None and not by_launcher:
+        return
+    if args.use_cpu:
+        raise RunError("use_cpu turns DeepSpeed off; leave it out: without a GPU DeepSpeed runs on the CPU by itself")
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    if torch.cuda.is_available():
+        return
+    if args.deepspeed is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "the argument `deepspeed` cannot name the backend that ranks on CPUs need; name its file in the "
+            "configuration of `accelerate launch --config_file`, as recipes/accelerate/cpu_zero3.yaml does"
+        )
+    from . import zero3
+
+    zero3.do_without_compiled_operators()
+    args.ddp_backend = args.ddp_backend or "gloo"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
