@@ -26,7 +26,13 @@ def arguments() -> argparse.Namespace:
     add("--output-dir", type=Path, help="directory of the run (runs/ and the name of the config)")
     add("--resume", action="store_true", help="go on with the run in the output directory, or begin if there is none")
     add("--from-scratch", action="store_true", help="train the target from random weights with the same FLOPs instead")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: data.source=texts/ (repeat it)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value: data.source=texts/ (repeat it)",
+    )
     add("--dry-run", action="store_true", help="print stages, tokens, FLOPs, steps and memory, and train nothing")
     add("--devices", type=int, default=1, help="with --dry-run: devices that share the work (%(default)s)")
     add("--zero-stage", type=int, default=0, help="with --dry-run: the stage of ZeRO, 0 to 3, they use (%(default)s)")

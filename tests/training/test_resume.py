@@ -1,6 +1,5 @@
 """A run that was interrupted ends with the weights of one that was not, bit for bit."""
 
-import os
 import random
 import signal
 import subprocess
@@ -54,12 +53,12 @@ def test_interrupted_at_steps_of_every_kind(whole, tmp_path):
     assert losses(path) == losses(whole)
 
 
-@pytest.mark.parametrize("where", ["write_stage", "_grow", "evaluate", "_drop_optimizer_state"])
+@pytest.mark.parametrize("where", ["save_stage", "enter", "evaluate", "_change_model", "_drop_optimizer_state"])
 def test_interrupted_at_a_boundary(whole, tmp_path, monkeypatch, where):
     from slop_hf.training import trainer as module
 
     path = tmp_path / "out"
-    owner = module if where == "write_stage" else module.SlopTrainer
+    owner = module if hasattr(module, where) else module.SlopTrainer
     real = getattr(owner, where)
     calls = []
 
@@ -72,22 +71,24 @@ def test_interrupted_at_a_boundary(whole, tmp_path, monkeypatch, where):
     monkeypatch.setattr(owner, where, fail_late)
     with pytest.raises(KeyboardInterrupt):
         trainer(path).train()
+    monkeypatch.undo()
     trainer(path).train(resume_from_checkpoint=True)
     assert same_weights(whole, path)
 
 
-def test_a_checkpoint_cut_short_is_not_resumed_from(whole, tmp_path, monkeypatch):
-    from slop_hf.training import trainer as module
+@pytest.mark.parametrize("where", ["seal", "random_state", "leave"])
+def test_a_checkpoint_cut_short_is_not_resumed_from(whole, tmp_path, monkeypatch, where):
+    from slop_hf.training import saving
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
 
     path = tmp_path / "out"
-    monkeypatch.setattr(
-        module.SlopTrainer, "_save_rng_state", lambda self, output: os.kill(os.getpid(), signal.SIGINT)
-    )
+    monkeypatch.setattr(saving, where, interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer(path).train()
     monkeypatch.undo()
-    running = RunDirectory(path).running_dir(0)
-    assert not list(running.glob("checkpoint-*"))
+    assert not list(RunDirectory(path).running_dir(0).iterdir())
     trainer(path).train(resume_from_checkpoint=True)
     assert same_weights(whole, path)
 

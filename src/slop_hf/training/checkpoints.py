@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 CHECKSUM_FILE = "checksums.json"
 RESUME_FILE = "resume.json"
 CHECKPOINT = "checkpoint-"
-_PIECE_BYTES = 2**24
+_PIECE_BYTES = 2**20
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from ..schedule import GrowthSchedule
 from ..serialization import parse, read_yaml
 from .arguments import SlopTrainingArguments
 from .batches import blocks_per_step, stage_batches
+from .checks import check_growths, with_inits
 from .spans import StageSpan, stage_spans
 from .trainer import SlopTrainer
 
@@ -185,7 +186,7 @@ def preview_run(
         for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them where there is no such device
             training.pop(name, None)
     args = dataclasses.replace(config, training=training).arguments(output_dir)
-    schedule = _arm(config, scratch)
+    schedule = with_inits(_arm(config, scratch), args.growth_init)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
     local = tuple(source for source in config.data.sources if local_files(source) is not None)
@@ -204,7 +205,9 @@ def preview_run(
         )
     blocks = blocks_per_step(args, config.data.block_size, devices, len(schedule.stages) + 1)
     stage_batches(args, blocks, devices)  # refuses a batch that the devices cannot share
-    return stage_spans(schedule, model_config, config.data.block_size, blocks)
+    spans = stage_spans(schedule, model_config, config.data.block_size, blocks)
+    check_growths(spans, model_config)
+    return spans
 
 
 def known_vocab_size(config: RunConfig) -> int:

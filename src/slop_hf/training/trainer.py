@@ -354,9 +354,7 @@ class SlopTrainer(Trainer):
         scaler = self.accelerator.scaler
         resumption = {
             "seconds": self._stage_seconds(),
-            "scheduler": {
-                name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"
-            },
+            "scheduler": cast(Any, self.lr_scheduler).state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         save_checkpoint(
