@@ -135,9 +135,9 @@ def test_the_13b_recipes_memory_is_as_its_comment_says(tmp_path, output_of):
 
 
 def test_a_dry_run_through_the_script(tmp_path):
-    """In a process of its own, from anywhere: the paper's run by default."""
-    command = [sys.executable, RECIPES / "grow_1b.py", "--dry-run", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), cwd=tmp_path)
+    """In a process of its own: the paper's run by default, and nothing on stdout but JSON."""
+    command = [sys.executable, RECIPES / "grow_1b.py", "--dry-run", "--json", "--output-dir", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     stages = ["stage-0-initial", "stage-1-layer", "stage-2-ffn", "stage-3-hidden"]
     assert [row["stage"] for row in json.loads(done.stdout)] == stages

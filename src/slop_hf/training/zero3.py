@@ -23,7 +23,6 @@ from deepspeed.utils import (
 )
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import RunError
 from ..growth import WEIGHT
@@ -100,12 +99,11 @@ class Zero3Setup:
 def _make_rotary_float32(model: torch.nn.Module) -> None:
     """Compute the rotary frequencies again: under `zero.Init` in bfloat16 they have come out in bfloat16."""
     for module in model.modules():
-        if hasattr(module, "inv_freq") and hasattr(module, "rope_type"):
-            default = module.rope_type == "default"
-            compute = module.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[module.rope_type]
-            frequencies, module.attention_scaling = compute(module.config, module.inv_freq.device)
-            module.inv_freq = torch.nn.Buffer(frequencies.float(), persistent=False)
-            module.original_inv_freq = torch.nn.Buffer(frequencies.float().clone(), persistent=False)
+        buffers = dict(module.named_buffers(recurse=False))
+        if any("inv_freq" in name for name in buffers):
+            fresh: torch.nn.Module = type(module)(module.config)  # made outside of zero.Init
+            for name, buffer in fresh.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(buffers[name].device))
 
 
 class Zero3States:
