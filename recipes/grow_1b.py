@@ -8,6 +8,7 @@ accelerate launch --config_file recipes/accelerate/eight_gpus_zero3.yaml recipes
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> None:
     config = RunConfig.from_yaml(options.config, read_changes(options.set))
     output, scratch, is_main = options.output_dir, options.from_scratch, os.environ.get("RANK", "0") == "0"
     if options.dry_run:
-        if is_main:
+        # Under DeepSpeed arguments bring the ranks together, so all of them ask; one prints.
+        with nullcontext() if is_main else redirect_stdout(io.StringIO()):
             shared = {"devices": options.devices, "zero_stage": options.zero_stage}
             show_preview(config, output, scratch=scratch, as_json=options.json, **shared)
         return

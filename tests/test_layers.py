@@ -23,7 +23,7 @@ MAX_LINES = 400
 # Row -> the modules and subpackages in it. A module may import from its own row and from the rows above.
 ROWS: dict[str, tuple[str, ...]] = {
     "words": ("errors", "dims", "serialization"),
-    "facts": ("operators", "architectures", "cost", "memory", "hours", "scaling", "paper"),
+    "facts": ("operators", "architectures", "cost", "memory", "hours", "devices", "scaling", "paper"),
     "values": ("tokens", "budget", "structures", "schedule", "space", "records", "baselines"),
     "decide": ("objectives", "rules", "graph", "grid", "corners", "planner", "explanation", "reproduction"),
     "grow": ("growth",),

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
@@ -23,10 +24,10 @@ class Terminal(io.StringIO):
 class Run:
     """Sends a callback the events that a trainer would."""
 
-    def __init__(self, file, *, step=0, main=True):
+    def __init__(self, file, *, step=0, main=True, spans=SPANS):
         self.span = FIRST
         self.state = TrainerState(global_step=step, max_steps=LAST.end_step, is_world_process_zero=main)
-        self.shown = RunProgress(lambda: self.span, SPANS, file=file)
+        self.shown = RunProgress(lambda: self.span, spans, file=file)
 
     def send(self, event, **kwargs):
         getattr(self.shown, f"on_{event}")(None, self.state, TrainerControl(), **kwargs)
@@ -138,6 +139,20 @@ def test_the_runs_bar_ends_with_the_last_stage():
         assert bool(of_run.disable) == (span is LAST)
     assert run.bars == (None, None)
     assert "run: 100%" in file.getvalue() and "2.05k/2.05k tokens" in file.getvalue()
+
+
+def test_a_last_stage_without_tokens():
+    """It begins and ends like every other; the run's bar waits for it."""
+    empty = replace(LAST, first_step=LAST.end_step, steps=0, blocks=0, tokens=0, flops=0.0, number=LAST.number + 1)
+    run = Run(Terminal(), step=LAST.first_step, spans=(*SPANS, empty))
+    run.begin(LAST)
+    of_run, _ = run.bars
+    run.step_to(LAST.end_step)
+    run.send("train_end")
+    assert run.bars == (of_run, None)
+    run.begin(empty)
+    run.send("train_end")
+    assert run.bars == (None, None) and of_run.disable
 
 
 def test_resumed_in_mid_stage():

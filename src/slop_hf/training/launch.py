@@ -13,11 +13,11 @@ from ..errors import RunError
 
 
 def prepare_launch(args: Any) -> None:
-    """Set up DeepSpeed's surroundings, where arguments or launcher ask for DeepSpeed.
+    """Name the backend of ranks on CPUs, and set up DeepSpeed's surroundings where it is asked for.
 
-    `accelerate launch` without a configuration sets no rank, and DeepSpeed would look for MPI. Without an accelerator
-    the backend has to be named, or each rank believes that it is alone; and DeepSpeed would compile an operator that
-    makes little difference, for a minute.
+    Without the backend's name each of several ranks on CPUs believes that it is alone. `accelerate launch` without a
+    configuration sets no rank, and DeepSpeed would look for MPI; and without an accelerator it would compile an
+    operator that makes little difference, for a minute.
 
     Args:
         args: `TrainingArguments` before their `__post_init__`.
@@ -25,6 +25,10 @@ def prepare_launch(args: Any) -> None:
     Raises:
         RunError: for a launch that would not do what it says.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = args.use_cpu or not torch.cuda.is_available()
+    if on_cpu and ranks > 1:
+        args.ddp_backend = args.ddp_backend or "gloo"
     by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
     if args.deepspeed is None and not by_launcher:
         return
@@ -33,17 +37,17 @@ def prepare_launch(args: Any) -> None:
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    if torch.cuda.is_available():
+    if not on_cpu:
         return
-    if args.deepspeed is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if args.deepspeed is not None and ranks > 1:
         raise RunError(
             "the argument `deepspeed` cannot name the backend that ranks on CPUs need; name its file in the "
             "configuration of `accelerate launch --config_file`, as recipes/accelerate/cpu_zero3.yaml does"
         )
+    args.ddp_backend = args.ddp_backend or "gloo"
     from . import zero3
 
     zero3.do_without_compiled_operators()
-    args.ddp_backend = args.ddp_backend or "gloo"
 
 
 def _free_port() -> int:
