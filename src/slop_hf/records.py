@@ -45,7 +45,7 @@ class StageRecord:
         first_token: position of its first token in the run's token stream.
         steps, global_step: optimizer steps of this stage, and up to its end.
         flops, total_flops: training FLOPs (`cost.flops_per_token`) of this stage, and up to its end.
-        seconds: wall-clock seconds of training, evaluation at the end left out.
+        seconds: wall-clock seconds of training, without evaluation and saving.
         devices: processes that shared the work; `seconds * devices / 3600` are device hours.
         train_loss: mean training loss over the stage's last logging interval, in nats a token.
         eval_loss: loss on the held-out data at the end of the stage.

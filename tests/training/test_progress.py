@@ -198,6 +198,7 @@ def test_the_bar_of_the_run_shows_the_last_figures():
     logs = {"loss": 4.2, "learning_rate": 1e-3, "tokens_per_second": 900.0, "mfu": 0.5, "seconds_left": 61.0}
     run.send("log", logs=logs)
     run.send("log", logs={"eval_loss": 4.1, "eval_perplexity": 60.3})
+    assert run.bars[0].postfix == "loss 4.2, 900 tok/s, MFU 50.0%, left 0:01:01", "until the next training loss"
     run.shown.close()
     assert "run:   9%" in file.getvalue() and ", loss 4.2, 900 tok/s, MFU 50.0%, left 0:01:01]" in file.getvalue()
     assert lines_of(file) == [

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, blocks, small_model, trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
+from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, blocks, small_model, trainer
 from slop_hf import GrowthSchedule, ModelDims, RunDirectory, grow_model
 from slop_hf.cost import flops_per_token
 from slop_hf.errors import DataError, RunError
@@ -83,7 +83,11 @@ def test_paper_recipe_is_the_default(tmp_path):
 
 def test_records_and_layout(finished):
     run, watch, *_ = finished
-    assert sorted(path.name for path in run.path.iterdir()) == ["run.json", "schedule.yaml", *sorted(SCHEDULE.stage_names)]
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "run.json",
+        "schedule.yaml",
+        *sorted(SCHEDULE.stage_names),
+    ]
     assert run.schedule == SCHEDULE and run.is_finished
     records = run.records()
     for number, record in enumerate(records):

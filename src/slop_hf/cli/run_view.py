@@ -148,20 +148,15 @@ def _gib(size: float) -> str:
 
 def _table(spans: Sequence[StageSpan], *, title: str, caption: str) -> Table:
     """What the run would do, a row a stage."""
-    tokens, flops = sum(span.tokens for span in spans), sum(span.flops for span in spans)
-    rows = [
-        (span.name, str(span.dims), f"{span.parameters:,}", f"{span.tokens:,}", f"{span.steps:,}", f"{span.flops:.3g}")
-        for span in spans
-    ]
-    total = ("sum", "", "", f"{tokens:,}", f"{spans[-1].end_step:,}", f"{flops:.3g}")
-    table = Table(box=SIMPLE, title=title, caption=caption)
+    table = Table(box=SIMPLE, title=title, caption=caption, pad_edge=False, collapse_padding=True)
     table.add_column("stage", no_wrap=True)
-    table.add_column("structure")
-    for place, column in enumerate(("parameters", "tokens", "steps", "FLOPs"), start=2):
-        # Where a terminal is narrow, structures are broken and numbers stay whole.
-        table.add_column(column, justify="right", min_width=max(len(row[place]) for row in (*rows, total)))
-    for row in rows:
-        table.add_row(*row)
+    table.add_column("structure")  # broken where a terminal is narrow; numbers stay whole
+    for column in ("parameters", "tokens", "steps", "FLOPs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for span in spans:
+        sizes = f"{span.parameters:,}", f"{span.tokens:,}", f"{span.steps:,}", f"{span.flops:.3g}"
+        table.add_row(span.name, str(span.dims), *sizes)
     table.add_section()
-    table.add_row(*total)
+    tokens, flops = sum(span.tokens for span in spans), sum(span.flops for span in spans)
+    table.add_row("sum", "", "", f"{tokens:,}", f"{spans[-1].end_step:,}", f"{flops:.3g}")
     return table

@@ -135,10 +135,11 @@ def fault_of(directory: Path, ranks: Ranks) -> str | None:
 def checkpoints(run: RunDirectory, stage: int) -> list[Path]:
     """A running stage's checkpoints, the newest first."""
     found = [path for path in run.running_dir(stage).glob(f"{CHECKPOINT}*") if path.is_dir()]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The global step of a checkpoint."""
     return int(path.name.removeprefix(CHECKPOINT))
 
 

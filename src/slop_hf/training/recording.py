@@ -27,6 +27,7 @@ class RunFacts:
         blocks: of the training data.
         blocks_per_step: of an optimizer step, in each stage.
         data_seed: of their order.
+        run_id: a name for the tools that follow the run; "" until it has begun.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -35,6 +36,7 @@ class RunFacts:
     blocks: int
     blocks_per_step: tuple[int, ...]
     data_seed: int
+    run_id: str = ""
 
     def save(self, run: RunDirectory) -> None:
         """Write it into a run's directory."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +13,10 @@ from transformers.utils import logging
 from ..errors import RunError
 from ..records import SCHEDULE_FILE, RunDirectory
 from ..schedule import GrowthSchedule
-from .checkpoints import check_stage, fault_of, last_good_checkpoint
+from .checkpoints import check_stage, fault_of, last_good_checkpoint, step_of
 from .ranks import Ranks
 from .recording import RunFacts, check_same_schedule
+from .spans import StageSpan
 
 logger = logging.get_logger(__name__)
 
@@ -28,6 +32,12 @@ class Position(NamedTuple):
     stage: int
     checkpoint: Path | None = None
 
+    def first_step(self, spans: Sequence[StageSpan]) -> int:
+        """The global step that training goes on from."""
+        if self.checkpoint is not None:
+            return step_of(self.checkpoint)
+        return spans[self.stage].first_step if self.stage < len(spans) else spans[-1].end_step
+
 
 def begin(run: RunDirectory, schedule: GrowthSchedule, facts: RunFacts, ranks: Ranks) -> Position:
     """Begin a run in an empty directory.
@@ -42,7 +52,7 @@ def begin(run: RunDirectory, schedule: GrowthSchedule, facts: RunFacts, ranks: R
                     f"{run.path} holds another run, with {run.finished_stages} stages finished; "
                     "resume it (resume_from_checkpoint=True) or choose another output directory"
                 )
-            facts.save(run)
+            replace(facts, run_id=f"{run.path.resolve().name}-{secrets.token_hex(3)}").save(run)
             schedule.to_yaml(run.path / SCHEDULE_FILE)
     with ranks.together():
         if not run.exists:

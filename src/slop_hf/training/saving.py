@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from ..growth import WEIGHT, no_progress_bars
 from ..records import RECORD_FILE, STATE_FILE, RunDirectory, StageRecord
@@ -85,6 +86,16 @@ def save_checkpoint(
     if ranks.is_first:
         rotate(run, stage, keep)
     return target
+
+
+def keep_callback_states(trainer: Trainer) -> None:
+    """Put what callbacks want to keep into the trainer's state, where `Trainer` looks for it."""
+    kept: dict[str, Any] = {}
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            name = type(callback).__name__
+            kept[name] = [*kept.get(name, []), callback.state()]
+    trainer.state.stateful_callbacks = {name: one if len(one) > 1 else one[0] for name, one in kept.items()}
 
 
 def _save_model(

@@ -1,4 +1,4 @@
-"""How fast a run trains and how long it will take: tokens per second, MFU, seconds left."""
+"""How fast a run trains and how long it will take: seconds of a stage, tokens per second, MFU, seconds left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
+from ..devices import peak_flops
 from ..hours import CostModel
 from .spans import StageSpan
 
@@ -138,3 +141,73 @@ class TimeLeft:
             steps = min(max(global_step - span.first_step, 0), span.steps)
             cost += of_span * (steps / max(span.steps, 1))
         return cost
+
+
+class Pace:
+    """The clocks of a run: of its stage in training, of its speed, and of what is left.
+
+    Args:
+        spans: the stages of the run.
+        devices: that share the work.
+        peak: of one device in FLOP/s; None where it is not known.
+        cost_model: of this hardware, or None.
+        clock: seconds that pass, from any zero.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[StageSpan],
+        devices: int,
+        peak: float | None,
+        cost_model: CostModel | None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._clock = clock
+        self._throughput = Throughput(peak, devices, clock)
+        self._left = TimeLeft(spans, cost_model, clock)
+        self._before = self._began = self._excluded = 0.0
+        self._pauses = 0
+
+    def begin(self, span: StageSpan, global_step: int, seconds: float) -> None:
+        """Count from now on, in a stage that has taken `seconds` of training before."""
+        self._before, self._began, self._excluded = seconds, self._clock(), 0.0
+        self._throughput.begin(*span.at_step(global_step))
+        self._left.begin(global_step)
+
+    @property
+    def stage_seconds(self) -> float:
+        """Of training the stage, without evaluation and saving."""
+        return self._before + self._clock() - self._began - self._excluded
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the seconds within, which are not of training. May be nested."""
+        paused = self._clock()
+        self._pauses += 1
+        try:
+            with self._throughput.paused():
+                yield
+        finally:
+            self._pauses -= 1
+            if not self._pauses:
+                self._excluded += self._clock() - max(paused, self._began)
+
+    def measure(self, span: StageSpan, global_step: int) -> dict[str, float]:
+        """`tokens_per_second`, `mfu` and `seconds_left`, as far as they are known."""
+        left = self._left.seconds_left(global_step)
+        speed = self._throughput.measure(*span.at_step(global_step))
+        return speed if left is None else {**speed, "seconds_left": left}
+
+
+def peak_of_device(device: torch.device, *, half: bool, tf32: bool) -> float | None:
+    """The peak of the device in use in FLOP/s, for the precision that matrices are multiplied in.
+
+    Args:
+        device: in use.
+        half: bfloat16 or float16.
+        tf32: float32 matrices in TensorFloat-32.
+    """
+    if device.type != "cuda":
+        return None
+    dtype = "bf16" if half else "tf32" if tf32 else "fp32"
+    return peak_flops(torch.cuda.get_device_name(device), dtype)

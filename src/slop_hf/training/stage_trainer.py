@@ -1,0 +1,217 @@
+"""`StageTrainer`: transformers' Trainer for one stage of a run, on the run's axes of steps, tokens and FLOPs."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.utils import logging
+
+from ..growth import StateStream
+from ..records import RunDirectory
+from .arguments import SlopTrainingArguments
+from .boundary import enter
+from .checkpoints import checkpoints, set_random_state
+from .learning_rate import restore, stage_scheduler
+from .ranks import Ranks
+from .recording import MAX_EXPONENT, RunFacts
+from .saving import keep_callback_states, save_checkpoint
+from .soundness import Soundness
+from .spans import StageSpan
+from .states import Setup
+from .throughput import Pace
+
+logger = logging.get_logger(__name__)
+
+
+class StageTrainer(Trainer):
+    """What `SlopTrainer` makes of `Trainer`'s own steps.
+
+    It relies on private methods of `Trainer` (`_init_training_state`, `_prepare_for_training`, `_save_checkpoint`,
+    `_load_rng_state`, `_maybe_log_save_evaluate`); `tests/training` fails where a release of transformers changes
+    what they do.
+    """
+
+    args: SlopTrainingArguments
+    run: RunDirectory
+    ranks: Ranks
+    facts: RunFacts
+    blocks: Any
+    spans: tuple[StageSpan, ...]
+    _span: StageSpan  # in training
+    _setup: Setup
+    _pace: Pace
+    _soundness: Soundness
+    _entering: StateStream | None = None  # what the model that is being prepared is to be filled from
+    _resumed: dict[str, Any]  # what a checkpoint keeps beside states
+    _random: list[dict[str, Any]]
+    _first_step = 0  # of this call of `train`; later ones may begin where a checkpoint ended
+
+    # ---- A model for each stage --------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        """Let go of the model in training and all that belongs to it, so that the next one has its memory."""
+        wrapped = self.model_wrapped
+        self.accelerator.free_memory()
+        self.model = self.model_wrapped = self.deepspeed = None
+        self.optimizer = self.lr_scheduler = None
+        for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
+            setattr(self.callback_handler, name, None)
+        self._setup.release(wrapped)
+        del wrapped
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.args.torch_compile:
+            torch.compiler.reset()  # what was compiled is of no use for other shapes, and would count against a limit
+            logger.info(f"{self._span.name} will be compiled anew")
+
+    def _take(self, model: PreTrainedModel) -> None:
+        """Make `model` the one in training."""
+        if self.place_model_on_device:
+            self._move_model_to_device(model, self.args.device)
+        self.model = self.model_wrapped = model
+        self.callback_handler.model = model
+
+    # ---- Beginning ---------------------------------------------------------------------------------------------
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Begin a stage where the one before ended, so that steps and logs count over the run."""
+        before = self.state
+        super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            self.state.global_step = self._span.first_step
+            self.state.total_flos = before.total_flos
+            self.state.num_input_tokens_seen = before.num_input_tokens_seen
+            self.state.log_history = list(before.log_history)
+        self.state.max_steps = self.spans[-1].end_step
+        self._first_step = self.state.global_step
+        done = self._first_step - self._span.first_step
+        return 0, done * self.args.gradient_accumulation_steps
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Fill the prepared model and its fresh optimizer from the directory that they are to come from."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        entering, self._entering = self._entering, None
+        if entering is not None:
+            enter(self._setup.states(self), entering)
+        resumed, self._resumed = self._resumed, {}
+        self._random = resumed.get("random", [])
+        if resume_from_checkpoint is not None:
+            restore(cast(Any, self.lr_scheduler), resumed["scheduler"])
+            if resumed.get("scaler"):
+                self.accelerator.scaler.load_state_dict(resumed["scaler"])
+        elif self._span.growth is not None and self.eval_dataset is not None and self.args.eval_after_growth:
+            self.evaluate()
+        set_seed(self.args.seed + self._span.number)
+        self._pace.begin(self._span, self.state.global_step, resumed.get("seconds", 0.0))
+        return prepared
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stage's scheduler, by `lr_span` and `rewarm_steps`."""
+        if self.lr_scheduler is None:
+            own = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = stage_scheduler(self.args, cast(Any, own), self._span, self.spans[-1].end_step)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: states enter once model and optimizer are prepared."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Each rank goes on with its own random numbers; another number of ranks begins with new ones."""
+        if len(self._random) == self.ranks.count:
+            set_random_state(self._random[self.ranks.rank])
+        elif self._random:
+            set_seed(self.args.seed + self._span.number + self.state.global_step)
+
+    # ---- Steps -------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; watches for a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._soundness.watch(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, but stops where the loss has not been finite, before that is logged or saved."""
+        if self.control.should_log or self.control.should_save:
+            self._check_soundness(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_soundness(self, grad_norm: Any = None) -> None:
+        number = self._span.number
+        newest = checkpoints(self.run, number) or ([self.run.stage_dir(number - 1)] if number else [])
+        # A loss scale that is too high makes gradients infinite; such a step is skipped.
+        self._soundness.check(None if self.accelerator.scaler else grad_norm, newest[0] if newest else None)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint of the stage in training."""
+        self.store_flos()
+        keep_callback_states(self)
+        scaler = self.accelerator.scaler
+        resumption = {
+            "seconds": self._pace.stage_seconds,
+            "scheduler": cast(Any, self.lr_scheduler).state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        with self._pace.paused():
+            save_checkpoint(
+                self.run,
+                self._span.number,
+                resumption,
+                self._setup.states(self),
+                cast(PreTrainedModel, self.model),
+                self.processing_class,
+                self.state,
+                self.args.max_shard_size,
+                self.args.save_total_limit,
+            )
+        self._drop_optimizer_state(self._span.number - 1)
+
+    def _drop_optimizer_state(self, number: int) -> None:
+        """Remove a stage's optimizer state once the next stage has something of its own to resume from."""
+        if number >= 0 and self.ranks.is_first and not self.args.keep_optimizer_states:
+            for path in self.run.optimizer_files(number):
+                path.unlink()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, with a `perplexity` beside each loss, and left out of the stage's seconds."""
+        with self._pace.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; adds stage, tokens, FLOPs, speed and perplexities, and counts epochs over the corpus."""
+        tokens, flops = self._span.at_step(self.state.global_step)
+        logs.update({"stage": self._span.number, "tokens": tokens, "train_flops": flops})
+        if "loss" in logs:
+            logs.update(self._pace.measure(self._span, self.state.global_step))
+        for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
+            logs[name.removesuffix("loss") + "perplexity"] = math.exp(min(logs[name], MAX_EXPONENT))
+        if "train_runtime" in logs:
+            done = self.state.global_step - self._first_step
+            logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
+            logs["train_samples_per_second"] = round(done * self._span.blocks_per_step / logs["train_runtime"], 3)
+        self.state.epoch = tokens / (len(self.blocks) * self.facts.block_size)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Training FLOPs of a batch by `cost.flops_per_token`, the number that planner and report use."""
+        return round(inputs["input_ids"].numel() * self._span.flops / max(self._span.tokens, 1))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the stage in training keeps its checkpoints."""
+        return str(Path(self.run.running_dir(self._span.number)))

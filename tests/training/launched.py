@@ -1,0 +1,116 @@
+"""The small staged run as a program, for launches with several ranks: `python launched.py '{"output": ...}'`.
+
+Settings, as JSON:
+    output: the run's directory; a run that lies there is resumed
+    arguments: of `SlopTrainingArguments`
+    batch: per_device_train_batch_size
+    schedule: a schedule's file, in place of `runs.SCHEDULE`
+    dropout: of attention, default 0
+    dump: a directory; what each stage begins with is written there, and what each rank holds of it
+    at: what happens after a step: {"6": "interrupt" | "nan" | "terminate" | "fill"}, on the rank `on` (default: all)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from runs import SCHEDULE, small_model, trainer
+from slop_hf import GrowthSchedule, RunDirectory
+from slop_hf.errors import SlopError
+
+
+class Dump(TrainerCallback):
+    """Writes weights and moments at the first step of each stage, and how many numbers of each this rank holds."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.trainer: Any = None
+        self.done: set[int] = set()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        span = self.trainer._span
+        if span.number in self.done:
+            return
+        self.done.add(span.number)
+        states = self.trainer._setup.states(self.trainer)
+        keys = ["weight"] + (["exp_avg", "exp_avg_sq"] if states.has_moments() else [])
+        found = {f"{key}/{name}": states.whole(name, key, 0) for name in states.shapes for key in keys}
+        optimizer = self.trainer.optimizer
+        groups = [
+            {
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+                "numbers": sum(getattr(one, "ds_numel", one.numel()) for one in group["params"]),
+            }
+            for group in optimizer.param_groups
+        ]
+        facts = {"step": states.step if states.has_moments() else None, "groups": groups, "held": held(self.trainer)}
+        (self.directory / f"{span.number}-rank-{args.process_index}.json").write_text(json.dumps(facts))
+        if args.process_index == 0:
+            save_file(
+                {name: value.clone() for name, value in found.items()}, self.directory / f"{span.number}.safetensors"
+            )
+
+
+def held(trainer: Any) -> int:
+    """Numbers that this rank holds in float32 masters and moments."""
+    if trainer.deepspeed is None:
+        return 3 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    zero = trainer.deepspeed.optimizer
+    moments = [value for state in zero.optimizer.state.values() for name, value in state.items() if name != "step"]
+    return sum(tensor.numel() for tensor in [*zero.fp32_partitioned_groups_flat, *moments])
+
+
+class At(TrainerCallback):
+    """Makes something happen after a step, on one rank or all."""
+
+    def __init__(self, events: dict[str, str], on: int | None) -> None:
+        self.events, self.on = events, on
+        self.trainer: Any = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        event = self.events.get(str(state.global_step))
+        if event is None or self.on not in (None, args.process_index):
+            return
+        if event == "interrupt":
+            os._exit(1)  # as a kill would: nothing is tidied up
+        elif event == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif event == "nan":
+            step = self.trainer.compute_loss
+            self.trainer.compute_loss = lambda *args, **kwargs: step(*args, **kwargs) * float("nan")
+
+
+def main(settings: dict[str, Any]) -> None:
+    output = Path(settings["output"])
+    schedule = SCHEDULE if "schedule" not in settings else GrowthSchedule.from_yaml(settings["schedule"])
+    model = small_model(schedule.initial, dropout=settings.get("dropout", 0.0))
+    callbacks: list[Any] = [At(settings.get("at", {}), settings.get("on"))]
+    if "dump" in settings:
+        callbacks.append(Dump(Path(settings["dump"])))
+    arguments = {"use_cpu": "ACCELERATE_USE_DEEPSPEED" not in os.environ, **settings.get("arguments", {})}
+    batch = settings.get("batch", 4)
+    run = trainer(
+        output, schedule=schedule, model=model, callbacks=callbacks, per_device_train_batch_size=batch, **arguments
+    )
+    for callback in callbacks:
+        callback.trainer = run
+    torch.manual_seed(0)
+    run.train(resume_from_checkpoint=RunDirectory(output).exists)
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(sys.argv[1]))
+    except SlopError as caught:
+        print(f"error: {caught}", file=sys.stderr)
+        sys.exit(2)

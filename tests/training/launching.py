@@ -1,0 +1,85 @@
+"""Launching `launched.py` with one rank or several, as a user launches a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LAUNCHED = HERE / "launched.py"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch has ended."""
+
+    code: int
+    text: str
+
+
+def command(kind: str, ranks: int, script: Path = LAUNCHED) -> list[str]:
+    """The words of a launch: "plain" in one process, "ddp", or "zero3"."""
+    python = [sys.executable, "-m"]
+    if kind == "plain":
+        return [sys.executable, str(script)]
+    if kind == "ddp":
+        return [*python, "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone", str(script)]
+    config = ROOT / "recipes" / "accelerate" / "cpu_zero3.yaml"
+    launch = [*python, "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launch, "--num_processes", str(ranks), "--main_process_port", "0", str(script)]
+
+
+def environment() -> dict[str, str]:
+    """Without what an earlier launch, or a test in this process, has left."""
+    dropped = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+
+
+def start(kind: str, ranks: int = 1, **settings: Any) -> subprocess.Popen[str]:
+    """Start a launch in a process group of its own."""
+    words = [*command(kind, ranks), json.dumps(settings, default=str)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, start_new_session=True, **pipes)
+
+
+def launch(kind: str, ranks: int = 1, seconds: float = 300, **settings: Any) -> Ended:
+    """Run a launch to its end."""
+    process = start(kind, ranks, **settings)
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        text, _ = process.communicate()
+        raise AssertionError(f"the launch hangs:\n{text[-4000:]}") from None
+    return Ended(process.returncode, text)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and to its ranks at once."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def weights(run: Path, stage: str) -> dict[str, Any]:
+    """Of a stage; it may lie in several files."""
+    found: dict[str, Any] = {}
+    for path in sorted((run / stage).glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def largest_difference(one: Path, other: Path, stage: str = "stage-3-hidden") -> float:
+    """Between the weights of the same stage of two runs."""
+    a, b = weights(one, stage), weights(other, stage)
+    assert a.keys() == b.keys() and a
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
