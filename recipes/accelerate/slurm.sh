@@ -21,7 +21,8 @@ export RUN=${1:?the directory of the run, such as runs/1b}
 shift
 export LAUNCH_CONFIG=${LAUNCH_CONFIG:-recipes/accelerate/multi_node_zero3.yaml}
 export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?run this with sbatch --gpus-per-node}}
-MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_IP=${nodes[0]}
 MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node must not share a port
 export MAIN_IP MAIN_PORT
 
@@ -30,7 +31,7 @@ on_node() {
   # does not hear of it, and the ranks are told directly.
   (
     trap '' TERM
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
+    export PET_SIGNALS_TO_HANDLE=SIGINT # as --signals-to-handle of torchrun, which would undo the trap
     exec accelerate launch --config_file "$LAUNCH_CONFIG" \
       --num_machines "$SLURM_JOB_NUM_NODES" --num_processes $((SLURM_JOB_NUM_NODES * PROCESSES_PER_NODE)) \
       --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_IP" --main_process_port "$MAIN_PORT" \

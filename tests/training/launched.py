@@ -44,14 +44,11 @@ class Dump(TrainerCallback):
         states = self.trainer._setup.states(self.trainer)
         keys = ["weight"] + (["exp_avg", "exp_avg_sq"] if states.has_moments() else [])
         found = {f"{key}/{name}": states.whole(name, key, 0) for name in states.shapes for key in keys}
-        optimizer = self.trainer.optimizer
         groups = [
-            {
-                "lr": group["lr"],
-                "weight_decay": group["weight_decay"],
-                "numbers": sum(getattr(one, "ds_numel", one.numel()) for one in group["params"]),
-            }
-            for group in optimizer.param_groups
+            {"lr": group["lr"], "weight_decay": group["weight_decay"], "numbers": numbers}
+            for group, numbers in zip(
+                self.trainer.optimizer.param_groups, numbers_of_groups(self.trainer), strict=True
+            )
         ]
         facts = {"step": states.step if states.has_moments() else None, "groups": groups, "held": held(self.trainer)}
         (self.directory / f"{span.number}-rank-{args.process_index}.json").write_text(json.dumps(facts))
@@ -59,6 +56,17 @@ class Dump(TrainerCallback):
             save_file(
                 {name: value.clone() for name, value in found.items()}, self.directory / f"{span.number}.safetensors"
             )
+
+
+def numbers_of_groups(trainer: Any) -> list[int]:
+    """How many numbers each of the optimizer's groups changes."""
+    groups = trainer.optimizer.param_groups
+    if trainer.deepspeed is None:
+        return [sum(parameter.numel() for parameter in group["params"]) for group in groups]
+    zero, counts = trainer.deepspeed.optimizer, [0] * len(groups)
+    for number, parameters in enumerate(zero.fp16_groups):
+        counts[zero.sub_group_to_group_id[number]] += sum(parameter.ds_numel for parameter in parameters)
+    return counts
 
 
 def held(trainer: Any) -> int:

@@ -55,7 +55,8 @@ def test_interrupted_at_steps_of_every_kind(whole, tmp_path):
 
 @pytest.mark.parametrize("where", ["save_stage", "enter", "evaluate", "_change_model", "_drop_optimizer_state"])
 def test_interrupted_at_a_boundary(whole, tmp_path, monkeypatch, where):
-    from slop_hf.training import stage_trainer, trainer as module
+    from slop_hf.training import stage_trainer
+    from slop_hf.training import trainer as module
 
     path = tmp_path / "out"
     owner = next(one for one in (module.SlopTrainer, module, stage_trainer) if hasattr(one, where))

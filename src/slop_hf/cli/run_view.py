@@ -111,9 +111,8 @@ def _estimates(
 
     model = config.model_config(spans[0].dims, known_vocab_size(config))
     length = config.data.block_size
-    shared = {"devices": devices, "zero_stage": zero_stage}
     return [
-        training_memory(span.dims, model, length, **shared, **setting)
+        training_memory(span.dims, model, length, devices=devices, zero_stage=zero_stage, **setting)
         for span, setting in zip(spans, settings, strict=True)
     ]
 

@@ -219,19 +219,3 @@ def read_resume(checkpoint: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError) as caught:
         raise RunError(f"{path} cannot be read ({caught}); resume from another checkpoint") from None
-
-
-def check_space(directory: Path, needed: int, ranks: Ranks) -> None:
-    """Refuse to write what the disk has no room for.
-
-    Raises:
-        RunError: on all ranks, with both figures.
-    """
-    with ranks.together():
-        if ranks.is_first:
-            free = shutil.disk_usage(directory).free
-            if free < needed:
-                raise RunError(
-                    f"{directory}: the disk is full: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free; "
-                    "free some space and resume, nothing that was saved is lost"
-                )

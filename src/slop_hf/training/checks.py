@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,6 +17,9 @@ from ..growth import plan_growth, resolve_inits
 from ..operators import operator_named
 from ..schedule import GrowthSchedule
 from .spans import StageSpan
+
+#: Bytes of a parameter in a finished stage, and with AdamW's moments; in float32.
+WEIGHT_BYTES, STATE_BYTES = 4, 12
 
 
 def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: Any) -> None:
@@ -69,6 +74,25 @@ def check_launch(args: Any, *, fsdp: bool) -> None:
         )
     if args.save_on_each_node:
         raise RunError("save_on_each_node would write a run in pieces; put output_dir on a shared disk")
+
+
+def space_warning(spans: Sequence[StageSpan], directory: Path, checkpoints: int | None) -> str | None:
+    """What a run will want of its disk, where that is more than is free.
+
+    Args:
+        spans: the stages.
+        directory: of the run.
+        checkpoints: kept of a stage; one more is there while it is written.
+    """
+    finished = sum(span.parameters for span in spans) * WEIGHT_BYTES
+    running = max(span.parameters for span in spans) * STATE_BYTES * ((checkpoints or 1) + 1)
+    free = shutil.disk_usage(directory).free
+    if finished + running <= free:
+        return None
+    return (
+        f"the run will want about {(finished + running) / 2**30:.1f} GiB in {directory}, of which {free / 2**30:.1f} "
+        "GiB are free: it will stop where the disk is full; lower save_total_limit, or choose another disk"
+    )
 
 
 def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> GrowthSchedule:

@@ -151,7 +151,8 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     """
     args = config.arguments(output_dir)
     schedule = _arm(config, scratch)
-    corpus = prepare_data(config.data)
+    with args.main_process_first(local=False, desc="preparing the data"):
+        corpus = prepare_data(config.data)
     model = _initial_model(config, schedule, corpus, args.seed)
     return SlopTrainer(
         model,

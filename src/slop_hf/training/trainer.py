@@ -21,7 +21,7 @@ from .arguments import SlopTrainingArguments
 from .batches import blocks_per_step, stage_batches
 from .callbacks import StageEnd
 from .checkpoints import read_resume
-from .checks import check_blocks, check_growths, check_launch, check_model, with_inits
+from .checks import check_blocks, check_growths, check_launch, check_model, space_warning, with_inits
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .ranks import Ranks
@@ -157,7 +157,7 @@ class SlopTrainer(StageTrainer):
             position = resume(self.run, self.schedule, self.facts, self.ranks, resume_from_checkpoint)
         else:
             position = begin(self.run, self.schedule, self.facts, self.ranks)
-        self._warn_of_repeats()
+        self._warn()
         self._continue_curves(position)
         self.state = TrainerState()
         if position.stage and position.checkpoint is None:
@@ -258,7 +258,8 @@ class SlopTrainer(StageTrainer):
             first_step = position.first_step(self.spans)
             continue_curves(self.callback_handler.callbacks, self.args, self.run, run_id, first_step)
 
-    def _warn_of_repeats(self) -> None:
+    def _warn(self) -> None:
+        """Say before training what may not have been meant."""
         last = self.spans[-1]
         passes = (last.first_block + last.blocks) / len(self.blocks)
         if passes > 1:
@@ -266,3 +267,5 @@ class SlopTrainer(StageTrainer):
                 f"the schedule needs {last.first_token + last.tokens:,} tokens, the corpus has "
                 f"{len(self.blocks) * self.facts.block_size:,}: the run will make {passes:.1f} passes over it"
             )
+        if self.ranks.is_first and (warning := space_warning(self.spans, self.run.path, self.args.save_total_limit)):
+            logger.warning(warning)

@@ -1,0 +1,141 @@
+"""Several ranks do what one process does: DistributedDataParallel, and DeepSpeed ZeRO-3 on two ranks."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from launching import largest_difference, launch, weights
+from runs import BATCH, SCHEDULE, STEPS, small_model, trainer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from slop_hf import RunDirectory, grow_model
+from slop_hf.growth import grow_adamw_state, load_adamw_file, plan_growth
+
+SETTINGS = {"learning_rate": 1e-3}
+TOLERANCE = 1e-6  # sums over ranks come in another order; weights are about 1
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run in one process; the others are held against it."""
+    path = tmp_path_factory.mktemp("alone") / "out"
+    trainer(path, model=small_model(dropout=0.0), **SETTINGS).train()
+    return path
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The run under ZeRO-3 on two ranks, and what was dumped of it."""
+    pytest.importorskip("deepspeed")
+    path = tmp_path_factory.mktemp("zero3")
+    (path / "dump").mkdir()
+    arguments = {**SETTINGS, "keep_optimizer_states": True, "max_shard_size": "20KB"}
+    ended = launch("zero3", 2, output=path / "out", batch=BATCH // 2, dump=path / "dump", arguments=arguments)
+    assert ended.code == 0, ended.text[-4000:]
+    return path
+
+
+def facts(path, stage, rank=0):
+    return json.loads((path / "dump" / f"{stage}-rank-{rank}.json").read_text())
+
+
+def test_ddp_agrees_with_one_process(alone, tmp_path):
+    ended = launch("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=SETTINGS)
+    assert ended.code == 0, ended.text[-4000:]
+    for stage in SCHEDULE.stage_names:
+        assert largest_difference(alone, tmp_path / "out", stage) < TOLERANCE
+    record = RunDirectory(tmp_path / "out").records()[-1]
+    assert record.devices == 2 and record.total_tokens == RunDirectory(alone).records()[-1].total_tokens
+
+
+@pytest.mark.deepspeed
+def test_zero3_agrees_with_one_process(alone, sharded):
+    for stage in SCHEDULE.stage_names:
+        assert largest_difference(alone, sharded / "out", stage) < TOLERANCE
+    one, two = (RunDirectory(path).history() for path in (alone, sharded / "out"))
+    for name in ("loss", "eval_loss", "learning_rate"):
+        expected = [(entry["step"], entry[name]) for entry in one if name in entry]
+        assert [(entry["step"], entry[name]) for entry in two if name in entry] == [
+            (step, pytest.approx(value, abs=1e-5)) for step, value in expected
+        ]
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_enters_a_sharded_stage_is_what_growth_in_memory_gives(sharded, number):
+    """Masters and both moments, to the last bit, after the way through two ranks' parts."""
+    before = RunDirectory(sharded / "out").stage_dir(number - 1)
+    old, stage = AutoModelForCausalLM.from_pretrained(before), SCHEDULE.stages[number - 1]
+    entered = load_file(sharded / "dump" / f"{number}.safetensors")
+    grown = grow_model(old, stage, seed=number)
+    for name, weight in grown.named_parameters():
+        assert torch.equal(entered[f"weight/{name}"], weight), name
+    moments = grow_adamw_state(load_adamw_file(before), plan_growth(old.config, stage, seed=number))
+    for name, state in moments.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(entered[f"{key}/{name}"], state[key]), (key, name)
+        assert state["step"] == facts(sharded, number)["step"] == number * STEPS
+
+
+@pytest.mark.deepspeed
+def test_states_are_sharded(sharded):
+    """No rank holds more of masters and moments than its part, padded."""
+    for number, dims in enumerate(SCHEDULE.structures):
+        sizes = [parameter.numel() for parameter in small_model(dims).parameters()]
+        each = (1 if number == 0 else 3) * (sum(sizes) / 2)  # AdamW has no moments before its first step
+        for rank in (0, 1):
+            assert each <= facts(sharded, number, rank)["held"] <= each + 3 * len(sizes)
+
+
+@pytest.mark.deepspeed
+def test_groups_of_a_sharded_stage(sharded):
+    """Matrices decay, norms do not; the rate begins its warm-up anew."""
+    for number, dims in enumerate(SCHEDULE.structures):
+        model = small_model(dims)
+        norms = sum(value.numel() for name, value in model.named_parameters() if "norm" in name)
+        decayed, others = facts(sharded, number)["groups"]
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+        assert (decayed["numbers"], others["numbers"]) == (model.num_parameters() - norms, norms)
+        assert decayed["lr"] == others["lr"] == 0.0
+
+
+@pytest.mark.deepspeed
+def test_sharded_files_are_a_stock_checkpoint(sharded):
+    """Both ranks write; the files load as one model."""
+    stage = RunDirectory(sharded / "out").stage_dir(3)
+    assert len(list(stage.glob("model-*.safetensors"))) > 2 and (stage / "model.safetensors.index.json").exists()
+    model, stored = AutoModelForCausalLM.from_pretrained(stage), weights(sharded / "out", stage.name)
+    assert all(torch.equal(value, stored[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.deepspeed
+def test_interrupted_under_zero3(alone, sharded, tmp_path):
+    """Resumed on as many ranks it ends with the same bits; in one process, to rounding; and the other way round."""
+    path, here = tmp_path / "out", {**SETTINGS, "keep_optimizer_states": True}
+    stop = STEPS + 5
+    ended = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "interrupt"}, arguments=here)
+    assert ended.code != 0 and not (path / "stage-1-layer").exists()
+    kept = {one.name for one in RunDirectory(path).running_dir(1).iterdir()}
+    assert kept == {f"checkpoint-{STEPS + 1}", f"checkpoint-{STEPS + 4}"}
+    shutil.copytree(path, tmp_path / "in-one-process")
+    ended = launch("zero3", 2, output=path, batch=BATCH // 2, arguments=here)
+    assert ended.code == 0, ended.text[-4000:]
+    assert largest_difference(path, sharded / "out") == 0.0
+    trainer(tmp_path / "in-one-process", model=small_model(dropout=0.0), **SETTINGS).train(resume_from_checkpoint=True)
+    assert largest_difference(tmp_path / "in-one-process", alone) < TOLERANCE
+
+
+@pytest.mark.deepspeed
+def test_terminated_under_zero3_and_finished_on_one_rank(alone, tmp_path):
+    """SIGTERM to one rank: all save at the same step, and the launch ends well."""
+    path, stop = tmp_path / "out", 2 * STEPS + 3
+    begun = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, arguments=SETTINGS)
+    assert begun.code == 0, begun.text[-4000:]
+    assert "resume to go on" in begun.text
+    names = {one.name for one in RunDirectory(path).running_dir(2).iterdir()}
+    assert f"checkpoint-{stop + 1}" in names, "a step later, when all have heard of it"
+    ended = launch("zero3", 1, output=path, batch=BATCH, arguments=SETTINGS)
+    assert ended.code == 0, ended.text[-4000:]
+    assert largest_difference(path, alone) < TOLERANCE
