@@ -24,7 +24,7 @@ MAX_LINES = 400
 ROWS: dict[str, tuple[str, ...]] = {
     "words": ("errors", "dims", "serialization"),
     "facts": ("operators", "architectures", "cost", "memory", "hours", "devices", "scaling", "paper"),
-    "values": ("tokens", "budget", "structures", "schedule", "space", "records", "baselines"),
+    "values": ("tokens", "budget", "structures", "schedule", "space", "records", "rollback", "baselines"),
     "decide": ("objectives", "rules", "graph", "grid", "corners", "planner", "explanation", "reproduction"),
     "grow": ("growth",),
     "feed": ("data",),

@@ -1,7 +1,8 @@
-"""`StageRecord` and `RunDirectory`: what really happened, and where a run keeps it.
+"""`StageRecord`, `RunDirectory` and `RunFacts`: what really happened, and where a run keeps it.
 
     output_dir/
       schedule.yaml                       the plan, as run
+      run.json                            what has to be the same whenever it is resumed
       stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json
       stage-1-layer/ ...                  the same after each stage
       stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
@@ -22,11 +23,12 @@ from typing import Any, ClassVar
 from .dims import ModelDims
 from .errors import RunError
 from .schedule import GrowthSchedule
-from .serialization import parse, to_json
+from .serialization import parse, to_json, write_text
 
 SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
+RUN_FILE = "run.json"
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
@@ -157,6 +159,59 @@ class RunDirectory:
         if not self.finished_stages:
             return []
         return list(_read_json(self.stage_dir(self.finished_stages - 1) / STATE_FILE)["log_history"])
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What must be the same whenever a run is resumed, or it would see other data.
+
+    Args:
+        block_size: tokens of a training block.
+        blocks: of the training data.
+        blocks_per_step: of an optimizer step, in each stage.
+        data_seed: of their order.
+        run_id: a name for the tools that follow the run; "" until it has begun.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    block_size: int
+    blocks: int
+    blocks_per_step: tuple[int, ...]
+    data_seed: int
+    run_id: str = ""
+
+    def save(self, run: RunDirectory) -> None:
+        """Write it into a run's directory."""
+        write_text(run.path / RUN_FILE, to_json(self))
+
+    @classmethod
+    def load(cls, run: RunDirectory) -> RunFacts | None:
+        """That of a run; None for a run of a release that wrote none.
+
+        Raises:
+            RunError: for a file that is none.
+        """
+        path = run.path / RUN_FILE
+        try:
+            return parse(cls, json.loads(path.read_text()), where=str(path), error=RunError)
+        except FileNotFoundError:
+            return None
+        except ValueError as caught:
+            raise RunError(f"{path}: not valid JSON ({caught})") from None
+
+    def check(self, given: RunFacts, run: RunDirectory) -> None:
+        """Refuse to resume with other data.
+
+        Raises:
+            RunError: naming what differs.
+        """
+        for name in ("block_size", "blocks", "data_seed"):
+            if getattr(self, name) != getattr(given, name):
+                raise RunError(
+                    f"{run.path} was begun with {name} {getattr(self, name)}, not {getattr(given, name)}; "
+                    "resume with the same data and seeds, or choose another output directory"
+                )
 
 
 def _read_json(path: Path) -> Any:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import SCHEDULE, small_model, trainer
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from runs import SCHEDULE, small_model, trainer
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import SlopError
 

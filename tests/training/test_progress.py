@@ -5,9 +5,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model, trainer
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model, trainer
 from slop_hf import RunDirectory
 from slop_hf.training.progress import RunProgress, log_line
 from slop_hf.training.spans import stage_spans

@@ -1,9 +1,9 @@
 """What TensorBoard shows of a staged run: one curve, whatever happened on the way."""
 
 import pytest
+from runs import STEPS, trainer
 from transformers import TrainerCallback
 
-from runs import STEPS, trainer
 from slop_hf import RunDirectory
 
 pytest.importorskip("tensorboard")

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import STEPS, trainer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from runs import STEPS, trainer
 from slop_hf import RunDirectory
 
 

@@ -1,4 +1,4 @@
-"""The `slop` command: plan, grow, train, report, reproduce, calibrate.
+"""The `slop` command: plan, grow, train, rollback, report, reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.
@@ -16,6 +16,7 @@ from .grow import grow
 from .plan import plan
 from .report import report
 from .reproduce import reproduce
+from .rollback import rollback
 from .train import train
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(grow)
 app.command()(train)
+app.command()(rollback)
 app.command()(report)
 app.command()(reproduce)
 app.command()(calibrate)

@@ -109,7 +109,7 @@ def _estimates(
 ) -> list[MemoryEstimate]:
     from ..training.config import known_vocab_size
 
-    model = config.model_config(spans[0].dims, known_vocab_size(config))
+    model = config.model_config(spans[0].dims, known_vocab_size(config), as_described=True)
     length = config.data.block_size
     return [
         training_memory(span.dims, model, length, devices=devices, zero_stage=zero_stage, **setting)

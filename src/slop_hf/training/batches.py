@@ -85,6 +85,13 @@ def blocks_per_step(args: Any, block_size: int, devices: int, stages: int) -> tu
     return tuple(number // block_size for number in tokens)
 
 
+def keep_last(args: Any) -> None:
+    """Leave of values for each stage the last one's: for a run of the last stage's structure alone."""
+    for name in ("batch_tokens", "stage_batch_sizes"):
+        values = getattr(args, name)
+        setattr(args, name, None if values is None else values[-1:])
+
+
 def stage_batches(args: Any, blocks: Sequence[int], devices: int) -> tuple[Batches, ...]:
     """Each stage's share on each device.
 

@@ -27,7 +27,7 @@ from ..records import RunDirectory
 from ..schedule import GrowthSchedule
 from ..serialization import parse, read_yaml
 from .arguments import SlopTrainingArguments
-from .batches import blocks_per_step, stage_batches
+from .batches import blocks_per_step, keep_last, stage_batches
 from .checks import check_growths, with_inits
 from .spans import StageSpan, stage_spans
 from .trainer import SlopTrainer
@@ -40,7 +40,8 @@ class RunConfig:
     Args:
         schedule: the growth schedule, in place, or the path of its file.
         model: fields of the initial model's config that growth leaves alone, such as `tie_word_embeddings`
-            (`model_type` is `llama` unless given); or `pretrained`, a directory or Hub id to begin with.
+            (`model_type` is `llama` unless given); or `pretrained`, a directory or Hub id to begin with. Fields beside
+            `pretrained` say what is expected of it, so that a preview need not look it up.
         data: the corpus and how it is cut.
         training: fields of `SlopTrainingArguments`.
     """
@@ -114,19 +115,28 @@ class RunConfig:
         except (ValueError, TypeError) as caught:
             raise RunError(f"training: {' '.join(str(caught).split())}") from None
 
-    def model_config(self, dims: ModelDims, vocab_size: int) -> PreTrainedConfig:
+    def model_config(self, dims: ModelDims, vocab_size: int, *, as_described: bool = False) -> PreTrainedConfig:
         """The initial model's config.
 
+        Args:
+            dims: its structure.
+            vocab_size: unless the run's own fields say another.
+            as_described: take the run's fields for those of a pretrained model, which is then not looked up.
+
         Raises:
-            RunError: for an unknown field or family, or a pre-trained model that cannot be read.
+            RunError: for an unknown field or family, a pre-trained model that cannot be read, or is not as described.
         """
         settings = dict(self.model)
         pretrained = settings.pop("pretrained", None)
         try:
-            if pretrained is not None:
-                if settings:
-                    raise RunError(f"model: {', '.join(settings)} cannot change a pretrained model; leave it out")
-                return AutoConfig.from_pretrained(pretrained)
+            if pretrained is not None and not (as_described and settings):
+                found = AutoConfig.from_pretrained(pretrained)
+                for name, value in settings.items():
+                    if getattr(found, name, None) != value:
+                        raise RunError(
+                            f"model.{name} is {value}, but {pretrained} has {getattr(found, name, None)}; leave it out"
+                        )
+                return found
             family = settings.pop("model_type", "llama")
             base = AutoConfig.for_model(family)
             _refuse_unknown(settings, [*base.to_dict(), "rope_theta"], "model")
@@ -151,9 +161,11 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     """
     args = config.arguments(output_dir)
     schedule = _arm(config, scratch)
+    if scratch:
+        keep_last(args)
     with args.main_process_first(local=False, desc="preparing the data"):
         corpus = prepare_data(config.data)
-    model = _initial_model(config, schedule, corpus, args.seed)
+    model = _initial_model(config, schedule, corpus, args.seed, scratch=scratch)
     return SlopTrainer(
         model,
         args,
@@ -188,12 +200,16 @@ def preview_run(
             training.pop(name, None)
     args = dataclasses.replace(config, training=training).arguments(output_dir)
     schedule = with_inits(_arm(config, scratch), args.growth_init)
+    if scratch:
+        keep_last(args)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
     local = tuple(source for source in config.data.sources if local_files(source) is not None)
     if local:
         next(documents(dataclasses.replace(config.data, source=local)))  # refuses a source that is missing or empty
-    model_config = config.model_config(schedule.initial, known_vocab_size(config))
+    model_config = config.model_config(schedule.initial, known_vocab_size(config), as_described=True)
+    if scratch:
+        model_config = schedule.initial.to_config(model_config)
     dims = ModelDims.from_config(model_config)
     if dims != schedule.initial:
         raise RunError(
@@ -225,15 +241,18 @@ def _arm(config: RunConfig, scratch: bool) -> GrowthSchedule:
     schedule = config.read_schedule()
     if not scratch:
         return schedule
-    model_config = config.model_config(schedule.initial, config.data.vocab_size)
+    model_config = config.model_config(schedule.initial, config.data.vocab_size, as_described=True)
     return from_scratch(schedule, model_config, config.data.block_size)
 
 
-def _initial_model(config: RunConfig, schedule: GrowthSchedule, corpus: Corpus, seed: int) -> PreTrainedModel:
+def _initial_model(
+    config: RunConfig, schedule: GrowthSchedule, corpus: Corpus, seed: int, *, scratch: bool
+) -> PreTrainedModel:
     model_config = config.model_config(schedule.initial, len(corpus.tokenizer))
     pretrained = config.model.get("pretrained")
-    if pretrained is not None:
+    if pretrained is not None and not scratch:
         return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(pretrained, dtype="auto"))
+    model_config = schedule.initial.to_config(model_config)  # a pretrained one's, where its target begins from scratch
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model_config, name, getattr(corpus.tokenizer, name))
     set_seed(seed)

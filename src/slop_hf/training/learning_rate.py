@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -54,9 +54,8 @@ def stage_scheduler(args: Any, optimizer: Optimizer, span: StageSpan, run_steps:
         raise RunError(
             f"lr_scheduler_type {args.lr_scheduler_type!r} depends on more than the step; use lr_span stage"
         )
-    factors = [
-        partial(_shifted, cast(Callable[[int], float], one), span.first_step, rewarm or 0)
-        for one in scheduler.lr_lambdas
+    factors: list[Callable[[int], float]] = [
+        partial(_shifted, one, span.first_step, rewarm or 0) for one in scheduler.lr_lambdas
     ]
     return LambdaLR(optimizer, factors)
 

@@ -1,74 +1,18 @@
-"""What is written down of a stage, and of a run for those who resume it."""
+"""What is written down of a stage that has ended, and whether a run is the same."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..errors import RunError
 from ..growth import resolve_inits
 from ..records import RunDirectory, StageRecord
 from ..schedule import GrowthSchedule
-from ..serialization import parse, to_json, versions, write_text
+from ..serialization import versions
 from .spans import StageSpan
 
 MAX_EXPONENT = 700.0  # exp of more is no float: a diverged run has a perplexity of about 1e304
-RUN_FILE = "run.json"
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What must be the same whenever a run is resumed, or it would see other data.
-
-    Args:
-        block_size: tokens of a training block.
-        blocks: of the training data.
-        blocks_per_step: of an optimizer step, in each stage.
-        data_seed: of their order.
-        run_id: a name for the tools that follow the run; "" until it has begun.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    block_size: int
-    blocks: int
-    blocks_per_step: tuple[int, ...]
-    data_seed: int
-    run_id: str = ""
-
-    def save(self, run: RunDirectory) -> None:
-        """Write it into a run's directory."""
-        write_text(run.path / RUN_FILE, to_json(self))
-
-    @classmethod
-    def load(cls, run: RunDirectory) -> RunFacts | None:
-        """That of a run; None for a run of a release that wrote none.
-
-        Raises:
-            RunError: for a file that is none.
-        """
-        path = run.path / RUN_FILE
-        try:
-            return parse(cls, json.loads(path.read_text()), where=str(path), error=RunError)
-        except FileNotFoundError:
-            return None
-        except ValueError as caught:
-            raise RunError(f"{path}: not valid JSON ({caught})") from None
-
-    def check(self, given: RunFacts, run: RunDirectory) -> None:
-        """Refuse to resume with other data.
-
-        Raises:
-            RunError: naming what differs.
-        """
-        for name in ("block_size", "blocks", "data_seed"):
-            if getattr(self, name) != getattr(given, name):
-                raise RunError(
-                    f"{run.path} was begun with {name} {getattr(self, name)}, not {getattr(given, name)}; "
-                    "resume with the same data and seeds, or choose another output directory"
-                )
 
 
 def check_same_schedule(run: RunDirectory, schedule: GrowthSchedule) -> None:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from transformers.utils import logging
 
 from ..errors import RunError
-from ..records import SCHEDULE_FILE, RunDirectory
+from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .checkpoints import check_stage, fault_of, last_good_checkpoint, step_of
 from .ranks import Ranks
-from .recording import RunFacts, check_same_schedule
+from .recording import check_same_schedule
 from .spans import StageSpan
 
 logger = logging.get_logger(__name__)

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.utils import logging
 
 from ..growth import StateStream
-from ..records import RunDirectory
+from ..records import RunDirectory, RunFacts
 from .arguments import SlopTrainingArguments
 from .boundary import enter
 from .checkpoints import checkpoints, set_random_state
 from .learning_rate import restore, stage_scheduler
 from .ranks import Ranks
-from .recording import MAX_EXPONENT, RunFacts
+from .recording import MAX_EXPONENT
 from .saving import keep_callback_states, save_checkpoint
 from .soundness import Soundness
 from .spans import StageSpan
@@ -37,6 +37,9 @@ class StageTrainer(Trainer):
     """
 
     args: SlopTrainingArguments
+    model: Any
+    model_wrapped: Any
+    lr_scheduler: Any
     run: RunDirectory
     ranks: Ranks
     facts: RunFacts
@@ -111,7 +114,7 @@ class StageTrainer(Trainer):
         resumed, self._resumed = self._resumed, {}
         self._random = resumed.get("random", [])
         if resume_from_checkpoint is not None:
-            restore(cast(Any, self.lr_scheduler), resumed["scheduler"])
+            restore(self.lr_scheduler, resumed["scheduler"])
             if resumed.get("scaler"):
                 self.accelerator.scaler.load_state_dict(resumed["scaler"])
         elif self._span.growth is not None and self.eval_dataset is not None and self.args.eval_after_growth:
@@ -165,7 +168,7 @@ class StageTrainer(Trainer):
         scaler = self.accelerator.scaler
         resumption = {
             "seconds": self._pace.stage_seconds,
-            "scheduler": cast(Any, self.lr_scheduler).state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         with self._pace.paused():
@@ -174,7 +177,7 @@ class StageTrainer(Trainer):
                 self._span.number,
                 resumption,
                 self._setup.states(self),
-                cast(PreTrainedModel, self.model),
+                self.model,
                 self.processing_class,
                 self.state,
                 self.args.max_shard_size,

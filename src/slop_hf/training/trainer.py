@@ -15,7 +15,7 @@ from ..data.order import BlockOrder
 from ..errors import RunError
 from ..growth import StateStream, no_progress_bars, plan_growth
 from ..hours import CostModel
-from ..records import STATE_FILE, RunDirectory
+from ..records import STATE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import blocks_per_step, stage_batches
@@ -25,7 +25,7 @@ from .checks import check_blocks, check_growths, check_launch, check_model, spac
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .ranks import Ranks
-from .recording import RunFacts, stage_record
+from .recording import stage_record
 from .reporting import continue_curves
 from .resuming import Position, begin, resume
 from .saving import save_stage
@@ -118,7 +118,7 @@ class SlopTrainer(StageTrainer):
         else:
             per_step = blocks_per_step(args, block_size, self.ranks.count, stages)
         self.facts = RunFacts(block_size, len(self.blocks), tuple(per_step), seed)
-        self.spans = stage_spans(self.schedule, cast(Any, self.model).config, block_size, per_step)
+        self.spans = stage_spans(self.schedule, self.model.config, block_size, per_step)
         self._batches = stage_batches(args, per_step, self.ranks.count)
 
     def _begin_pace(self, args: SlopTrainingArguments) -> Pace:
@@ -246,7 +246,7 @@ class SlopTrainer(StageTrainer):
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
         history = self.state.log_history
         record = stage_record(span, history, metrics, seconds, self.ranks.count, self._growth_seed(span))
-        model = cast(PreTrainedModel, self.model)
+        model = self.model
         states = self._setup.states(self)
         save_stage(self.run, record, states, model, self.processing_class, self.state, self.args.max_shard_size)
         self._drop_optimizer_state(span.number - 1)

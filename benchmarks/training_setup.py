@@ -1,0 +1,268 @@
+"""What the training benchmarks train: models, blocks, arguments; and what they watch it with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Record
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTrainingArguments
+from slop_hf.cost import count_parameters
+from slop_hf.training import saving, stage_trainer
+
+#: Tied embeddings and 32,000 words; each target has about twice the parameters. By operator, its structure.
+INITIAL = {"full": ModelDims(768, 3072, 8, 12), "tiny": ModelDims(32, 64, 2, 4)}
+TARGETS = {
+    "full": {
+        "layer": ModelDims(768, 3072, 19, 12),
+        "ffn": ModelDims(768, 8512, 8, 12),
+        "hidden": ModelDims(1344, 3072, 8, 21),
+    },
+    "tiny": {
+        "layer": ModelDims(32, 64, 5, 4),
+        "ffn": ModelDims(32, 256, 2, 4),
+        "hidden": ModelDims(64, 64, 2, 8),
+    },
+}
+VOCAB = {"full": 32000, "tiny": 128}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a part is told.
+
+    Args:
+        scale: "full" or "tiny", a key of each part's sizes.
+        repetitions: of every measurement.
+        workdir: an empty directory on the disk to measure.
+        peak_tflops: of the GPU, where its name does not tell.
+    """
+
+    scale: str
+    repetitions: int
+    workdir: Path
+    peak_tflops: float | None = None
+
+
+def llama_config(dims: ModelDims, vocab_size: int, block_size: int, *, tied: bool = True) -> LlamaConfig:
+    """The config of a Llama in float32."""
+    base = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, max_position_embeddings=block_size)
+    return dims.to_config(base)
+
+
+def build(config: LlamaConfig) -> PreTrainedModel:
+    """A model of random weights; under ZeRO-3, in parts, if the training arguments have been made before."""
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def random_blocks(count: int, block_size: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:
+    """Blocks of random tokens, the same for every contender."""
+    rows = torch.randint(0, vocab_size, (count, block_size), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(output: str | Path, *, slop: bool = True, **changes: Any) -> TrainingArguments:
+    """The recipe of `SlopTrainingArguments`, spelled out so that plain `TrainingArguments` say the same."""
+    settings: Record = {
+        "output_dir": str(output),
+        "learning_rate": 3e-4,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 0.05,
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # SlopTrainer watches for such losses itself; Trainer would once more
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **changes,
+    }
+    logging.set_verbosity_error()
+    return (SlopTrainingArguments if slop else TrainingArguments)(**settings)
+
+
+def staged_trainer(
+    phases: Phases,
+    *,
+    output: str,
+    initial: Sequence[int],
+    target: Sequence[int],
+    operators: Sequence[str],
+    init: str,
+    vocab_size: int,
+    block_size: int,
+    batch: int,
+    steps: int,
+    tied: bool = True,
+    changes: Mapping[str, Any] | None = None,
+) -> SlopTrainer:
+    """A run of two stages, ready to train, watched by `phases`.
+
+    Args:
+        phases: told what happens when.
+        output: of the run.
+        initial, target: dims before and after the growth.
+        operators, init: of the growth.
+        vocab_size, tied: of the model.
+        block_size: tokens of a block.
+        batch: blocks of a step over all ranks.
+        steps: of each stage.
+        changes: to the arguments.
+    """
+    tokens = steps * batch * block_size
+    stage = GrowthStage(tuple(operators), ModelDims(*target), tokens, init)
+    schedule = GrowthSchedule(ModelDims(*initial), (stage,), tokens)
+    # AdamW's state stays beside the stages' weights: `same_states` writes and reads what the boundary did.
+    settings = {"batch_tokens": [batch * block_size], "keep_optimizer_states": True, **(changes or {})}
+    args = arguments(output, per_device_train_batch_size=batch, **settings)
+    phases.begin()
+    with phases.within("building the model"):
+        model = build(llama_config(schedule.initial, vocab_size, block_size, tied=tied))
+    with phases.within("making the trainer"):
+        blocks = random_blocks(2 * steps * batch, block_size, vocab_size)
+        trainer = SlopTrainer(model, args, schedule=schedule, train_dataset=blocks)
+    phases.watch(trainer, boundary=steps)
+    return trainer
+
+
+class Phases:
+    """What a run of two stages is doing, and the seconds that the phases of its boundary take.
+
+    A boundary lasts from the end of the last step of AdamW in one stage to the beginning of the first step of the
+    next. A phase's seconds are without those of phases within it; `other` is what is in none.
+    """
+
+    #: What is wrapped: where it is, its name, the phase.
+    WRAPPED = (
+        (SlopTrainer, "_finish", "rest of the stage's directory"),
+        (saving, "leave", "writing states"),
+        (saving, "seal", "checksums"),
+        (SlopTrainer, "_release", "releasing"),
+        (SlopTrainer, "_change_model", "building"),
+        (SlopTrainer, "_prepare_for_training", "preparing model and optimizer"),
+        (stage_trainer, "enter", "reading and growing"),
+    )
+
+    def __init__(self) -> None:
+        self.boundary: Record | None = None  # its seconds and those of its phases
+        self.stage = 0
+        self._seconds: dict[str, float] = {}
+        self._open = ["other"]
+        self._since = time.perf_counter()
+        for owner, name, phase in self.WRAPPED:
+            setattr(owner, name, self._wrapped(getattr(owner, name), phase))
+
+    def begin(self) -> None:
+        """Called once the arguments are there, before there is a model."""
+
+    @property
+    def current(self) -> str:
+        """The innermost phase."""
+        return self._open[-1]
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """A phase of the run."""
+        self._turn()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._open.pop()
+
+    def watch(self, trainer: SlopTrainer, boundary: int) -> None:
+        """Time the boundary at a step."""
+        trainer.add_callback(_AtSteps(self, boundary))
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._since
+        self._since = now
+
+    def _wrapped(self, function: Any, phase: str) -> Any:
+        @wraps(function)
+        def wrapped(*arguments: Any, **settings: Any) -> Any:
+            with self.within(phase):
+                return function(*arguments, **settings)
+
+        return wrapped
+
+    def leave_stage(self) -> None:
+        """The last step of a stage is done, as far as is known."""
+        self._turn()
+        self._seconds = {}
+
+    def enter_stage(self) -> None:
+        """The first step of the second stage begins."""
+        self._turn()
+        self.boundary = {"seconds": sum(self._seconds.values()), "phases": dict(self._seconds)}
+
+
+class _AtSteps(TrainerCallback):
+    def __init__(self, phases: Phases, boundary: int) -> None:
+        self.phases, self.boundary = phases, boundary
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.phases.boundary is None:
+            _wait_for_gpu()
+            self.phases.leave_stage()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.phases.boundary is None and state.global_step == self.boundary:
+            _wait_for_gpu()
+            self.phases.enter_stage()
+            self.phases.stage = 1
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass
+class StepClock(TrainerCallback):
+    """When each step ended, and what was logged when."""
+
+    ends: list[float] = field(default_factory=list)
+    logs: list[Record] = field(default_factory=list)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Record | None = None, **kwargs: Any) -> None:
+        # A loss that is logged has been computed: on a GPU the steps before it are really done.
+        if logs and "loss" in logs:
+            self.logs.append({"at": time.perf_counter(), "step": state.global_step, **logs})
+
+
+def operators_of(name: str) -> list[str]:
+    """What grows with an operator: heads follow hidden."""
+    return ["hidden", "mha"] if name == "hidden" else [name]
+
+
+def init_of(name: str, init: str) -> str:
+    """An init for an operator: layers are never drawn at random, the paper stacks them."""
+    return "stack" if (name, init) == ("layer", "random") else init
+
+
+def growth_record(initial: ModelDims, target: ModelDims, config: LlamaConfig) -> Record:
+    """Both structures and their parameters."""
+    return {
+        "source_dims": initial.as_dict(),
+        "target_dims": target.as_dict(),
+        "source_parameters": count_parameters(initial, config),
+        "target_parameters": count_parameters(target, config),
+    }
