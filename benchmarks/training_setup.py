@@ -24,12 +24,10 @@ INITIAL = {"full": ModelDims(768, 3072, 8, 12), "tiny": ModelDims(32, 64, 2, 4)}
 TARGETS = {
     "full": {
         "layer": ModelDims(768, 3072, 19, 12),
-        "ffn": ModelDims(768, 8512, 8, 12),
         "hidden": ModelDims(1344, 3072, 8, 21),
     },
     "tiny": {
         "layer": ModelDims(32, 64, 5, 4),
-        "ffn": ModelDims(32, 256, 2, 4),
         "hidden": ModelDims(64, 64, 2, 8),
     },
 }
@@ -251,11 +249,6 @@ class StepClock(TrainerCallback):
 def operators_of(name: str) -> list[str]:
     """What grows with an operator: heads follow hidden."""
     return ["hidden", "mha"] if name == "hidden" else [name]
-
-
-def init_of(name: str, init: str) -> str:
-    """An init for an operator: layers are never drawn at random, the paper stacks them."""
-    return "stack" if (name, init) == ("layer", "random") else init
 
 
 def growth_record(initial: ModelDims, target: ModelDims, config: LlamaConfig) -> Record:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..baselines import from_scratch
@@ -256,6 +257,10 @@ def _initial_model(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model_config, name, getattr(corpus.tokenizer, name))
     set_seed(seed)
+    if is_deepspeed_zero3_enabled():
+        from . import zero3
+
+        return zero3.random_model(model_config)
     return cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config))
 
 

@@ -7,6 +7,7 @@ one padded (Rajbhandari et al., "ZeRO", 2020, section 5).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +22,17 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import deepspeed_config
 
 from ..errors import RunError
 from ..growth import WEIGHT
 from .ranks import Ranks
 from .states import MOMENTS, STEP
+
+# DeepSpeed calls torch by names of before, in every step.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
 
 #: Entries of DeepSpeed's configuration that transformers derives from the hidden size where they are "auto".
 _BY_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
@@ -80,11 +85,7 @@ class Zero3Setup:
 
     def empty_model(self, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
         """A model whose parameters are allocated in parts and hold nothing yet; DeepSpeed decides on their dtype."""
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=self._config):
-            model = model_class(config)
-        model.tie_weights()
-        _make_rotary_float32(model)
-        return model
+        return _empty_model(model_class, config, self._config)
 
     def states(self, trainer: Any) -> Zero3States:
         """Of the trainer's engine."""
@@ -94,6 +95,32 @@ class Zero3Setup:
         """Forget a destroyed engine's model: DeepSpeed keeps each one, and all that hangs on it, in a global list."""
         root = getattr(wrapped, "module", None)
         parameter_offload.FWD_MODULE_STACK[:] = [one for one in parameter_offload.FWD_MODULE_STACK if one is not root]
+
+
+def random_model(config: Any) -> PreTrainedModel:
+    """A model in parts with the random weights that it would have in one process; the first rank makes them.
+
+    `AutoModelForCausalLM.from_config` draws others where it draws in parts.
+
+    Args:
+        config: of the model; DeepSpeed's configuration is that of the `TrainingArguments` that are alive.
+    """
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    whole = dict(model_class(config).named_parameters()) if dist.get_rank() == 0 else {}
+    model = _empty_model(model_class, config, deepspeed_config())
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if whole:
+                parameter.copy_(whole.pop(name))
+    return model
+
+
+def _empty_model(model_class: type[PreTrainedModel], config: Any, settings: Any) -> PreTrainedModel:
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings):
+        model = model_class(config)
+    model.tie_weights()
+    _make_rotary_float32(model)
+    return model
 
 
 def _make_rotary_float32(model: torch.nn.Module) -> None:

@@ -1,0 +1,390 @@
+"""Options of a run: those of growth, and the plain Trainer's over several stages."""
+
+import dataclasses
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from runs import SCHEDULE, TOKENS, arguments, small_model, trainer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
+
+from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory, SlopTrainingArguments, grow_model
+from slop_hf.errors import GrowthError, RunError
+
+#: Three stages of four steps.
+SHORT = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:2]).with_shares([TOKENS // 2] * 3)
+STEPS = 4
+
+
+def train(path, *, schedule=SHORT, resume=False, **settings):
+    one = trainer(path, schedule=schedule, **settings)
+    one.train(resume_from_checkpoint=resume)
+    return RunDirectory(path)
+
+
+def weights(run, stage):
+    return AutoModelForCausalLM.from_pretrained(run.stage_dir(stage), dtype="auto").state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- growth_init -----------------------------------------------------------------------------------------------
+
+
+def inits(schedule):
+    return [stage.init for stage in schedule]
+
+
+@pytest.mark.parametrize(
+    ("growth_init", "expected"),
+    [
+        (None, [None, None]),
+        ("preserving", ["preserving", "preserving"]),
+        ({"layer": "preserving"}, [{"layer": "preserving"}, None]),
+        ({"layer": "stack", "ffn": "copy", "hidden": "copy"}, [{"layer": "stack"}, {"ffn": "copy"}]),
+        ('{"ffn": "copy"}', [None, {"ffn": "copy"}]),
+    ],
+)
+def test_stages_take_the_init_of_their_operators(tmp_path, growth_init, expected):
+    assert inits(trainer(tmp_path, schedule=SHORT, growth_init=growth_init).schedule) == expected
+
+
+def test_a_stage_keeps_its_own_init(tmp_path):
+    layer, ffn = SHORT.stages
+    schedule = replace(SHORT, stages=(replace(layer, init={"layer": "stack"}), ffn))
+    assert inits(trainer(tmp_path, schedule=schedule, growth_init="preserving").schedule) == [
+        {"layer": "stack"},
+        "preserving",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("growth_init", "message"),
+    [
+        ("magic", "unknown init 'magic' for operator 'layer'"),
+        ("copy", "unknown init 'copy' for operator 'layer'"),  # known, but not to every operator
+        ({"ffn": "stack"}, "unknown init 'stack' for operator 'ffn'"),
+        ({"depth": "stack"}, "unknown operator 'depth'; known: layer, mha, ffn, hidden, head_dim"),
+    ],
+)
+def test_unknown_inits_are_refused_before_anything_is_written(tmp_path, growth_init, message):
+    with pytest.raises(GrowthError, match=message):
+        trainer(tmp_path / "out", schedule=SHORT, growth_init=growth_init)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_run_holds_the_inits_that_it_grew_by(tmp_path):
+    given = {"layer": "preserving", "ffn": "copy"}
+    run = train(tmp_path / "out", growth_init=given)
+    assert inits(run.schedule) == [{"layer": "preserving"}, {"ffn": "copy"}]
+    before, *grown = run.records()
+    assert [record.init for record in grown] == inits(run.schedule)
+    for record in grown:
+        assert record.eval_loss_after_growth == pytest.approx(before.eval_loss, abs=1e-5)
+        before = record
+    with pytest.raises(RunError, match="holds a run of another schedule"):
+        train(run.path, resume=True)
+    train(run.path, schedule=run.schedule, resume=True)  # it says by itself how it grew
+
+
+# ---- Evaluation, moments, files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (False, False)])
+def test_evaluations_around_growth_can_be_left_out(tmp_path, before, after):
+    run = train(tmp_path / "out", eval_before_growth=before, eval_after_growth=after)
+    evaluated = [(entry["step"], entry["stage"]) for entry in run.history() if "eval_loss" in entry]
+    ends, begins = [(4, 0), (8, 1), (12, 2)], [(4, 1), (8, 2)]
+    assert evaluated == sorted(ends * before + begins * after)
+    records = run.records()
+    assert [record.eval_loss is not None for record in records] == [before] * 3
+    assert [record.perplexity is not None for record in records] == [before] * 3
+    assert [record.eval_loss_after_growth is not None for record in records] == [False, after, after]
+
+
+class FirstSteps(TrainerCallback):
+    """How many parameters AdamW has a state of before the first step of each stage, and what step it counts."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step % STEPS == 0:
+            counted = {float(one["step"]) for one in optimizer.state.values()}
+            self.seen.append((len(optimizer.state), counted))
+
+
+def test_moments_are_carried_or_start_anew(tmp_path):
+    carried, anew = FirstSteps(), FirstSteps()
+    train(tmp_path / "carried", callbacks=[carried])
+    run = train(tmp_path / "anew", callbacks=[anew], carry_optimizer_state=False, keep_optimizer_states=True)
+    parameters = [len(dict(small_model(dims).named_parameters())) for dims in SHORT.structures]
+    assert carried.seen == [(0, set()), (parameters[1], {4.0}), (parameters[2], {8.0})]
+    assert anew.seen == [(0, set())] * 3
+    names = [name for name in load_file(run.optimizer_files(2)[0]) if name.startswith("step/")]
+    assert {float(load_file(run.optimizer_files(2)[0])[name]) for name in names} == {4.0}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_optimizer_states_are_kept_or_given_up(tmp_path, keep):
+    run = train(tmp_path / "out", keep_optimizer_states=keep)
+    assert [bool(run.optimizer_files(stage)) for stage in range(3)] == [keep, keep, True]
+
+
+def test_small_files_hold_a_stock_model_that_a_run_goes_on_from(tmp_path):
+    whole = train(tmp_path / "whole")
+    path = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        train(path, max_shard_size="5KB", callbacks=[Interrupt(3 * STEPS - 1)])
+    sharded = RunDirectory(path)
+    directories = sharded.stage_dir(1), next(sharded.running_dir(2).iterdir())
+    for directory in directories:
+        weight_files, moment_files = (list(directory.glob(f"{stem}-*")) for stem in ("model", "optimizer"))
+        assert len(weight_files) > 2 and len(moment_files) > 2
+        assert max(file.stat().st_size for file in weight_files + moment_files) < 2 * 5_000
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {file.name for file in weight_files}
+    assert same(weights(sharded, 1), weights(whole, 1))
+    assert same(weights(train(path, resume=True), 2), weights(whole, 2))
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": 5}, "max_steps and num_train_epochs have no meaning"),
+        ({"num_train_epochs": 0.5}, "max_steps and num_train_epochs have no meaning"),
+        ({"train_sampling_strategy": "group_by_length"}, "must stay 'sequential', got 'group_by_length'"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}, "load_best_model_at_end"),
+        ({"push_to_hub": True}, "push_to_hub would push unfinished stages"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size would change the batch .*; set stage_batch_sizes"),
+        ({"save_only_model": True}, "save_only_model leaves checkpoints that no run can be resumed from"),
+        ({"lr_span": "stages"}, "lr_span must be one of stage, run, got 'stages'"),
+        ({"batch_tokens": []}, r"batch_tokens must be positive numbers, .* got \[\]"),
+        ({"batch_tokens": [64, 0]}, r"batch_tokens must be positive numbers, .* got \[64, 0\]"),
+        ({"stage_batch_sizes": [-1]}, r"stage_batch_sizes must be positive numbers, .* got \[-1\]"),
+        ({"rewarm_steps": -0.1}, "rewarm_steps must not be negative, got -0.1"),
+        ({"peak_tflops": -1}, "peak_tflops must not be negative, got -1"),
+        ({"optim": "sgd"}, "optim 'sgd' keeps a state that cannot be grown .*; set carry_optimizer_state to false"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(tmp_path, settings, message):
+    with pytest.raises(RunError, match=message):
+        arguments(tmp_path, **settings)
+
+
+def test_arguments_from_a_mapping_and_a_file(tmp_path):
+    given = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "growth_init": {"layer": "preserving"},
+        "batch_tokens": [1024, 2048],
+        "rewarm_steps": 0.1,
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.2},
+        "carry_optimizer_state": False,
+    }
+    path = tmp_path / "arguments.yaml"
+    path.write_text(yaml.safe_dump(given))
+    parser = HfArgumentParser(SlopTrainingArguments)
+    for (args,) in (parser.parse_dict(given), parser.parse_yaml_file(path)):
+        assert {name: getattr(args, name) for name in given} == given
+
+
+COMMAND_LINE = [
+    (["--growth_init", '{"layer": "preserving"}'], "growth_init", {"layer": "preserving"}),
+    (["--growth_init", "preserving"], "growth_init", "preserving"),
+    (["--batch_tokens", "1024", "2048"], "batch_tokens", [1024, 2048]),
+    (["--batch_tokens", "1024"], "batch_tokens", [1024]),
+    (["--stage_batch_sizes", "4", "2"], "stage_batch_sizes", [4, 2]),
+    (["--rewarm_steps", "0.1"], "rewarm_steps", 0.1),
+    (["--lr_span", "run"], "lr_span", "run"),
+    (["--lr_scheduler_kwargs", '{"num_decay_steps": 0.2}'], "lr_scheduler_kwargs", {"num_decay_steps": 0.2}),
+    (["--no_eval_before_growth"], "eval_before_growth", False),
+    (["--carry_optimizer_state", "false"], "carry_optimizer_state", False),
+    (["--keep_optimizer_states"], "keep_optimizer_states", True),
+    ([], "lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("words", "name", "expected"), COMMAND_LINE)
+def test_arguments_from_a_command_line(tmp_path, words, name, expected):
+    parser = HfArgumentParser(SlopTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *words])
+    assert getattr(args, name) == expected
+
+
+# ---- Stages without tokens -------------------------------------------------------------------------------------
+
+#: A trained model that grows twice before it is trained, is trained, grows and is trained again.
+GAPS = SCHEDULE.with_shares([0, 0, TOKENS // 2, TOKENS // 2])
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("gaps") / "out", schedule=GAPS, keep_optimizer_states=True)
+
+
+def test_stages_without_tokens_grow_and_are_written(gaps):
+    records = gaps.records()
+    assert [(record.tokens, record.steps, record.global_step) for record in records] == [
+        (0, 0, 0),
+        (0, 0, 0),
+        (TOKENS // 2, 4, 4),
+        (TOKENS // 2, 4, 8),
+    ]
+    assert [record.total_tokens for record in records] == [0, 0, TOKENS // 2, TOKENS]
+    assert [record.flops > 0 for record in records] == [False, False, True, True]
+    assert [record.train_loss is None for record in records] == [True, True, False, False]
+    assert records[1].eval_loss == records[1].eval_loss_after_growth
+    grown = grow_model(AutoModelForCausalLM.from_pretrained(gaps.stage_dir(0)), "layer", 3, seed=1)
+    assert same(weights(gaps, 0), small_model().state_dict())
+    assert same(weights(gaps, 1), grown.state_dict())
+    losses = [(entry["step"], entry["tokens"], entry["stage"]) for entry in gaps.history() if "loss" in entry]
+    assert losses == [(step, 64 * step, 2 if step <= 4 else 3) for step in range(1, 9)]
+    assert [bool(gaps.optimizer_files(stage)) for stage in range(4)] == [False, False, True, True]
+
+
+def test_a_stage_without_tokens_hands_moments_on(tmp_path):
+    """The growths on both sides of it are one after the other, for weights and moments alike."""
+    schedule = SCHEDULE.with_shares([TOKENS // 2, 0, TOKENS // 2, 0])
+    run = train(tmp_path / "out", schedule=schedule, keep_optimizer_states=True)
+    assert [record.global_step for record in run.records()] == [4, 4, 8, 8]
+    kept = [load_file(run.optimizer_files(stage)[0]) for stage in range(4)]
+    assert [{float(value) for name, value in state.items() if name[:5] == "step/"} for state in kept] == [
+        {4.0},
+        {4.0},
+        {8.0},
+        {8.0},
+    ]
+    name = "exp_avg/model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(kept[1][name.replace("1", "2")], kept[0][name.replace("1", "0")])
+    assert kept[3][name].shape == (48, 32) and kept[3][name].abs().max() > 0
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_run_goes_on_over_stages_without_tokens(gaps, tmp_path, monkeypatch, call):
+    """Interrupted before a stage is written: one without tokens at the beginning, one in the middle, and the next."""
+    from slop_hf.training import trainer as module
+
+    real, calls = module.save_stage, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    path = tmp_path / "out"
+    monkeypatch.setattr(module, "save_stage", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, schedule=GAPS)
+    monkeypatch.undo()
+    assert RunDirectory(path).finished_stages == call - 1
+    run = train(path, schedule=GAPS, resume=True)
+    assert same(weights(run, 3), weights(gaps, 3))
+    assert [record.eval_loss for record in run.records()] == [record.eval_loss for record in gaps.records()]
+
+
+# ---- Plain Trainer arguments over stages -----------------------------------------------------------------------
+
+FIELDS = {item.name for item in dataclasses.fields(SlopTrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
+
+
+class Facts(TrainerCallback):
+    """What `look` finds of model and optimizer at the last step of each stage."""
+
+    def __init__(self, look):
+        self.look, self.found = look, []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step % STEPS == 0:
+            self.found.append(self.look(model, optimizer))
+
+
+def attention(name):
+    model = small_model()
+    model.set_attn_implementation(name)
+    return model
+
+
+CARRIED = {
+    "adamw": (
+        lambda: {"optim": "adamw_torch"},
+        lambda model, optimizer: bool(optimizer.param_groups[0]["fused"]),
+        False,
+    ),
+    "fused": (
+        lambda: {"optim": "adamw_torch_fused"},
+        lambda model, optimizer: optimizer.param_groups[0]["fused"],
+        True,
+    ),
+    "checkpointing": (
+        lambda: {CHECKPOINTING: True},
+        lambda model, optimizer: model.is_gradient_checkpointing and model.training,
+        True,
+    ),
+    "sdpa": (lambda: {"model": attention("sdpa")}, lambda model, optimizer: model.config._attn_implementation, "sdpa"),
+    "eager": (
+        lambda: {"model": attention("eager")},
+        lambda model, optimizer: model.config._attn_implementation,
+        "eager",
+    ),
+    "bfloat16": (
+        lambda: {"model": small_model().to(torch.bfloat16)},
+        lambda model, optimizer: (
+            {one.dtype for one in model.parameters()} | {state["exp_avg"].dtype for state in optimizer.state.values()}
+        ),
+        {torch.bfloat16},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, name):
+    settings, look, expected = CARRIED[name]
+    whole = Facts(look)
+    run = train(tmp_path / "whole", callbacks=[whole], **settings())
+    assert whole.found == [expected] * 3
+    assert {one.dtype for one in weights(run, 2).values()} == {settings().get("model", small_model()).dtype}
+    path = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        train(path, callbacks=[Interrupt(STEPS + 3)], save_steps=2, **settings())
+    parts = Facts(look)
+    resumed = train(path, callbacks=[parts], resume=True, **settings())
+    assert parts.found == [expected] * 2
+    assert same(weights(run, 2), weights(resumed, 2))
+
+
+def test_each_stage_is_compiled_anew(tmp_path):
+    """With a backend that compiles nothing, but sees the graphs; a stage that ran uncompiled would add none."""
+    from torch._dynamo.utils import counters
+
+    graphs = Facts(lambda model, optimizer: counters["stats"]["unique_graphs"])
+    settings = {"model": small_model(dropout=0.0), "callbacks": [graphs]}
+    counters.clear()
+    compiled = train(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings)
+    first, second, third = graphs.found
+    assert 0 < first < second < third
+    plain = train(tmp_path / "plain", model=small_model(dropout=0.0))
+    for stage in range(3):
+        one, other = weights(compiled, stage), weights(plain, stage)
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4)
