@@ -155,7 +155,7 @@ class Phases:
 
     def __init__(self) -> None:
         self.boundary: Record | None = None  # its seconds and those of its phases
-        self.stage = 0
+        self.stage = 0  # the next one as soon as its model is about to be built
         self._seconds: dict[str, float] = {}
         self._open = ["other"]
         self._since = time.perf_counter()
@@ -193,6 +193,8 @@ class Phases:
     def _wrapped(self, function: Any, phase: str) -> Any:
         @wraps(function)
         def wrapped(*arguments: Any, **settings: Any) -> Any:
+            if phase == "building":
+                self.stage += 1
             with self.within(phase):
                 return function(*arguments, **settings)
 
@@ -222,7 +224,6 @@ class _AtSteps(TrainerCallback):
         if self.phases.boundary is None and state.global_step == self.boundary:
             _wait_for_gpu()
             self.phases.enter_stage()
-            self.phases.stage = 1
 
 
 def _wait_for_gpu() -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
-from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTrainingArguments
+from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory, SlopTrainer, SlopTrainingArguments
 
 BLOCK, BATCH, STEPS = 16, 4, 8
 TOKENS = BLOCK * BATCH * STEPS
@@ -63,3 +64,23 @@ def trainer(
     own.setdefault("eval_dataset", blocks(8, seed=1))
     train = blocks(4 * BATCH * STEPS + 8) if data is None else data
     return SlopTrainer(args=arguments(output_dir, **settings), schedule=schedule, train_dataset=train, **own)
+
+
+class Interrupt(TrainerCallback):
+    """Stops the process's work at a step, before its checkpoint is written."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(run / "stage-3-hidden" / "model.safetensors") for run in (one, other))
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def losses(path):
+    return [(entry["step"], entry["loss"]) for entry in RunDirectory(path).history() if "loss" in entry]

@@ -6,8 +6,8 @@ from itertools import chain
 
 import pytest
 import torch
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, small_model, trainer
-from transformers import TrainerCallback, get_scheduler
+from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, Interrupt, arguments, small_model, trainer
+from transformers import get_scheduler
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import RunError
@@ -133,6 +133,27 @@ def test_a_schedule_that_is_more_than_a_function_of_the_step_cannot_span_the_run
             scheduler(tmp_path, span, **PLATEAU, lr_span="run")
 
 
+@pytest.mark.xfail(strict=True, reason="schedulers are made once training has begun")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**PLATEAU, "lr_span": "run"},
+        {**WSD, "lr_scheduler_kwargs": {}},  # without num_decay_steps
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    ],
+)
+def test_schedules_that_cannot_be_made_are_refused_before_anything_is_written(tmp_path, settings):
+    with pytest.raises(RunError, match=str(settings["lr_scheduler_type"])):
+        trainer(tmp_path / "out", schedule=SHORT, **settings).train()
+    assert not (tmp_path / "out" / "schedule.yaml").exists()
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="the default's min_lr_rate is given to every schedule")
+def test_another_schedule_does_not_take_the_defaults_arguments(tmp_path):
+    found = rates(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
+    assert found == [close([PEAK * (1 - step / STEPS) for step in range(STEPS)])] * 4
+
+
 # ---- Over interruptions ----------------------------------------------------------------------------------------
 
 
@@ -169,15 +190,6 @@ def test_a_scheduler_that_follows_the_loss_goes_on_from_its_state(tmp_path):
             either.step(loss)
             found[-1].append(either.optimizer.param_groups[0]["lr"])
     assert found[0] == found[1] == [PEAK / 2, PEAK / 4, PEAK / 4, PEAK / 4, PEAK / 8]
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_has_the_learning_rates_of_the_whole_schedule(tmp_path):

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from runs import SCHEDULE, TOKENS, arguments, small_model, trainer
+from runs import SCHEDULE, TOKENS, Interrupt, arguments, small_model, trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
-from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory, SlopTrainingArguments, grow_model
+from slop_hf import GrowthSchedule, RunDirectory, SlopTrainingArguments, grow_model
 from slop_hf.errors import GrowthError, RunError
 
 #: Three stages of four steps.
@@ -140,7 +140,7 @@ def test_small_files_hold_a_stock_model_that_a_run_goes_on_from(tmp_path):
     whole = train(tmp_path / "whole")
     path = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        train(path, max_shard_size="5KB", callbacks=[Interrupt(3 * STEPS - 1)])
+        train(path, max_shard_size="5KB", keep_optimizer_states=True, callbacks=[Interrupt(3 * STEPS - 1)])
     sharded = RunDirectory(path)
     directories = sharded.stage_dir(1), next(sharded.running_dir(2).iterdir())
     for directory in directories:
@@ -151,6 +151,13 @@ def test_small_files_hold_a_stock_model_that_a_run_goes_on_from(tmp_path):
         assert set(index["weight_map"].values()) == {file.name for file in weight_files}
     assert same(weights(sharded, 1), weights(whole, 1))
     assert same(weights(train(path, resume=True), 2), weights(whole, 2))
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="states are saved as if every optimizer were AdamW")
+@pytest.mark.parametrize("settings", [{"optim": "adafactor"}, {"optim": "sgd", "optim_args": "momentum=0.9"}])
+def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
+    run = train(tmp_path / "out", carry_optimizer_state=False, **settings)
+    assert run.is_finished
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------
@@ -178,6 +185,12 @@ def test_small_files_hold_a_stock_model_that_a_run_goes_on_from(tmp_path):
 def test_arguments_without_meaning_are_refused(tmp_path, settings, message):
     with pytest.raises(RunError, match=message):
         arguments(tmp_path, **settings)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="one number is not made a list")
+@pytest.mark.parametrize("name", ["batch_tokens", "stage_batch_sizes"])
+def test_one_number_is_one_for_all_stages(tmp_path, name):
+    assert getattr(arguments(tmp_path, **{name: 64}), name) == [64]
 
 
 def test_arguments_from_a_mapping_and_a_file(tmp_path):
@@ -226,15 +239,6 @@ def test_arguments_from_a_command_line(tmp_path, words, name, expected):
 GAPS = SCHEDULE.with_shares([0, 0, TOKENS // 2, TOKENS // 2])
 
 
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def gaps(tmp_path_factory):
     return train(tmp_path_factory.mktemp("gaps") / "out", schedule=GAPS, keep_optimizer_states=True)
@@ -277,6 +281,12 @@ def test_a_stage_without_tokens_hands_moments_on(tmp_path):
     assert kept[3][name].shape == (48, 32) and kept[3][name].abs().max() > 0
 
 
+@pytest.mark.xfail(strict=True, reason="the evaluation at a stage's end lies at the same step as its growth")
+def test_a_stage_without_tokens_is_not_evaluated_after_growth_unasked(tmp_path):
+    run = train(tmp_path / "out", schedule=GAPS, eval_after_growth=False)
+    assert [record.eval_loss_after_growth for record in run.records()] == [None] * 4
+
+
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_run_goes_on_over_stages_without_tokens(gaps, tmp_path, monkeypatch, call):
     """Interrupted before a stage is written: one without tokens at the beginning, one in the middle, and the next."""
@@ -303,19 +313,28 @@ def test_a_run_goes_on_over_stages_without_tokens(gaps, tmp_path, monkeypatch, c
 
 # ---- Plain Trainer arguments over stages -----------------------------------------------------------------------
 
+PAIR = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:1]).with_shares([TOKENS // 2] * 2)
 FIELDS = {item.name for item in dataclasses.fields(SlopTrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 
 
 class Facts(TrainerCallback):
-    """What `look` finds of model and optimizer at the last step of each stage."""
+    """What model and optimizer are like at the last step of each stage."""
 
-    def __init__(self, look):
-        self.look, self.found = look, []
+    def __init__(self):
+        self.found = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step % STEPS == 0:
-            self.found.append(self.look(model, optimizer))
+        if state.global_step % STEPS:
+            return
+        moments = {state["exp_avg"].dtype for state in optimizer.state.values()}
+        facts = {
+            "attention": model.config._attn_implementation,
+            "checkpointing": any(getattr(part, "gradient_checkpointing", False) for part in model.modules()),
+            "dtypes": {one.dtype for one in model.parameters()} | moments,
+            "fused": bool(optimizer.param_groups[0]["fused"]),
+        }
+        self.found.append(facts)
 
 
 def attention(name):
@@ -324,67 +343,58 @@ def attention(name):
     return model
 
 
-CARRIED = {
-    "adamw": (
-        lambda: {"optim": "adamw_torch"},
-        lambda model, optimizer: bool(optimizer.param_groups[0]["fused"]),
-        False,
-    ),
-    "fused": (
-        lambda: {"optim": "adamw_torch_fused"},
-        lambda model, optimizer: optimizer.param_groups[0]["fused"],
-        True,
-    ),
-    "checkpointing": (
-        lambda: {CHECKPOINTING: True},
-        lambda model, optimizer: model.is_gradient_checkpointing and model.training,
-        True,
-    ),
-    "sdpa": (lambda: {"model": attention("sdpa")}, lambda model, optimizer: model.config._attn_implementation, "sdpa"),
-    "eager": (
-        lambda: {"model": attention("eager")},
-        lambda model, optimizer: model.config._attn_implementation,
-        "eager",
-    ),
-    "bfloat16": (
-        lambda: {"model": small_model().to(torch.bfloat16)},
-        lambda model, optimizer: (
-            {one.dtype for one in model.parameters()} | {state["exp_avg"].dtype for state in optimizer.state.values()}
-        ),
-        {torch.bfloat16},
-    ),
-}
+@pytest.mark.parametrize(
+    ("settings", "fact"),
+    [
+        (lambda: {"optim": "adamw_torch_fused"}, {"fused": True}),
+        (lambda: {CHECKPOINTING: True}, {"checkpointing": True}),
+        (lambda: {"model": attention("eager")}, {"attention": "eager"}),
+        (lambda: {"model": small_model().to(torch.bfloat16)}, {"dtypes": {torch.bfloat16}}),
+        (lambda: {"model": attention("sdpa"), "lr_span": "run"}, {}),
+    ],
+    ids=["fused", "checkpointing", "eager", "bfloat16", "none"],
+)
+def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, settings, fact):
+    usual = {"attention": "sdpa", "checkpointing": False, "dtypes": {torch.float32}, "fused": False}
+    expected = {**usual, **fact}
 
+    def run(path, *callbacks, resume=False):
+        given = {"optim": "adamw_torch", **settings()}
+        return train(path, schedule=PAIR, save_steps=2, callbacks=[*callbacks], resume=resume, **given)
 
-@pytest.mark.parametrize("name", CARRIED)
-def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, name):
-    settings, look, expected = CARRIED[name]
-    whole = Facts(look)
-    run = train(tmp_path / "whole", callbacks=[whole], **settings())
-    assert whole.found == [expected] * 3
-    assert {one.dtype for one in weights(run, 2).values()} == {settings().get("model", small_model()).dtype}
-    path = tmp_path / "parts"
+    facts = Facts()
+    whole = weights(run(tmp_path / "whole", facts), 1)
+    assert facts.found == [expected] * 2
+    assert {one.dtype for one in whole.values()} == {torch.bfloat16 if "dtypes" in fact else torch.float32}
     with pytest.raises(KeyboardInterrupt):
-        train(path, callbacks=[Interrupt(STEPS + 3)], save_steps=2, **settings())
-    parts = Facts(look)
-    resumed = train(path, callbacks=[parts], resume=True, **settings())
-    assert parts.found == [expected] * 2
-    assert same(weights(run, 2), weights(resumed, 2))
+        run(tmp_path / "parts", Interrupt(STEPS + 3))
+    facts = Facts()
+    parts = weights(run(tmp_path / "parts", facts, resume=True), 1)
+    assert facts.found == [expected]
+    assert same(whole, parts)
 
 
 def test_each_stage_is_compiled_anew(tmp_path):
-    """With a backend that compiles nothing, but sees the graphs; a stage that ran uncompiled would add none."""
-    from torch._dynamo.utils import counters
+    """By a compiler that leaves the graphs as they are, and gives up where one function has had too many shapes."""
+    import torch._dynamo
 
-    graphs = Facts(lambda model, optimizer: counters["stats"]["unique_graphs"])
-    settings = {"model": small_model(dropout=0.0), "callbacks": [graphs]}
-    counters.clear()
-    compiled = train(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **settings)
-    first, second, third = graphs.found
-    assert 0 < first < second < third
-    plain = train(tmp_path / "plain", model=small_model(dropout=0.0))
-    for stage in range(3):
+    class Graphs(TrainerCallback):
+        made = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % STEPS == 0:
+                self.made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    settings = {"schedule": PAIR, "eval_dataset": None}
+    plain = train(tmp_path / "plain", model=small_model(dropout=0.0), **settings)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        settings.update(torch_compile=True, torch_compile_backend="eager", callbacks=[Graphs()])
+        compiled = train(tmp_path / "compiled", model=small_model(dropout=0.0), **settings)
+    first, second = Graphs.made
+    assert 0 < first < second
+    for stage in range(2):
         one, other = weights(compiled, stage), weights(plain, stage)
         assert one.keys() == other.keys()
         for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4)
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)

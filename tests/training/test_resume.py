@@ -8,31 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import STEPS, trainer
-from safetensors.torch import load_file
-from transformers import TrainerCallback
+from runs import STEPS, Interrupt, losses, same_weights, trainer
 
 from slop_hf import RunDirectory
-
-
-class Interrupt(TrainerCallback):
-    """Stops the process's work at a step, before its checkpoint is written."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = (load_file(run / "stage-3-hidden" / "model.safetensors") for run in (one, other))
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
-def losses(path):
-    return [(entry["step"], entry["loss"]) for entry in RunDirectory(path).history() if "loss" in entry]
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 CHECKSUM_FILE = "checksums.json"
 RESUME_FILE = "resume.json"
 CHECKPOINT = "checkpoint-"
+CORRUPT = "corrupt-"
 _PIECE_BYTES = 2**20
 
 
@@ -107,10 +108,13 @@ def _checksum(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "hash": digest.hexdigest()}
 
 
-def fault_of(directory: Path, ranks: Ranks) -> str | None:
+def fault_of(directory: Path, ranks: Ranks, *, is_stage: bool = False) -> str | None:
     """What is wrong with a directory's files by its checksums, on all ranks; None if nothing is.
 
-    Optimizer states that a finished stage no longer needs may be missing.
+    Args:
+        directory: of a checkpoint, or of a finished stage.
+        ranks: each looks at its share of the files.
+        is_stage: the optimizer's state may be gone, which a finished stage does without.
     """
     fault: str | None = None
     try:
@@ -122,7 +126,7 @@ def fault_of(directory: Path, ranks: Ranks) -> str | None:
     for name in ranks.mine(sorted(files)):
         path = directory / name
         if not path.is_file():
-            fault = None if name.startswith(OPTIMIZER_STEM) else f"{name} is missing"
+            fault = None if is_stage and name.startswith(OPTIMIZER_STEM) else f"{name} is missing"
         elif path.stat().st_size != files[name]["bytes"]:
             fault = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
         elif _checksum(path) != files[name]:
@@ -144,12 +148,17 @@ def step_of(path: Path) -> int:
 
 
 def last_good_checkpoint(run: RunDirectory, stage: int, ranks: Ranks) -> Path | None:
-    """The newest of a stage's checkpoints whose files are what was written; says which are not."""
+    """The newest of a stage's checkpoints whose files are what was written; others are told of and renamed."""
     for path in ranks.from_first(checkpoints(run, stage)):
         fault = fault_of(path, ranks)
         if fault is None:
             return path
         logger.warning(f"{path} is corrupt: {fault}; going back to the one before")
+        with ranks.together():
+            if ranks.is_first:  # out of the way of the next of its name, and of those that are counted
+                aside = path.with_name(f"{CORRUPT}{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
     return None
 
 
@@ -162,7 +171,7 @@ def check_stage(run: RunDirectory, stage: int, ranks: Ranks) -> None:
     directory = run.stage_dir(stage)
     if not (directory / CHECKSUM_FILE).exists():  # of a release before there were any
         return
-    if fault := fault_of(directory, ranks):
+    if fault := fault_of(directory, ranks, is_stage=True):
         remedy = f"`slop rollback {run.path} --to-stage {stage - 1}`" if stage else "begin another run"
         raise RunError(f"{directory} is corrupt: {fault}; fetch a copy of it, or {remedy}")
 

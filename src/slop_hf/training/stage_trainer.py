@@ -183,10 +183,11 @@ class StageTrainer(Trainer):
                 self.args.max_shard_size,
                 self.args.save_total_limit,
             )
-        self._drop_optimizer_state(self._span.number - 1)
+        if len(checkpoints(self.run, self._span.number)) > 1:  # the newest may turn out to be corrupt
+            self._drop_optimizer_state(self._span.number - 1)
 
     def _drop_optimizer_state(self, number: int) -> None:
-        """Remove a stage's optimizer state once the next stage has something of its own to resume from."""
+        """Remove a stage's optimizer state, where the next stage has enough of its own to resume from."""
         if number >= 0 and self.ranks.is_first and not self.args.keep_optimizer_states:
             for path in self.run.optimizer_files(number):
                 path.unlink()

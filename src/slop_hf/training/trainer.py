@@ -225,6 +225,8 @@ class SlopTrainer(StageTrainer):
         plan, moments = None, bool(list(directory.glob("optimizer*.safetensors")))
         if span is not None and span.growth is not None:
             plan = plan_growth(config, span.growth, seed=self._growth_seed(span))
+            if self.args.carry_optimizer_state and not moments and self.spans[span.number - 1].end_step:
+                logger.warning(f"{directory} has no optimizer state any more: AdamW begins anew in {span.name}")
             moments = moments and self.args.carry_optimizer_state
             logger.info(f"{span.name}: growing from {plan.old} to {plan.new}, {span.parameters:,} parameters")
         self._entering = StateStream(directory, config, plan, moments=moments)
