@@ -44,4 +44,5 @@ def test_two_ranks_end_where_one_process_does(recipe, tmp_path):
     one, two = (RunDirectory(tmp_path / name).records() for name in ("one", "two"))
     for alone, shared in zip(one, two, strict=True):
         assert (shared.devices, shared.global_step) == (2, alone.global_step)
+        assert shared.eval_loss == pytest.approx(alone.eval_loss, abs=1e-5), "the same blocks count, once each"
         assert largest_difference(tmp_path / "one", tmp_path / "two", alone.name) < 1e-5, "Adam magnifies rounding"

@@ -9,6 +9,15 @@ from typing import Any
 from ..errors import RunError
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is not above a limit.
+
+    >>> largest_divisor(96, 20)
+    16
+    """
+    return next(size for size in range(min(limit, number), 0, -1) if number % size == 0)
+
+
 @dataclass(frozen=True)
 class Batches:
     """One stage's share of an optimizer step on each device.
@@ -42,7 +51,7 @@ class Batches:
                 f"a step has {blocks} blocks, which {devices} devices cannot share equally; "
                 f"take a number of devices that divides {blocks}, or begin a run with other batch_tokens"
             )
-        micro = next(size for size in range(min(largest, each), 0, -1) if each % size == 0)
+        micro = largest_divisor(each, largest)
         return cls(micro, each // micro)
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..growth import StateStream
 from ..records import RunDirectory, RunFacts
 from .arguments import SlopTrainingArguments
+from .batches import largest_divisor
 from .boundary import enter
 from .checkpoints import checkpoints, set_random_state
 from .learning_rate import restore, stage_scheduler
@@ -192,10 +193,21 @@ class StageTrainer(Trainer):
             for path in self.run.optimizer_files(number):
                 path.unlink()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`, with a `perplexity` beside each loss, and left out of the stage's seconds."""
-        with self._pace.paused():
-            return super().evaluate(*args, **kwargs)
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, with a `perplexity` beside each loss, and left out of the stage's seconds.
+
+        The loss is the mean over all blocks, on any number of ranks: these are given whole batches only, where
+        `Trainer` would fill up the last ones with blocks that it has seen, and count them in.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = self.args.per_device_eval_batch_size
+        if self.ranks.count > 1 and hasattr(data, "__len__") and not isinstance(data, (dict, str)):
+            self.args.per_device_eval_batch_size = largest_divisor(len(data), given)
+        try:
+            with self._pace.paused():
+                return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self.args.per_device_eval_batch_size = given
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; adds stage, tokens, FLOPs, speed and perplexities, and counts epochs over the corpus."""

@@ -1,0 +1,90 @@
+"""SIGKILL at any moment of a run under ZeRO-3 loses at most the steps since the last checkpoint."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from launching import kill, largest_difference, launch, start
+from runs import BLOCK, SCHEDULE
+
+from slop_hf import GrowthSchedule, RunDirectory
+from slop_hf.serialization import plain
+
+BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
+STEPS = 15
+RUNS = 20
+#: What a killed run is resumed with, besides the two ranks that it was begun with.
+OTHERS = {4: ("zero3", 3), 9: ("zero3", 1), 14: ("plain", 1), 19: ("ddp", 2)}
+SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": 4}, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def schedule(tmp_path_factory):
+    """The small run's, with fifteen steps a stage."""
+    content = plain(SCHEDULE)
+    content["initial_tokens"] = STEPS * BLOCKS_PER_STEP * BLOCK
+    for stage in content["stages"]:
+        stage["tokens"] = content["initial_tokens"]
+    path = tmp_path_factory.mktemp("schedule") / "schedule.yaml"
+    path.write_text(json.dumps(content))  # JSON is YAML
+    assert len(GrowthSchedule.from_yaml(path).stages) == 3
+    return path
+
+
+def settings(schedule: Path, output: Path, ranks: int) -> dict:
+    return {**SETTINGS, "schedule": schedule, "output": output, "batch": BLOCKS_PER_STEP // ranks}
+
+
+def wait_for_run(output: Path, process) -> None:
+    while not (output / "schedule.yaml").exists() and process.poll() is None:
+        time.sleep(0.02)
+
+
+def where(output: Path) -> str:
+    """What a killed run was at, by what it left."""
+    run = RunDirectory(output)
+    if not run.exists:
+        return "before the run had begun"
+    writing = [path.name for path in output.rglob("*.writing")]
+    steps = [path.name for path in output.rglob("checkpoint-*")]
+    return f"{run.finished_stages} stages finished, {sorted(steps)}" + (f", writing {writing}" if writing else "")
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_twenty_kills(schedule, tmp_path, capfd):
+    pytest.importorskip("deepspeed")
+    whole = tmp_path / "whole"
+    process = start("zero3", 2, **settings(schedule, whole, 2))
+    wait_for_run(whole, process)
+    began = time.perf_counter()
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text[-4000:]
+    seconds = time.perf_counter() - began
+    dice = random.Random(0)
+    outcomes = []
+    for number in range(RUNS):
+        output = tmp_path / f"killed-{number}"
+        process = start("zero3", 2, **settings(schedule, output, 2))
+        wait_for_run(output, process)
+        time.sleep(dice.uniform(0.0, 0.95) * seconds)
+        killed = process.poll() is None
+        kill(process)
+        process.communicate()
+        left = where(output)
+        kind, ranks = OTHERS.get(number, ("zero3", 2))
+        ended = launch(kind, ranks, **settings(schedule, output, ranks))
+        assert ended.code == 0, f"run {number}, killed with {left}:\n{ended.text[-4000:]}"
+        difference = largest_difference(whole, output)
+        outcomes.append((killed, left, kind, ranks, difference))
+        with capfd.disabled():
+            print(
+                f"\n{number}: killed {killed} with {left}; resumed by {kind} on {ranks}: {difference:.2g}", flush=True
+            )
+    same = [one for number, one in enumerate(outcomes) if number not in OTHERS]
+    assert all(difference == 0.0 for *_, difference in same), "as many ranks end with the same bits"
+    # Other ranks draw other dropout from the checkpoint on: the run ends, near where it would have.
+    assert all(difference < 0.1 for *_, difference in outcomes)
+    assert sum(killed for killed, *_ in outcomes) >= 15
