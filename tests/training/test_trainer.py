@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, blocks, small_model, trainer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
 from slop_hf import GrowthSchedule, ModelDims, RunDirectory, grow_model
 from slop_hf.cost import flops_per_token
@@ -308,3 +308,18 @@ def test_exact_growth_keeps_the_held_out_loss_over_a_boundary(tmp_path, init):
     for before, after in itertools.pairwise(records):
         assert after.eval_loss_after_growth == pytest.approx(before.eval_loss, abs=1e-5)
         assert set(after.init.values()) <= {"preserving", init}
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "qwen3"])
+def test_every_familys_stages_load_as_they_were(tmp_path, family):
+    """Names on disk, ties, biases and several norms a layer: what is loaded computes what was trained."""
+    config = AutoConfig.for_model(family, vocab_size=40, max_position_embeddings=BLOCK)
+    model = AutoModelForCausalLM.from_config(SCHEDULE.initial.to_config(config))
+    run = trainer(tmp_path / "out", model=model)
+    run.train()
+    tokens = torch.stack([block["input_ids"] for block in blocks(4)])
+    loaded, info = AutoModelForCausalLM.from_pretrained(run.run.stage_dir(3), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, run.model.eval()(tokens).logits)
+    assert ModelDims.from_config(loaded.config) == SCHEDULE.target
