@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -46,10 +46,10 @@ def environment() -> dict[str, str]:
 
 
 def start(kind: str, ranks: int = 1, **settings: Any) -> subprocess.Popen[str]:
-    """Start a launch in a process group of its own."""
+    """Start a launch."""
     words = [*command(kind, ranks), json.dumps(settings, default=str)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, **pipes)
 
 
 def launch(kind: str, ranks: int = 1, seconds: float = 300, **settings: Any) -> Ended:
@@ -65,9 +65,12 @@ def launch(kind: str, ranks: int = 1, seconds: float = 300, **settings: Any) -> 
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and to its ranks at once."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to the ranks and their launcher at once; ranks have sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for one in [*launcher.children(recursive=True), launcher]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def weights(run: Path, stage: str) -> dict[str, Any]:

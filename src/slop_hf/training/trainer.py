@@ -170,9 +170,9 @@ class SlopTrainer(StageTrainer):
                     output = self._train_stage(span, position, ignore_keys_for_eval)
                     if self.state.global_step == span.end_step:
                         self._finish(span)
-                    if self._stop.stopped or self.state.global_step < span.end_step:
-                        where = f"step {self.state.global_step} of {self.spans[-1].end_step}, in {span.name}"
-                        logger.warning(f"stopped at {where}; resume to go on")
+                    step, last = self.state.global_step, self.spans[-1].end_step
+                    if (self._stop.stopped or step < span.end_step) and step < last:
+                        logger.warning(f"stopped at step {step} of {last}, in {span.name}; resume to go on")
                         break
         finally:
             self._progress.close()
@@ -248,9 +248,8 @@ class SlopTrainer(StageTrainer):
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
         history = self.state.log_history
         record = stage_record(span, history, metrics, seconds, self.ranks.count, self._growth_seed(span))
-        model = self.model
         states = self._setup.states(self)
-        save_stage(self.run, record, states, model, self.processing_class, self.state, self.args.max_shard_size)
+        save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
         self._drop_optimizer_state(span.number - 1)
 
     def _continue_curves(self, position: Position) -> None:
