@@ -14,10 +14,11 @@ from slop_hf.serialization import plain
 
 BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
 STEPS = 15
+SAVE_STEPS = 4
 RUNS = 20
 #: What a killed run is resumed with, besides the two ranks that it was begun with.
 OTHERS = {4: ("zero3", 3), 9: ("zero3", 1), 14: ("plain", 1), 19: ("ddp", 2)}
-SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": 4}, "dropout": 0.1}
+SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": SAVE_STEPS}, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,20 @@ def settings(schedule: Path, output: Path, ranks: int) -> dict:
     return {**SETTINGS, "schedule": schedule, "output": output, "batch": BLOCKS_PER_STEP // ranks}
 
 
-def wait_for(path: Path, process) -> None:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.02)
+def events(output: Path) -> list[Path]:
+    """What a run leaves on its way, in order: its schedule, checkpoints and stages."""
+    found = [output / "schedule.yaml"]
+    for number, name in enumerate(SCHEDULE.stage_names):
+        running, first = output / f"{name}.running", number * STEPS
+        found += [running / f"checkpoint-{first + step}" for step in range(SAVE_STEPS, STEPS, SAVE_STEPS)]
+        found.append(output / name)
+    return found
+
+
+def wait_for(event: int, output: Path, process) -> None:
+    """Until that one has come, or a later one: checkpoints are rotated."""
+    while process.poll() is None and not any(path.exists() for path in events(output)[event:]):
+        time.sleep(0.01)
 
 
 def where(output: Path) -> str:
@@ -58,10 +70,10 @@ def test_twenty_kills(schedule, tmp_path, capfd):
     pytest.importorskip("deepspeed")
     whole = tmp_path / "whole"
     process = start("zero3", 2, **settings(schedule, whole, 2))
-    wait_for(whole / "schedule.yaml", process)
+    wait_for(0, whole, process)
     began = time.perf_counter()
-    wait_for(whole / SCHEDULE.stage_names[-1], process)
-    seconds = time.perf_counter() - began
+    wait_for(len(events(whole)) - 1, whole, process)
+    between = (time.perf_counter() - began) / (len(events(whole)) - 1)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text[-4000:]
     dice = random.Random(0)
@@ -69,8 +81,8 @@ def test_twenty_kills(schedule, tmp_path, capfd):
     for number in range(RUNS):
         output = tmp_path / f"killed-{number}"
         process = start("zero3", 2, **settings(schedule, output, 2))
-        wait_for(output / "schedule.yaml", process)
-        time.sleep(dice.uniform(0.0, 1.0) * seconds)
+        wait_for(dice.randrange(len(events(output)) - 1), output, process)
+        time.sleep(dice.uniform(0.0, between))
         killed = process.poll() is None
         kill(process)
         process.communicate()
