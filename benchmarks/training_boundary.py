@@ -1,8 +1,8 @@
 """From the last step of one stage to the first of the next, beside saving and loading the same states.
 
-Ours: writing the stage (weights and AdamW's moments on the disk, with checksums), letting go of its model, building the
-next one with its optimizer, reading the states and growing them. The peer: `save_file` and fsync of the same weights
-and moments; `load_file` of as many as there are after the growth, copied, because they would only be mapped.
+Ours: writing the stage (weights and AdamW's moments on the disk, with checksums), letting go of its model, building
+the next one with its optimizer, reading the states and growing them. The peer: `save_file` and fsync of the same
+weights and moments; `load_file` of as many as there are after the growth, copied, because it would only map them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from training_setup import (
 from slop_hf import RunDirectory
 
 BLOCK, BATCH, STEPS = 64, 1, 2
+REPETITIONS = {"full": 3, "tiny": 1}
 #: Operators and inits; stacked layers cost what preserving ones do, ffn less than hidden, which all tensors are on.
 GROWTHS = {
     "full": (("layer", "preserving"), ("hidden", "preserving"), ("hidden", "random")),
@@ -79,7 +80,9 @@ def run(context: Context) -> Record:
         "vocab_size": vocab,
         "timed": WHAT,
         "cases": cases,
-        "goals": [goal(f"{case['operator']} {case['init']}: s / (save + load)", case["ratio"], LIMIT) for case in cases],
+        "goals": [
+            goal(f"{case['operator']} {case['init']}: s / (save + load)", case["ratio"], LIMIT) for case in cases
+        ],
     }
 
 

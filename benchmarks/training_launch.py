@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,15 @@ class Launched:
         self.process.wait()
 
 
-def start(task: str, settings: Mapping[str, Any], *, ranks: int = 1, zero3: bool = False, gpu: bool = False) -> Launched:
+def start(
+    task: str,
+    settings: Mapping[str, Any],
+    *,
+    ranks: int = 1,
+    zero3: bool = False,
+    gpu: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Launched:
     """Start a function in processes of its own.
 
     Args:
@@ -79,6 +88,7 @@ def start(task: str, settings: Mapping[str, Any], *, ranks: int = 1, zero3: bool
         ranks: processes, under ZeRO-3.
         zero3: launch with DeepSpeed ZeRO-3 on CPUs; otherwise there is one process.
         gpu: let it see the first GPU; otherwise it sees none.
+        environment: further variables.
     """
     directory = tempfile.TemporaryDirectory(prefix="training-benchmark-")
     words = [sys.executable]
@@ -87,24 +97,35 @@ def start(task: str, settings: Mapping[str, Any], *, ranks: int = 1, zero3: bool
         words += ["--num_processes", str(ranks), "--main_process_port", "0"]
     words += [str(Path(__file__)), task, json.dumps(settings), directory.name]
     log = Path(directory.name, "log.txt")
+    surroundings = {**_environment(gpu), **(environment or {})}
     with log.open("wb") as said:
         process = subprocess.Popen(
-            words, cwd=ROOT, env=_environment(gpu), stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            words, cwd=ROOT, env=surroundings, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
         )
     return Launched(process, directory, log, ranks)
 
 
-def launch(
-    task: str,
-    settings: Mapping[str, Any],
-    *,
-    ranks: int = 1,
-    zero3: bool = False,
-    gpu: bool = False,
-    seconds: float = 540,
-) -> list[Record]:
-    """`start` and its results, one for each rank."""
-    return start(task, settings, ranks=ranks, zero3=zero3, gpu=gpu).results(seconds)
+def launch(task: str, settings: Mapping[str, Any], *, seconds: float = 540, **how: Any) -> list[Record]:
+    """`start` with the same arguments, and its results, one for each rank."""
+    return start(task, settings, **how).results(seconds)
+
+
+def launch_together(begun: Sequence[Launched], seconds: float = 540) -> list[Record]:
+    """What processes that wait for one another have returned; where one fails, the others are ended.
+
+    Raises:
+        RuntimeError: as `Launched.results`, of the one that has failed first.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline and any(one.process.poll() is None for one in begun):
+            if any(failed := [one for one in begun if one.process.poll()]):
+                failed[0].results()
+            time.sleep(0.1)
+        return [one.results(0)[0] for one in begun]
+    finally:
+        for one in begun:
+            one.kill()
 
 
 def _environment(gpu: bool) -> dict[str, str]:

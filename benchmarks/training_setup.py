@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from measuring import Record
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTrainingArguments

@@ -17,7 +17,7 @@ from typing import Any
 
 from measuring import Record, goal
 from rich.table import Table
-from training_launch import start
+from training_launch import launch_together, start
 from training_setup import Context, StepClock, arguments, build, llama_config, random_blocks
 from transformers import Trainer, default_data_collator
 
@@ -30,6 +30,7 @@ BLOCK = {"full": 128, "tiny": 16}
 BATCH = {"full": 2, "tiny": 2}
 STEPS = {"full": 240, "tiny": 6}
 WARM_UP = {"full": 20, "tiny": 2}
+REPETITIONS = {"full": 3, "tiny": 2}
 CONTENDERS = ("SlopTrainer", "Trainer")
 SPEED = 0.98  # of plain Trainer's steps per second, at least
 
@@ -71,7 +72,9 @@ def compare(rounds: Sequence[Mapping[str, Sequence[float]]], warm_up: int) -> Re
     lowest = {name: [_tenth(one[name][warm_up:]) for one in rounds] for name in CONTENDERS}
     # Step beside step: what slows the machine down for a while is in both.
     ratios = [
-        statistics.median(theirs / ours for ours, theirs in zip(*(one[name][warm_up:] for name in CONTENDERS), strict=True))
+        statistics.median(
+            theirs / ours for ours, theirs in zip(*(one[name][warm_up:] for name in CONTENDERS), strict=True)
+        )
         for one in rounds
     ]
     ratio = statistics.median(ratios)
@@ -105,11 +108,7 @@ def by_turns(names: Sequence[str], settings: Mapping[str, Any], workdir: Path) -
             )
             for name, ahead in zip(names, (True, False), strict=True)
         ]
-        try:
-            return {name: one.results()[0]["seconds"] for name, one in zip(names, begun, strict=True)}
-        finally:
-            for one in begun:
-                one.kill()
+        return {name: one["seconds"] for name, one in zip(names, launch_together(begun), strict=True)}
 
 
 def train(
@@ -160,7 +159,7 @@ class Turns(StepClock):
     A step lasts from the end of the wait to the next step's end: fetching its batch and all callbacks are in it.
 
     Args:
-        steps: of both; neither the first, which nobody waits for, nor the last, after which SlopTrainer writes, counts.
+        steps: of both. Neither the first, which nobody waits for, nor the last counts, after which SlopTrainer writes.
         batons: pipes from the one ahead to the other, and back.
         ahead: whether this is the one.
     """

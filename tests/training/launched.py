@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Dump(TrainerCallback):
         self.directory = directory
         self.trainer: Any = None
         self.done: set[int] = set()
+        self.engines: list[weakref.ref[Any]] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         span = self.trainer._span
@@ -50,7 +52,14 @@ class Dump(TrainerCallback):
                 self.trainer.optimizer.param_groups, numbers_of_groups(self.trainer), strict=True
             )
         ]
-        facts = {"step": states.step if states.has_moments() else None, "groups": groups, "held": held(self.trainer)}
+        self.engines.append(weakref.ref(self.trainer.model_wrapped))
+        alive = sum(engine() is not None for engine in self.engines)
+        facts = {
+            "alive": alive,
+            "step": states.step if states.has_moments() else None,
+            "groups": groups,
+            "held": held(self.trainer),
+        }
         (self.directory / f"{span.number}-rank-{args.process_index}.json").write_text(json.dumps(facts))
         if args.process_index == 0:
             save_file(

@@ -90,6 +90,12 @@ def test_states_are_sharded(sharded):
 
 
 @pytest.mark.deepspeed
+def test_engines_of_earlier_stages_are_gone(sharded):
+    """With their models and states, which would otherwise be held on every rank to the end of the run."""
+    assert [facts(sharded, number, rank)["alive"] for number in range(4) for rank in (0, 1)] == [1] * 8
+
+
+@pytest.mark.deepspeed
 def test_groups_of_a_sharded_stage(sharded):
     """Matrices decay, norms do not; the rate begins its warm-up anew."""
     for number, dims in enumerate(SCHEDULE.structures):

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -92,9 +93,26 @@ class Zero3Setup:
         return Zero3States(trainer.deepspeed, self._ranks)
 
     def release(self, wrapped: Any) -> None:
-        """Forget a destroyed engine's model: DeepSpeed keeps each one, and all that hangs on it, in a global list."""
-        root = getattr(wrapped, "module", None)
+        """Part a destroyed engine from all that would keep it, with its states, to the end of the run.
+
+        That is a global list of DeepSpeed's, the cache of a method, whose keys hold the object itself, and the model:
+        whoever made the first one may hold it, though nothing is left in it.
+        """
+        root: torch.nn.Module | None = getattr(wrapped, "module", None)
+        if root is None:
+            return
         parameter_offload.FWD_MODULE_STACK[:] = [one for one in parameter_offload.FWD_MODULE_STACK if one is not root]
+        for method in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
+        for module in root.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
+                hooks.clear()
+        for parameter in root.parameters():
+            vars(parameter).pop("_z3_optimizer", None)
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
 def random_model(config: Any) -> PreTrainedModel:

@@ -1,0 +1,169 @@
+"""The training benchmark runs and leaves records whose ratios are right; what it measures at this size means nothing."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "training.py"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A file of the benchmark; files import their neighbours."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, SCRIPT, *arguments, "--scale", "tiny"]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, **environment}, timeout=600
+    )
+
+
+def record(tmp_path, part):
+    output, workdir = tmp_path / "results/training.json", tmp_path / "work"
+    workdir.mkdir(exist_ok=True)
+    done = run(part, "--output", output, "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    assert list(workdir.iterdir()) == [], "what it wrote is removed"
+    text = output.read_text()
+    assert str(tmp_path) not in text and str(BENCHMARKS) not in text, "a record names no path of the machine"
+    found = json.loads(text)[part]
+    assert found["command"].startswith(f"python benchmarks/training.py {part} ")
+    assert {"date", "scale", "repetitions", "machine", "versions"} <= found.keys()
+    assert {"cpu", "cores", "memory_bytes", "disk", "load_average_before"} <= found["machine"].keys()
+    for one in found["goals"]:
+        assert one["met"] is (one["value"] <= one["limit"]), one
+    for case in found.get("cases", [found]):
+        assert all(len(runs) == found["repetitions"] and min(runs) > 0 for runs in case["seconds"].values())
+    return found
+
+
+def test_steps(tmp_path):
+    found = record(tmp_path, "steps")
+    assert set(found["median_seconds"]) == {"SlopTrainer", "Trainer"}
+    assert len(found["ratios"]["steps_per_second"]) == found["repetitions"] == 2
+    assert found["goals"][0]["value"] == pytest.approx(1 / found["ratio"])
+
+
+def test_boundary(tmp_path):
+    found = record(tmp_path, "boundary")
+    (case,) = found["cases"]
+    medians = case["median_seconds"]
+    assert case["ratio"] == pytest.approx(medians["boundary"] / (medians["save_file"] + medians["load_file"]))
+    assert sum(case["median_phase_seconds"].values()) == pytest.approx(medians["boundary"])
+    phases = {"writing states", "checksums", "releasing", "building", "reading and growing", "other"}
+    assert phases <= case["median_phase_seconds"].keys()
+    for size, parameters in (("saved_bytes", "source_parameters"), ("loaded_bytes", "target_parameters")):
+        extra = case[size] - 12 * case[parameters]  # headers, and AdamW's count of steps
+        assert 0 <= extra < 20_000, size
+
+
+@pytest.mark.deepspeed
+def test_memory(tmp_path):
+    pytest.importorskip("deepspeed")
+    found = record(tmp_path, "memory")
+    assert [case["allocator"] for case in found["cases"]] == ["as it comes", "gives back"]
+    for case in found["cases"]:
+        one, ranks = case["peak_bytes"].values()
+        assert case["ratio"] == max(ranks) / max(one)
+        for name, peaks in case["peak_bytes"].items():
+            (peak,), (base,), (above,) = peaks, case["baseline_bytes"][name], case["above_baseline_bytes"][name]
+            assert peak - base == above > 0
+            assert 2**26 < base < peak
+            seen = case["phase_peak_bytes"][name].values()
+            assert max(phase["anonymous"] for phase in seen) == case["anonymous_peak_bytes"][name][0] < peak
+
+
+def test_the_parts_that_need_no_gpu_are_the_default(module):
+    training = module("training")
+    assert training.parse([]).parts == training.parse(["all"]).parts == ["steps", "boundary", "memory"]
+    assert training.parse(["gpu", "all"]).parts == ["steps", "boundary", "memory", "gpu"]
+    with pytest.raises(SystemExit):
+        training.parse(["speed"])
+
+
+def test_parts_keep_the_records_of_others(module, tmp_path):
+    training, path = module("training"), tmp_path / "training.json"
+    for part, value in (("memory", 1), ("steps", 2), ("memory", 3)):
+        training.save(path, part, {"value": value})
+    assert json.loads(path.read_text()) == {"steps": {"value": 2}, "memory": {"value": 3}}
+
+
+def test_without_a_gpu_its_part_says_so(tmp_path):
+    done = run("gpu", "--output", tmp_path / "training.json", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_gpu_on_the_cpu(module, tmp_path):
+    gpu, setup = module("training_gpu"), module("training_setup")
+    found = gpu.measure(setup.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False])
+    (case,) = found["cases"]
+    assert case["ratios"]["steps_per_second"] == [case["ratio"]]
+    for trainer, tokens in case["tokens_per_second"].items():
+        assert tokens == pytest.approx(found["tokens_per_step"] / case["seconds"][trainer][0])
+    # The same windows by the trainer's own clock: its MFU is the same share of its speed.
+    ours, logged = case["tokens_per_second"]["SlopTrainer"], case["logged"]
+    assert logged["mfu"] / logged["tokens_per_second"] == pytest.approx(case["mfu"]["SlopTrainer"] / ours)
+    assert found["boundary"]["ratio"] > 0
+    assert gpu.tables(found)
+
+
+def test_the_speed_between_logs(module):
+    gpu = module("training_gpu")
+    logs = [{"at": at, "step": step} for at, step in ((50, 10), (90, 20), (92, 30), (94, 40), (100, 50))]
+    assert gpu.speed(logs, tokens_per_step=100, warm_up=20) == {
+        "seconds": 0.2,
+        "tokens_per_second": 500.0,
+        "logged": {},
+    }
+    logs = [{**one, "tokens_per_second": one["step"], "mfu": 0.4} for one in logs]
+    assert gpu.speed(logs, 100, 20)["logged"] == {"tokens_per_second": 40, "mfu": 0.4}
+
+
+def test_speeds_are_compared(module):
+    gpu = module("training_gpu")
+    speeds = {
+        "SlopTrainer": [{"seconds": 0.5, "tokens_per_second": 200.0, "logged": {"tokens_per_second": 198.0}}],
+        "Trainer": [{"seconds": 0.4, "tokens_per_second": 250.0, "logged": {}}],
+    }
+    found = gpu.compare_speeds(speeds, flops=2e9, peak=1e12)
+    assert found["mfu"] == pytest.approx({"SlopTrainer": 0.4, "Trainer": 0.5})
+    assert found["ratio"] == pytest.approx(0.8)
+    assert found["logged"] == {"tokens_per_second": 198.0}
+    assert gpu.compare_speeds(speeds, flops=2e9, peak=None)["mfu"] is None
+    (one,) = gpu.goals([{"torch_compile": True, **found}])
+    assert not one["met"] and one["value"] == pytest.approx(1.25)
+
+
+def test_steps_are_compared_side_by_side(module):
+    steps = module("training_steps")
+    one = {"SlopTrainer": [9.0, 1.0, 2.0, 4.0], "Trainer": [1.0, 2.0, 3.0, 4.0]}
+    found = steps.compare([one], warm_up=1)
+    assert found["seconds"] == {"SlopTrainer": [2.0], "Trainer": [3.0]}
+    assert found["ratio"] == 1.5 == found["ratios"]["steps_per_second"][0]
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it(module, tmp_path):
+    steps = module("training_steps")
+    settings = {"dims": [16, 32, 2, 2], "vocab_size": 64, "block_size": 16, "batch": 2, "steps": 4}
+    with pytest.raises(RuntimeError, match="block_size|steps|unknown_argument"):
+        steps.by_turns(("SlopTrainer", "Trainer"), {**settings, "changes": {"unknown_argument": 1}}, tmp_path)
+
+
+def test_targets_have_twice_the_parameters(module):
+    setup = module("training_setup")
+    config = setup.llama_config(setup.INITIAL["full"], setup.VOCAB["full"], 64)
+    for target in setup.TARGETS["full"].values():
+        growth = setup.growth_record(setup.INITIAL["full"], target, config)
+        assert 0.99e8 < growth["source_parameters"] < 1.01e8
+        assert 1.97e8 < growth["target_parameters"] < 2.05e8
