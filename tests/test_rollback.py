@@ -112,7 +112,7 @@ def test_another_schedule_after_the_stage(tmp_path, schedule, blocks):
     now = RunDirectory(run.path)
     assert now.schedule == schedule and now.finished_stages == 2
     assert GrowthSchedule.from_yaml(plan.aside / "schedule.yaml") == SCHEDULE
-    assert RunFacts.load(now) == RunFacts(16, 100, blocks, data_seed=7, run_id="run-1")
+    assert RunFacts.load(now).batches(len(schedule.structures)) == blocks
 
 
 def test_a_finished_run_goes_further(tmp_path):
@@ -285,9 +285,6 @@ def test_a_run_goes_on_by_another_schedule(first, copied):
     assert losses(copied)[:4] == losses(first[0])[:4] and [step for step, _ in losses(copied)] == list(range(1, 9))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the trainer gives growth_init to stages that the run's new schedule leaves open"
-)
 def test_another_schedule_may_leave_inits_to_growth_init(tmp_path):
     """As a first one may: its stages grow by the argument, whether they name an init or not."""
     path = tmp_path / "run"

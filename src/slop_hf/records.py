@@ -181,6 +181,10 @@ class RunFacts:
     data_seed: int
     run_id: str = ""
 
+    def batches(self, stages: int) -> tuple[int, ...]:
+        """`blocks_per_step` of a schedule of so many stages; those that the run did not have take its last one's."""
+        return (*self.blocks_per_step[:stages], *self.blocks_per_step[-1:] * (stages - len(self.blocks_per_step)))
+
     def save(self, run: RunDirectory) -> None:
         """Write it into a run's directory."""
         write_text(run.path / RUN_FILE, to_json(self))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from itertools import count, zip_longest
 from pathlib import Path
 
 from .errors import RunError
-from .records import SCHEDULE_FILE, RunDirectory, RunFacts
+from .records import SCHEDULE_FILE, RunDirectory
 from .schedule import GrowthSchedule
 
 ASIDE = "rolled-back"
@@ -22,8 +22,8 @@ class Rollback:
         stage: that will be the last one finished.
         moved: directories and files that will be moved.
         aside: where to.
-        keeps_optimizer: whether AdamW's state at the end of the stage is still there; otherwise the next stage begins
-            with a new one.
+        keeps_optimizer: whether AdamW's state at the end of the stage, if there ever was one, is still there;
+            otherwise the next stage begins with a new one.
         schedule: that will be the run's; None leaves it.
     """
 
@@ -36,13 +36,11 @@ class Rollback:
 
     def apply(self) -> None:
         """Do it: a later stage before an earlier one, so that a run that is killed meanwhile can still be resumed."""
-        run = RunDirectory(self.run)
         self.aside.mkdir(parents=True)
         for path in self.moved:
             path.rename(self.aside / path.name)
         if self.schedule is not None:
             (self.aside / SCHEDULE_FILE).write_bytes((self.run / SCHEDULE_FILE).read_bytes())
-            _keep_batches(run, self.schedule)
             self.schedule.to_yaml(self.run / SCHEDULE_FILE)
 
 
@@ -68,26 +66,25 @@ def plan_rollback(run: RunDirectory, stage: int, schedule: GrowthSchedule | None
     if not moved and schedule is None:
         raise RunError(f"{run.path} ends with {names[stage]}; there is nothing after it to move away")
     if schedule is not None:
-        for number in range(stage + 1):
-            of_run, of_other = _stage(found, number), _stage(schedule, number)
-            if of_run != of_other:
-                raise RunError(f"the schedule differs from the run's in stage {number}, which is to stay: {of_other}")
+        schedule = _keeping(found, schedule, stage)
     aside = next(path for n in count(1) if not (path := run.path / ASIDE / f"{n}").exists())
-    return Rollback(run.path, stage, moved, aside, bool(run.optimizer_files(stage)), schedule)
+    return Rollback(run.path, stage, moved, aside, _keeps_optimizer(run, stage), schedule)
 
 
-def _stage(schedule: GrowthSchedule, number: int) -> object:
-    """A stage of a schedule, the initial one counted; None where there is none."""
-    if number == 0:
-        return schedule.initial, schedule.initial_tokens
-    return schedule.stages[number - 1] if number <= len(schedule.stages) else None
+def _keeps_optimizer(run: RunDirectory, stage: int) -> bool:
+    return bool(run.optimizer_files(stage)) or not sum(run.schedule.tokens[: stage + 1])
 
 
-def _keep_batches(run: RunDirectory, schedule: GrowthSchedule) -> None:
-    """Give stages that the run did not have the batch of its last one."""
-    facts = RunFacts.load(run)
-    if facts is None:
-        return
-    batches, stages = facts.blocks_per_step, len(schedule.structures)
-    batches = (*batches[:stages], *batches[-1:] * (stages - len(batches)))
-    RunFacts(facts.block_size, facts.blocks, batches, facts.data_seed, facts.run_id).save(run)
+def _keeping(found: GrowthSchedule, other: GrowthSchedule, stage: int) -> GrowthSchedule:
+    """Another schedule with the run's own stages up to one; it may leave their inits open.
+
+    Raises:
+        RunError: where it differs in what is to stay.
+    """
+    if (found.initial, found.initial_tokens) != (other.initial, other.initial_tokens):
+        given = f"{other.initial}, {other.initial_tokens:,} tokens"
+        raise RunError(f"the schedule differs from the run's in stage 0, which is to stay: {given}")
+    for number, (own, given) in enumerate(zip_longest(found.stages[:stage], other.stages[:stage]), 1):
+        if given is None or own != replace(given, init=given.init or own.init):
+            raise RunError(f"the schedule differs from the run's in stage {number}, which is to stay: {given}")
+    return replace(other, stages=(*found.stages[:stage], *other.stages[stage:]))

@@ -1,8 +1,7 @@
-"""The training benchmark runs and leaves records whose ratios are right; what it measures at this size means nothing."""
+"""The training benchmark runs and leaves records with right ratios; what it measures at this size means nothing."""
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +19,11 @@ def module(monkeypatch):
     return importlib.import_module
 
 
-def run(*arguments, **environment):
-    command = [sys.executable, SCRIPT, *arguments, "--scale", "tiny"]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env={**os.environ, **environment}, timeout=600
-    )
-
-
 def record(tmp_path, part):
     output, workdir = tmp_path / "results/training.json", tmp_path / "work"
     workdir.mkdir(exist_ok=True)
-    done = run(part, "--output", output, "--workdir", workdir)
+    command = [sys.executable, SCRIPT, part, "--scale", "tiny", "--output", output, "--workdir", workdir]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(workdir.iterdir()) == [], "what it wrote is removed"
     text = output.read_text()
@@ -49,7 +42,7 @@ def record(tmp_path, part):
 def test_steps(tmp_path):
     found = record(tmp_path, "steps")
     assert set(found["median_seconds"]) == {"SlopTrainer", "Trainer"}
-    assert len(found["ratios"]["steps_per_second"]) == found["repetitions"] == 2
+    assert len(found["ratios"]["steps_per_second"]) == found["repetitions"] == 1
     assert found["goals"][0]["value"] == pytest.approx(1 / found["ratio"])
 
 
@@ -66,6 +59,7 @@ def test_boundary(tmp_path):
         assert 0 <= extra < 20_000, size
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_memory(tmp_path):
     pytest.importorskip("deepspeed")
@@ -97,16 +91,21 @@ def test_parts_keep_the_records_of_others(module, tmp_path):
     assert json.loads(path.read_text()) == {"steps": {"value": 2}, "memory": {"value": 3}}
 
 
-def test_without_a_gpu_its_part_says_so(tmp_path):
-    done = run("gpu", "--output", tmp_path / "training.json", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2
-    assert "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "training.json").exists()
+def test_without_a_gpu_its_part_says_so(module, monkeypatch, tmp_path, capsys):
+    gpu, setup = module("training_gpu"), module("training_setup")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "launch", lambda task, settings, **how: [gpu.device()])  # elsewhere, in a process
+    with pytest.raises(SystemExit, match="2"):
+        gpu.run(setup.Context("tiny", 1, tmp_path))
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gpu_on_the_cpu(module, tmp_path):
     gpu, setup = module("training_gpu"), module("training_setup")
-    found = gpu.measure(setup.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False])
+    found = gpu.measure(
+        setup.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False]
+    )
     (case,) = found["cases"]
     assert case["ratios"]["steps_per_second"] == [case["ratio"]]
     for trainer, tokens in case["tokens_per_second"].items():
@@ -153,10 +152,11 @@ def test_steps_are_compared_side_by_side(module):
     assert found["ratio"] == 1.5 == found["ratios"]["steps_per_second"][0]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_those_that_wait_for_it(module, tmp_path):
     steps = module("training_steps")
     settings = {"dims": [16, 32, 2, 2], "vocab_size": 64, "block_size": 16, "batch": 2, "steps": 4}
-    with pytest.raises(RuntimeError, match="block_size|steps|unknown_argument"):
+    with pytest.raises(RuntimeError, match="unknown_argument"):
         steps.by_turns(("SlopTrainer", "Trainer"), {**settings, "changes": {"unknown_argument": 1}}, tmp_path)
 
 

@@ -81,7 +81,6 @@ def test_another_schedule(run, tmp_path, output_of):
     assert RunDirectory(run).schedule == other
 
 
-@pytest.mark.xfail(strict=True, reason="the config's own schedule, which it names, is refused from then on")
 def test_with_another_schedule_the_run_goes_on_as_it_says(run, tmp_path, output_of):
     replace(SCHEDULE, stages=STAGES[:1], initial_tokens=100).to_yaml(tmp_path / "other.yaml")
     text = output_of("rollback", run, "--to-stage", 0, "-s", tmp_path / "other.yaml")

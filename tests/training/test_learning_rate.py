@@ -133,7 +133,6 @@ def test_a_schedule_that_is_more_than_a_function_of_the_step_cannot_span_the_run
             scheduler(tmp_path, span, **PLATEAU, lr_span="run")
 
 
-@pytest.mark.xfail(strict=True, reason="schedulers are made once training has begun")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -148,7 +147,6 @@ def test_schedules_that_cannot_be_made_are_refused_before_anything_is_written(tm
     assert not (tmp_path / "out" / "schedule.yaml").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="the default's min_lr_rate is given to every schedule")
 def test_another_schedule_does_not_take_the_defaults_arguments(tmp_path):
     found = rates(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
     assert found == [close([PEAK * (1 - step / STEPS) for step in range(STEPS)])] * 4

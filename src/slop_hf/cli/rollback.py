@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..records import RunDirectory
+from ..records import SCHEDULE_FILE, RunDirectory
 from ..rollback import Rollback, plan_rollback
 from ..schedule import GrowthSchedule
 
@@ -40,7 +40,13 @@ def rollback(
     for path in plan.moved:
         print(f"{path.name} → {plan.aside}" if not dry_run else f"{path.name} would go to {plan.aside}")
     name = RunDirectory(run).schedule.stage_name(to_stage)
-    print(f"{run} {'would end' if dry_run else 'ends'} with {name}; go on with `slop train CONFIG -o {run} --resume`")
+    with_schedule = f" --schedule {run / SCHEDULE_FILE}" if other is not None else ""
+    go_on = f"go on with `slop train CONFIG -o {run}{with_schedule} --resume`"
+    print(f"{run} {'would end' if dry_run else 'ends'} with {name}; {go_on}")
+    if other is not None:
+        print(
+            f"its schedule {'would be' if dry_run else 'is now'} that of {schedule}; the old one goes to {plan.aside}"
+        )
     if not plan.keeps_optimizer:
         print("AdamW's state at its end is gone (keep_optimizer_states keeps it): the next stage will begin a new one")
 

@@ -13,6 +13,8 @@ from .launch import prepare_launch
 #: Optimizers whose state is AdamW's two moments and a step, kept per parameter.
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 LR_SPANS = ("stage", "run")
+#: Arguments that are one number for all stages, or one for each.
+PER_STAGE = ("batch_tokens", "stage_batch_sizes")
 
 
 @dataclass
@@ -36,8 +38,11 @@ class SlopTrainingArguments(TrainingArguments):
         metadata={"help": "Learning-rate schedule, over each stage or the run (lr_span); WSD: warmup_stable_decay."},
     )
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1},
-        metadata={"help": "Its arguments; the paper ends at 10%%. num_decay_steps below 1 is a share of the span."},
+        default=None,
+        metadata={
+            "help": "Its arguments; left out, the cosine ends at 10%% of the peak, as the paper's. num_decay_steps "
+            "below 1 is a share of the span."
+        },
     )
     lr_span: str = field(
         default="stage",
@@ -101,6 +106,11 @@ class SlopTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         prepare_launch(self)
         super().__post_init__()
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        for name in PER_STAGE:
+            if isinstance(getattr(self, name), int):
+                setattr(self, name, [getattr(self, name)])
         self._refuse_meaningless()
         optim = getattr(self.optim, "value", self.optim)
         if self.carry_optimizer_state and optim not in ADAMW:
@@ -129,7 +139,7 @@ class SlopTrainingArguments(TrainingArguments):
             raise RunError("save_only_model leaves checkpoints that no run can be resumed from; leave it out")
         if self.lr_span not in LR_SPANS:
             raise RunError(f"lr_span must be one of {', '.join(LR_SPANS)}, got {self.lr_span!r}")
-        for name in ("batch_tokens", "stage_batch_sizes"):
+        for name in PER_STAGE:
             numbers = getattr(self, name)
             if numbers is not None and (not numbers or min(numbers) < 1):
                 raise RunError(f"{name} must be positive numbers, one or one for each stage, got {numbers}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RunError
+from .arguments import PER_STAGE
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -96,7 +97,7 @@ def blocks_per_step(args: Any, block_size: int, devices: int, stages: int) -> tu
 
 def keep_last(args: Any) -> None:
     """Leave of values for each stage the last one's: for a run of the last stage's structure alone."""
-    for name in ("batch_tokens", "stage_batch_sizes"):
+    for name in PER_STAGE:
         values = getattr(args, name)
         setattr(args, name, None if values is None else values[-1:])
 

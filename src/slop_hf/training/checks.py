@@ -106,6 +106,7 @@ def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> G
     if isinstance(init, dict):
         for operator in init:
             operator_named(operator)
+            resolve_inits((operator,), init)
     stages = []
     for stage in schedule.stages:
         if stage.init is None:

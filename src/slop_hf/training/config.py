@@ -27,7 +27,7 @@ from ..errors import DataError, RunError, SlopError
 from ..records import RunDirectory
 from ..schedule import GrowthSchedule
 from ..serialization import parse, read_yaml
-from .arguments import SlopTrainingArguments
+from .arguments import PER_STAGE, SlopTrainingArguments
 from .batches import blocks_per_step, keep_last, stage_batches
 from .checks import check_growths, with_inits
 from .spans import StageSpan, stage_spans
@@ -105,9 +105,10 @@ class RunConfig:
         known = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
         _refuse_unknown(self.training, known, "training")
         hints = get_type_hints(SlopTrainingArguments)
+        for_all = {key: [self.training[key]] for key in PER_STAGE if isinstance(self.training.get(key), int)}
         given = {
             key: parse(hints[key], value, where=f"training.{key}", error=RunError)
-            for key, value in self.training.items()
+            for key, value in {**self.training, **for_all}.items()
         }
         try:
             return SlopTrainingArguments(**{"report_to": "none", **given, "output_dir": str(output_dir)})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from ..errors import RunError
+from ..errors import RunError, SlopError
 from .spans import StageSpan
 
 
@@ -51,13 +52,29 @@ def stage_scheduler(args: Any, optimizer: Optimizer, span: StageSpan, run_steps:
     if not whole_run:
         return scheduler
     if not isinstance(scheduler, LambdaLR):
-        raise RunError(
-            f"lr_scheduler_type {args.lr_scheduler_type!r} depends on more than the step; use lr_span stage"
-        )
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise RunError(f"lr_scheduler_type {kind!r} depends on more than the step; use lr_span stage")
     factors: list[Callable[[int], float]] = [
         partial(_shifted, one, span.first_step, rewarm or 0) for one in scheduler.lr_lambdas
     ]
     return LambdaLR(optimizer, factors)
+
+
+def check_scheduler(args: Any, spans: Sequence[StageSpan]) -> None:
+    """Refuse now a schedule that could not be made once training begins.
+
+    Raises:
+        RunError: naming its type.
+    """
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        for span in spans:
+            stage_scheduler(args, optimizer, span, spans[-1].end_step)
+    except (TypeError, ValueError) as caught:
+        if isinstance(caught, SlopError):
+            raise
+        raise RunError(f"lr_scheduler_type {kind!r}: {caught}; see lr_scheduler_kwargs") from None
 
 
 def _shifted(factor: Callable[[int], float], first_step: int, rewarm: int, step: int) -> float:

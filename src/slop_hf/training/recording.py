@@ -15,13 +15,17 @@ from .spans import StageSpan
 MAX_EXPONENT = 700.0  # exp of more is no float: a diverged run has a perplexity of about 1e304
 
 
-def check_same_schedule(run: RunDirectory, schedule: GrowthSchedule) -> None:
+def check_same_schedule(run: RunDirectory, found: GrowthSchedule, schedule: GrowthSchedule) -> None:
     """Refuse to resume a run of another schedule.
+
+    Args:
+        run: its directory.
+        found: its schedule.
+        schedule: that is to be resumed with.
 
     Raises:
         RunError: naming the first stage that differs.
     """
-    found = run.schedule
     if found == schedule:
         return
     old = zip(found.structures, found.tokens, strict=True)

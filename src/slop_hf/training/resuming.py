@@ -14,6 +14,7 @@ from ..errors import RunError
 from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .checkpoints import check_stage, fault_of, last_good_checkpoint, step_of
+from .checks import with_inits
 from .ranks import Ranks
 from .recording import check_same_schedule
 from .spans import StageSpan
@@ -61,7 +62,12 @@ def begin(run: RunDirectory, schedule: GrowthSchedule, facts: RunFacts, ranks: R
 
 
 def resume(
-    run: RunDirectory, schedule: GrowthSchedule, facts: RunFacts, ranks: Ranks, where: str | bool = True
+    run: RunDirectory,
+    schedule: GrowthSchedule,
+    facts: RunFacts,
+    ranks: Ranks,
+    where: str | bool = True,
+    growth_init: str | dict[str, str] | None = None,
 ) -> Position:
     """Find where a run stopped; files that are not what was written are passed over, or refused.
 
@@ -70,6 +76,7 @@ def resume(
         schedule, facts: of the trainer; they have to be the run's.
         ranks: all come to the same answer.
         where: a checkpoint of the stage in training; True finds the last.
+        growth_init: of stages that the run's schedule leaves open, as one may that was given to `slop rollback`.
 
     Raises:
         RunError: for a directory without a run, or with another.
@@ -77,7 +84,7 @@ def resume(
     with ranks.together():
         if not run.exists:
             raise RunError(f"nothing to resume: {run.path} holds no run; begin one with resume_from_checkpoint=None")
-        check_same_schedule(run, schedule)
+        check_same_schedule(run, with_inits(run.schedule, growth_init), schedule)
         begun = RunFacts.load(run)
         if begun is not None:
             begun.check(facts, run)

@@ -76,7 +76,7 @@ class WholeStates:
         return self._tensor(name, key).dtype
 
     def has_moments(self) -> bool:
-        return self._optimizer is not None and any(self._optimizer.state.values())
+        return self._optimizer is not None and any(MOMENTS[0] in state for state in self._optimizer.state.values())
 
     @property
     def step(self) -> float:

@@ -17,11 +17,12 @@ from ..growth import StateStream, no_progress_bars, plan_growth
 from ..hours import CostModel
 from ..records import STATE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
-from .arguments import SlopTrainingArguments
+from .arguments import ADAMW, SlopTrainingArguments
 from .batches import blocks_per_step, stage_batches
 from .callbacks import StageEnd
 from .checkpoints import read_resume
 from .checks import check_blocks, check_growths, check_launch, check_model, space_warning, with_inits
+from .learning_rate import check_scheduler
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .ranks import Ranks
@@ -97,6 +98,7 @@ class SlopTrainer(StageTrainer):
         self.blocks = train_dataset
         self._lay_out(self.ranks.from_first(RunFacts.load(self.run)), block_size)
         check_growths(self.spans, model.config)
+        check_scheduler(args, self.spans)
         self._span = self.spans[0]
         self._resumed, self._random = {}, []
         self._soundness = Soundness(self.ranks)
@@ -113,10 +115,11 @@ class SlopTrainer(StageTrainer):
         """Steps, blocks and batches of all stages; a run that has begun keeps its batches on any number of devices."""
         args, stages = self.args, len(self.schedule.structures)
         seed = args.seed if args.data_seed is None else args.data_seed
-        if begun is not None and len(begun.blocks_per_step) == stages:
-            per_step = begun.blocks_per_step
-        else:
-            per_step = blocks_per_step(args, block_size, self.ranks.count, stages)
+        per_step = blocks_per_step(args, block_size, self.ranks.count, stages)
+        if begun is not None:
+            asked, per_step = per_step, begun.batches(stages)
+            if args.batch_tokens is not None and asked != per_step:
+                logger.warning(f"batch_tokens {args.batch_tokens} is not what the run began with, and is left out")
         self.facts = RunFacts(block_size, len(self.blocks), tuple(per_step), seed)
         self.spans = stage_spans(self.schedule, self.model.config, block_size, per_step)
         self._batches = stage_batches(args, per_step, self.ranks.count)
@@ -154,7 +157,8 @@ class SlopTrainer(StageTrainer):
         # Ranks that look for a run at different moments may see different things.
         resume_from_checkpoint = self.ranks.from_first(resume_from_checkpoint)
         if resume_from_checkpoint:
-            position = resume(self.run, self.schedule, self.facts, self.ranks, resume_from_checkpoint)
+            init = self.args.growth_init
+            position = resume(self.run, self.schedule, self.facts, self.ranks, resume_from_checkpoint, init)
         else:
             position = begin(self.run, self.schedule, self.facts, self.ranks)
         self._warn()
@@ -179,7 +183,9 @@ class SlopTrainer(StageTrainer):
         if position.stage == len(self.spans):  # all was done before
             self._release()
             with no_progress_bars():
-                final = self._model_class.from_pretrained(self.run.stage_dir(position.stage - 1), dtype="auto")
+                final = self._model_class.from_pretrained(
+                    self.run.stage_dir(position.stage - 1), dtype="auto", attn_implementation=self._attention
+                )
             self._take(cast(PreTrainedModel, final))
         return output
 
@@ -245,8 +251,8 @@ class SlopTrainer(StageTrainer):
         """Evaluate the stage's model and write its directory."""
         self._check_soundness()
         seconds = self._pace.stage_seconds
+        history = list(self.state.log_history)
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
-        history = self.state.log_history
         record = stage_record(span, history, metrics, seconds, self.ranks.count, self._growth_seed(span))
         states = self._setup.states(self)
         save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
@@ -261,6 +267,8 @@ class SlopTrainer(StageTrainer):
 
     def _warn(self) -> None:
         """Say before training what may not have been meant."""
+        if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
+            logger.warning(f"checkpoints keep AdamW's state only: a run that is resumed begins a new {optim}")
         last = self.spans[-1]
         passes = (last.first_block + last.blocks) / len(self.blocks)
         if passes > 1:
