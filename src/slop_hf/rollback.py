@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import count, zip_longest
+from itertools import count
 from pathlib import Path
 
 from .errors import RunError
@@ -84,7 +84,8 @@ def _keeping(found: GrowthSchedule, other: GrowthSchedule, stage: int) -> Growth
     if (found.initial, found.initial_tokens) != (other.initial, other.initial_tokens):
         given = f"{other.initial}, {other.initial_tokens:,} tokens"
         raise RunError(f"the schedule differs from the run's in stage 0, which is to stay: {given}")
-    for number, (own, given) in enumerate(zip_longest(found.stages[:stage], other.stages[:stage]), 1):
-        if given is None or own != replace(given, init=given.init or own.init):
-            raise RunError(f"the schedule differs from the run's in stage {number}, which is to stay: {given}")
+    for number, own in enumerate(found.stages[:stage], 1):
+        there = other.stages[number - 1] if number <= len(other.stages) else None
+        if there is None or own != replace(there, init=there.init or own.init):
+            raise RunError(f"the schedule differs from the run's in stage {number}, which is to stay: {there}")
     return replace(other, stages=(*found.stages[:stage], *other.stages[stage:]))
