@@ -30,7 +30,7 @@ BLOCK = {"full": 128, "tiny": 16}
 BATCH = {"full": 2, "tiny": 2}
 STEPS = {"full": 240, "tiny": 6}
 WARM_UP = {"full": 20, "tiny": 2}
-REPETITIONS = {"full": 3, "tiny": 2}
+REPETITIONS = {"full": 3, "tiny": 1}
 CONTENDERS = ("SlopTrainer", "Trainer")
 SPEED = 0.98  # of plain Trainer's steps per second, at least
 
