@@ -151,3 +151,13 @@ def test_grow_verifies(model_dir, tmp_path, output_of):
         "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "preserving", "--verify"
     )
     assert "logits change by" in text
+
+
+def test_dry_run_of_batches_by_stage(config, output_of, tmp_path):
+    """One number for all stages, one for each, and the last one's for the target alone."""
+    for value, scratch in ((2, []), ([4, 2, 1], []), ([4, 2, 1], ["--from-scratch"])):
+        changes = ["--set", f"training.stage_batch_sizes={value}", "--set", "training.batch_tokens=128"]
+        rows = json.loads(
+            output_of("train", config, "-o", tmp_path / "out", "--dry-run", "--json", *changes, *scratch)
+        )
+        assert len(rows) == (1 if scratch else 3) and all(row["tokens"] % 128 == 0 for row in rows)

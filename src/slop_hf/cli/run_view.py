@@ -88,7 +88,10 @@ def _memory_settings(config: RunConfig, spans: Sequence[StageSpan], devices: int
 
     defaults = {item.name: item.default for item in dataclasses.fields(slop_hf.SlopTrainingArguments)}
     chosen = {**defaults, **config.training}
-    sizes = chosen["stage_batch_sizes"], chosen["per_device_train_batch_size"], len(spans), "stage_batch_sizes"
+    of_stages = chosen["stage_batch_sizes"]
+    if isinstance(of_stages, list) and len(spans) == 1:  # from scratch: the target alone
+        of_stages = of_stages[-1:]
+    sizes = of_stages, chosen["per_device_train_batch_size"], len(spans), "stage_batch_sizes"
     checkpointing = chosen.get("activation_checkpointing")  # the name of newer transformers
     common = {
         "checkpointing": bool(chosen.get("gradient_checkpointing") if checkpointing is None else checkpointing),

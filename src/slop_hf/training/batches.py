@@ -56,13 +56,14 @@ class Batches:
         return cls(micro, each // micro)
 
 
-def per_stage(values: Sequence[int] | None, default: int, stages: int, name: str) -> tuple[int, ...]:
+def per_stage(values: int | Sequence[int] | None, default: int, stages: int, name: str) -> tuple[int, ...]:
     """One value for each stage from an argument that gives none, one for all, or one for each.
 
     Raises:
         RunError: for another number of values.
     """
-    values = [default] if values is None else list(values)
+    values = default if values is None else values
+    values = [values] if isinstance(values, int) else list(values)
     if len(values) not in (1, stages):
         raise RunError(
             f"{name} has {len(values)} values, the run {stages} stages (the initial one counted); give one or {stages}"
