@@ -79,12 +79,13 @@ def numbers_of_groups(trainer: Any) -> list[int]:
 
 
 def held(trainer: Any) -> int:
-    """Numbers that this rank holds in float32 masters and moments."""
+    """Numbers that this rank holds in weights, float32 masters and moments; once where two are the same memory."""
     if trainer.deepspeed is None:
         return 3 * sum(parameter.numel() for parameter in trainer.model.parameters())
     zero = trainer.deepspeed.optimizer
     moments = [value for state in zero.optimizer.state.values() for name, value in state.items() if name != "step"]
-    return sum(tensor.numel() for tensor in [*zero.fp32_partitioned_groups_flat, *moments])
+    kept = [*zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat, *moments]
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in kept}.values())
 
 
 class At(TrainerCallback):

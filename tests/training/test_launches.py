@@ -81,7 +81,7 @@ def test_what_enters_a_sharded_stage_is_what_growth_in_memory_gives(sharded, num
 
 @pytest.mark.deepspeed
 def test_states_are_sharded(sharded):
-    """No rank holds more of masters and moments than its part, padded."""
+    """No rank holds more of weights and moments than its part, padded; masters are the weights themselves."""
     for number, dims in enumerate(SCHEDULE.structures):
         sizes = [parameter.numel() for parameter in small_model(dims).parameters()]
         each = (1 if number == 0 else 3) * (sum(sizes) / 2)  # AdamW has no moments before its first step

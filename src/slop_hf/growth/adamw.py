@@ -30,7 +30,7 @@ from .safetensors_io import (
     read_tensor,
     write_tensor,
 )
-from .tensors import assemble
+from .tensors import assemble, room
 
 AdamWState = dict[str, dict[str, torch.Tensor]]
 #: What becomes of `step`, see `grow_adamw_state`.
@@ -94,7 +94,13 @@ def grow_adamw_state(
 
 
 def grow_moment(
-    moment: torch.Tensor, plan: ParameterPlan, power: int, *, step: StepPolicy = "keep", idle: bool = False
+    moment: torch.Tensor,
+    plan: ParameterPlan,
+    power: int,
+    *,
+    step: StepPolicy = "keep",
+    idle: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One of AdamW's moments of a grown parameter.
 
@@ -104,6 +110,7 @@ def grow_moment(
         power: 1 for `exp_avg`, 2 for `exp_avg_sq`.
         step: as for `grow_adamw_state`.
         idle: whether the parameter's gradient is 0 because nothing reads what it makes.
+        out: where to put it; by default in new memory.
 
     Raises:
         GrowthError: for a moment of another shape.
@@ -115,11 +122,11 @@ def grow_moment(
             "another model, or a sharded or quantised one; gather it first"
         )
     if power == 1 and (idle or plan.silent):
-        return moment.new_zeros([axis.new_size for axis in plan.maps])
+        return room(moment, plan.maps, out).zero_()
     # The mean in float64 does not depend on the number of threads that sum it, once rounded to float32.
     fill = ZERO if power == 1 or step == "reset" else Fill(float(moment.double().mean()), 0.0)
     if plan.silent:
-        return moment.new_full([axis.new_size for axis in plan.maps], fill.mean)
+        return room(moment, plan.maps, out).fill_(fill.mean)
 
     def factor(runs: Sequence[Run]) -> float:
         copies = 1
@@ -127,7 +134,7 @@ def grow_moment(
             copies *= 1 if dimension == plan.row.reads else run.copies
         return (copies * plan.scale) ** -power
 
-    return assemble(moment, plan.maps, lambda operators: fill, factor)
+    return assemble(moment, plan.maps, lambda operators: fill, factor, out=out)
 
 
 def grow_optimizer_state_dict(
@@ -321,14 +328,16 @@ def _write(
     return target
 
 
-def grow_entry(key: str, value: Any, plan: ParameterPlan, step: StepPolicy, idle: bool) -> Any:
+def grow_entry(
+    key: str, value: Any, plan: ParameterPlan, step: StepPolicy, idle: bool, out: torch.Tensor | None = None
+) -> Any:
     """One entry of a parameter's state, grown; arguments as for `grow_moment`."""
     if key == "step":
         kept = value.detach().clone() if isinstance(value, torch.Tensor) else value
         return kept if step == "keep" else kept * 0
     if key not in MOMENTS:
         raise GrowthError(f"{plan.source} has the state {key!r}, which is not AdamW's: {', '.join(MOMENTS)} and step")
-    return grow_moment(value, plan, MOMENTS[key], step=step, idle=idle)
+    return grow_moment(value, plan, MOMENTS[key], step=step, idle=idle, out=out)
 
 
 def idle_parameters(plan: GrowthPlan) -> set[str]:

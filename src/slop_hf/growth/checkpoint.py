@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import resource
@@ -36,7 +35,7 @@ from .safetensors_io import (
     read_tensor,
     write_tensor,
 )
-from .tensors import grow_parameter, worker_threads
+from .tensors import ThreadMemory, grow_parameter, worker_threads
 from .verify import combine_hashes, probe_checkpoints, tensor_hash
 
 #: Memory of the tensors in flight; one that takes more by itself is made alone.
@@ -183,7 +182,7 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
             with lock:
                 bar.update(nbytes)
 
-        memory = _Memory(IN_FLIGHT_BYTES // (2 * threads))
+        memory = ThreadMemory(IN_FLIGHT_BYTES // (2 * threads))
 
         def make(one: TensorPlan) -> None:
             write_tensor(directory, one.target, _grow(one, hashes, lock, memory), advance)
@@ -197,7 +196,7 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
     return combine_hashes((name, digest) for name, digest in hashes.items() if digest)
 
 
-def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, memory: _Memory) -> torch.Tensor:
+def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, memory: ThreadMemory) -> torch.Tensor:
     """The grown tensor, in the thread's memory; the source is hashed when it is first read."""
     steps, dtype = one.steps, FLOATS[one.source.dtype]
     if one.is_read:
@@ -216,26 +215,6 @@ def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, 
         out = memory.tensor("written", one.target.shape, dtype) if number == len(growing) else None
         value = grow_parameter(value, step, out)
     return value
-
-
-class _Memory(threading.local):
-    """A thread's memory for the tensor that it reads and the one that it writes, used again for the next.
-
-    The kernel clears every page that it hands out, which takes longer than to fill it. A tensor of more than `limit`
-    bytes has memory of its own, which is given back.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held: dict[str, torch.Tensor] = {}
-
-    def tensor(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes > self._limit:
-            return torch.empty(shape, dtype=dtype)
-        if use not in self._held:
-            self._held[use] = torch.empty(self._limit, dtype=torch.uint8)  # pages that are never touched cost nothing
-        return self._held[use][:nbytes].view(dtype).view(shape)
 
 
 class _InFlight:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..architectures import architecture_of
 from .adamw import check_names, grow_entry, idle_parameters, stored_state
 from .plan import GrowthPlan
-from .safetensors_io import StoredTensor, read_checkpoint, read_tensor
-from .tensors import grow_parameter
+from .safetensors_io import FLOATS, StoredTensor, read_checkpoint, read_tensor
+from .tensors import ThreadMemory, grow_parameter
 
 WEIGHT = "weight"
+#: Memory that a thread reads what is to grow into, one tensor after the other; larger ones have their own.
+REUSED_BYTES = 2**26
 
 
 class StateStream:
     """What a directory holds of each parameter of a model, or what a growth makes of it.
 
     The values are those of `grow_model` and `grow_adamw_state`. Any number of threads, processes or machines may read,
-    each what it needs: a read takes as much memory as one parameter with its state, before and after growth.
+    each what it needs: a read takes as much memory as one weight or moment, before and after growth.
 
     Args:
         directory: with a model's safetensors, and AdamW's state if it is to be read.
@@ -39,6 +41,7 @@ class StateStream:
         stored = read_checkpoint(Path(directory))
         self._weights: dict[str, StoredTensor] = {architecture.live_name(name): one for name, one in stored.items()}
         self._moments = stored_state(directory) if moments else {}
+        self._memory = ThreadMemory(REUSED_BYTES)
         self._plans = {} if plan is None else {parameter.name: parameter for parameter in plan.parameters()}
         self._idle = idle_parameters(plan) if plan is not None else set()
         if plan is not None:
@@ -57,18 +60,33 @@ class StateStream:
         steps = [entries["step"] for entries in self._moments.values() if "step" in entries]
         return float(read_tensor(steps[0])) if steps else None
 
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        """`weight` of a parameter, and `exp_avg`, `exp_avg_sq` and `step` where they are wanted and there.
+    def room(self, name: str, key: str) -> torch.Tensor:
+        """Memory for what `read` gives, of any content."""
+        stored, plan = self._stored(name, key), self._plans.get(name)
+        shape = stored.shape if plan is None else [axis.new_size for axis in plan.maps]
+        return torch.empty(shape, dtype=FLOATS[stored.dtype])
+
+    def read(self, name: str, key: str, out: torch.Tensor) -> torch.Tensor:
+        """A parameter's `weight`, or `exp_avg` or `exp_avg_sq` where moments are wanted and there.
+
+        Args:
+            name: of the parameter.
+            key: of what is wanted.
+            out: where to put it, made by `room`. Threads do best with memory from one thread: allocators such as
+                glibc's keep a store for each, and the kernel clears what comes fresh.
 
         Raises:
             GrowthError: where the file has ended early, or cannot be read.
         """
+        plan, stored = self._plans.get(name), self._stored(name, key)
+        if plan is None or (plan.changes_nothing and name not in self._idle):
+            return read_tensor(stored, out)
+        value = read_tensor(stored, self._memory.tensor("read", stored.shape, FLOATS[stored.dtype]))
+        if key == WEIGHT:
+            return grow_parameter(value, plan, out)
+        return cast(torch.Tensor, grow_entry(key, value, plan, "keep", name in self._idle, out))
+
+    def _stored(self, name: str, key: str) -> StoredTensor:
         plan = self._plans.get(name)
         source = name if plan is None else plan.source
-        entries = {key: read_tensor(one) for key, one in self._moments.get(source, {}).items()}
-        weight = read_tensor(self._weights[source])
-        if plan is None:
-            return {WEIGHT: weight, **entries}
-        idle = name in self._idle
-        grown = {key: grow_entry(key, value, plan, "keep", idle) for key, value in entries.items()}
-        return {WEIGHT: grow_parameter(weight, plan), **grown}
+        return self._weights[source] if key == WEIGHT else self._moments[source][key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
             # New slots of the branch may hold zeros, and gains of zero on top of them would be dead for ever.
             silence = tensor.new_full([axis.old_size for axis in plan.maps], -plan.gain_offset)
             return assemble(silence, plan.maps, plan.fill, lambda runs: 1.0, out=out)
-        return _room(tensor, plan.maps, out).zero_()
+        return room(tensor, plan.maps, out).zero_()
     # Arithmetic in float32 at least: a half-precision weight is rounded once, when it is stored.
     exact = torch.promote_types(tensor.dtype, torch.float32)
     source = tensor.detach()
@@ -78,7 +80,7 @@ def assemble(
     tensor([1.5000, 1.5000, 1.0000])
     """
     exact = torch.promote_types(source.dtype, torch.float32)
-    grown = _room(source, maps, out)
+    grown = room(source, maps, out)
     for runs in product(*(axis.runs for axis in maps)):
         block = grown[tuple(slice(run.start, run.start + run.length) for run in runs)]
         olds = [run.old for run in runs]
@@ -129,7 +131,7 @@ def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, draws: N
             part[..., slots] += (drawn[..., place] - mean[..., olds]).to(part)
 
 
-def _room(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Tensor | None) -> torch.Tensor:
+def room(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Tensor | None) -> torch.Tensor:
     """`out`, or new memory for the grown tensor."""
     shape = [axis.new_size for axis in maps]
     if out is None:
@@ -147,3 +149,27 @@ def worker_threads(count: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
         finally:
             torch.set_num_threads(threads)
+
+
+class ThreadMemory(threading.local):
+    """A thread's memory for the tensor that it reads and the one that it writes, used again for the next.
+
+    The kernel clears every page that it hands out, which takes longer than to fill it. A tensor of more than `limit`
+    bytes has memory of its own, which is given back.
+
+    Args:
+        limit: in bytes, for each use.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: dict[str, torch.Tensor] = {}
+
+    def tensor(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any content; the one before of the same use, in this thread, is written over."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._limit:
+            return torch.empty(shape, dtype=dtype)
+        if use not in self._held:
+            self._held[use] = torch.empty(self._limit, dtype=torch.uint8)  # pages that are never touched cost nothing
+        return self._held[use][:nbytes].view(dtype).view(shape)

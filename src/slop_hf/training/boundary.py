@@ -1,13 +1,15 @@
 """What crosses a boundary between stages: weights and AdamW's state, out to files and in from files.
 
-Both ways go a parameter at a time. Each rank writes its share of the files, reads and grows its share of the
-parameters; in between, a whole parameter lies on one rank only. Growth, resumption and the change from one number of
+Both ways go a tensor at a time. Each rank writes its share of the files, reads and grows its share of weights and
+moments; in between, a whole tensor lies on one rank only. Growth, resumption and the change from one number of
 ranks to another are the same thing: states that enter from a directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -33,8 +35,10 @@ from ..growth.tensors import worker_threads
 from ..serialization import write_text
 from .states import MOMENTS, STEP, States
 
-#: Parameters that a rank reads and grows at a time; each takes memory.
+#: Weights and moments that a rank reads and grows at a time.
 MOST_THREADS = 4
+#: Of those that it has read before they are needed; a larger one is read alone.
+AHEAD_BYTES = 2**28
 
 
 def leave(states: States, config: Any, directory: Path, max_shard_size: int | str) -> list[str]:
@@ -129,36 +133,41 @@ def enter(states: States, stream: StateStream) -> None:
     keys = (WEIGHT, *MOMENTS) if step is not None else (WEIGHT,)
     if step is not None:
         states.make_moments(step)
+    entries = [(name, key) for name in names for key in keys]
     failed: Exception | None = None
-    threads = min(torch.get_num_threads(), MOST_THREADS)
-    with worker_threads(threads) as pool:
-        for part, entries in _ahead(pool, stream, names, ranks.rank, ranks.count, threads):
-            for number, name in enumerate(part):
-                owner = number % ranks.count
-                found: dict[str, torch.Tensor] = {}
-                if owner == ranks.rank:
-                    try:
-                        found = entries[name].result()
-                    except (SlopError, OSError) as caught:
-                        failed = failed or caught
-                        found = dict.fromkeys(keys, torch.zeros(states.shapes[name]))  # the others wait for something
-                for key in keys:
-                    states.put(name, key, found.get(key), owner)
-                entries.pop(name, None)
+    with worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
+        reading = _ahead(pool, stream, ranks.mine(entries), states.shapes)
+        for number, (name, key) in enumerate(entries):
+            owner = number % ranks.count
+            value: torch.Tensor | None = None
+            if owner == ranks.rank:
+                try:
+                    value = next(reading).result()
+                except (SlopError, OSError) as caught:
+                    failed = failed or caught
+                    value = torch.zeros(states.shapes[name])  # the others wait for something
+            states.put(name, key, value, owner)
     ranks.agree(failed)
     states.finish()
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, stream: StateStream, names: list[str], rank: int, count: int, threads: int
-) -> Iterator[tuple[list[str], dict[str, Future[dict[str, torch.Tensor]]]]]:
-    """Parts of `names` with what this rank reads of each; the next part is read while one is worked on."""
-    parts = [names[start : start + count * threads] for start in range(0, len(names), count * threads)]
-
-    def begin(part: list[str]) -> dict[str, Future[dict[str, torch.Tensor]]]:
-        return {name: pool.submit(stream.read, name) for name in part[rank::count]}
-
-    reading = begin(parts[0])
-    for number, part in enumerate(parts):
-        current, reading = reading, begin(parts[number + 1]) if number + 1 < len(parts) else {}
-        yield part, current
+    pool: ThreadPoolExecutor,
+    stream: StateStream,
+    entries: Iterable[tuple[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[Future[torch.Tensor]]:
+    """What a rank reads, in order; later entries are read while one is worked on, as many as `AHEAD_BYTES` allow."""
+    waiting: deque[tuple[Future[torch.Tensor], int]] = deque()
+    held = 0
+    for name, key in entries:
+        size = 4 * math.prod(shapes[name])
+        while waiting and held + size > AHEAD_BYTES:
+            future, taken = waiting.popleft()
+            held -= taken
+            yield future
+            del future  # with its tensor
+        waiting.append((pool.submit(stream.read, name, key, stream.room(name, key)), size))
+        held += size
+    while waiting:
+        yield waiting.popleft()[0]

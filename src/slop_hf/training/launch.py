@@ -47,7 +47,7 @@ def prepare_launch(args: Any) -> None:
     args.ddp_backend = args.ddp_backend or "gloo"
     from . import zero3
 
-    zero3.do_without_compiled_operators()
+    zero3.prepare_for_cpus()
 
 
 def _free_port() -> int:

@@ -109,6 +109,7 @@ class StageTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Fill the prepared model and its fresh optimizer from the directory that they are to come from."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._setup.prepared(self.model_wrapped)
         entering, self._entering = self._entering, None
         if entering is not None:
             enter(self._setup.states(self), entering)

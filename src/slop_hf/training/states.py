@@ -101,10 +101,15 @@ class WholeStates:
     @torch.no_grad()
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
         tensor = self._tensor(name, key)
+        if self.ranks.count == 1:
+            assert value is not None
+            # The value itself: a copy into memory that has never been touched costs more than reading did.
+            tensor.data = value.to(tensor)
+            return
+        # DistributedDataParallel has its own views of these tensors.
         if value is not None:
             tensor.copy_(value)
-        if self.ranks.count > 1:
-            dist.broadcast(tensor, src=owner)
+        dist.broadcast(tensor, src=owner)
 
     def finish(self) -> None:
         pass
@@ -112,7 +117,7 @@ class WholeStates:
     def _tensor(self, name: str, key: str) -> torch.Tensor:
         parameter = self._parameters[name]
         if key == WEIGHT:
-            return parameter.data
+            return parameter
         assert self._optimizer is not None
         return self._optimizer.state[parameter][key]
 
@@ -122,6 +127,9 @@ class Setup(Protocol):
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
         """What is to be set before a stage's model is prepared."""
+
+    def prepared(self, wrapped: Any) -> None:
+        """Told of a stage's model, once it is wrapped for training."""
 
     def empty_model(self, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
         """A model whose parameters hold nothing yet."""
@@ -144,6 +152,9 @@ class WholeSetup:
         self._ranks = ranks
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
+        pass
+
+    def prepared(self, wrapped: Any) -> None:
         pass
 
     def empty_model(self, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:

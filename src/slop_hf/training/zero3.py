@@ -6,7 +6,10 @@ one padded (Rajbhandari et al., "ZeRO", 2020, section 5).
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -39,9 +42,21 @@ warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecat
 _BY_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
 
-def do_without_compiled_operators() -> None:
-    """Keep DeepSpeed from compiling its operator for ranks that share memory: a minute of g++ for small models."""
+#: glibc's name for `mallopt` of the size from which memory is the kernel's own, and given back when it is freed.
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 2**20
+
+
+def prepare_for_cpus() -> None:
+    """Set DeepSpeed up for ranks without an accelerator.
+
+    It does without its compiled operator for ranks that share memory: a minute of g++ for small models. And large
+    tensors give their memory back when they are freed: glibc would keep it, in pieces that the next ones do not fit
+    into, and a rank of two would come to hold as much as one process alone.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 class Zero3Setup:
@@ -83,6 +98,16 @@ class Zero3Setup:
         self._config["gradient_accumulation_steps"] = accumulation_steps
         self._config["train_batch_size"] = micro_batch_size * accumulation_steps * self._ranks.count
         self._config["zero_optimization"].update(dict.fromkeys(self._auto, "auto"))
+
+    def prepared(self, wrapped: Any) -> None:
+        """Let float32 masters be the weights themselves where these are float32 too: a quarter of what a rank holds.
+
+        DeepSpeed means to do so, and looks after both as one; but it compares a device with its name.
+        """
+        zero = wrapped.optimizer
+        for master, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+            if weights is not None and (weights.dtype, weights.device) == (master.dtype, master.device):
+                master.data = weights.data
 
     def empty_model(self, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
         """A model whose parameters are allocated in parts and hold nothing yet; DeepSpeed decides on their dtype."""
@@ -212,7 +237,8 @@ class Zero3States:
         parts = None
         if value is not None:
             flat = value.to(self.ranks.device, torch.float32).flatten()
-            flat = torch.nn.functional.pad(flat, (0, size * self.ranks.count - flat.numel()))
+            if missing := size * self.ranks.count - flat.numel():
+                flat = torch.nn.functional.pad(flat, (0, missing))
             parts = list(flat.split(size))
         if self.ranks.count == 1:
             assert parts is not None
