@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slop_hf import RunConfig, RunDirectory, SlopError, build_trainer
 from slop_hf.cli.run_view import read_changes, show_outcome, show_preview
+from slop_hf.training.launch import launched
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 
@@ -63,7 +64,8 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     try:
-        run(arguments())
+        with launched():
+            run(arguments())
     except SlopError as caught:
         print(f"error: {caught}", file=sys.stderr)
         sys.exit(2)

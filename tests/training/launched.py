@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import SlopError
+from slop_hf.training.launch import launched
 
 
 class Dump(TrainerCallback):
@@ -128,7 +129,8 @@ def main(settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(json.loads(sys.argv[1]))
+        with launched():
+            main(json.loads(sys.argv[1]))
     except SlopError as caught:
         print(f"error: {caught}", file=sys.stderr)
         sys.exit(2)

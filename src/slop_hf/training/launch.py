@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import str_to_bool
 
 from ..errors import RunError
+
+#: How long gloo's threads are given on a machine that is busy; groups that DeepSpeed holds cannot be waited for.
+GLOO_SECONDS = 0.5
 
 
 def prepare_launch(args: Any) -> None:
@@ -48,6 +56,22 @@ def prepare_launch(args: Any) -> None:
     from . import zero3
 
     zero3.prepare_for_cpus()
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """What a launched program does, up to an end that its ranks survive.
+
+    gloo's threads let go of the tensors of a finished message a moment later, under Python's lock; where Python has
+    begun to end by then, the program aborts, with all its work done.
+    """
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            gc.collect()
+            dist.destroy_process_group()
+            time.sleep(GLOO_SECONDS)
 
 
 def _free_port() -> int:
