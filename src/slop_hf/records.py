@@ -34,6 +34,34 @@ OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
 
 @dataclass(frozen=True)
+class ConsumedTokens:
+    """What a stage has trained on of one source: a stretch of the source's own stream.
+
+    The stream holds the source's blocks in passes, each pass in an order of its own (`data.order.StreamOrder`), which
+    the source's tokens, `data_seed` and `block_size` determine.
+
+    Args:
+        source: its name; `corpus` where there is one only.
+        first_token, end_token: of the stretch, counted from the beginning of the run.
+        available_tokens: in the source; what is above has been seen before.
+        weight: its share of the run's tokens.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    source: str
+    first_token: int
+    end_token: int
+    available_tokens: int
+    weight: float
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.end_token - self.first_token
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What happened in one stage.
 
@@ -51,8 +79,11 @@ class StageRecord:
         devices: processes that shared the work; `seconds * devices / 3600` are device hours.
         train_loss: mean training loss over the stage's last logging interval, in nats a token.
         eval_loss: loss on the held-out data at the end of the stage.
+        eval_losses: the same of each source of a mixture; `eval_loss` is their mean by the sources' shares.
         eval_loss_after_growth: the same right after the growth, before training.
         perplexity: `exp(eval_loss)`.
+        data: what was trained on, by source.
+        data_fingerprint: of all of it, "" where the data has none; and `data_seed`, of its order.
         init: the inits of the growth, by operator.
         growth_seed: the seed that new entries were drawn with.
         versions: of slop_hf, transformers and torch.
@@ -77,7 +108,11 @@ class StageRecord:
     train_loss: float | None = None
     eval_loss: float | None = None
     eval_loss_after_growth: float | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)
     perplexity: float | None = None
+    data: tuple[ConsumedTokens, ...] = ()
+    data_fingerprint: str = ""
+    data_seed: int | None = None
     init: dict[str, str] = field(default_factory=dict)
     growth_seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -170,6 +205,8 @@ class RunFacts:
         blocks: of the training data.
         blocks_per_step: of an optimizer step, in each stage.
         data_seed: of their order.
+        data: the fingerprint of the data with its mixture; "" where it has none.
+        vocabulary: a hash of the tokenizer; "" where there is none.
         run_id: a name for the tools that follow the run; "" until it has begun.
     """
 
@@ -180,6 +217,8 @@ class RunFacts:
     blocks_per_step: tuple[int, ...]
     data_seed: int
     run_id: str = ""
+    data: str = ""
+    vocabulary: str = ""
 
     def batches(self, stages: int) -> tuple[int, ...]:
         """`blocks_per_step` of a schedule of so many stages; those that the run did not have take its last one's."""
@@ -210,12 +249,22 @@ class RunFacts:
         Raises:
             RunError: naming what differs.
         """
+        if self.vocabulary and given.vocabulary and self.vocabulary != given.vocabulary:
+            raise RunError(
+                f"{run.path} was begun with another tokenizer: its vocabulary cannot change or grow between stages; "
+                f"resume with the one in {run.stage_dir(0)} (`tokenizer` in the data), or begin another run"
+            )
         for name in ("block_size", "blocks", "data_seed"):
             if getattr(self, name) != getattr(given, name):
                 raise RunError(
                     f"{run.path} was begun with {name} {getattr(self, name)}, not {getattr(given, name)}; "
                     "resume with the same data and seeds, or choose another output directory"
                 )
+        if self.data and given.data and self.data != given.data:
+            raise RunError(
+                f"{run.path} was begun with other documents, or other weights of its mixture; "
+                "resume with the same data, or choose another output directory"
+            )
 
 
 def _read_json(path: Path) -> Any:

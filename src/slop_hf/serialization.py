@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -52,7 +52,7 @@ def parse(cls: type[T], data: Any, *, where: str, error: type[SlopError] = SlopE
     try:
         return cast(T, _adapter(cast(Any, cls)).validate_python(data))
     except ValidationError as caught:
-        faults = [_describe(fault, cls) for fault in caught.errors()]
+        faults = [_describe(fault, cls) for fault in _without_other_kinds(caught.errors())]
         raise error(f"{where}: " + "; ".join(faults)) from None
 
 
@@ -60,6 +60,21 @@ def parse(cls: type[T], data: Any, *, where: str, error: type[SlopError] = SlopE
 def _adapter(cls: Any) -> TypeAdapter[Any]:
     """Building one takes longer than reading most files."""
     return TypeAdapter(cls)
+
+
+def _without_other_kinds(faults: Iterable[Any]) -> list[Any]:
+    """Faults without those that only say that a mapping, which may be a path instead, is none."""
+    kept = [dict(fault) for fault in faults]
+    of_paths = [fault for fault in kept if fault["type"] == "string_type" and fault["loc"][-1:] == ("str",)]
+    if len(of_paths) == len(kept):
+        return kept
+    for other in of_paths:
+        place = len(other["loc"]) - 1
+        kept.remove(other)
+        for fault in kept:
+            if fault["loc"][:place] == other["loc"][:place]:
+                fault["loc"] = (*fault["loc"][:place], *fault["loc"][place + 1 :])
+    return kept
 
 
 def _describe(fault: Any, cls: type) -> str:

@@ -11,8 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from slop_hf.data import PackedDataset, packing, train_tokenizer
+from slop_hf.architectures import ARCHITECTURES
+from slop_hf.data import MixedBlocks, PackedDataset, packing, train_tokenizer
+from slop_hf.data.packing import TokenWriter, kept_apart
+from slop_hf.data.tokenizing import plain_backend
 from slop_hf.errors import DataError
+from slop_hf.testing import tiny_model
 
 TEXTS = [
     "to be or not to be",
@@ -25,9 +29,12 @@ TEXTS = [
 TOKENIZER = train_tokenizer(TEXTS, 290)
 
 
-def pack(folder: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> Path:
-    packing.pack((("train", text) for text in texts), tokenizer, folder, ["train"], "a tokenizer")
-    return folder / "train.ds"
+def pack(folder: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast = TOKENIZER, name: str = "train") -> Path:
+    backend = plain_backend(tokenizer)
+    with TokenWriter(folder / f"{name}.ds", "a tokenizer", len(tokenizer)) as writer:
+        for text in texts:
+            writer.write([backend.encode(text, add_special_tokens=False).ids], tokenizer.eos_token_id)
+    return folder / f"{name}.ds"
 
 
 def tokens_of(path: Path, dtype: str = "<u2") -> list[int]:
@@ -54,40 +61,29 @@ def test_the_file_holds_every_document_and_where_it_ends(tmp_path: Path) -> None
     ]
 
 
-def test_a_special_token_spelled_out_in_a_text_ends_no_document(tmp_path: Path) -> None:
-    tokens = tokens_of(pack(tmp_path, ["a<|endoftext|>b"]))
-    assert tokens.count(TOKENIZER.eos_token_id) == 1
-    # ... and the tokenizer is left as it was.
-    assert TOKENIZER("a<|endoftext|>b").input_ids.count(TOKENIZER.eos_token_id) == 1
-
-
-def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(TEXTS, 290)
-    tokenizer.backend_tokenizer.enable_truncation(3)
-    tokenizer.backend_tokenizer.enable_padding(length=50)
-    for name in ("plain", "set"):
+def test_a_writer_goes_on_where_its_state_was_taken(tmp_path: Path) -> None:
+    """What was written after that, as by a call that was killed, is dropped."""
+    documents = [[7, 8], [9], [], [10, 11, 12]]
+    for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()
-    assert tokens_of(pack(tmp_path / "set", TEXTS, tokenizer)) == tokens_of(pack(tmp_path / "plain", TEXTS))
-
-
-def test_batches_do_not_change_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("one", "many"):
-        (tmp_path / name).mkdir()
-    one = tokens_of(pack(tmp_path / "one", TEXTS))
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 25)
-    assert len(list(packing._batches(("", text) for text in TEXTS))) > 4
-    assert tokens_of(pack(tmp_path / "many", TEXTS)) == one
-
-
-def test_each_part_has_a_file(tmp_path: Path) -> None:
-    documents = [("even" if len(text) % 2 == 0 else "odd", text) for text in TEXTS]
-    even, odd, none = packing.pack(documents, TOKENIZER, tmp_path, ["even", "odd", "none"], "a tokenizer")
-    assert (even.documents + odd.documents, none.documents) == (len(TEXTS), 0)
-    for writer in (even, odd, none):
-        expected = [text for part, text in documents if f"{part}.ds" == writer.path.name]
-        decoded = TOKENIZER.decode(tokens_of(writer.path))
-        assert decoded == "".join(f"{text}<|endoftext|>" for text in expected)
-    assert len(PackedDataset(none.path, 4)) == 0
+    with TokenWriter(tmp_path / "whole" / "x.ds", "t", 300) as whole:
+        for document in documents:
+            whole.write([document], 0)
+    with pytest.raises(KeyboardInterrupt), TokenWriter(tmp_path / "resumed" / "x.ds", "t", 300) as writer:
+        for document in documents[:2]:
+            writer.write([document], 0)
+        state = writer.state()
+        writer.write([[99] * 1000], 0)
+        raise KeyboardInterrupt
+    assert not (tmp_path / "resumed" / "x.ds.metadata").exists()
+    with TokenWriter(tmp_path / "resumed" / "x.ds", "t", 300, state) as writer:
+        for document in documents[2:]:
+            writer.write([document], 0)
+    assert (writer.documents, writer.tokens, writer.digest) == (4, 10, whole.digest)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
+    with pytest.raises(DataError, match=r"x.ds has 20 bytes, 2000 were written: delete the folder"):
+        TokenWriter(tmp_path / "whole" / "x.ds", "t", 300, {**state, "tokens": 1000}).__enter__()
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65535, "<u2"), (65536, "<u4"), (70000, "<u4")])
@@ -110,8 +106,8 @@ def test_blocks_follow_one_another_and_the_rest_is_left_out(tmp_path: Path) -> N
     assert set(item) == {"input_ids", "labels"}
     assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
     assert torch.equal(item["input_ids"], item["labels"])
-    item["input_ids"][0] = -100  # neither the labels nor the file share its memory
-    assert blocks[1]["input_ids"].tolist() == item["labels"].tolist() == tokens[8:16]
+    item["input_ids"][0] = -100  # not the file's memory
+    assert blocks[1]["input_ids"].tolist() == tokens[8:16]
 
 
 @pytest.mark.parametrize("index", [-1, 10**9])
@@ -158,3 +154,48 @@ def test_a_damaged_file_is_refused_with_the_folder_to_delete(tmp_path: Path) -> 
 )
 def test_counts_are_readable(tokens: int, expected: str) -> None:
     assert packing._readable(tokens) == expected
+
+
+def test_documents_are_kept_apart(tmp_path: Path) -> None:
+    """Positions begin anew behind every eos, and nothing is predicted across it."""
+    path = pack(tmp_path, TEXTS)
+    plain, apart = PackedDataset(path, 16), PackedDataset(path, 16, eos=TOKENIZER.eos_token_id)
+    for number in range(len(plain)):
+        item = apart[number]
+        assert torch.equal(item["input_ids"], plain[number]["input_ids"])
+        position = -1
+        for index, token in enumerate(item["input_ids"].tolist()):
+            first = index > 0 and item["input_ids"][index - 1] == TOKENIZER.eos_token_id
+            position = 0 if first else position + 1
+            assert item["position_ids"][index] == position
+            assert item["labels"][index] == (-100 if first else token)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_models_mask_attention_between_documents(family: str) -> None:
+    """By the position ids alone a document has the logits that it has by itself, in every family."""
+    model = tiny_model(family, use_cache=False)
+    vocab = model.config.vocab_size
+    one, two = (torch.randint(1, vocab, (2, length), generator=torch.manual_seed(length)) for length in (5, 7))
+    packed = torch.cat([one, torch.zeros(2, 1, dtype=torch.long), two], dim=1)
+    positions = torch.stack([kept_apart(row, eos=0)["position_ids"] for row in packed])
+    with torch.no_grad():
+        together = model(input_ids=packed, position_ids=positions).logits
+        alone = model(input_ids=two).logits
+        seen = model(input_ids=packed).logits[:, 6:]
+    assert torch.allclose(together[:, 6:], alone, atol=1e-5)
+    assert not torch.allclose(seen, alone, atol=1e-3)
+
+
+def test_mixed_blocks_are_all_blocks_of_all_sources(tmp_path: Path) -> None:
+    parts = {
+        name: PackedDataset(pack(tmp_path, texts, name=name), 8) for name, texts in (("a", TEXTS), ("b", TEXTS[::2]))
+    }
+    mixed = MixedBlocks(parts, {"b": 0.25, "a": 0.75, "c": 0.0}, "f")
+    assert list(mixed.weights.items()) == [("a", 0.75), ("b", 0.25)]
+    expected = [part[i]["input_ids"] for part in parts.values() for i in range(len(part))]
+    assert len(mixed) == len(expected) and mixed.tokens == 8 * len(expected)
+    assert all(torch.equal(mixed[i]["input_ids"], one) for i, one in enumerate(expected))
+    for index in (-1, len(mixed)):
+        with pytest.raises(IndexError):
+            mixed[index]

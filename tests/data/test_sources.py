@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from slop_hf.data import DataConfig, documents, sources
+from slop_hf.data import formats, sources
+from slop_hf.data.config import Source
+from slop_hf.data.sources import documents, local_bytes, local_files
 from slop_hf.errors import DataError
-from slop_hf.serialization import parse
 
 
 def texts(source: Any, **settings: Any) -> list[str]:
-    return list(documents(DataConfig(source, **settings)))
+    return list(documents(Source(source, **settings)))
 
 
 def write(root: Path, files: dict[str, bytes | str]) -> str:
@@ -55,12 +57,13 @@ def test_a_file_is_a_document_and_sources_follow_one_another(tmp_path: Path) -> 
 
 
 def test_the_standard_library_is_its_own_sources_without_installed_packages() -> None:
-    files = sources.local_files("python-stdlib")
+    files = local_files("python-stdlib")
     assert files is not None
     assert {"ast.py", "json/decoder.py"} <= set(files)
     assert list(files) == sorted(files)
     assert not any("site-packages" in name or not name.endswith(".py") for name in files)
-    assert Path(ast.__file__).read_text(encoding="utf-8") == sources._read(files["ast.py"])
+    whole = formats.read_texts(formats.LocalFile(files["ast.py"]), "text", "text")
+    assert [Path(ast.__file__).read_bytes().decode()] == [text for text, _ in whole]
     first = texts("python-stdlib", max_documents=5)
     assert len(first) == 5
     assert first == texts("python-stdlib", max_documents=5)
@@ -68,7 +71,7 @@ def test_the_standard_library_is_its_own_sources_without_installed_packages() ->
 
 def test_files_are_read_only_when_asked_for(tmp_path: Path) -> None:
     folder = write(tmp_path, {"a.txt": "a", "b.txt": "b"})
-    stream = documents(DataConfig(folder))
+    stream = documents(Source(folder))
     assert next(stream) == "a"
     (tmp_path / "b.txt").write_text("changed")
     assert next(stream) == "changed"
@@ -80,10 +83,19 @@ def test_a_local_path_comes_before_a_hub_dataset(tmp_path: Path, monkeypatch: py
     assert texts("owner/name") == ["local"]
 
 
+def test_bytes_are_counted_where_all_places_are_local(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"a.txt": "four", "b/c.bin": b"\0" * 5})
+    assert local_bytes(Source(folder)) == 9
+    assert local_bytes(Source([folder, str(tmp_path / "a.txt")])) == 13
+    assert local_bytes(Source([folder, "owner/name"])) is None
+    assert local_bytes(Source("http://localhost/a.txt")) is None
+    assert local_files("https://localhost/a.txt") is None
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "nowhere.txt", "a/b/c", "owner/"])
 def test_a_name_that_is_nothing_is_refused_at_the_call(source: str) -> None:
     with pytest.raises(DataError, match="neither an existing file or folder nor a Hub dataset id"):
-        documents(DataConfig(source))
+        documents(Source(source))
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
@@ -100,9 +112,18 @@ def no_cache_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 
-def hub_texts(folder: Path, **settings: Any) -> list[str]:
-    config = DataConfig(**settings)
-    return list(sources._with_text([sources._hub_texts(str(folder), config)], config))
+@pytest.fixture
+def hub_texts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The texts of a folder that is played to be the dataset `owner/name`."""
+    import datasets
+
+    load = datasets.load_dataset
+
+    def read(folder: Path, subset: str = "", **settings: Any) -> list[str]:
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, *rest, **named: load(str(folder), *rest, **named))
+        return texts(f"owner/name{subset}", **settings)
+
+    return read
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -114,14 +135,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet"])
-def test_rows_of_a_dataset_are_documents(tmp_path: Path, name: str) -> None:
+def test_rows_of_a_dataset_are_documents(tmp_path: Path, name: str, hub_texts: Any) -> None:
     rows = [{"text": "zero", "body": "0"}, {"text": None, "body": "1"}, {"text": "two\r\n☕", "body": "2"}]
     write_rows(tmp_path / "set" / name, rows)
     assert hub_texts(tmp_path / "set") == ["zero", "two\r\n☕"]
     assert hub_texts(tmp_path / "set", text_column="body", max_documents=2) == ["0", "1"]
 
 
-def test_a_split_can_be_chosen(tmp_path: Path) -> None:
+def test_a_split_can_be_chosen(tmp_path: Path, hub_texts: Any) -> None:
     write_rows(tmp_path / "set/train.jsonl", [{"text": "to train"}])
     write_rows(tmp_path / "set/test.jsonl", [{"text": "to test"}])
     assert hub_texts(tmp_path / "set", split="test") == ["to test"]
@@ -129,62 +150,25 @@ def test_a_split_can_be_chosen(tmp_path: Path) -> None:
         hub_texts(tmp_path / "set", split="validation")
 
 
-def test_a_configuration_can_be_chosen(tmp_path: Path) -> None:
+def test_a_configuration_can_be_chosen(tmp_path: Path, hub_texts: Any) -> None:
     write_rows(tmp_path / "en.jsonl", [{"text": "hello"}])
     write_rows(tmp_path / "fr.jsonl", [{"text": "bonjour"}])
     configs = "configs: [{config_name: en, data_files: en.jsonl}, {config_name: fr, data_files: fr.jsonl}]"
     (tmp_path / "README.md").write_text(f"---\n{configs}\n---\n")
-    assert list(sources._hub_texts(f"{tmp_path}:fr", DataConfig())) == ["bonjour"]
+    assert hub_texts(tmp_path, ":fr") == ["bonjour"]
 
 
-def test_a_wrong_column_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_a_wrong_column_is_refused_with_those_there_are(tmp_path: Path, hub_texts: Any) -> None:
     write_rows(tmp_path / "set/train.jsonl", [{"content": "x", "stars": 3}])
     with pytest.raises(DataError, match="no column 'text': set text_column to one of content, stars"):
-        sources._hub_texts(str(tmp_path / "set"), DataConfig())
+        hub_texts(tmp_path / "set")
     with pytest.raises(DataError, match=r"'stars' .* holds int, expected text; columns with text: content"):
         hub_texts(tmp_path / "set", text_column="stars")
 
 
 def test_an_unreachable_hub_is_refused_with_remedies() -> None:
     with pytest.raises(DataError, match=r"check the name .*network and HF_ENDPOINT, or use a local path"):
-        documents(DataConfig("owner/name:config"))  # conftest.py sets HF_HUB_OFFLINE
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"source": ()}, "source must name"),
-        ({"source": ["a.txt", ""]}, "source must name"),
-        ({"source": 5}, "source must name"),
-        ({"split": ""}, "split must not be empty"),
-        ({"text_column": ""}, "text_column must not be empty"),
-        ({"tokenizer": ""}, "tokenizer must be"),
-        ({"vocab_size": 256}, "vocab_size must be a whole number of at least 257"),
-        ({"vocab_size": True}, "vocab_size"),
-        ({"block_size": 1}, "block_size must be a whole number of at least 2"),
-        ({"max_documents": 0}, "max_documents"),
-        ({"held_out": 1}, "held_out"),
-        ({"held_out": -0.1}, "held_out"),
-        ({"held_out": float("nan")}, "held_out"),
-        ({"held_out": "some"}, "held_out"),
-    ],
-)
-def test_a_value_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        DataConfig(**settings)
-
-
-def test_a_given_tokenizer_makes_the_vocabulary_size_irrelevant() -> None:
-    assert DataConfig(tokenizer="owner/name", vocab_size=1).tokenizer == "owner/name"
-
-
-def test_a_configuration_is_parsed_strictly() -> None:
-    config = parse(DataConfig, {"source": ["a", "b"], "held_out": 0}, where="data", error=DataError)
-    assert config == DataConfig(("a", "b"), held_out=0.0)
-    with pytest.raises(DataError, match="unknown key 'blocksize'"):
-        parse(DataConfig, {"blocksize": 3}, where="data", error=DataError)
-    with pytest.raises(DataError, match="block_size must be a whole number"):
-        parse(DataConfig, {"block_size": 0}, where="data", error=DataError)
+        documents(Source("owner/name:config"))  # conftest.py sets HF_HUB_OFFLINE
 
 
 def test_local_texts_do_without_importing_datasets() -> None:
@@ -193,9 +177,9 @@ def test_local_texts_do_without_importing_datasets() -> None:
         "import importlib.util, sys, types\n"
         f"package = types.ModuleType('slop_hf.data'); package.__path__ = [{str(Path(sources.__file__).parent)!r}]\n"
         "sys.modules['slop_hf.data'] = package\n"
-        "from slop_hf.data.sources import DataConfig, documents\n"
-        "next(documents(DataConfig('python-stdlib')))\n"
-        "print(sorted({'datasets', 'torch', 'transformers'} & set(sys.modules)))"
+        "from slop_hf.data.sources import Source, documents\n"
+        "next(documents(Source('python-stdlib')))\n"
+        "print(sorted({'datasets', 'pyarrow', 'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "[]\n", done.stderr

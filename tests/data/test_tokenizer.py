@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from slop_hf.data import DataConfig, documents, load_tokenizer, train_tokenizer
+from slop_hf.data import Source, documents, load_tokenizer, train_tokenizer
+from slop_hf.data.tokenizer import from_sentencepiece, train_sentencepiece
 from slop_hf.errors import DataError
 
-TEXTS = list(documents(DataConfig("python-stdlib", max_documents=12)))
+TEXTS = list(documents(Source("python-stdlib", max_documents=12)))
 TOKENIZER = train_tokenizer(TEXTS, 400)
 
 
@@ -77,3 +82,93 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="has no eos_token"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    pytest.importorskip("sentencepiece")
+    return train_sentencepiece(TEXTS, 600)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(processor: Any) -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 600, "sentencepiece")
+
+
+class TestSentencePiece:
+    """Needs the extra `sentencepiece`."""
+
+    def test_ids_are_sentencepieces_own(self, processor: Any) -> None:
+        converted = from_sentencepiece(processor)
+        for text in [*TEXTS, "  two  spaces ", "a\tb\r\n\n", "naïve ☕ 日本語", "2026", "<0x41> <s> <unk>", ""]:
+            assert converted.encode(text).ids == processor.encode(text)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(alphabet="  =_seltf0\n\t☕é") | st.text().filter(lambda text: "▁" not in text))
+    def test_ids_are_sentencepieces_own_for_any_text(self, processor: Any, text: str) -> None:
+        assert from_sentencepiece(processor).encode(text).ids == processor.encode(text)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.text())
+    def test_every_text_decodes_to_itself(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+    def test_the_vocabulary_is_laid_out_as_llamas(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        assert len(tokenizer) == 600
+        assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+        assert (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token) == ("<unk>", "<s>", "</s>")
+        digits = tokenizer.convert_ids_to_tokens(tokenizer("x = 2026").input_ids)[-4:]
+        assert digits == list("2026")
+        assert any(set(token) == {" "} and len(token) > 3 for token in tokenizer.get_vocab())
+
+    def test_training_again_gives_the_same_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        again = train_tokenizer(iter(TEXTS), 600, "sentencepiece")
+        assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+    def test_it_loads_without_the_package_and_this_library(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        """Beside a Llama's config, too, which names another class of tokenizers."""
+        tokenizer.save_pretrained(tmp_path)
+        LlamaConfig().save_pretrained(tmp_path)
+        code = f"""
+import sys
+sys.modules["sentencepiece"] = None
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path)!r})
+assert "slop_hf" not in sys.modules
+text = "▁ def f(x):  return 12 ☕\\n"
+print(tokenizer.decode(tokenizer(text).input_ids) == text, *tokenizer(text).input_ids, tokenizer.eos_token_id)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        expected = [True, *tokenizer("▁ def f(x):  return 12 ☕\n").input_ids, 2]
+        assert done.stdout.split() == list(map(str, expected))
+        assert load_tokenizer(tmp_path).eos_token_id == 2
+
+    def test_a_vocabulary_below_the_characters_is_refused(self, processor: Any) -> None:
+        with pytest.raises(DataError, match=r"vocab_size 257 is too small for SentencePiece: 26\d tokens are needed"):
+            train_tokenizer(["some text"], 257, "sentencepiece")
+
+    def test_texts_without_content_are_refused(self, processor: Any) -> None:
+        with pytest.raises(DataError, match="give more text"):
+            train_tokenizer(["\n"], 600, "sentencepiece")
+
+    def test_the_error_of_a_source_is_its_own(self, processor: Any) -> None:
+        def texts() -> Iterator[str]:
+            yield "some text"
+            raise DataError("the network is gone")
+
+        with pytest.raises(DataError, match="the network is gone"):
+            train_tokenizer(texts(), 600, "sentencepiece")
+
+
+def test_sentencepiece_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(DataError, match=r"pip install 'slop-hf\[sentencepiece\]'"):
+        train_tokenizer(["some text"], 600, "sentencepiece")
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(DataError, match="'bpe' or 'sentencepiece', got 'unigram'"):
+        train_tokenizer(["some text"], 600, "unigram")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The `slop` command: plan, grow, train, rollback, report, reproduce, calibrate.
+"""The `slop` command: plan, grow, data, train, rollback, report, reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.
@@ -12,6 +12,7 @@ import typer
 
 from ..errors import SlopError
 from .calibrate import calibrate
+from .data import data
 from .grow import grow
 from .plan import plan
 from .report import report
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(grow)
+app.add_typer(data, name="data")
 app.command()(train)
 app.command()(rollback)
 app.command()(report)

@@ -1,8 +1,20 @@
-"""Texts to blocks of tokens: sources, tokenizer, packed token files."""
+"""Texts to blocks of tokens: sources, tokenizer, packed token files, and their order."""
 
+from .config import DataConfig, Mixture, Source
 from .corpus import Corpus, prepare_data
-from .packing import PackedDataset
-from .sources import DataConfig, documents
+from .packing import MixedBlocks, PackedDataset
+from .sources import documents
 from .tokenizer import load_tokenizer, train_tokenizer
 
-__all__ = ["Corpus", "DataConfig", "PackedDataset", "documents", "load_tokenizer", "prepare_data", "train_tokenizer"]
+__all__ = [
+    "Corpus",
+    "DataConfig",
+    "MixedBlocks",
+    "Mixture",
+    "PackedDataset",
+    "Source",
+    "documents",
+    "load_tokenizer",
+    "prepare_data",
+    "train_tokenizer",
+]

@@ -1,12 +1,13 @@
 """`prepare_data`: from a `DataConfig` to blocks of tokens, by way of a cache.
 
-A cached corpus is a folder, complete or absent:
+Every source is tokenized once, whatever its weight:
 
-    KEY/tokenizer/                     as transformers saves it
-    KEY/train.ds, KEY/held_out.ds      tokens (see packing.py), each with .index and .metadata
-    KEY/corpus.json                    counts, fingerprint, and the configuration it was made from
+    tokenizers/KEY/                    a tokenizer that was trained, as transformers saves it
+    sources/KEY/train.ds, held_out.ds  tokens (see packing.py), each with .index and .metadata
+    sources/KEY/source.json            counts, fingerprint, and what it was made from
 
-The key covers all that the tokens depend on. The block size is not among it: blocks are cut when reading.
+A folder is complete or absent; `.KEY.building` is one that a later call goes on with. A key covers all that the
+content depends on. The block size is not among it: blocks are cut when reading.
 """
 
 from __future__ import annotations
@@ -14,44 +15,44 @@ from __future__ import annotations
 import json
 import os
 import platform
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
+from filelock import FileLock
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..errors import DataError
-from ..serialization import parse, read_yaml, to_json, write_text
-from .packing import PackedDataset, pack
-from .sources import STDLIB, DataConfig, documents, local_files
+from ..serialization import parse, plain, read_yaml, to_json, write_text, written_aside
+from .config import STDLIB, DataConfig, Source
+from .packing import MixedBlocks, PackedDataset
+from .sources import DocumentStream, documents, local_files
 from .tokenizer import load_tokenizer, train_tokenizer
+from .tokenizing import HELD_OUT, PARTS, TRAIN, part_of, tokenize, vocabulary_of
 
-FORMAT = 1  # of the cache: count up when the same configuration gives other tokens or files
+logger = logging.get_logger(__name__)
+
+FORMAT = 2  # of the cache: count up when the same configuration gives other tokens or files
 
 # The merges of a small vocabulary have settled long before; training keeps the distinct words in memory.
 TOKENIZER_TRAINING_BYTES = 64 * 2**20
 
-TRAIN, HELD_OUT = "train", "held_out"
-
 
 @dataclass(frozen=True)
-class Corpus:
-    """A tokenized corpus.
+class SourceTokens:
+    """A tokenized source.
 
     Args:
-        tokenizer: the one that made the tokens.
         train, held_out: blocks for training and for evaluation; no document is in both.
         documents: how many there are, both parts together.
-        fingerprint: a hash of the tokenizer and all tokens: corpora of the same content have the same,
-            wherever they were prepared and whatever the block size.
+        fingerprint: a hash of all tokens: the same content has the same, wherever it was prepared.
     """
 
-    tokenizer: PreTrainedTokenizerFast
     train: PackedDataset
     held_out: PackedDataset
     documents: int
@@ -59,136 +60,235 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """Tokenized training data.
+
+    Args:
+        tokenizer: the one that made the tokens.
+        sources: by name.
+        weights: the share of each source of the training tokens; they add up to 1.
+        fingerprint: a hash of the tokenizer, all tokens and the weights.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    sources: Mapping[str, SourceTokens]
+    weights: Mapping[str, float]
+    fingerprint: str
+
+    @cached_property
+    def train(self) -> MixedBlocks:
+        """What a trainer draws from, by the weights."""
+        return MixedBlocks({name: one.train for name, one in self.sources.items()}, self.weights, self.fingerprint)
+
+    @cached_property
+    def held_out(self) -> PackedDataset | dict[str, PackedDataset] | None:
+        """What a trainer evaluates on: blocks by source, those of the only one, or none."""
+        found = {name: one.held_out for name, one in self.sources.items() if len(one.held_out)}
+        return (next(iter(found.values())) if len(self.sources) == 1 else found) if found else None
+
+    @property
+    def documents(self) -> int:
+        """How many there are in all."""
+        return sum(one.documents for one in self.sources.values())
+
+
+@dataclass(frozen=True)
 class _Record:
-    """What corpus.json holds; tokens by part."""
+    """What source.json holds; tokens by part."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     documents: int
     tokens: dict[str, int]
     fingerprint: str
-    config: dict[str, Any]
+    made_from: dict[str, Any]
 
 
-def prepare_data(config: DataConfig) -> Corpus:
-    """The corpus that `config` describes, tokenized on the first call and from the cache after that.
+def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
+    """The data that `config` describes, tokenized on the first call and from the cache after that.
 
-    A document is held out if the hash of its text, as a fraction, is below `config.held_out`: equal
-    documents are on the same side, whatever their order and number. The tokenizer is trained on training
-    documents alone (the first 64 MiB). Changed local files make a new cache; a dataset or tokenizer
-    that changes on the Hub does not: delete the cache to read it anew.
+    The tokenizer is trained on training documents alone: the first 64 MiB, of each source its share. Changed local
+    files make a new cache; a dataset that changes on the Hub does not: delete the cache to read it anew.
 
-    Processes that call at the same time do the same work and share one result; in distributed training,
-    let the main process of each machine go first (`args.main_process_first()`).
+    A call that is interrupted is gone on with by the next. Processes that call at the same time wait for the one that
+    came first; in distributed training, let the main process of each machine go first
+    (`args.main_process_first()`).
+
+    Args:
+        config: the data.
+        progress: whether to show bars.
 
     Raises:
-        DataError: for a corpus or tokenizer that cannot be read, a part that has less than one block,
+        DataError: for a source or tokenizer that cannot be read, a training part that has less than one block,
             or a damaged cache.
     """
-    cache = Path(config.cache_dir or os.path.join(constants.HF_HOME, "slop_hf")).expanduser().absolute()
-    folder = cache / _key(config)
+    cache = _cache(config)
+    tokenizer = _tokenizer(config, cache)
+    vocabulary = vocabulary_of(tokenizer)
+    folders = _folders(config, cache, vocabulary)
+    missing = [name for name, folder in folders.items() if not folder.is_dir()]
+    _look_up(config.sources[name] for name in missing)
+    for name in missing:
+        _build(name, config, tokenizer, folders[name], progress)
+    found = {name: _load(name, folder, config, tokenizer.eos_token_id) for name, folder in folders.items()}
+    _check_held_out(config, found)
+    content = [vocabulary, *((name, one.fingerprint, config.weights[name]) for name, one in found.items())]
+    return Corpus(tokenizer, found, config.weights, _key(content))
+
+
+def cached(config: DataConfig) -> bool:
+    """Whether all tokens of `config` are in the cache."""
+    cache = _cache(config)
+    if config.tokenizer is None and not (cache / "tokenizers" / _tokenizer_key(config)).is_dir():
+        return False
+    return all(
+        folder.is_dir() for folder in _folders(config, cache, vocabulary_of(_tokenizer(config, cache))).values()
+    )
+
+
+def tokenizer_texts(config: DataConfig) -> Iterator[str]:
+    """The training documents that a tokenizer is trained on: of each source the first, as many bytes as its share."""
+    for name, source in config.sources.items():
+        left = TOKENIZER_TRAINING_BYTES * config.weights[name]
+        for text in documents(source):
+            content = text.encode()
+            if part_of(content, config.held_out) == TRAIN:
+                yield text
+                left -= len(content)
+                if left <= 0:
+                    break
+
+
+def _cache(config: DataConfig) -> Path:
+    return Path(config.cache_dir or os.path.join(constants.HF_HOME, "slop_hf")).expanduser().absolute()
+
+
+def _folders(config: DataConfig, cache: Path, vocabulary: str) -> dict[str, Path]:
+    """Where the tokens of each source are, or will be."""
+    keys = {name: _key(_made_from(one, config.held_out, vocabulary)) for name, one in config.sources.items()}
+    return {name: cache / "sources" / key for name, key in keys.items()}
+
+
+def _look_up(sources: Iterable[Source]) -> None:
+    """Refuse a source that is not there before any other is read for hours."""
+    for source in sources:
+        DocumentStream(source)
+
+
+def _tokenizer(config: DataConfig, cache: Path) -> PreTrainedTokenizerFast:
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    folder = cache / "tokenizers" / _tokenizer_key(config)
     if not folder.is_dir():
-        _build(config, folder)
-    return _load(config, folder)
-
-
-def _build(config: DataConfig, folder: Path) -> None:
-    texts = documents(config)  # opened first of all: a wrong source fails before the tokenizer is trained
-    if config.tokenizer is None:
-        training = (text for text in documents(config) if _part(text, config.held_out) == TRAIN)
-        tokenizer = train_tokenizer(_first_bytes(training, TOKENIZER_TRAINING_BYTES), config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
-    # A plain mkdir, unlike mkdtemp's, leaves the folder readable to others where the umask does.
-    aside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    aside.mkdir(parents=True)
-    try:
-        labelled = ((_part(text, config.held_out), text) for text in texts)
-        name = config.tokenizer or f"{folder.name}/tokenizer"
-        writers = pack(labelled, tokenizer, aside, (TRAIN, HELD_OUT), name)
-        tokenizer.save_pretrained(aside / "tokenizer")
-        content = blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
-        for writer in writers:
-            content.update(writer.digest.digest())
-        record = _Record(
-            documents=sum(writer.documents for writer in writers),
-            tokens={writer.path.stem: writer.tokens for writer in writers},
-            fingerprint=content.hexdigest(),
-            config=_ingredients(config),
-        )
-        write_text(aside / "corpus.json", to_json(record))
-        try:
-            aside.rename(folder)
-        except OSError:
-            # Another process was faster, and its corpus is as good.
+        _look_up(config.sources.values())
+        with _alone(folder):
             if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _load(config: DataConfig, folder: Path) -> Corpus:
+                trained = train_tokenizer(tokenizer_texts(config), config.vocab_size, config.tokenizer_kind)
+                with written_aside(folder) as aside:
+                    trained.save_pretrained(aside)
     try:
-        record = parse(_Record, read_yaml(folder / "corpus.json"), where="corpus.json", error=DataError)
-        tokenizer = load_tokenizer(folder / "tokenizer")
-    except ValueError as caught:
-        raise DataError(
-            f"the cached corpus is damaged ({caught}): delete the folder {folder}, and it will be made anew"
-        ) from caught
-    train, held_out = (PackedDataset(folder / f"{part}.ds", config.block_size) for part in (TRAIN, HELD_OUT))
-    for part, blocks in ((TRAIN, train), (HELD_OUT, held_out)):
-        if not len(blocks) and (part == TRAIN or config.held_out > 0):
-            raise DataError(
-                f"the {part} part has {record.tokens.get(part)} tokens, less than a block of {config.block_size}, out "
-                f"of {record.documents} documents (a file is one): use a larger corpus, another share held_out "
-                f"(now {config.held_out:g}{'' if part == TRAIN else '; 0 holds out none'}) or a smaller block_size"
-            )
-    return Corpus(tokenizer, train, held_out, record.documents, record.fingerprint)
+        return load_tokenizer(folder)
+    except DataError as caught:
+        raise _damaged(folder, caught) from caught
 
 
-def _part(text: str, held_out: float) -> str:
-    fraction = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
-    return HELD_OUT if fraction < held_out else TRAIN
-
-
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        limit -= len(text.encode())
-        if limit <= 0:
+def _build(name: str, config: DataConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool) -> None:
+    source = config.sources[name]
+    made_from = _made_from(source, config.held_out, vocabulary_of(tokenizer))
+    with _alone(folder):
+        if folder.is_dir():
             return
+        aside = folder.with_name(f".{folder.name}.building")
+        aside.mkdir(exist_ok=True)
+        writers = tokenize(
+            source,
+            tokenizer,
+            aside,
+            config.held_out,
+            config.tokenizer or f"{config.tokenizer_kind} of {config.vocab_size}",
+            title=f"tokenizing {name}",
+            progress=progress,
+        )
+        record = _Record(
+            documents=sum(writer.documents for writer in writers.values()),
+            tokens={part: writer.tokens for part, writer in writers.items()},
+            fingerprint=_key([writer.digest for writer in writers.values()]),
+            made_from=made_from,
+        )
+        write_text(aside / "source.json", to_json(record))
+        aside.rename(folder)
 
 
-def _ingredients(config: DataConfig) -> dict[str, Any]:
-    """What the tokens depend on, as far as the configuration tells."""
-    values = {
-        "source": list(config.sources),
-        "split": config.split,
-        "text_column": config.text_column,
-        "tokenizer": config.tokenizer,
-        "vocab_size": config.vocab_size if config.tokenizer is None else None,
-        "held_out": config.held_out,
-        "max_documents": config.max_documents,
+def _alone(folder: Path) -> FileLock:
+    """Lets one process at a time make a folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _load(name: str, folder: Path, config: DataConfig, eos: int) -> SourceTokens:
+    try:
+        record = parse(_Record, read_yaml(folder / "source.json"), where="source.json", error=DataError)
+    except ValueError as caught:
+        raise _damaged(folder, caught) from caught
+    kept_apart = eos if config.document_mask else None
+    train, held_out = (PackedDataset(folder / f"{part}.ds", config.block_size, kept_apart) for part in PARTS)
+    if not len(train):
+        raise _too_little(name, TRAIN, record, config)
+    if not len(held_out) and config.held_out > 0 and len(config.sources) == 1:
+        raise _too_little(name, HELD_OUT, record, config)
+    return SourceTokens(train, held_out, record.documents, record.fingerprint)
+
+
+def _check_held_out(config: DataConfig, found: Mapping[str, SourceTokens]) -> None:
+    """Say which sources of a mixture are too small to be evaluated on."""
+    if config.held_out and len(found) > 1 and (missing := [name for name, one in found.items() if not one.held_out]):
+        logger.warning(
+            f"no block of {config.block_size} tokens is held out of {', '.join(missing)}: there is no held-out loss "
+            f"of these; use more of their documents, or another share held_out (now {config.held_out:g})"
+        )
+
+
+def _too_little(name: str, part: str, record: _Record, config: DataConfig) -> DataError:
+    return DataError(
+        f"the {part} part of {name} has {record.tokens.get(part)} tokens, less than a block of {config.block_size}, "
+        f"out of {record.documents} documents: use a larger corpus, another share held_out "
+        f"(now {config.held_out:g}{'' if part == TRAIN else '; 0 holds out none'}) or a smaller block_size"
+    )
+
+
+def _damaged(folder: Path, caught: Exception) -> DataError:
+    return DataError(f"the cache is damaged ({caught}): delete the folder {folder}, and it will be made anew")
+
+
+def _made_from(source: Source, held_out: float, vocabulary: str) -> dict[str, Any]:
+    """All that the tokens of a source depend on."""
+    return {"vocabulary": vocabulary, "held_out": held_out, **_texts_of(source)}
+
+
+def _texts_of(source: Source) -> dict[str, Any]:
+    described = {**plain(source), "source": list(source.places)}
+    del described["weight"]
+    files = [_stamps(place) for place in source.places]
+    return {
+        "format_version": FORMAT,
+        "python": platform.python_version() if STDLIB in source.places else None,
+        **described,
+        "files": files,
     }
-    return {name: value for name, value in values.items() if value is not None}
 
 
-def _key(config: DataConfig) -> str:
-    ingredients = {
-        "format": FORMAT,
-        "python": platform.python_version() if STDLIB in config.sources else None,
-        "files": [_stamps(source) for source in config.sources],
-        "tokenizer_files": _stamps(config.tokenizer)
-        if config.tokenizer and os.path.exists(config.tokenizer)
-        else None,
-        **_ingredients(config),
-    }
+def _tokenizer_key(config: DataConfig) -> str:
+    texts = [(config.weights[name], _texts_of(source)) for name, source in config.sources.items()]
+    return _key([texts, config.held_out, config.vocab_size, config.tokenizer_kind, TOKENIZER_TRAINING_BYTES])
+
+
+def _key(ingredients: Any) -> str:
     return blake2b(json.dumps(ingredients, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _stamps(source: str) -> list[tuple[str, int, int]] | None:
-    """(name, size, modification time in ns) of the files of a local source, which tell whether one changed."""
-    files = local_files(source)
+def _stamps(place: str) -> list[tuple[str, int, int]] | None:
+    """(name, size, modification time in ns) of the files of a local place, which tell whether one changed."""
+    files = local_files(place)
     if files is None:
         return None
     stats = ((name, path.stat()) for name, path in files.items())

@@ -1,4 +1,4 @@
-"""Documents to tokens on disk, and tokens on disk to blocks for training.
+"""Tokens on disk, and blocks of them for training.
 
 The layout is datatrove's, which nanotron reads too. For a file of tokens NAME.ds:
 
@@ -10,24 +10,18 @@ The layout is datatrove's, which nanotron reads too. For a file of tokens NAME.d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from ..errors import DataError
 from ..serialization import write_text
-
-# One batch for the threads of tokenizers: enough for many cores, while encodings take some 40 bytes a character.
-BATCH_CHARACTERS = 2**21
 
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}  # by bytes per token
 
@@ -42,51 +36,73 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class TokenWriter:
-    """Writes documents to a token file; as a context manager, it adds index and metadata at the end.
+    """Writes documents to a token file, and can go on with one that was left; as a context manager.
 
     Args:
-        path: the `.ds` file to write.
+        path: the `.ds` file.
         tokenizer_name: goes into the metadata.
         vocab_size: decides on the size of a token.
+        state: what `state` gave when the file was last known to be whole; what was written after that is dropped.
 
     Attributes:
         documents, tokens: how many have been written.
-        digest: blake2b of the tokens.
+        digest: of all tokens, batch by batch.
     """
 
-    def __init__(self, path: str | os.PathLike[str], tokenizer_name: str, vocab_size: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer_name: str,
+        vocab_size: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
-        self.tokens = 0
-        self.digest = blake2b(digest_size=16)
+        state = state or {"documents": 0, "tokens": 0, "digest": ""}
+        self.documents, self.tokens, self.digest = state["documents"], state["tokens"], state["digest"]
         self._name = tokenizer_name.replace("|", "_").replace("\n", " ")
         self._dtype = token_dtype(vocab_size)
-        self._ends: list[int] = []
-
-    @property
-    def documents(self) -> int:
-        return len(self._ends)
 
     def __enter__(self) -> TokenWriter:
-        self._file = self.path.open("wb")
+        self._file = _opened_at(self.path, self.tokens * self._dtype.itemsize)
+        self._index = _opened_at(Path(f"{self.path}.index"), self.documents * 8)
         return self
 
-    def write(self, ids: Sequence[int]) -> None:
-        """Append the tokens of one document, which end with its eos."""
-        content = np.asarray(ids, dtype=self._dtype).tobytes()
-        self._file.write(content)
-        self.digest.update(content)
-        self.tokens += len(ids)
-        self._ends.append(self.tokens)
+    def write(self, documents: Sequence[Sequence[int]], eos: int) -> None:
+        """Append a batch of documents, an eos behind each."""
+        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents)) + 1
+        ends = np.cumsum(lengths)
+        tokens = np.full(int(lengths.sum()), eos, dtype=self._dtype)
+        for document, end, length in zip(documents, ends.tolist(), lengths.tolist(), strict=True):
+            tokens[end - length : end - 1] = document
+        self._file.write(tokens.tobytes())
+        self._index.write((ends + self.tokens).astype("<u8").tobytes())
+        self.digest = blake2b(self.digest.encode() + tokens.tobytes(), digest_size=16).hexdigest()
+        self.documents += len(documents)
+        self.tokens += len(tokens)
+
+    def state(self) -> dict[str, Any]:
+        """How far it is, once that is on the disk."""
+        for file in (self._file, self._index):
+            file.flush()
+            os.fsync(file.fileno())
+        return {"documents": self.documents, "tokens": self.tokens, "digest": self.digest}
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file:
+        with self._file, self._index:
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self.state()
         if kind is None:
-            np.asarray(self._ends, dtype="<u8").tofile(f"{self.path}.index")
             lines = (f"{self._name}|{self._dtype.itemsize}", str(self.tokens), _readable(self.tokens))
             write_text(f"{self.path}.metadata", "\n".join(lines))
+
+
+def _opened_at(path: Path, size: int) -> Any:
+    """A file to append to, behind its first `size` bytes."""
+    file = path.open("ab")
+    if file.tell() < size:
+        raise DataError(f"{path} has {file.tell()} bytes, {size} were written: delete the folder {path.parent}")
+    file.truncate(size)
+    return file
 
 
 def _readable(tokens: int) -> str:
@@ -96,80 +112,30 @@ def _readable(tokens: int) -> str:
     return f"{tokens} T"
 
 
-def pack(
-    documents: Iterable[tuple[str, str]],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: str | os.PathLike[str],
-    parts: Sequence[str],
-    tokenizer_name: str,
-) -> list[TokenWriter]:
-    """Tokenize documents into one token file for each part, `folder/PART.ds`.
-
-    An eos follows each document. A document that spells out a special token gets the characters, not
-    the token, so that an eos in the file is always the end of a document.
-
-    Args:
-        documents: pairs (part, text).
-        folder: an existing folder; the caller renames it into place once `pack` has returned.
-        parts: names of the parts; each gets a file, be it an empty one.
-
-    Returns:
-        The closed writers, in the order of `parts`.
-    """
-    # A copy, for truncation, padding and the treatment of special tokens are settings of the tokenizer itself.
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    eos = tokenizer.eos_token_id
-    with ExitStack() as stack:
-        writers = {
-            part: stack.enter_context(TokenWriter(Path(folder, f"{part}.ds"), tokenizer_name, len(tokenizer)))
-            for part in parts
-        }
-        progress = stack.enter_context(tqdm(desc="tokenizing", unit=" documents"))
-        for batch in _batches(documents):
-            # The fast variant leaves out the offsets, which nothing here reads.
-            encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (part, _), encoding in zip(batch, encodings, strict=True):
-                writers[part].write([*encoding.ids, eos])
-            progress.update(len(batch))
-    return list(writers.values())
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[1])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     """The tokens of a `.ds` file as blocks of fixed size; what is left over at the end is not used.
 
     Item i is `{"input_ids": LongTensor [block_size], "labels": LongTensor [block_size]}` with tokens
-    i * block_size and after. The labels are the same tokens: transformers models shift them.
+    i * block_size and after. The labels are the same tensor: transformers models shift them.
     The file is mapped, not read, and every DataLoader worker maps it for itself.
 
     Args:
         path: the `.ds` file.
         block_size: tokens in an item.
+        eos: the token that ends a document, to keep documents apart; None lets a block be one text. With it an item
+            has `position_ids`, which begin at 0 in each document: by these transformers' models mask attention to
+            what is in the same document. No token is predicted from another document: its label is -100.
 
     Raises:
         DataError: for a file that is missing, or that its metadata does not fit.
     """
 
-    def __init__(self, path: str | os.PathLike[str], block_size: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], block_size: int, eos: int | None = None) -> None:
         self.path = Path(path)
         self.block_size = block_size
+        self.eos = eos
         self._dtype, self._stored = _read_metadata(self.path)
-        self._mapped: np.memmap[Any, Any] | None = None
+        self._rows: npt.NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return self._stored // self.block_size
@@ -182,15 +148,77 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        if self._mapped is None:
-            self._mapped = np.memmap(self.path, dtype=self._dtype, mode="r")
-        start = index * self.block_size
-        input_ids = torch.from_numpy(self._mapped[start : start + self.block_size].astype(np.int64))
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[dict[str, torch.Tensor]]:
+        """The blocks of a batch at once, as torch's DataLoader asks for them: several times faster than one by one."""
+        if self._rows is None:
+            mapped = np.memmap(self.path, dtype=self._dtype, mode="r", shape=(len(self), self.block_size))
+            self._rows = np.asarray(mapped)  # a view: slices of a memmap itself are slow to make
+        input_ids = torch.from_numpy(self._rows.take(indices, axis=0).astype(np.int64))
+        if self.eos is None:
+            return [{"input_ids": row, "labels": row} for row in input_ids.unbind()]
+        columns = kept_apart(input_ids, self.eos)
+        return [
+            dict(zip(columns, rows, strict=True)) for rows in zip(*map(torch.unbind, columns.values()), strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled map would carry all its tokens along.
-        return {**self.__dict__, "_mapped": None}
+        return {**self.__dict__, "_rows": None}
+
+
+def kept_apart(input_ids: torch.Tensor, eos: int) -> dict[str, torch.Tensor]:
+    """An example in which documents do not see one another.
+
+    Args:
+        input_ids: shape [..., block_size], documents that end with `eos`.
+        eos: that token.
+
+    >>> example = kept_apart(torch.tensor([5, 6, 0, 7, 8]), eos=0)
+    >>> example["position_ids"].tolist(), example["labels"].tolist()
+    ([0, 1, 2, 0, 1], [5, 6, 0, -100, 8])
+    """
+    first = torch.zeros_like(input_ids, dtype=torch.bool)
+    first[..., 1:] = input_ids[..., :-1] == eos
+    places = torch.arange(input_ids.shape[-1]).expand_as(input_ids)
+    begins = torch.where(first, places, 0).cummax(-1).values
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids.masked_fill(first, -100),
+        "position_ids": places - begins,
+    }
+
+
+class MixedBlocks(Dataset[dict[str, torch.Tensor]]):
+    """The blocks of several sources, one source behind the other; `weights` say how a run draws from them.
+
+    Args:
+        parts: the blocks of each source, none of them empty.
+        weights: the share of each, which add up to 1.
+        fingerprint: of their tokens and order.
+    """
+
+    def __init__(self, parts: Mapping[str, PackedDataset], weights: Mapping[str, float], fingerprint: str) -> None:
+        self.parts = dict(parts)
+        self.weights = {name: weights[name] for name in parts}
+        self.fingerprint = fingerprint
+        self._ends = np.cumsum([len(part) for part in self.parts.values()])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all blocks of all sources."""
+        return sum(part.tokens for part in self.parts.values())
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = list(self.parts.values())[number]
+        return part[index - int(self._ends[number]) + len(part)]
 
 
 def _read_metadata(path: Path) -> tuple[np.dtype[Any], int]:

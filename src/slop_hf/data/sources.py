@@ -1,6 +1,7 @@
-"""Where texts come from: the standard library, local files, the Hub; and `DataConfig`, which names them.
+"""Where texts come from: the standard library, local files, URLs, the Hub.
 
-No torch here, so that a configuration can be read and checked at once.
+Each place is read as pairs (text, where one stands behind it), from any such stand on. So the state of a stream is
+the stand behind its last text. No torch here.
 """
 
 from __future__ import annotations
@@ -8,164 +9,116 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NoReturn, Protocol
 
 from ..errors import DataError
+from .config import STDLIB, Format, Source
+from .formats import File, LocalFile, Texts, format_of, read_texts, text_in
+from .retrying import Patience, RemoteFile, is_transient, reason_of
 
-STDLIB = "python-stdlib"
-SMALLEST_VOCAB = 257  # a token for each byte, and the end of text
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """A corpus and how to cut it into blocks of tokens.
+class DocumentStream:
+    """The texts of a source, one by one, always in the same order; blank ones are left out.
+
+    Files are read as they are asked for and Hub datasets and URLs are streamed, but every place is looked up at once,
+    so that a wrong name fails before work begins. Failures of the network are waited out (see `retrying.py`).
 
     Args:
-        source: where the texts are, one or several of
-            `"python-stdlib"`, the Python sources of the running interpreter's standard library;
-            a local file or folder, in which every visible file that is UTF-8 text is a document;
-            a dataset on the Hub, `"owner/name"` or `"owner/name:config"`, in which every row is one.
-            An existing local path comes before a dataset of the same name.
-        split: the split of Hub datasets.
-        text_column: the column of Hub datasets that holds the text.
-        tokenizer: a local folder or Hub id; None trains one on the corpus.
-        vocab_size: tokens of the tokenizer to train, at least 257 (the bytes and the end of text).
-        block_size: tokens in a training example.
-        held_out: share of the documents kept for evaluation, in [0, 1).
-        max_documents: use only the first so many documents with text; None, all.
-        cache_dir: where tokenized corpora are kept; default, `slop_hf` in the Hugging Face home.
+        source: where the texts are.
+        state: of an earlier stream over the same source, which this one goes on from.
 
     Raises:
-        DataError: for a value out of its range.
+        DataError: for a place that is not there, a column that is not there or holds no text, a damaged file, a state
+            that does not fit and, once the texts end, for a source without any.
 
-    >>> DataConfig(source=["notes.txt", "owner/name:en"]).sources
-    ('notes.txt', 'owner/name:en')
-    >>> DataConfig(held_out=1.0)
-    Traceback (most recent call last):
-    slop_hf.errors.DataError: held_out must be a share of the documents in [0, 1), got 1.0
+    >>> stream = DocumentStream(Source("python-stdlib", max_documents=3))
+    >>> first = next(iter(stream))
+    >>> len(list(DocumentStream(stream.source, stream.state_dict())))
+    2
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    def __init__(self, source: Source, state: dict[str, Any] | None = None) -> None:
+        self.source = source
+        self._state = {"documents": 0, "place": 0, "at": None} | (state or {})
+        self._places = [_place(place, source) for place in source.places]
+        if set(self._state) != {"documents", "place", "at"} or not self._state["place"] < len(self._places):
+            raise DataError(f"the state {state!r} is of no stream over {len(self._places)} places: begin without it")
+        for place in self._places[self._state["place"] :]:
+            place.check()
 
-    source: str | tuple[str, ...] = STDLIB
-    split: str = "train"
-    text_column: str = "text"
-    tokenizer: str | None = None
-    vocab_size: int = 4096
-    block_size: int = 256
-    held_out: float = 0.02
-    max_documents: int | None = None
-    cache_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.source, list):
-            object.__setattr__(self, "source", tuple(self.source))
-        named = isinstance(self.sources, tuple) and all(isinstance(source, str) and source for source in self.sources)
-        if not named or not self.sources:
+    def __iter__(self) -> Iterator[str]:
+        """Go on behind the last text that was given."""
+        most = self.source.max_documents
+        if most is not None and self._state["documents"] >= most:
+            return
+        for number in range(self._state["place"], len(self._places)):
+            at = self._state["at"] if number == self._state["place"] else None
+            for text, behind in self._places[number].read(at):
+                if not text or text.isspace():
+                    continue
+                self._state = {"documents": self._state["documents"] + 1, "place": number, "at": behind}
+                yield text
+                if self._state["documents"] == most:
+                    return
+        if not self._state["documents"]:
             raise DataError(
-                f"source must name a corpus or a list of them, got {self.source!r}: "
-                f"give {STDLIB!r}, a local path, or a Hub dataset as owner/name or owner/name:config"
+                f"no document with text in {', '.join(repr(place.name) for place in self._places)}: expected files "
+                f"of UTF-8 text or rows with text in the column {self.source.text_column!r}"
             )
-        for name in ("split", "text_column"):
-            if not getattr(self, name):
-                raise DataError(f"{name} must not be empty; the default is {getattr(type(self), name)!r}")
-        if self.tokenizer == "":
-            raise DataError("tokenizer must be a local folder or Hub id, or None to train one, got ''")
-        if self.tokenizer is None:
-            check_vocab_size(self.vocab_size)
-        # Transformers predicts each token from those before it: one alone has nothing to predict.
-        self._check_count("block_size", 2)
-        if self.max_documents is not None:
-            self._check_count("max_documents", 1)
-        number = isinstance(self.held_out, (int, float)) and not isinstance(self.held_out, bool)
-        if not number or not 0 <= self.held_out < 1:
-            raise DataError(f"held_out must be a share of the documents in [0, 1), got {self.held_out!r}")
 
-    def _check_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise DataError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The source or sources, always as a tuple."""
-        return (self.source,) if isinstance(self.source, str) else self.source
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, for JSON: `DocumentStream(source, state)` gives what comes after."""
+        return dict(self._state)
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that cannot spell every text.
+def documents(source: Source) -> Iterator[str]:
+    """The texts of a source; every place is looked up at the call.
 
     Raises:
-        DataError: for less than 257 tokens.
-    """
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < SMALLEST_VOCAB:
-        raise DataError(
-            f"vocab_size must be a whole number of at least {SMALLEST_VOCAB} (256 bytes and the end of text), "
-            f"got {vocab_size!r}"
-        )
+        DataError: as `DocumentStream`.
 
-
-def documents(config: DataConfig) -> Iterator[str]:
-    """The texts of a corpus, one by one, in an order that is always the same; blank ones are left out.
-
-    Files are read as they are asked for and Hub datasets are streamed, but every source is looked up
-    at the call, so that a wrong name fails before work begins.
-
-    Raises:
-        DataError: for a source that is neither a local path nor a dataset that the Hub gives, for a
-            column that is not there or holds no text and, once the texts end, for a corpus without any.
-
-    >>> len(list(documents(DataConfig("python-stdlib", max_documents=3))))
+    >>> len(list(documents(Source("python-stdlib", max_documents=3))))
     3
     """
-    return _with_text([_open(source, config) for source in config.sources], config)
+    return iter(DocumentStream(source))
 
 
-def local_files(source: str) -> dict[str, Path] | None:
-    """The files of a local source by their names relative to it, sorted; None for a Hub dataset.
+def local_files(place: str) -> dict[str, Path] | None:
+    """The files of a local place by their names relative to it, sorted; None for a Hub dataset or a URL.
 
     Raises:
-        DataError: for a name that is neither.
+        DataError: for a name that is none of these.
     """
-    if source == STDLIB:
+    if place == STDLIB:
         # Installed packages lie inside the standard library's folder and are no part of it.
         root = Path(sysconfig.get_paths()["stdlib"])
         return _walk(root, suffix=".py", skipped=("site-packages", "dist-packages"))
-    path = Path(source).expanduser()
+    if _URL.match(place):
+        return None
+    path = Path(place).expanduser()
     if path.is_dir():
         return _walk(path)
     if path.is_file():
         return {path.name: path}
-    if _HUB_ID.fullmatch(source):
+    if _HUB_ID.fullmatch(place):
         return None
     raise DataError(
-        f"source {source!r} is neither an existing file or folder nor a Hub dataset id (owner/name or "
-        f"owner/name:config): correct the path, or use {STDLIB!r}, which needs no download"
+        f"source {place!r} is neither an existing file or folder nor a Hub dataset id (owner/name or "
+        f"owner/name:config) nor a URL: correct the path, or use {STDLIB!r}, which needs no download"
     )
 
 
-def _open(source: str, config: DataConfig) -> Iterator[str]:
-    files = local_files(source)
-    if files is None:
-        return _hub_texts(source, config)
-    return (_read(path) for path in files.values())
-
-
-def _with_text(sources: list[Iterator[str]], config: DataConfig) -> Iterator[str]:
-    found = False
-    for text in islice(filter(str.strip, chain.from_iterable(sources)), config.max_documents):
-        found = True
-        yield text
-    if not found:
-        raise DataError(
-            f"no document with text in {', '.join(map(repr, config.sources))}: expected files of UTF-8 text or "
-            f"rows with text in the column {config.text_column!r}"
-        )
+def local_bytes(source: Source) -> int | None:
+    """The bytes of the files of a source, compressed as they are; None where a place is not local."""
+    places = [local_files(place) for place in source.places]
+    if any(files is None for files in places):
+        return None
+    return sum(path.stat().st_size for files in places for path in (files or {}).values())
 
 
 def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[str, Path]:
@@ -181,43 +134,110 @@ def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[s
     return dict(sorted(found.items()))
 
 
-def _read(path: Path) -> str:
-    """The text of a file, line ends as they are; "" if it is not text (a NUL byte is git's sign of that)."""
-    content = path.read_bytes()
-    try:
-        return "" if b"\0" in content else content.decode("utf-8")
-    except UnicodeDecodeError:
-        return ""
+# Places: each can be checked, and read from anywhere on.
 
 
-def _hub_texts(source: str, config: DataConfig) -> Iterator[str]:
-    # Takes longer to import than everything else here together, and only Hub sources need it.
-    import datasets
+class _Place(Protocol):
+    name: str
 
-    name, _, subset = source.partition(":")
-    try:
-        rows = iter(datasets.load_dataset(name, subset or None, split=config.split, streaming=True))
-        first = next(rows, None)
-    except Exception as caught:  # datasets, hub client, pyarrow and the network: their errors share no base
-        reason = str(caught).strip().partition("\n")[0] or type(caught).__name__
+    def check(self) -> None: ...
+    def read(self, at: Any) -> Texts: ...
+
+
+def _place(place: str, source: Source) -> _Place:
+    files = local_files(place)
+    if files is not None:
+        return _Files(place, {name: LocalFile(path) for name, path in files.items()}, source)
+    if _URL.match(place):
+        file = RemoteFile(place)
+        return _Files(file.name, {file.filename: file}, source)
+    return _HubDataset(place, source)
+
+
+class _Files:
+    """The files of a folder, or a single one, in the order of their names."""
+
+    def __init__(self, name: str, files: Mapping[str, File], source: Source) -> None:
+        self.name, self.files, self.source = name, files, source
+
+    def check(self) -> None:
+        """Look the first file up, and its first text where that does not take the whole file over the network."""
+        for name, file in list(self.files.items())[:1]:
+            if isinstance(file, RemoteFile) and self._format(name) in ("text", "parquet"):
+                file.look_up()
+            else:
+                next(self.read(None), None)
+
+    def read(self, at: Any) -> Texts:
+        """Texts behind (name of a file, its identity, place in it)."""
+        start, identity, inner = at or ("", None, None)
+        if at and start not in self.files:
+            raise DataError(f"{self.name} has no file {start!r} any more, which the state is in: bring it back")
+        for name, file in self.files.items():
+            if name < start:
+                continue
+            if at and name == start:
+                file.expect(identity)
+            place = inner if name == start else None
+            for text, behind in read_texts(file, self._format(name), self.source.text_column, place):
+                yield text, [name, file.identity, behind]
+
+    def _format(self, name: str) -> Format:
+        return self.source.format or format_of(name)
+
+
+class _HubDataset:
+    """A dataset on the Hub, streamed; each row is a document."""
+
+    def __init__(self, place: str, source: Source) -> None:
+        self.name, self.source = place, source
+        self._opened: Any = None
+
+    def check(self) -> None:
+        next(self.read(None), None)
+
+    def read(self, at: Any) -> Texts:
+        patience = Patience(f"the Hub dataset {self.name!r}")
+        while True:
+            try:
+                for row in self._rows(at):
+                    at = self._opened.state_dict()
+                    patience.progress()
+                    yield self._text(row), at
+                return
+            except DataError:
+                raise
+            except Exception as caught:  # datasets, hub client, pyarrow and the network: their errors share no base
+                self._opened = None
+                if _is_offline() or not is_transient(caught):
+                    self._refuse(caught)
+                patience.wait(caught)
+
+    def _rows(self, at: Any) -> Iterator[dict[str, Any]]:
+        # Takes longer to import than everything else here together, and only Hub datasets need it.
+        import datasets
+
+        if self._opened is None:
+            name, _, subset = self.name.partition(":")
+            self._opened = datasets.load_dataset(name, subset or None, split=self.source.split, streaming=True)
+        if at is not None:
+            self._opened.load_state_dict(at)
+        return iter(self._opened)
+
+    def _text(self, row: dict[str, Any]) -> str:
+        texts = [name for name, value in row.items() if isinstance(value, str)]
+        return text_in(row, self.source.text_column, repr(self.name), texts)
+
+    def _refuse(self, caught: Exception) -> NoReturn:
         raise DataError(
-            f"source {source!r} is no local path, and the Hub did not give its split {config.split!r} ({reason}): "
-            "check the name (owner/name or owner/name:config), the split, the network and HF_ENDPOINT, "
-            "or use a local path"
+            f"source {self.name!r} is no local path, and the Hub did not give its split {self.source.split!r} "
+            f"({reason_of(caught)}): check the name (owner/name or owner/name:config), the split, `hf auth login`, "
+            "the network and HF_ENDPOINT, or use a local path"
         ) from caught
-    if first is None:
-        return iter(())
-    if config.text_column not in first:
-        raise DataError(
-            f"source {source!r} has no column {config.text_column!r}: set text_column to one of {', '.join(first)}"
-        )
-    return (_text_of(row, source, config.text_column) for row in chain([first], rows))
 
 
-def _text_of(row: dict[str, Any], source: str, column: str) -> str:
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        kind = type(text).__name__
-        texts = ", ".join(name for name, value in row.items() if isinstance(value, str)) or "none"
-        raise DataError(f"column {column!r} of {source!r} holds {kind}, expected text; columns with text: {texts}")
-    return text or ""
+def _is_offline() -> bool:
+    """Whether the user has forbidden the network, which no waiting changes."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

@@ -1,35 +1,45 @@
-"""Tokenizers: train a byte-level BPE, or load one."""
+"""Tokenizers: train a byte-level BPE or SentencePiece's BPE, or load one."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import DataError
-from .sources import check_vocab_size
+from .config import TokenizerKind, check_vocab_size
 
 logger = logging.get_logger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+# As SentencePiece numbers and spells them, and LLaMA with it.
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+SENTENCEPIECE_SPACE = "\u2581"  # ▁
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, the same for the same texts.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: TokenizerKind = "bpe") -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `texts`, the same for the same texts.
 
-    Every text decodes to itself, whatever its language: there is no normalization and a token for
-    each byte. Token 0 is `<|endoftext|>`, which begins, ends and pads sequences. On little text there
-    are fewer pairs to merge than asked for; the vocabulary is then smaller, and a warning says so.
+    Every text decodes to itself, whatever its language: there is no normalization and a token for each byte. On
+    little text there are fewer pairs to merge than asked for; the vocabulary is then smaller, and a warning says so.
 
     Args:
         texts: read once.
         vocab_size: tokens in all, at least 257 (256 bytes and the end of text).
+        kind: `"bpe"`, byte-level BPE. Token 0 is `<|endoftext|>`, which begins, ends and pads sequences.
+            `"sentencepiece"`, SentencePiece's BPE with LLaMA's settings: digits apart, runs of spaces as tokens, bytes
+            for rare characters, and tokens 0 to 2 `<unk>`, `<s>`, `</s>`. Unlike LLaMA's it begins no text with a
+            space of its own. Training needs the extra `slop-hf[sentencepiece]`; the tokenizer does not. It gives the
+            ids of SentencePiece, except that a space is spelled " ", not "▁", so that a "▁" in a text stays one.
 
     Raises:
-        DataError: for a smaller `vocab_size`.
+        DataError: for a smaller `vocab_size`, an unknown kind, a missing extra or texts without any content.
 
     >>> tokenizer = train_tokenizer(["to be or not to be"] * 2, 259)
     >>> len(tokenizer), tokenizer.eos_token_id
@@ -38,6 +48,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     'naïve ☕'
     """
     check_vocab_size(vocab_size)
+    train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}.get(kind)
+    if train is None:
+        raise DataError(f"a tokenizer's kind must be 'bpe' or 'sentencepiece', got {kind!r}")
+    tokenizer = train(texts, vocab_size)
+    if len(tokenizer) < vocab_size:
+        logger.warning(
+            f"the corpus has pairs for a vocabulary of {len(tokenizer)} only, {vocab_size} were asked for; "
+            "to silence this, lower vocab_size or give more text"
+        )
+    return tokenizer
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -49,11 +72,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    if bpe.get_vocab_size() < vocab_size:
-        logger.warning(
-            f"the corpus has pairs for a vocabulary of {bpe.get_vocab_size()} only, {vocab_size} were asked for; "
-            "to silence this, lower vocab_size or give more text"
-        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
@@ -61,6 +79,100 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=from_sentencepiece(train_sentencepiece(texts, vocab_size)),
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Any:
+    """A `SentencePieceProcessor` with LLaMA's settings, but for the space before each text.
+
+    Raises:
+        DataError: where the package is missing, or the characters of the texts are more than the vocabulary.
+    """
+    try:
+        import sentencepiece
+    except ImportError as caught:
+        raise DataError(
+            "training a SentencePiece tokenizer needs the package sentencepiece: pip install "
+            "'slop-hf[sentencepiece]', or set tokenizer_kind to bpe"
+        ) from caught
+    failed: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            # By lines, as SentencePiece reads files: a line break stays a byte of its own.
+            yield from (line for text in texts for line in text.split("\n") if line)
+        except Exception as caught:  # a source that cannot be read, of which SentencePiece would keep the words alone
+            failed.append(caught)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.99995,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=2**30,  # in bytes; longer ones would be left out
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as caught:
+        raise failed[0] if failed else _sentencepiece_error(str(caught), vocab_size) from caught
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def _sentencepiece_error(message: str, vocab_size: int) -> DataError:
+    least = re.search(r"required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return DataError(
+            f"vocab_size {vocab_size} is too small for SentencePiece: {least[1]} tokens are needed for the characters "
+            "of the texts, 256 bytes and 3 special tokens; set a larger one, or tokenizer_kind to bpe"
+        )
+    reason = message.strip().partition("\n")[0]
+    return DataError(f"SentencePiece cannot be trained on these texts ({reason}): give more text")
+
+
+def from_sentencepiece(processor: Any) -> Tokenizer:
+    """The same tokenizer without the package: equal ids for every text without "▁", which SentencePiece takes for " ".
+
+    SentencePiece merges the neighbours whose union is the piece with the best score. Scores of a BPE model fall from
+    piece to piece, so every way to split a piece in two is a merge, in the order of the pieces.
+    """
+    numbers = range(processor.get_piece_size())
+    spelled = [processor.id_to_piece(number) for number in numbers]
+    learned = {
+        spelled[number].replace(SENTENCEPIECE_SPACE, " "): number
+        for number in numbers
+        if not (processor.is_byte(number) or processor.is_control(number) or processor.is_unknown(number))
+    }
+    others = {spelled[number]: number for number in set(numbers) - set(learned.values())}
+    merges = [split for piece in learned for split in _splits(piece, learned)]
+    bpe = Tokenizer(models.BPE({**others, **learned}, merges, unk_token=UNKNOWN, byte_fallback=True))
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return bpe
+
+
+def _splits(piece: str, pieces: dict[str, int]) -> list[tuple[str, str]]:
+    pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in pieces and right in pieces]
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:

@@ -11,10 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..data.config import ONLY
+from ..data.order import consumed
 from ..dims import ModelDims
 from ..errors import DataError, RunError
 from ..growth import plan_growth, resolve_inits
 from ..operators import operator_named
+from ..records import RunFacts
 from ..schedule import GrowthSchedule
 from .spans import StageSpan
 
@@ -60,6 +63,25 @@ def check_blocks(dataset: Any, model: PreTrainedModel) -> int:
     return block_size
 
 
+def check_document_mask(dataset: Any, model: PreTrainedModel, batch_sizes: Sequence[int]) -> None:
+    """Refuse kernels that would not keep the documents of a block apart.
+
+    Args:
+        dataset: the training data; with `position_ids` it wants that.
+        model: the initial model.
+        batch_sizes: blocks that a device takes at a time, of each stage.
+
+    Raises:
+        RunError: with what to set instead.
+    """
+    kernel = model.config._attn_implementation
+    if "position_ids" in dataset[0] and "flash" in kernel and max(batch_sizes) > 1:
+        raise RunError(
+            f"document_mask under {kernel} takes one block at a time, got {max(batch_sizes)}; set "
+            "per_device_train_batch_size to 1, or attn_implementation to sdpa or flex_attention"
+        )
+
+
 def check_launch(args: Any, *, fsdp: bool) -> None:
     """Refuse launches whose states could not be carried over a growth.
 
@@ -93,6 +115,26 @@ def space_warning(spans: Sequence[StageSpan], directory: Path, checkpoints: int 
         f"the run will want about {(finished + running) / 2**30:.1f} GiB in {directory}, of which {free / 2**30:.1f} "
         "GiB are free: it will stop where the disk is full; lower save_total_limit, or choose another disk"
     )
+
+
+def pass_warnings(dataset: Any, last: StageSpan, facts: RunFacts) -> list[str]:
+    """Which sources a run will read more than once.
+
+    Args:
+        dataset: the training data.
+        last: the run's last stage.
+        facts: of the run.
+    """
+    found = []
+    for one in consumed(dataset, facts.data_seed, facts.block_size, 0, last.first_block + last.blocks):
+        passes = one.end_token / one.available_tokens
+        if passes > 1:
+            what = "the corpus" if one.source == ONLY else f"source {one.source}"
+            found.append(
+                f"the schedule needs {one.end_token:,} tokens of {what}, it has {one.available_tokens:,}: "
+                f"the run will make {passes:.1f} passes over it"
+            )
+    return found
 
 
 def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> GrowthSchedule:

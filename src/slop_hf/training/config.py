@@ -59,7 +59,7 @@ class RunConfig:
         """Read a run from YAML.
 
         Args:
-            path: of the file; a `schedule` given as a path is read relative to it.
+            path: of the file; a `schedule` and a `mixture` given as paths are read relative to it.
             overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`.
 
         Raises:
@@ -78,6 +78,9 @@ class RunConfig:
             section[last] = value
         if isinstance(content.get("schedule"), str):
             content["schedule"] = str(Path(path).parent / content["schedule"])
+        data = content.get("data")
+        if isinstance(data, dict) and isinstance(data.get("mixture"), str):
+            data["mixture"] = str(Path(path).parent / data["mixture"])
         return parse(cls, content, where=str(path), error=RunError)
 
     def with_schedule(self, schedule: GrowthSchedule | str | None) -> RunConfig:
@@ -173,7 +176,7 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
         args,
         schedule=schedule,
         train_dataset=corpus.train,
-        eval_dataset=corpus.held_out if len(corpus.held_out) else None,
+        eval_dataset=corpus.held_out,
         processing_class=corpus.tokenizer,
         **kwargs,
     )
@@ -206,9 +209,9 @@ def preview_run(
         keep_last(args)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
-    local = tuple(source for source in config.data.sources if local_files(source) is not None)
-    if local:
-        next(documents(dataclasses.replace(config.data, source=local)))  # refuses a source that is missing or empty
+    for source in config.data.sources.values():
+        if local := tuple(place for place in source.places if local_files(place) is not None):
+            next(documents(dataclasses.replace(source, source=local)))  # refuses a place that is missing or empty
     model_config = config.model_config(schedule.initial, known_vocab_size(config), as_described=True)
     if scratch:
         model_config = schedule.initial.to_config(model_config)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RunError
 from ..growth import resolve_inits
-from ..records import RunDirectory, StageRecord
+from ..records import ConsumedTokens, RunDirectory, RunFacts, StageRecord
 from ..schedule import GrowthSchedule
 from ..serialization import versions
 from .spans import StageSpan
 
+HELD_OUT = "eval_loss"
+_OF_SOURCE = re.compile("eval_.+_loss")
 MAX_EXPONENT = 700.0  # exp of more is no float: a diverged run has a perplexity of about 1e304
 
 
@@ -46,6 +50,8 @@ def stage_record(
     seconds: float,
     devices: int,
     growth_seed: int,
+    data: tuple[ConsumedTokens, ...],
+    facts: RunFacts,
 ) -> StageRecord:
     """The record of a stage that has just ended.
 
@@ -56,11 +62,13 @@ def stage_record(
         seconds: of training.
         devices: processes that shared the work.
         growth_seed: of the growth at its beginning.
+        data: what was trained on, by source.
+        facts: of the run.
     """
     of_stage = [entry for entry in history if entry.get("stage") == span.number]
     losses = [entry["loss"] for entry in of_stage if "loss" in entry]
-    at_growth = [held_out_loss(entry) for entry in of_stage if span.growth and entry["step"] == span.first_step]
-    eval_loss = held_out_loss(metrics)
+    at_growth = [entry.get(HELD_OUT) for entry in of_stage if span.growth and entry["step"] == span.first_step]
+    eval_loss = metrics.get(HELD_OUT)
     return StageRecord(
         stage=span.number,
         name=span.name,
@@ -79,14 +87,21 @@ def stage_record(
         train_loss=losses[-1] if losses else None,
         eval_loss=eval_loss,
         eval_loss_after_growth=next((loss for loss in at_growth if loss is not None), None),
+        eval_losses=losses_by_source(metrics),
         perplexity=math.exp(min(eval_loss, MAX_EXPONENT)) if eval_loss is not None else None,
+        data=data,
+        data_fingerprint=facts.data,
+        data_seed=facts.data_seed,
         init=resolve_inits(span.growth.operators, span.growth.init) if span.growth else {},
         growth_seed=growth_seed if span.growth else None,
         versions=versions(),
     )
 
 
-def held_out_loss(metrics: dict[str, float]) -> float | None:
-    """The loss in what `evaluate` returns; the mean over data sets where there are several."""
-    losses = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("loss")]
-    return sum(losses) / len(losses) if losses else None
+def losses_by_source(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The held-out losses of single sources in what `evaluate` returns.
+
+    >>> losses_by_source({"eval_web_loss": 4.0, "eval_web_runtime": 1.0, "eval_loss": 4.0})
+    {'web': 4.0}
+    """
+    return {name[len("eval_") : -len("_loss")]: value for name, value in metrics.items() if _OF_SOURCE.fullmatch(name)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,21 +195,43 @@ class StageTrainer(Trainer):
             for path in self.run.optimizer_files(number):
                 path.unlink()
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """As `Trainer.evaluate`, with a `perplexity` beside each loss, and left out of the stage's seconds.
+
+        Of several data sets, by name, each has its loss, and `eval_loss` is their mean by the shares that the sources
+        of these names have in the mixture; where it has no such sources, the plain mean.
 
         The loss is the mean over all blocks, on any number of ranks: these are given whole batches only, where
         `Trainer` would fill up the last ones with blocks that it has seen, and count them in.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         given = self.args.per_device_eval_batch_size
-        if self.ranks.count > 1 and hasattr(data, "__len__") and not isinstance(data, (dict, str)):
-            self.args.per_device_eval_batch_size = largest_divisor(len(data), given)
+        single = self.eval_dataset[data] if isinstance(data, str) else data
+        if self.ranks.count > 1 and hasattr(single, "__len__") and not isinstance(single, dict):
+            self.args.per_device_eval_batch_size = largest_divisor(len(single), given)
         try:
             with self._pace.paused():
-                return super().evaluate(eval_dataset, *args, **kwargs)
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self.args.per_device_eval_batch_size = given
+        if isinstance(data, dict):
+            together = {f"{metric_key_prefix}_loss": self._mean_over_sources(metrics, data, metric_key_prefix)}
+            self.log(together)
+            metrics |= together
+        return metrics
+
+    def _mean_over_sources(self, metrics: dict[str, float], names: Iterable[str], prefix: str) -> float:
+        shares = getattr(self.blocks, "weights", {})
+        weights = {name: shares.get(name, 0.0) for name in names}
+        if not any(weights.values()):
+            weights = dict.fromkeys(weights, 1.0)
+        losses = {name: metrics[f"{prefix}_{name}_loss"] for name in weights}
+        return math.fsum(weights[name] * losses[name] for name in weights) / math.fsum(weights.values())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; adds stage, tokens, FLOPs, speed and perplexities, and counts epochs over the corpus."""

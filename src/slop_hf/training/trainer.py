@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, TrainerState, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerState, default_data_collator
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..data.order import BlockOrder
+from ..data.order import BlockOrder, consumed
+from ..data.tokenizing import vocabulary_of
 from ..errors import RunError
 from ..growth import StateStream, no_progress_bars, plan_growth
 from ..hours import CostModel
@@ -21,7 +22,16 @@ from .arguments import ADAMW, SlopTrainingArguments
 from .batches import blocks_per_step, stage_batches
 from .callbacks import StageEnd
 from .checkpoints import read_resume
-from .checks import check_blocks, check_growths, check_launch, check_model, space_warning, with_inits
+from .checks import (
+    check_blocks,
+    check_document_mask,
+    check_growths,
+    check_launch,
+    check_model,
+    pass_warnings,
+    space_warning,
+    with_inits,
+)
 from .learning_rate import check_scheduler
 from .preemption import StopOnSignal
 from .progress import RunProgress
@@ -98,6 +108,7 @@ class SlopTrainer(StageTrainer):
         self.blocks = train_dataset
         self._lay_out(self.ranks.from_first(RunFacts.load(self.run)), block_size)
         check_growths(self.spans, model.config)
+        check_document_mask(train_dataset, model, [batches.micro_batch_size for batches in self._batches])
         check_scheduler(args, self.spans)
         self._span = self.spans[0]
         self._resumed, self._random = {}, []
@@ -120,9 +131,20 @@ class SlopTrainer(StageTrainer):
             asked, per_step = per_step, begun.batches(stages)
             if args.batch_tokens is not None and asked != per_step:
                 logger.warning(f"batch_tokens {args.batch_tokens} is not what the run began with, and is left out")
-        self.facts = RunFacts(block_size, len(self.blocks), tuple(per_step), seed)
+        self.facts = RunFacts(
+            block_size,
+            len(self.blocks),
+            tuple(per_step),
+            seed,
+            data=getattr(self.blocks, "fingerprint", ""),
+            vocabulary=self._vocabulary(),
+        )
         self.spans = stage_spans(self.schedule, self.model.config, block_size, per_step)
         self._batches = stage_batches(args, per_step, self.ranks.count)
+
+    def _vocabulary(self) -> str:
+        tokenizer = self.processing_class
+        return vocabulary_of(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else ""
 
     def _begin_pace(self, args: SlopTrainingArguments) -> Pace:
         half = args.bf16 or args.fp16 or self._dtype in (torch.bfloat16, torch.float16)
@@ -253,7 +275,10 @@ class SlopTrainer(StageTrainer):
         seconds = self._pace.stage_seconds
         history = list(self.state.log_history)
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
-        record = stage_record(span, history, metrics, seconds, self.ranks.count, self._growth_seed(span))
+        seed, size = self.facts.data_seed, self.facts.block_size
+        data = consumed(self.blocks, seed, size, span.first_block, span.blocks)
+        devices, growth_seed = self.ranks.count, self._growth_seed(span)
+        record = stage_record(span, history, metrics, seconds, devices, growth_seed, data, self.facts)
         states = self._setup.states(self)
         save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
         self._drop_optimizer_state(span.number - 1)
@@ -269,12 +294,7 @@ class SlopTrainer(StageTrainer):
         """Say before training what may not have been meant."""
         if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
             logger.warning(f"checkpoints keep AdamW's state only: a run that is resumed begins a new {optim}")
-        last = self.spans[-1]
-        passes = (last.first_block + last.blocks) / len(self.blocks)
-        if passes > 1:
-            logger.warning(
-                f"the schedule needs {last.first_token + last.tokens:,} tokens, the corpus has "
-                f"{len(self.blocks) * self.facts.block_size:,}: the run will make {passes:.1f} passes over it"
-            )
+        for said in pass_warnings(self.blocks, self.spans[-1], self.facts):
+            logger.warning(said)
         if self.ranks.is_first and (warning := space_warning(self.spans, self.run.path, self.args.save_total_limit)):
             logger.warning(warning)

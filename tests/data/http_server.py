@@ -1,0 +1,89 @@
+"""A web server in a thread, which fails as it is told."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FileServer:
+    """Serves files from memory, for the time of a `with`.
+
+    Args:
+        files: their contents by name; may be changed while it runs.
+        faults: one for each request, in turn: None serves it; a float below 1 drops the connection behind that share
+            of the body; a whole number is the status to answer with instead.
+        ranges: whether it knows the header Range.
+        chunked: send bodies in chunks, without their length.
+    """
+
+    def __init__(
+        self, files: dict[str, bytes], faults: Iterable[Any] = (), *, ranges: bool = True, chunked: bool = False
+    ) -> None:
+        self.files, self.faults, self.ranges, self.chunked = files, iter(faults), ranges, chunked
+        self.requests: list[tuple[str, str | None]] = []  # (name, Range) of each
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> FileServer:
+        self._server = _QuietServer(("127.0.0.1", 0), _handler(self))
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/{name}"
+
+    def next_fault(self, name: str, asked: str | None) -> Any:
+        with self._lock:
+            self.requests.append((name, asked))
+            return next(self.faults, None)
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None: ...  # a client that hangs up
+
+
+def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.close_connection = True  # a request a connection
+            name, asked = self.path[1:].partition("?")[0], self.headers["Range"]
+            fault, content = server.next_fault(name, asked), server.files.get(name)
+            if isinstance(fault, int):
+                return self.answer(fault, b"", {"Retry-After": "0"} if fault == 429 else {})
+            if content is None:
+                return self.answer(404, b"", {})
+            headers = {"ETag": f'"{sha256(content).hexdigest()}"'}
+            found = re.fullmatch(r"bytes=(\d+)-", asked or "") if server.ranges else None
+            start, size = int(found[1]) if found else 0, len(content)
+            if found and start >= size:
+                return self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
+            if found:
+                headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+            self.answer(206 if found else 200, content[start:], headers, fault)
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str], share: float | None = None) -> None:
+            self.send_response(status)
+            chunked = server.chunked and status in (200, 206)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))))
+            self.end_headers()
+            sent = body if share is None else body[: int(share * len(body))]
+            if chunked and body:
+                self.wfile.write(b"%x\r\n%s" % (len(body), sent) + (b"\r\n0\r\n\r\n" if share is None else b""))
+            else:
+                self.wfile.write(sent)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    return Handler
