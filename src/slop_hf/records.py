@@ -3,7 +3,8 @@
     output_dir/
       schedule.yaml                       the plan, as run
       run.json                            what has to be the same whenever it is resumed
-      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json
+      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json;
+                                          evaluations.json once it has been evaluated
       stage-1-layer/ ...                  the same after each stage
       stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
       report/                             tables and figures
@@ -29,6 +30,7 @@ SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
 RUN_FILE = "run.json"
+EVAL_FILE = "evaluations.json"
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
@@ -132,6 +134,35 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class EvalRecord:
+    """What a model scored on one task.
+
+    Args:
+        task: its name, as the harness has it; `perplexity` for held-out text.
+        metrics: value by metric, such as `acc_norm`.
+        stderr: standard error by metric, where there is one.
+        num_fewshot: examples before each question; None where a task has none of its own.
+        documents: how many were scored.
+        limit: the most that were asked for; None for all.
+        when: `end` of the stage, or `after_growth`, before it was trained.
+        weights_hash: of the model's weights.
+        harness: what scored it, with its version.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    task: str
+    metrics: dict[str, float]
+    stderr: dict[str, float] = field(default_factory=dict)
+    num_fewshot: int | None = None
+    documents: int | None = None
+    limit: int | None = None
+    when: str = "end"
+    weights_hash: str = ""
+    harness: str = ""
+
+
+@dataclass(frozen=True)
 class RunDirectory:
     """A run on disk, for those who resume it and those who report on it."""
 
@@ -184,6 +215,17 @@ class RunDirectory:
     def records(self) -> list[StageRecord]:
         """The records of the finished stages, in order."""
         return [StageRecord.from_json(self.stage_dir(number) / RECORD_FILE) for number in range(self.finished_stages)]
+
+    def evaluations(self, number: int) -> list[EvalRecord]:
+        """What a finished stage scored; empty where it was not evaluated.
+
+        Raises:
+            RunError: where the file is not one of evaluations.
+        """
+        path = self.stage_dir(number) / EVAL_FILE
+        if not path.exists():
+            return []
+        return parse(list[EvalRecord], _read_json(path), where=str(path), error=RunError)
 
     def history(self) -> list[dict[str, Any]]:
         """The log of all finished stages on one axis.

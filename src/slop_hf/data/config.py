@@ -23,6 +23,7 @@ ONLY = "corpus"  # the name of a source that is the only one
 Format = Literal["text", "lines", "jsonl", "parquet"]
 TokenizerKind = Literal["bpe", "sentencepiece"]
 LEAST_SHARE = 1e-6
+ROUNDING = 1e-4  # of weights that were written with a few digits
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 
@@ -40,8 +41,8 @@ class Source:
         weight: its share of the tokens; the weights of a mixture add up to 1, or to 100.
         split: the split of Hub datasets.
         text_column: the column of Hub datasets, JSON lines and Parquet that holds the text.
-        format: of files; by default each one's name tells: `.jsonl` (`.ndjson`), `.parquet`, and `text` for all
-            others, in which a file is a document. Files may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
+        format: of files; by default each one's name tells: `.jsonl` (`.ndjson`, `.json`), `.parquet`, and `text` for
+            all others, in which a file is a document. Files may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
         max_documents: use only the first so many documents with text; None, all.
 
     Raises:
@@ -108,7 +109,7 @@ class Mixture:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise DataError(f"{name!r} cannot name a source: use letters, digits, _ and -")
         total = math.fsum(source.weight for source in self.sources.values())
-        if not any(math.isclose(total, whole, rel_tol=1e-6) for whole in (1.0, 100.0)):
+        if not any(math.isclose(total, whole, rel_tol=ROUNDING) for whole in (1.0, 100.0)):
             given = ", ".join(f"{name} {source.weight:g}" for name, source in self.sources.items())
             raise DataError(
                 f"the weights add up to {total:g}, expected 1 or 100 ({given}); "
