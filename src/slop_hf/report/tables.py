@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
@@ -43,9 +44,34 @@ STAGE_COLUMNS = (
 )
 
 
-def comparison_rows(summaries: Iterable[RunSummary]) -> list[tuple[str, ...]]:
-    """The cells of `COMPARISON_COLUMNS`, one row a run; for training from scratch, dashes stand for the schedule."""
-    return [
+@dataclass(frozen=True)
+class Cells:
+    """A table as text, for Markdown, HTML and the terminal alike.
+
+    Args:
+        columns: heading of each, and whether it is right-aligned.
+        rows: as many cells each.
+
+    >>> print(Cells((("task", False), ("acc", True)), (("a|b", "0.5"),)).markdown(), end="")
+    | task | acc |
+    | --- | ---: |
+    | a\\|b | 0.5 |
+    """
+
+    columns: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table in Markdown, a line a row."""
+        headings = [heading for heading, _ in self.columns]
+        rule = ["---:" if right else "---" for _, right in self.columns]
+        lines: list[Sequence[str]] = [headings, rule, *self.rows]
+        return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def comparison_cells(summaries: Iterable[RunSummary]) -> Cells:
+    """Runs side by side, one row a run; for training from scratch, dashes stand for the schedule."""
+    rows = (
         (
             run.name if run.finished else f"{run.name} ({run.stages} of {run.planned_stages} stages)",
             str(run.target),
@@ -59,17 +85,18 @@ def comparison_rows(summaries: Iterable[RunSummary]) -> list[tuple[str, ...]]:
             significant(run.marginal_utility),
         )
         for run in summaries
-    ]
+    )
+    return Cells(COMPARISON_COLUMNS, tuple(rows))
 
 
 def comparison_markdown(summaries: Iterable[RunSummary]) -> str:
     """Runs side by side as a Markdown table (the columns of the paper's Table 1, tokens, FLOPs and Eq. 2)."""
-    return _markdown(COMPARISON_COLUMNS, comparison_rows(summaries))
+    return comparison_cells(summaries).markdown()
 
 
 def comparison_table(summaries: Iterable[RunSummary]) -> Table:
     """The same for the terminal, a column a run: `rich.print(comparison_table(summaries))`."""
-    rows = comparison_rows(summaries)
+    rows = comparison_cells(summaries).rows
     table = Table()
     table.add_column(COMPARISON_COLUMNS[0][0])
     for row in rows:
@@ -80,12 +107,12 @@ def comparison_table(summaries: Iterable[RunSummary]) -> Table:
     return table
 
 
-def stage_markdown(records: Iterable[StageRecord]) -> str:
-    """The stages of one run as a Markdown table."""
-    rows = [
+def stage_cells(records: Iterable[StageRecord]) -> Cells:
+    """The stages of one run, each grown from the one above it."""
+    rows = (
         (
             str(record.stage),
-            ", ".join(record.operators) or NOTHING,
+            ", ".join(_grown(record)) or NOTHING,
             str(record.dims),
             count(record.parameters),
             count(record.tokens),
@@ -97,8 +124,18 @@ def stage_markdown(records: Iterable[StageRecord]) -> str:
             decimals(record.perplexity, 2),
         )
         for record in records
-    ]
-    return _markdown(STAGE_COLUMNS, rows)
+    )
+    return Cells(STAGE_COLUMNS, tuple(rows))
+
+
+def stage_markdown(records: Iterable[StageRecord]) -> str:
+    """The stages of one run as a Markdown table."""
+    return stage_cells(records).markdown()
+
+
+def _grown(record: StageRecord) -> list[str]:
+    """What grew, each operator with its init where that is known."""
+    return [f"{name} ({record.init[name]})" if name in record.init else name for name in record.operators]
 
 
 def count(value: float | None) -> str:
@@ -152,8 +189,3 @@ def significant(value: float | None) -> str:
         return "0"
     places = 2 - math.floor(math.log10(abs(value)))
     return f"{round(value, places):,.{max(places, 0)}f}"
-
-
-def _markdown(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:
-    lines = [[heading for heading, _ in columns], ["---:" if right else "---" for _, right in columns], *rows]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)

@@ -1,23 +1,36 @@
-"""`write_report`: runs as Markdown, figures and JSON in one directory."""
+"""`write_report`: runs as Markdown, HTML, figures and JSON in one directory."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..errors import RunError
-from ..records import RunDirectory
+from ..records import EvalRecord, RunDirectory, StageRecord
 from ..serialization import plain, to_json, write_text
+from .comparisons import correlation_figure, heads_figure, radar_figure
 from .figures import loss_figure, path_figure
-from .summary import run_names, summarise
-from .tables import comparison_markdown, count, decimals, significant, stage_markdown
+from .render import DrawnFigure, render
+from .results import data_cells, held_out_cells, results_cells
+from .summary import RunSummary, run_names, summarise
+from .tables import comparison_cells, count, decimals, significant, stage_cells
 
 REPORT_DIR = "report"
+MARKDOWN_FILE, HTML_FILE, JSON_FILE = "report.md", "report.html", "report.json"
+
+
+@dataclass(frozen=True)
+class _RunParts:
+    """A run as its part of the report needs it."""
+
+    run: RunDirectory
+    summary: RunSummary
+    stages: list[StageRecord]
+    evaluations: list[list[EvalRecord]]  # of each stage
 
 
 def write_report(
@@ -25,10 +38,12 @@ def write_report(
 ) -> Path:
     """Report on one run, or compare several.
 
-    Writes `report.md` (tables, figures, how to load each stage), `loss.png`, `path.png` and `report.json` (the
-    summaries and stage records). All runs are read before anything is written, and each file is written aside and
-    renamed. Runs of the same name are told apart by their parent directories; unfinished ones are reported with the
-    stages they have, and marked.
+    Writes `report.md` (tables, figures, how to load each stage), `report.html` (the same in one file that opens
+    offline), `report.json` (summaries, stage records, evaluations) and the figures: `loss.png` and `path.png`, and
+    where the runs carry what they show, `radar.png` (downstream scores), `correlation.png` (training times) and
+    `heads.png` (numbers of attention heads). All runs are read before anything is written, and each file is written
+    aside and renamed. Runs of the same name are told apart by their parent directories; unfinished ones are reported
+    with the stages they have, and marked.
 
     Args:
         runs: run directories.
@@ -38,7 +53,8 @@ def write_report(
         the directory of the report.
 
     Raises:
-        RunError: for no runs, one given twice, a directory that is no run, or a run without a finished stage.
+        RunError: for no runs, one given twice, a directory that is no run, a run without a finished stage, or one
+            whose evaluations cannot be read.
 
     >>> write_report([])
     Traceback (most recent call last):
@@ -48,43 +64,81 @@ def write_report(
     found = [run if isinstance(run, RunDirectory) else RunDirectory(run) for run in given]
     if not found:
         raise RunError("no runs to report on; give the output directory of `slop train`, or several")
-    names = run_names(found)
-    summaries = [summarise(run, name=name) for run, name in zip(found, names, strict=True)]
-    records = [run.records() for run in found]
+    parts = [_read(run, name) for run, name in zip(found, run_names(found), strict=True)]
     target = Path(output_dir) if output_dir is not None else found[0].path / REPORT_DIR
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file; give a directory to write the report into")
 
-    sections = [
-        {
-            "summary": summary,
-            "stages": stages,
-            "table": stage_markdown(stages),
-            # Relative paths, so that run and report can move together and name no machine's directories.
-            "last": Path(os.path.relpath(run.path / stages[-1].name, target)).as_posix(),
-        }
-        for run, summary, stages in zip(found, summaries, records, strict=True)
-    ]
-    text = _template().render(runs=sections, comparison=comparison_markdown(summaries))
-    values = [{"summary": one, "stages": stages} for one, stages in zip(summaries, records, strict=True)]
     target.mkdir(parents=True, exist_ok=True)
-    loss_figure(found, target / "loss.png")
-    path_figure(found, target / "path.png")
-    write_text(target / "report.json", to_json(_strict(plain({"runs": values}))))
-    write_text(target / "report.md", text)
+    content = {
+        "title": parts[0].summary.name if len(parts) == 1 else f"Comparison of {len(parts)} runs",
+        "runs": [_section(part, target) for part in parts],
+        "comparison": comparison_cells(part.summary for part in parts),
+        "figures": _draw(found, target),
+    }
+    values = [{"summary": one.summary, "stages": one.stages, **_evaluated(one)} for one in parts]
+    write_text(target / JSON_FILE, to_json(_strict(plain({"runs": values}))))
+    write_text(target / MARKDOWN_FILE, render(f"{MARKDOWN_FILE}.j2", content))
+    write_text(target / HTML_FILE, render(f"{HTML_FILE}.j2", content))
     return target
 
 
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader(__package__),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(count=count, decimals=decimals, significant=significant)
-    return environment.get_template("report.md.j2")
+def _read(run: RunDirectory, name: str) -> _RunParts:
+    summary, stages = summarise(run, name=name), run.records()
+    return _RunParts(run, summary, stages, [run.evaluations(stage.stage) for stage in stages])
+
+
+def _section(part: _RunParts, target: Path) -> dict[str, Any]:
+    """What the templates tell of a run."""
+    return {
+        "summary": part.summary,
+        "sentence": _sentence(part.summary),
+        "versions": part.stages[-1].versions,
+        "table": stage_cells(part.stages),
+        "results": results_cells(part.stages, part.evaluations),
+        "held_out": held_out_cells(part.stages),
+        "data": data_cells(part.stages),
+        # Relative paths, so that run and report can move together and name no machine's directories.
+        "last": Path(os.path.relpath(part.run.path / part.stages[-1].name, target)).as_posix(),
+    }
+
+
+def _sentence(run: RunSummary) -> str:
+    """A run in a sentence: what it did, what it took and where it came to."""
+    if run.sequence:
+        what = f"Grown from {run.initial} to {run.target} by the sequence {run.sequence}"
+    else:
+        what = f"Structure {run.target}, trained without growth"
+    size = f" ({count(run.parameters)} parameters)" if run.parameters else ""
+    cost = f"{count(run.tokens)} tokens in {significant(run.device_hours)} device hours"
+    loss = "" if run.eval_loss is None else f", held-out loss {decimals(run.eval_loss, 4)} nats a token"
+    return f"{what}{size}: {cost}{loss}."
+
+
+def _draw(runs: Sequence[RunDirectory], target: Path) -> list[DrawnFigure]:
+    """Draw every figure that the runs have something for, and remove an earlier report's that they have not."""
+    draw: dict[str, Callable[[Sequence[RunDirectory], Path], Path | None]] = {
+        "loss": loss_figure,
+        "path": path_figure,
+        "radar": radar_figure,
+        "correlation": correlation_figure,
+        "heads": heads_figure,
+    }
+    drawn = []
+    for name, function in draw.items():
+        path = target / f"{name}.png"
+        if function(runs, path) is None:
+            path.unlink(missing_ok=True)
+        else:
+            drawn.append(DrawnFigure(name, path))
+    return drawn
+
+
+def _evaluated(part: _RunParts) -> dict[str, Any]:
+    """The evaluations by stage directory, those of stages that have some."""
+    pairs = zip(part.stages, part.evaluations, strict=True)
+    by_stage = {stage.name: scored for stage, scored in pairs if scored}
+    return {"evaluations": by_stage} if by_stage else {}
 
 
 def _strict(value: Any) -> Any:

@@ -1,0 +1,310 @@
+"""Figures that compare runs: downstream scores, training times, numbers of attention heads.
+
+Each is drawn only where the runs carry what it shows; otherwise nothing is written and None is returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from ..errors import RunError
+from ..records import EvalRecord, RunDirectory
+from .figures import RUN_COLOURS, STYLE, _figure, _legend, _read, _Run, _shorten, _write_png
+from .results import AFTER_GROWTH, task_name
+
+#: Metrics that stand for a task, best known first; then whatever else is the better the larger.
+HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+
+#: Metrics that are the better the smaller: no length on a radar.
+SMALLER_IS_BETTER = frozenset(
+    ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ppl", "loss", "eval_loss", "brier_score")
+)
+
+#: Operators that change the heads and nothing else.
+HEAD_OPERATORS = frozenset(("mha", "head_dim"))
+
+_DASHES = ("-", "--", ":")  # when the colours have been used up
+LEAST_TASKS = 3  # two axes of a radar enclose nothing
+LEAST_SCHEDULES = 3  # two have one correlation, which needs no figure
+LEAST_STAGES = 3  # through two stage times there is always a line, and the correlation is 1
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A finished run with the headline score of each task that its target was evaluated on."""
+
+    run: _Run
+    scores: dict[tuple[str, str], float]  # by task and metric
+
+
+def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
+    """Draw what the targets scored on downstream tasks, an axis a task, as in Fig. 4 of the SLOP paper.
+
+    Every axis runs from 0 at the centre to the best of these runs at the rim, printed beside it. Finished runs with
+    evaluations of their last stage are drawn; a task counts where all of them have it, with as many examples shown
+    and the same limit, and by one metric (`HEADLINE_METRICS`). The paper says neither how its axes are scaled nor
+    which metrics they show.
+
+    Args:
+        runs: runs with a finished stage each.
+        path: the PNG file to write, aside and renamed.
+
+    Returns:
+        the path; None for fewer than two such runs or three shared tasks.
+
+    Raises:
+        RunError: for no runs, one given twice, a directory that is no run, or a file that holds no evaluations.
+    """
+    scored = [one for one in _scored(_read(runs), runs) if one.scores]
+    tasks = [key for key in _shared(scored) if max(one.scores[key] for one in scored) > 0]
+    if len(scored) < 2 or len(tasks) < LEAST_TASKS:
+        return None
+    best = [max(one.scores[key] for one in scored) for key in tasks]
+    angles = [2 * math.pi * number / len(tasks) for number in range(len(tasks))]
+    with rc_context(STYLE):
+        figure = _figure(6.4, 5.6)
+        axes = figure.add_subplot(projection="polar")
+        for number, one in enumerate(scored):
+            lengths = [max(one.scores[key], 0) / top for key, top in zip(tasks, best, strict=True)]
+            closed = [*angles, angles[0]], [*lengths, lengths[0]]
+            axes.plot(*closed, color=one.run.colour, linewidth=1.6, marker="o", markersize=4, zorder=3 - number / 100)
+            axes.fill(*closed, color=one.run.colour, alpha=0.08)
+        rims = [f"{metric} {top:.3g}" for (_, metric), top in zip(tasks, best, strict=True)]
+        _radar_axes(axes, angles, [f"{name}\n{rim}" for name, rim in zip(_brief(tasks), rims, strict=True)])
+        figure.suptitle("Downstream tasks", x=0.01, ha="left", fontsize=10, fontweight="bold")
+        _legend(figure, [one.run for one in scored])
+        return _write_png(figure, path)
+
+
+def correlation_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
+    """Draw how the training times of schedules correlate, as a heatmap like Fig. 3 of the SLOP paper.
+
+    A cell is `time_correlation` of two finished runs. The paper correlates "the training times of various schedules",
+    and leaves unsaid by which coefficient and which times; the device hours of each stage, the initial one first,
+    reproduce the two phases that it sees when taken from its Table 1. Schedules stand in the order of Π Δparams where
+    all have one, since the paper's claim is that close products have close times.
+
+    Args:
+        runs: runs with a finished stage each; finished ones of the most frequent number of stages are drawn.
+        path: the PNG file to write, aside and renamed.
+
+    Returns:
+        the path; None for fewer than three runs of three stages or more.
+
+    Raises:
+        RunError: for no runs, one given twice, or a directory that is no run.
+    """
+    found = _read(runs)
+    by_length: dict[int, list[tuple[_Run, float | None]]] = defaultdict(list)
+    for drawn, run in zip(found, runs, strict=True):
+        if run.is_finished and len(drawn.records) >= LEAST_STAGES:
+            by_length[len(drawn.records)].append((drawn, run.schedule.scores.get("delta_params")))
+    chosen = max(by_length.values(), key=len, default=[])
+    if len(chosen) < LEAST_SCHEDULES:
+        return None
+    scores = {id(run): score for run, score in chosen if score is not None}
+    schedules = [run for run, _ in chosen]
+    if len(scores) == len(schedules):
+        schedules.sort(key=lambda run: scores[id(run)])
+    hours = [[record.seconds * record.devices / 3600 for record in run.records] for run in schedules]
+    with rc_context(STYLE):
+        names = [_shorten(run.name, 24) for run in schedules]
+        return _draw_heatmap(names, time_correlation(hours), path)
+
+
+def time_correlation(hours: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Pearson's correlation between the stage times of schedules; NaN where the times of one are all alike.
+
+    Args:
+        hours: device hours, shape [schedules, stages].
+
+    Returns:
+        shape [schedules, schedules].
+
+    Raises:
+        RunError: where the schedules have different numbers of stages, or fewer than three.
+
+    Source: Fig. 3 of the SLOP paper, see `correlation_figure`.
+
+    >>> [[round(r, 2) for r in row] for row in time_correlation([[1, 2, 4], [10, 20, 40], [3, 2, 1]])]
+    [[1.0, 1.0, -0.93], [1.0, 1.0, -0.93], [-0.93, -0.93, 1.0]]
+    """
+    lengths = {len(times) for times in hours}
+    if len(lengths) != 1 or min(lengths) < LEAST_STAGES:
+        raise RunError(
+            f"stage times of {sorted(lengths)} stages: give schedules of one length, of {LEAST_STAGES} stages at least"
+        )
+    centred = np.array(hours, dtype=float)
+    centred -= centred.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(centred, axis=1)
+    scale = np.where(norms > 0, norms, np.nan)
+    return [[float(r) for r in row] for row in np.clip(centred @ centred.T / np.outer(scale, scale), -1, 1)]
+
+
+def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
+    """Draw perplexity, and downstream scores where there are any, against the number of attention heads.
+
+    A line joins finished runs that begin with one structure, end with structures that differ in heads alone (number,
+    key/value heads, their size), and grow the other dimensions in one order: Table 9 (perplexity) and Fig. 6
+    (downstream tasks) of the SLOP paper.
+
+    Args:
+        runs: runs with a finished stage each.
+        path: the PNG file to write, aside and renamed.
+
+    Returns:
+        the path; None where no two runs differ so.
+
+    Raises:
+        RunError: for no runs, one given twice, a directory that is no run, or a file that holds no evaluations.
+    """
+    found = _read(runs)
+    groups = _by_heads(found, runs)
+    if not groups:
+        return None
+    scored = {id(one.run): one for one in _scored(found, runs) if one.scores}
+    families = [[scored[id(run)] for run in group if id(run) in scored] for group in groups]
+    family = max(families, key=len)
+    tasks = _shared(family) if len(family) > 1 else []
+    with rc_context(STYLE):
+        figure = _figure(9.0 if tasks else 6.4, 4.0)
+        left, *right = figure.subplots(1, 2 if tasks else 1, squeeze=False).ravel()
+        for number, group in enumerate(groups):
+            points = [(_heads(run), run.records[-1].perplexity or math.nan) for run in group]
+            dims = group[0].records[-1].dims
+            label = f"{dims.hidden_size}, {dims.intermediate_size}, {dims.num_hidden_layers}"
+            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+            left.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.4, markersize=5, label=label)
+        _head_axes(left, "Perplexity of the target", "perplexity", (_heads(run) for group in groups for run in group))
+        if len(groups) > 1:
+            left.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
+        for axes in right:
+            heads = [_heads(one.run) for one in family]
+            for number, (key, name) in enumerate(zip(tasks, _brief(tasks), strict=True)):
+                values = [one.scores[key] for one in family]
+                style = {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "linestyle": _DASHES[number // 8 % 3]}
+                label = f"{_shorten(name, 28)}, {key[1]}"
+                axes.plot(heads, values, marker="o", linewidth=1.4, markersize=5, label=label, **style)
+            _head_axes(axes, "Downstream tasks", "score", heads)
+            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, borderaxespad=0)
+        return _write_png(figure, path)
+
+
+def _scored(found: Iterable[_Run], runs: Iterable[RunDirectory]) -> list[_Scored]:
+    """Finished runs with the headline scores of their targets."""
+    return [
+        _Scored(drawn, _headlines(run.evaluations(len(drawn.records) - 1)))
+        for drawn, run in zip(found, runs, strict=True)
+        if run.is_finished
+    ]
+
+
+def _headlines(evaluations: Iterable[EvalRecord]) -> dict[tuple[str, str], float]:
+    """All scores that a larger value makes better, the headline metrics first."""
+    scores = {
+        (task_name(one), metric): value
+        for one in evaluations
+        if one.when != AFTER_GROWTH
+        for metric, value in one.metrics.items()
+        if metric not in SMALLER_IS_BETTER and math.isfinite(value)
+    }
+    rank = {metric: place for place, metric in enumerate(HEADLINE_METRICS)}
+    return dict(sorted(scores.items(), key=lambda item: rank.get(item[0][1], len(rank))))
+
+
+def _shared(scored: Sequence[_Scored]) -> list[tuple[str, str]]:
+    """The tasks that all runs have, by name, each with the first metric that all have."""
+    shared: dict[str, str] = {}
+    for task, metric in scored[0].scores if scored else ():
+        if all((task, metric) in one.scores for one in scored):
+            shared.setdefault(task, metric)
+    return sorted(shared.items())
+
+
+def _brief(tasks: Sequence[tuple[str, str]]) -> list[str]:
+    """The tasks without their examples and limits, which the tables tell, unless these tell two of them apart."""
+    bare = [task.split(" (")[0] for task, _ in tasks]
+    return bare if len(set(bare)) == len(bare) else [task for task, _ in tasks]
+
+
+def _radar_axes(axes: Axes, angles: Sequence[float], labels: Sequence[str]) -> None:
+    """Turn polar axes into a radar: the first task at the top, the others clockwise, labels outside."""
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    axes.set_ylim(0, 1.04)
+    axes.set_yticks([0.25, 0.5, 0.75, 1.0], [])
+    axes.set_xticks(angles, labels, fontsize=8)
+    for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
+        text.set_parse_math(False)
+        side = math.sin(angle)
+        text.set_horizontalalignment("center" if abs(side) < 0.2 else "left" if side > 0 else "right")
+    axes.grid(color="0.88", linewidth=0.8)
+    axes.spines["polar"].set_visible(False)
+
+
+def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]], path: str | Path) -> Path:
+    """Draw the correlations, each printed in its cell; what has none is grey."""
+    side = 2.0 + 0.5 * max(len(names), 4)
+    figure = _figure(side + 1.2, side)
+    axes = figure.add_subplot()
+    finite = [value for row in values for value in row if math.isfinite(value)]
+    # Training times mostly correlate: the colours are spent on the range that is there.
+    low = math.floor(10 * min([0.9, *finite])) / 10
+    axes.set_facecolor("0.9")
+    image = axes.imshow(values, cmap="viridis", vmin=low, vmax=1)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            text = f"{value:.2f}" if math.isfinite(value) else "–"
+            light = math.isfinite(value) and value < (1 + low) / 2
+            axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if light else "black")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="Pearson's r").outline.set_visible(False)
+    axes.set_title("Correlation of training times", loc="left")
+    return _write_png(figure, path)
+
+
+def _by_heads(found: Sequence[_Run], runs: Sequence[RunDirectory]) -> list[list[_Run]]:
+    """Finished runs that differ in heads alone, in the order of their heads; those with two numbers at least."""
+    groups: dict[tuple[object, ...], list[_Run]] = defaultdict(list)
+    for drawn, run in zip(found, runs, strict=True):
+        perplexity, target = drawn.records[-1].perplexity, run.schedule.target
+        if run.is_finished and perplexity is not None and math.isfinite(perplexity):
+            sizes = (target.hidden_size, target.intermediate_size, target.num_hidden_layers)
+            grown = ({*stage.operators} - HEAD_OPERATORS for stage in run.schedule.stages)
+            # A run whose heads stay as they are has no stage for them.
+            order = tuple(frozenset(others) for others in grown if others)
+            groups[run.schedule.initial, sizes, order].append(drawn)
+    ordered = [sorted(group, key=_heads) for group in groups.values()]
+    return [group for group in ordered if len({_heads(run) for run in group}) > 1]
+
+
+def _heads(run: _Run) -> int:
+    return run.records[-1].dims.num_attention_heads
+
+
+def _head_axes(axes: Axes, title: str, label: str, heads: Iterable[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(heads))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("attention heads")
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left")
