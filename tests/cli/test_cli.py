@@ -103,9 +103,10 @@ def test_train_resume_and_report(config, tmp_path, output_of, error_of):
     assert "holds another run" in error_of("train", config, "-o", runs[0], "--dry-run")
     assert "3 stages" in output_of("train", config, "-o", runs[0], "--resume")
     done = output_of("report", *runs, "-o", tmp_path / "report")
-    assert "marginal utility" in done
+    assert "marginal utility" in done and str(tmp_path / "report" / "report.html") in done
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "report.md",
+        "report.html",
         "report.json",
         "loss.png",
         "path.png",

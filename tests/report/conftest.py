@@ -20,3 +20,15 @@ def make_run(tmp_path: Path) -> Callable[..., RunDirectory]:
         return write_run(tmp_path / name, *args, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the two figures of every report where only the text matters: they are what takes time."""
+
+    def empty(runs: object, path: Path) -> Path:
+        path.write_bytes(b"")
+        return path
+
+    for name in ("loss_figure", "path_figure"):
+        monkeypatch.setattr(f"slop_hf.report.write.{name}", empty)

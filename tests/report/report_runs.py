@@ -127,8 +127,9 @@ def write_run(
 
 def write_evaluations(run: RunDirectory, tasks: Mapping[str, float], **facts: Any) -> RunDirectory:
     """Let every finished stage of a run have been evaluated: the scores of the last one, lower ones before it."""
+    last = run.finished_stages - 1
     for record in run.records():
-        share = 0.8 + 0.2 * record.stage / max(run.finished_stages - 1, 1)
+        share = 1 - 0.2 * (last - record.stage) / max(last, 1)
         scores = [
             EvalRecord(task, {"acc": score * share, "acc_norm": 1.1 * score * share}, {"acc": 0.01}, **facts)
             for task, score in tasks.items()

@@ -8,19 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-from report_runs import SCRATCH
+from report_runs import SCRATCH, write_evaluations, write_sources
 
 from slop_hf.errors import RunError
 from slop_hf.report import comparison_markdown, stage_markdown, summarise, write_report
 
-FILES = ["loss.png", "path.png", "report.json", "report.md"]
-
-
-@pytest.fixture
-def text_only(monkeypatch):
-    """Leave the figures out where only the text matters: they are what takes time."""
-    for name in ("loss_figure", "path_figure"):
-        monkeypatch.setattr(f"slop_hf.report.write.{name}", lambda runs, path: path.write_bytes(b""))
+FILES = ["loss.png", "path.png", "report.html", "report.json", "report.md"]
 
 
 def test_report_on_one_run_lies_in_it(make_run):
@@ -78,6 +71,31 @@ def test_diverged_run_is_reported_in_strict_json(make_run, text_only):
     assert "| inf |" in (target / "report.md").read_text()
 
 
+def test_sections_of_what_stages_scored_and_read(make_run, text_only):
+    run = write_sources(write_evaluations(make_run("full"), {"piqa": 0.6}), {"web": 0.75, "code": 0.25})
+    target = write_report([run, make_run("bare")])
+    text = (target / "report.md").read_text()
+    full, bare = text.split("## bare\n")
+    headings = ["Results per stage", "Held-out loss by source", "Tokens by source"]
+    assert re.findall("^### (.*)$", full, re.MULTILINE) == headings and "###" not in bare
+    assert "\n\n\n" not in text and "**share**" in text and "**task**" in text
+    values = json.loads((target / "report.json").read_text())["runs"]
+    assert values[0]["evaluations"]["stage-3-hidden"][0]["metrics"]["acc"] == pytest.approx(0.6)
+    assert values[0]["stages"][1]["data"][1]["source"] == "code" and values[0]["stages"][1]["eval_losses"]["web"]
+    assert "evaluations" not in values[1]
+
+
+def test_figures_come_and_go_with_the_runs(make_run, tmp_path, text_only):
+    scores = {"piqa": 0.6, "boolq": 0.5, "arc": 0.3}
+    runs = [write_evaluations(make_run(name), scores) for name in ("one", "two", "three")]
+    target = write_report(runs, tmp_path / "out")
+    assert {file.name for file in target.iterdir()} == {*FILES, "radar.png", "correlation.png"}
+    assert "![Downstream tasks](radar.png)" in (target / "report.md").read_text()
+    write_report(runs[:1], target)
+    assert {file.name for file in target.iterdir()} == {*FILES}
+    assert "radar" not in (target / "report.md").read_text()
+
+
 def test_missing_evaluation_leaves_dashes(make_run, text_only):
     target = write_report([make_run(perplexity=None, eval_loss=None, eval_loss_after_growth=None)])
     text = (target / "report.md").read_text()
@@ -107,6 +125,10 @@ def test_refusals(make_run, tmp_path):
     with pytest.raises(RunError, match=r"stage\.json: no such file"):
         (run.stage_dir(1) / "stage.json").unlink()
         write_report([run])
+    with pytest.raises(RunError, match=r"evaluations\.json: "):
+        (other := make_run("other")).stage_dir(1).joinpath("evaluations.json").write_text('[{"task": 1}]')
+        write_report([other])
+    assert not (other.path / "report").exists()
     assert not (run.path / "report").exists()
 
 

@@ -22,7 +22,8 @@ def report(
 ) -> None:
     """Tables and figures of one or more runs.
 
-    Writes `report.md`, `report.json`, and figures of loss against FLOPs and of the path of structures.
+    Writes `report.html`, one file that opens offline; `report.md`, `report.json`, and figures of loss against FLOPs
+    and of the path of structures; of runs that carry it, also of downstream scores, training times and heads.
 
     Example: `slop report runs/slop runs/scratch`
     """
@@ -31,4 +32,5 @@ def report(
         print((directory / "report.json").read_text(encoding="utf-8"), end="")
         return
     Console().print(slop_hf.comparison_table([slop_hf.summarise(RunDirectory(run)) for run in runs]))
-    print(f"{directory}: report.md, report.json, loss.png, path.png")
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in {".md", ".json", ".png"})
+    print(f"{directory / 'report.html'}, beside it {', '.join(others)}")

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -19,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from ..errors import RunError
 from ..records import EvalRecord, RunDirectory
 from .figures import RUN_COLOURS, STYLE, _figure, _legend, _read, _Run, _shorten, _write_png
-from .results import AFTER_GROWTH, task_name
+from .results import AFTER_GROWTH, setting
 
 #: Metrics that stand for a task, best known first; then whatever else is the better the larger.
 HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -38,12 +39,20 @@ LEAST_SCHEDULES = 3  # two have one correlation, which needs no figure
 LEAST_STAGES = 3  # through two stage times there is always a line, and the correlation is 1
 
 
+class _Key(NamedTuple):
+    """What a score measures; two of one key can be compared."""
+
+    task: str
+    setting: str
+    metric: str
+
+
 @dataclass(frozen=True)
 class _Scored:
-    """A finished run with the headline score of each task that its target was evaluated on."""
+    """A finished run with what its target scored, headline metrics first."""
 
     run: _Run
-    scores: dict[tuple[str, str], float]  # by task and metric
+    scores: dict[_Key, float]
 
 
 def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
@@ -71,17 +80,16 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     best = [max(one.scores[key] for one in scored) for key in tasks]
     angles = [2 * math.pi * number / len(tasks) for number in range(len(tasks))]
     with rc_context(STYLE):
-        figure = _figure(6.4, 5.6)
+        figure = _figure(5.8, 5.2)
         axes = figure.add_subplot(projection="polar")
         for number, one in enumerate(scored):
             lengths = [max(one.scores[key], 0) / top for key, top in zip(tasks, best, strict=True)]
             closed = [*angles, angles[0]], [*lengths, lengths[0]]
             axes.plot(*closed, color=one.run.colour, linewidth=1.6, marker="o", markersize=4, zorder=3 - number / 100)
-            axes.fill(*closed, color=one.run.colour, alpha=0.08)
-        rims = [f"{metric} {top:.3g}" for (_, metric), top in zip(tasks, best, strict=True)]
-        _radar_axes(axes, angles, [f"{name}\n{rim}" for name, rim in zip(_brief(tasks), rims, strict=True)])
+        rims = [f"{key.metric} {top:.3g}" for key, top in zip(tasks, best, strict=True)]
+        _radar_axes(axes, angles, [f"{name}\n{rim}" for name, rim in zip(_labels(tasks), rims, strict=True)])
         figure.suptitle("Downstream tasks", x=0.01, ha="left", fontsize=10, fontweight="bold")
-        _legend(figure, [one.run for one in scored])
+        _legend(figure, [one.run for one in scored], letters=48)
         return _write_png(figure, path)
 
 
@@ -136,17 +144,18 @@ def time_correlation(hours: Sequence[Sequence[float]]) -> list[list[float]]:
     Source: Fig. 3 of the SLOP paper, see `correlation_figure`.
 
     >>> [[round(r, 2) for r in row] for row in time_correlation([[1, 2, 4], [10, 20, 40], [3, 2, 1]])]
-    [[1.0, 1.0, -0.93], [1.0, 1.0, -0.93], [-0.93, -0.93, 1.0]]
+    [[1.0, 1.0, -0.98], [1.0, 1.0, -0.98], [-0.98, -0.98, 1.0]]
     """
     lengths = {len(times) for times in hours}
     if len(lengths) != 1 or min(lengths) < LEAST_STAGES:
         raise RunError(
             f"stage times of {sorted(lengths)} stages: give schedules of one length, of {LEAST_STAGES} stages at least"
         )
-    centred = np.array(hours, dtype=float)
-    centred -= centred.mean(axis=1, keepdims=True)
+    times = np.array(hours, dtype=float)
+    centred = times - times.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(centred, axis=1)
-    scale = np.where(norms > 0, norms, np.nan)
+    # Equal times leave rounding errors, which would correlate with anything.
+    scale = np.where(norms > 1e-9 * np.linalg.norm(times, axis=1), norms, np.nan)
     return [[float(r) for r in row] for row in np.clip(centred @ centred.T / np.outer(scale, scale), -1, 1)]
 
 
@@ -189,10 +198,10 @@ def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
             left.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
         for axes in right:
             heads = [_heads(one.run) for one in family]
-            for number, (key, name) in enumerate(zip(tasks, _brief(tasks), strict=True)):
+            for number, (key, name) in enumerate(zip(tasks, _labels(tasks), strict=True)):
                 values = [one.scores[key] for one in family]
                 style = {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "linestyle": _DASHES[number // 8 % 3]}
-                label = f"{_shorten(name, 28)}, {key[1]}"
+                label = f"{_shorten(name, 28)}, {key.metric}"
                 axes.plot(heads, values, marker="o", linewidth=1.4, markersize=5, label=label, **style)
             _head_axes(axes, "Downstream tasks", "score", heads)
             axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, borderaxespad=0)
@@ -208,32 +217,32 @@ def _scored(found: Iterable[_Run], runs: Iterable[RunDirectory]) -> list[_Scored
     ]
 
 
-def _headlines(evaluations: Iterable[EvalRecord]) -> dict[tuple[str, str], float]:
+def _headlines(evaluations: Iterable[EvalRecord]) -> dict[_Key, float]:
     """All scores that a larger value makes better, the headline metrics first."""
     scores = {
-        (task_name(one), metric): value
+        _Key(one.task, setting(one), metric): value
         for one in evaluations
         if one.when != AFTER_GROWTH
         for metric, value in one.metrics.items()
         if metric not in SMALLER_IS_BETTER and math.isfinite(value)
     }
     rank = {metric: place for place, metric in enumerate(HEADLINE_METRICS)}
-    return dict(sorted(scores.items(), key=lambda item: rank.get(item[0][1], len(rank))))
+    return dict(sorted(scores.items(), key=lambda item: rank.get(item[0].metric, len(rank))))
 
 
-def _shared(scored: Sequence[_Scored]) -> list[tuple[str, str]]:
+def _shared(scored: Sequence[_Scored]) -> list[_Key]:
     """The tasks that all runs have, by name, each with the first metric that all have."""
-    shared: dict[str, str] = {}
-    for task, metric in scored[0].scores if scored else ():
-        if all((task, metric) in one.scores for one in scored):
-            shared.setdefault(task, metric)
-    return sorted(shared.items())
+    shared: dict[tuple[str, str], _Key] = {}
+    for key in scored[0].scores if scored else ():
+        if all(key in one.scores for one in scored):
+            shared.setdefault((key.task, key.setting), key)
+    return sorted(shared.values())
 
 
-def _brief(tasks: Sequence[tuple[str, str]]) -> list[str]:
-    """The tasks without their examples and limits, which the tables tell, unless these tell two of them apart."""
-    bare = [task.split(" (")[0] for task, _ in tasks]
-    return bare if len(set(bare)) == len(bare) else [task for task, _ in tasks]
+def _labels(keys: Sequence[_Key]) -> list[str]:
+    """The names of tasks, with their settings where these alone tell two of them apart."""
+    tasks = [key.task for key in keys]
+    return [key.task if tasks.count(key.task) == 1 else f"{key.task} ({key.setting})" for key in keys]
 
 
 def _radar_axes(axes: Axes, angles: Sequence[float], labels: Sequence[str]) -> None:
@@ -260,12 +269,12 @@ def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]], path:
     # Training times mostly correlate: the colours are spent on the range that is there.
     low = math.floor(10 * min([0.9, *finite])) / 10
     axes.set_facecolor("0.9")
-    image = axes.imshow(values, cmap="viridis", vmin=low, vmax=1)
+    image = axes.imshow(values, cmap="Blues", vmin=low, vmax=1)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             text = f"{value:.2f}" if math.isfinite(value) else "–"
-            light = math.isfinite(value) and value < (1 + low) / 2
-            axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if light else "black")
+            on_dark = math.isfinite(value) and value > low + 0.6 * (1 - low)
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if on_dark else "black")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):

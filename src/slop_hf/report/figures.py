@@ -338,10 +338,13 @@ def _flops_scale(runs: Sequence[_Run]) -> tuple[float, str]:
     return 10.0**exponent, rf" ($\times 10^{{{exponent}}}$)" if exponent else ""
 
 
-def _legend(where: Figure | SubFigure, runs: Sequence[_Run], extra: Sequence[tuple[str, Line2D]] = ()) -> None:
-    names = [*(_shorten(run.name, 48) for run in runs), *(label for label, _ in extra)]
+def _legend(
+    where: Figure | SubFigure, runs: Sequence[_Run], extra: Sequence[tuple[str, Line2D]] = (), *, letters: int = 84
+) -> None:
+    """Name the runs below a figure, in as many columns as have room: `letters` of names in a row."""
+    names = [*(_shorten(run.name, min(letters, 48)) for run in runs), *(label for label, _ in extra)]
     handles = [*(Line2D([], [], color=run.colour, linewidth=2.4) for run in runs), *(handle for _, handle in extra)]
-    ncols = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= 84), 1)
+    ncols = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= letters), 1)
     ncols = math.ceil(len(names) / math.ceil(len(names) / ncols))
     legend = where.legend(handles, ["x"] * len(names), loc="outside lower center", ncols=ncols)
     for text, name in zip(legend.get_texts(), names, strict=True):

@@ -35,9 +35,9 @@ FIGURES = {
     "correlation": (
         "Correlation of training times",
         "Pearson's correlation between the device hours of the stages, the initial one first, of every two finished "
-        "schedules with the same number of stages; in the order of Π Δparams where all have one. As Fig. 3 of the SLOP "
-        "paper, which names neither the coefficient nor the times it takes. With so few stages, a high correlation "
-        "says little.",
+        "schedules with the same number of stages; in the order of Π Δparams where all have one. As Fig. 3 of the "
+        "SLOP paper, which names neither the coefficient nor the times that it takes. Over so few stages, a high "
+        "correlation says little.",
     ),
     "heads": (
         "Number of attention heads",
@@ -87,9 +87,9 @@ GLOSSARY = (
 )
 RESULTS_GLOSSARY = (
     (
-        ("task", "metric"),
-        "a benchmark, with the examples shown before each question and the limit on its documents where there are "
-        "any; the score at the end of each stage ± its standard error, and right after a growth where it was taken.",
+        ("task", "metric", "setting"),
+        "a benchmark and what is measured on it, at the end of each stage ± the standard error, and right after a "
+        "growth where it was; the examples shown before each question, and the limit on documents where there is one.",
     ),
 )
 DATA_GLOSSARY = (

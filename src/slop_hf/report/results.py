@@ -31,14 +31,14 @@ def results_cells(records: Sequence[StageRecord], evaluations: Sequence[Sequence
     if not columns:
         return None
     by_column = [
-        {(task_name(one), metric): _score(one, metric) for one in part for metric in one.metrics}
+        {(one.task, setting(one), metric): _score(one, metric) for one in part for metric in one.metrics}
         for _, part in columns
     ]
     rows = [
-        (*key, *(scores.get(key, NOTHING) for scores in by_column))
-        for key in dict.fromkeys(key for scores in by_column for key in scores)
+        (task, metric, *(scores.get((task, how, metric), NOTHING) for scores in by_column), how or NOTHING)
+        for task, how, metric in dict.fromkeys(key for scores in by_column for key in scores)
     ]
-    headings = (("task", False), ("metric", False), *((heading, True) for heading, _ in columns))
+    headings = (("task", False), ("metric", False), *((name, True) for name, _ in columns), ("setting", False))
     return Cells(headings, tuple(rows))
 
 
@@ -64,7 +64,11 @@ def data_cells(records: Sequence[StageRecord]) -> Cells | None:
         total = count(sum(stretch.tokens for stretch in stretches.values()))
         rows.append((source, f"{last.weight:.1%}", *by_stage, total, count(last.available_tokens), passes))
     headings = [stage_heading(record) for record in records] + ["total", "available", "passes"]
-    return Cells((("source", False), ("share", True), *((name, True) for name in headings)), tuple(rows)) if rows else None
+    return (
+        Cells((("source", False), ("share", True), *((name, True) for name in headings)), tuple(rows))
+        if rows
+        else None
+    )
 
 
 def stage_heading(record: StageRecord) -> str:
@@ -78,15 +82,14 @@ def stage_heading(record: StageRecord) -> str:
     return record.name.removeprefix("stage-").replace("-", " ", 1)
 
 
-def task_name(record: EvalRecord) -> str:
-    """The task, with what makes a score of it another: examples shown, and a limit on its documents.
+def setting(record: EvalRecord) -> str:
+    """What makes a score of the same task another one: examples shown, and a limit on its documents.
 
-    >>> task_name(EvalRecord("hellaswag", {"acc": 0.3}, num_fewshot=5, limit=100))
-    'hellaswag (5-shot, limit 100)'
+    >>> setting(EvalRecord("hellaswag", {"acc": 0.3}, num_fewshot=5, limit=100))
+    '5-shot, limit 100'
     """
     shots = [f"{record.num_fewshot}-shot"] if record.num_fewshot is not None else []
-    facts = shots + ([f"limit {record.limit}"] if record.limit is not None else [])
-    return f"{record.task} ({', '.join(facts)})" if facts else record.task
+    return ", ".join(shots + ([f"limit {record.limit}"] if record.limit is not None else []))
 
 
 def _score(record: EvalRecord, metric: str) -> str:
