@@ -55,6 +55,13 @@ def test_radar_has_an_axis_a_shared_task(make_run, tmp_path, drawn):
     assert [line.get_color() for line in axes.lines] == [figures.RUN_COLOURS[0], figures.RUN_COLOURS[2]]
 
 
+def test_parts_of_a_task_are_no_axes(make_run, tmp_path, drawn):
+    tasks = {**TASKS, "mmlu": 0.3, "mmlu_anatomy": 0.4, "mmlu_law": 0.2, "arc_easy": 0.5}
+    radar_figure([write_evaluations(make_run(name), tasks) for name in ("one", "two")], tmp_path / "radar.png")
+    labels = [label.get_text().split("\n")[0] for label in drawn[0].axes[0].get_xticklabels()]
+    assert labels == ["arc", "boolq", "mmlu", "piqa"]
+
+
 def test_radar_labels_do_not_touch(make_run, tmp_path, drawn):
     tasks = {f"a_rather_long_task_{number}": 0.5 for number in range(8)}
     runs = [write_evaluations(make_run(f"a-rather-long-name-{number}"), tasks) for number in range(6)]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -19,8 +19,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from ..errors import RunError
 from ..records import EvalRecord, RunDirectory
-from .figures import RUN_COLOURS, STYLE, _figure, _legend, _read, _Run, _shorten, _write_png
+from .figures import RUN_COLOURS, STYLE, WIDTH, _figure, _legend, _read, _Run, _shorten, _write_png
 from .results import AFTER_GROWTH, setting
+from .summary import device_hours
 
 #: Metrics that stand for a task, best known first; then whatever else is the better the larger.
 HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -33,6 +34,7 @@ SMALLER_IS_BETTER = frozenset(
 #: Operators that change the heads and nothing else.
 HEAD_OPERATORS = frozenset(("mha", "head_dim"))
 
+_LINE: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.4}
 _DASHES = ("-", "--", ":")  # when the colours have been used up
 LEAST_TASKS = 3  # two axes of a radar enclose nothing
 LEAST_SCHEDULES = 3  # two have one correlation, which needs no figure
@@ -60,7 +62,8 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
 
     Every axis runs from 0 at the centre to the best of these runs at the rim, printed beside it. Finished runs with
     evaluations of their last stage are drawn; a task counts where all of them have it, with as many examples shown
-    and the same limit, and by one metric (`HEADLINE_METRICS`). The paper says neither how its axes are scaled nor
+    and the same limit, and by one metric (`HEADLINE_METRICS`); `mmlu_anatomy` counts as a part of `mmlu`, where that
+    is there. The paper says neither how its axes are scaled nor
     which metrics they show.
 
     Args:
@@ -123,7 +126,7 @@ def correlation_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path |
     schedules = [run for run, _ in chosen]
     if len(scores) == len(schedules):
         schedules.sort(key=lambda run: scores[id(run)])
-    hours = [[record.seconds * record.devices / 3600 for record in run.records] for run in schedules]
+    hours = [[device_hours(record) for record in run.records] for run in schedules]
     with rc_context(STYLE):
         names = [_shorten(run.name, 24) for run in schedules]
         return _draw_heatmap(names, time_correlation(hours), path)
@@ -185,26 +188,11 @@ def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     family = max(families, key=len)
     tasks = _shared(family) if len(family) > 1 else []
     with rc_context(STYLE):
-        figure = _figure(9.0 if tasks else 6.4, 4.0)
+        figure = _figure(WIDTH if tasks else 6.4, 4.0)
         left, *right = figure.subplots(1, 2 if tasks else 1, squeeze=False).ravel()
-        for number, group in enumerate(groups):
-            points = [(_heads(run), run.records[-1].perplexity or math.nan) for run in group]
-            dims = group[0].records[-1].dims
-            label = f"{dims.hidden_size}, {dims.intermediate_size}, {dims.num_hidden_layers}"
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-            left.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.4, markersize=5, label=label)
-        _head_axes(left, "Perplexity of the target", "perplexity", (_heads(run) for group in groups for run in group))
-        if len(groups) > 1:
-            left.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
+        _draw_perplexities(left, groups)
         for axes in right:
-            heads = [_heads(one.run) for one in family]
-            for number, (key, name) in enumerate(zip(tasks, _labels(tasks), strict=True)):
-                values = [one.scores[key] for one in family]
-                style = {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "linestyle": _DASHES[number // 8 % 3]}
-                label = f"{_shorten(name, 28)}, {key.metric}"
-                axes.plot(heads, values, marker="o", linewidth=1.4, markersize=5, label=label, **style)
-            _head_axes(axes, "Downstream tasks", "score", heads)
-            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, borderaxespad=0)
+            _draw_scores(axes, family, tasks)
         return _write_png(figure, path)
 
 
@@ -231,12 +219,16 @@ def _headlines(evaluations: Iterable[EvalRecord]) -> dict[_Key, float]:
 
 
 def _shared(scored: Sequence[_Scored]) -> list[_Key]:
-    """The tasks that all runs have, by name, each with the first metric that all have."""
+    """The tasks that all runs have, by name, each with the first metric that all have.
+
+    One that is named after another, as `mmlu_anatomy` is after `mmlu`, is part of it.
+    """
     shared: dict[tuple[str, str], _Key] = {}
     for key in scored[0].scores if scored else ():
         if all(key in one.scores for one in scored):
             shared.setdefault((key.task, key.setting), key)
-    return sorted(shared.values())
+    names = {key.task for key in shared.values()}
+    return sorted(key for key in shared.values() if not any(key.task.startswith(f"{name}_") for name in names))
 
 
 def _labels(keys: Sequence[_Key]) -> list[str]:
@@ -304,6 +296,37 @@ def _by_heads(found: Sequence[_Run], runs: Sequence[RunDirectory]) -> list[list[
 
 def _heads(run: _Run) -> int:
     return run.records[-1].dims.num_attention_heads
+
+
+def _draw_perplexities(axes: Axes, groups: Sequence[Sequence[_Run]]) -> None:
+    for number, group in enumerate(groups):
+        last = [run.records[-1] for run in group]
+        dims, colour = last[0].dims, RUN_COLOURS[number % len(RUN_COLOURS)]
+        axes.plot(
+            [_heads(run) for run in group],
+            [record.perplexity for record in last],
+            color=colour,
+            label=f"{dims.hidden_size}, {dims.intermediate_size}, {dims.num_hidden_layers}",
+            **_LINE,
+        )
+    _head_axes(axes, "Perplexity of the target", "perplexity", (_heads(run) for group in groups for run in group))
+    if len(groups) > 1:
+        axes.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
+
+
+def _draw_scores(axes: Axes, family: Sequence[_Scored], tasks: Sequence[_Key]) -> None:
+    heads = [_heads(one.run) for one in family]
+    for number, (key, name) in enumerate(zip(tasks, _labels(tasks), strict=True)):
+        axes.plot(
+            heads,
+            [one.scores[key] for one in family],
+            color=RUN_COLOURS[number % len(RUN_COLOURS)],
+            linestyle=_DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
+            label=f"{_shorten(name, 28)}, {key.metric}",
+            **_LINE,
+        )
+    _head_axes(axes, "Downstream tasks", "score", heads)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, borderaxespad=0)
 
 
 def _head_axes(axes: Axes, title: str, label: str, heads: Iterable[int]) -> None:
