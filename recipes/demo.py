@@ -65,7 +65,7 @@ def main() -> None:
 
     report = write_report(runs, options.output_dir / "report")
     Console().print(comparison_table([summarise(RunDirectory(run)) for run in runs]))
-    print(f"figures: {report}/loss.png and {report}/path.png; tables: {report}/report.md")
+    print(f"figures: {report}/loss.png and {report}/path.png; tables: {report}/report.md; all: {report}/report.html")
 
     final = RunDirectory(runs[0]).stage_dir(len(schedule.stages))
     set_seed(0)

@@ -13,7 +13,7 @@ from report_runs import GROWN, INITIAL, OTHER_ORDER, SCRATCH, STEPS, TOKENS_PER_
 from slop_hf.errors import RunError
 from slop_hf.paper import TABLE_1
 from slop_hf.records import EVAL_FILE
-from slop_hf.report import comparisons, correlation_figure, figures, heads_figure, radar_figure, time_correlation
+from slop_hf.report import comparisons, correlation_figure, drawing, heads_figure, radar_figure, time_correlation
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
 TASKS = {"piqa": 0.6, "boolq": 0.5, "arc": 0.3}
@@ -24,9 +24,9 @@ TOKENS = STEPS * TOKENS_PER_STEP
 def drawn(monkeypatch):
     """The figures that were made, in order."""
     made = []
-    new = comparisons._figure
-    monkeypatch.setattr(figures, "DPI", 72)
-    monkeypatch.setattr(comparisons, "_figure", lambda *size: made.append(new(*size)) or made[-1])
+    new = comparisons.new_figure
+    monkeypatch.setattr(drawing, "DPI", 72)
+    monkeypatch.setattr(comparisons, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
     return made
 
 
@@ -52,7 +52,7 @@ def test_radar_has_an_axis_a_shared_task(make_run, tmp_path, drawn):
     assert labels == ["arc\nacc_norm 0.66", "boolq\nacc_norm 0.55", "piqa\nacc_norm 0.66"]
     lengths = [list(line.get_ydata()) for line in axes.lines]
     assert lengths == [pytest.approx([0.5, 1, 1, 0.5]), pytest.approx([1, 1, 0.5, 1])]
-    assert [line.get_color() for line in axes.lines] == [figures.RUN_COLOURS[0], figures.RUN_COLOURS[2]]
+    assert [line.get_color() for line in axes.lines] == [drawing.RUN_COLOURS[0], drawing.RUN_COLOURS[2]]
 
 
 def test_parts_of_a_task_are_no_axes(make_run, tmp_path, drawn):

@@ -15,16 +15,16 @@ from report_runs import GROWN, OTHER_ORDER, SCRATCH
 
 from slop_hf.errors import RunError
 from slop_hf.records import STATE_FILE
-from slop_hf.report import figures, loss_figure, path_figure
+from slop_hf.report import drawing, figures, loss_figure, path_figure
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were made, in order."""
     made = []
-    new = figures._figure
-    monkeypatch.setattr(figures, "DPI", 72)
-    monkeypatch.setattr(figures, "_figure", lambda *size: made.append(new(*size)) or made[-1])
+    new = figures.new_figure
+    monkeypatch.setattr(drawing, "DPI", 72)
+    monkeypatch.setattr(figures, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
     return made
 
 
@@ -41,8 +41,8 @@ def test_figure_shows_every_run(make_run, tmp_path, draw):
     runs = [make_run("slop"), make_run("scratch", SCRATCH), make_run("other", OTHER_ORDER)]
     before = dict(matplotlib.rcParams)
     path = draw(runs, tmp_path / "out" / "figure.png")
-    assert all(inked(path, colour) > 200 for colour in figures.RUN_COLOURS[:3])
-    assert inked(path, figures.RUN_COLOURS[4]) == 0
+    assert all(inked(path, colour) > 200 for colour in drawing.RUN_COLOURS[:3])
+    assert inked(path, drawing.RUN_COLOURS[4]) == 0
     assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
     assert dict(matplotlib.rcParams) == before
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from ..errors import RunError
 from ..records import EvalRecord, RunDirectory
-from .figures import RUN_COLOURS, STYLE, WIDTH, _figure, _legend, _read, _Run, _shorten, _write_png
+from .drawing import RUN_COLOURS, STYLE, WIDTH, DrawnRun, new_figure, read_runs, run_legend, shorten, write_png
 from .results import AFTER_GROWTH, setting
 from .summary import device_hours
 
@@ -53,7 +53,7 @@ class _Key(NamedTuple):
 class _Scored:
     """A finished run with what its target scored, headline metrics first."""
 
-    run: _Run
+    run: DrawnRun
     scores: dict[_Key, float]
 
 
@@ -76,14 +76,14 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     Raises:
         RunError: for no runs, one given twice, a directory that is no run, or a file that holds no evaluations.
     """
-    scored = [one for one in _scored(_read(runs), runs) if one.scores]
+    scored = [one for one in _scored(read_runs(runs), runs) if one.scores]
     tasks = [key for key in _shared(scored) if max(one.scores[key] for one in scored) > 0]
     if len(scored) < 2 or len(tasks) < LEAST_TASKS:
         return None
     best = [max(one.scores[key] for one in scored) for key in tasks]
     angles = [2 * math.pi * number / len(tasks) for number in range(len(tasks))]
     with rc_context(STYLE):
-        figure = _figure(5.8, 5.2)
+        figure = new_figure(5.8, 5.2)
         axes = figure.add_subplot(projection="polar")
         for number, one in enumerate(scored):
             lengths = [max(one.scores[key], 0) / top for key, top in zip(tasks, best, strict=True)]
@@ -92,8 +92,8 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
         rims = [f"{key.metric} {top:.3g}" for key, top in zip(tasks, best, strict=True)]
         _radar_axes(axes, angles, [f"{name}\n{rim}" for name, rim in zip(_labels(tasks), rims, strict=True)])
         figure.suptitle("Downstream tasks", x=0.01, ha="left", fontsize=10, fontweight="bold")
-        _legend(figure, [one.run for one in scored], letters=48)
-        return _write_png(figure, path)
+        run_legend(figure, [one.run for one in scored], letters=48)
+        return write_png(figure, path)
 
 
 def correlation_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
@@ -114,8 +114,8 @@ def correlation_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path |
     Raises:
         RunError: for no runs, one given twice, or a directory that is no run.
     """
-    found = _read(runs)
-    by_length: dict[int, list[tuple[_Run, float | None]]] = defaultdict(list)
+    found = read_runs(runs)
+    by_length: dict[int, list[tuple[DrawnRun, float | None]]] = defaultdict(list)
     for drawn, run in zip(found, runs, strict=True):
         if run.is_finished and len(drawn.records) >= LEAST_STAGES:
             by_length[len(drawn.records)].append((drawn, run.schedule.scores.get("delta_params")))
@@ -128,7 +128,7 @@ def correlation_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path |
         schedules.sort(key=lambda run: scores[id(run)])
     hours = [[device_hours(record) for record in run.records] for run in schedules]
     with rc_context(STYLE):
-        names = [_shorten(run.name, 24) for run in schedules]
+        names = [shorten(run.name, 24) for run in schedules]
         return _draw_heatmap(names, time_correlation(hours), path)
 
 
@@ -179,7 +179,7 @@ def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     Raises:
         RunError: for no runs, one given twice, a directory that is no run, or a file that holds no evaluations.
     """
-    found = _read(runs)
+    found = read_runs(runs)
     groups = _by_heads(found, runs)
     if not groups:
         return None
@@ -188,15 +188,15 @@ def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     family = max(families, key=len)
     tasks = _shared(family) if len(family) > 1 else []
     with rc_context(STYLE):
-        figure = _figure(WIDTH if tasks else 6.4, 4.0)
+        figure = new_figure(WIDTH if tasks else 6.4, 4.0)
         left, *right = figure.subplots(1, 2 if tasks else 1, squeeze=False).ravel()
         _draw_perplexities(left, groups)
         for axes in right:
             _draw_scores(axes, family, tasks)
-        return _write_png(figure, path)
+        return write_png(figure, path)
 
 
-def _scored(found: Iterable[_Run], runs: Iterable[RunDirectory]) -> list[_Scored]:
+def _scored(found: Iterable[DrawnRun], runs: Iterable[RunDirectory]) -> list[_Scored]:
     """Finished runs with the headline scores of their targets."""
     return [
         _Scored(drawn, _headlines(run.evaluations(len(drawn.records) - 1)))
@@ -255,7 +255,7 @@ def _radar_axes(axes: Axes, angles: Sequence[float], labels: Sequence[str]) -> N
 def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]], path: str | Path) -> Path:
     """Draw the correlations, each printed in its cell; what has none is grey."""
     side = 2.0 + 0.5 * max(len(names), 4)
-    figure = _figure(side + 1.2, side)
+    figure = new_figure(side + 1.2, side)
     axes = figure.add_subplot()
     finite = [value for row in values for value in row if math.isfinite(value)]
     # Training times mostly correlate: the colours are spent on the range that is there.
@@ -276,12 +276,12 @@ def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]], path:
         spine.set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.8, label="Pearson's r").outline.set_visible(False)
     axes.set_title("Correlation of training times", loc="left")
-    return _write_png(figure, path)
+    return write_png(figure, path)
 
 
-def _by_heads(found: Sequence[_Run], runs: Sequence[RunDirectory]) -> list[list[_Run]]:
+def _by_heads(found: Sequence[DrawnRun], runs: Sequence[RunDirectory]) -> list[list[DrawnRun]]:
     """Finished runs that differ in heads alone, in the order of their heads; those with two numbers at least."""
-    groups: dict[tuple[object, ...], list[_Run]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[DrawnRun]] = defaultdict(list)
     for drawn, run in zip(found, runs, strict=True):
         perplexity, target = drawn.records[-1].perplexity, run.schedule.target
         if run.is_finished and perplexity is not None and math.isfinite(perplexity):
@@ -294,11 +294,11 @@ def _by_heads(found: Sequence[_Run], runs: Sequence[RunDirectory]) -> list[list[
     return [group for group in ordered if len({_heads(run) for run in group}) > 1]
 
 
-def _heads(run: _Run) -> int:
+def _heads(run: DrawnRun) -> int:
     return run.records[-1].dims.num_attention_heads
 
 
-def _draw_perplexities(axes: Axes, groups: Sequence[Sequence[_Run]]) -> None:
+def _draw_perplexities(axes: Axes, groups: Sequence[Sequence[DrawnRun]]) -> None:
     for number, group in enumerate(groups):
         last = [run.records[-1] for run in group]
         dims, colour = last[0].dims, RUN_COLOURS[number % len(RUN_COLOURS)]
@@ -322,7 +322,7 @@ def _draw_scores(axes: Axes, family: Sequence[_Scored], tasks: Sequence[_Key]) -
             [one.scores[key] for one in family],
             color=RUN_COLOURS[number % len(RUN_COLOURS)],
             linestyle=_DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
-            label=f"{_shorten(name, 28)}, {key.metric}",
+            label=f"{shorten(name, 28)}, {key.metric}",
             **_LINE,
         )
     _head_axes(axes, "Downstream tasks", "score", heads)

@@ -28,7 +28,7 @@ from ..cost import DEFAULT_CONFIG, count_parameters, flops_per_token
 from ..dims import ModelDims
 from ..errors import PlanError
 from ..schedule import GrowthSchedule
-from .figures import DPI, POINTS_PER_INCH, STYLE
+from .drawing import DPI, POINTS_PER_INCH, STYLE
 from .tables import count
 
 SUFFIXES = (".png", ".svg", ".pdf")

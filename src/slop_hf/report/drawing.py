@@ -1,0 +1,138 @@
+"""What the figures of runs share: colours, fonts, legends, files, and what they take from a run.
+
+Drawn on matplotlib's objects, so that no state of pyplot is touched and no display is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from ..errors import RunError
+from ..records import RunDirectory, StageRecord
+from .summary import run_names
+
+#: Okabe and Ito's palette without yellow, then grey: told apart by colour-blind readers, and on white.
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
+
+DPI = 150  # of PNG files
+POINTS_PER_INCH = 72
+WIDTH = 9.0  # inches
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "text.usetex": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+DESCENT = 0.2  # share of the initial stage in which a new model falls from ln(vocabulary)
+
+
+@dataclass(frozen=True)
+class DrawnRun:
+    """What the figures take from a run."""
+
+    name: str
+    colour: str
+    records: list[StageRecord]
+    history: list[dict[str, Any]]
+
+    def losses(self, key: str) -> tuple[list[float], list[float]]:
+        """FLOPs and finite losses of the log entries that have both."""
+        logged = [entry for entry in self.history if {"train_flops", key} <= entry.keys()]
+        finite = [entry for entry in logged if math.isfinite(entry[key])]
+        return [entry["train_flops"] for entry in finite], [entry[key] for entry in finite]
+
+    @property
+    def settled_losses(self) -> list[float]:
+        """All losses, the initial model's first descent left out."""
+        start = DESCENT * self.records[0].total_flops
+        pairs = [pair for key in ("loss", "eval_loss") for pair in zip(*self.losses(key), strict=True)]
+        return [loss for flops, loss in pairs if flops >= start] or [loss for _, loss in pairs]
+
+    @property
+    def growths(self) -> list[tuple[float, str]]:
+        """FLOPs at which each growth happened, and its label."""
+        pairs = zip(self.records, self.records[1:], strict=False)
+        return [(before.total_flops, stage_label(after)) for before, after in pairs]
+
+
+def read_runs(runs: Sequence[RunDirectory]) -> list[DrawnRun]:
+    """The runs as figures take them, each with a name and a colour of its own.
+
+    Raises:
+        RunError: for no runs, one given twice, a directory that is no run, or a run without a finished stage.
+    """
+    if not runs:
+        raise RunError("no runs to draw; give at least one run directory")
+    found = []
+    for number, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
+        if not (records := run.records()):
+            raise RunError(f"{run.path} has no finished stage to draw; let `slop train` finish its first stage")
+        found.append(DrawnRun(name, RUN_COLOURS[number % len(RUN_COLOURS)], records, run.history()))
+    return found
+
+
+def stage_label(record: StageRecord) -> str:
+    """What the stage's directory is called after its number: `initial`, `layer`, `layer-ffn`."""
+    return record.name.split("-", 2)[-1]
+
+
+def dark(colour: str) -> tuple[float, ...]:
+    """The colour for small text, which the lighter ones of the palette are too pale for."""
+    return tuple(0.8 * part for part in to_rgb(colour))
+
+
+def run_legend(
+    where: Figure | SubFigure, runs: Sequence[DrawnRun], extra: Sequence[tuple[str, Line2D]] = (), *, letters: int = 84
+) -> None:
+    """Name the runs below a figure, in as many columns as have room: `letters` of names in a row."""
+    names = [*(shorten(run.name, min(letters, 48)) for run in runs), *(label for label, _ in extra)]
+    handles = [*(Line2D([], [], color=run.colour, linewidth=2.4) for run in runs), *(handle for _, handle in extra)]
+    ncols = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= letters), 1)
+    ncols = math.ceil(len(names) / math.ceil(len(names) / ncols))
+    legend = where.legend(handles, ["x"] * len(names), loc="outside lower center", ncols=ncols)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        # Set afterwards and without mathtext, since names may begin with `_` or hold `$`.
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
+def shorten(name: str, length: int) -> str:
+    """The name, its middle left out where it is too long: runs tend to differ at the ends."""
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.08))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_png(figure: Figure, path: str | Path) -> Path:
+    """Write a figure aside and rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_bytes(buffer.getvalue())
+    aside.replace(path)
+    return path
