@@ -1,15 +1,17 @@
-"""The tiny recipe for real: under DeepSpeed ZeRO-3 on two ranks, as its users launch it."""
+"""The tiny recipe for real, on a mixture of seven sources: under ZeRO-3 on two ranks, as its users launch it."""
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from mixture import WEIGHTS, seven_sources
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from launching import ROOT, command, environment, largest_difference
+from launching import ROOT, command, environment, kill, largest_difference
 
 from slop_hf import RunConfig, RunDirectory, build_trainer
 
@@ -21,28 +23,99 @@ def recipe(tmp_path_factory):
     """The recipe with fewer tokens, and data of its own."""
     folder = tmp_path_factory.mktemp("recipe")
     content = yaml.safe_load((ROOT / "recipes" / "grow_tiny.yaml").read_text())
-    content["data"] |= {"cache_dir": str(folder / "cache"), "max_documents": 300}
+    del content["data"]["source"]
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(seven_sources(folder), sort_keys=False))
+    content["data"] |= {"cache_dir": str(folder / "cache"), "mixture": "mixture.yaml", "held_out": 0.03}
     schedule = content["schedule"]
     schedule["initial_tokens"] //= SHARE
     for stage in schedule["stages"]:
         stage["tokens"] //= SHARE
-    content["training"]["save_steps"] = 3
+    content["training"] |= {"save_steps": 1, "logging_steps": 4}
     path = folder / "grow_tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 
 
-@pytest.mark.deepspeed
-def test_two_ranks_end_where_one_process_does(recipe, tmp_path):
-    pytest.importorskip("deepspeed")
-    words = command("zero3", 2, ROOT / "recipes" / "grow_1b.py")
-    words += ["--config", str(recipe), "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+def words(recipe, output, *more):
+    launch = command("zero3", 2, ROOT / "recipes" / "grow_1b.py")
+    return [*launch, "--config", str(recipe), "--output-dir", str(output), *more]
+
+
+def run(recipe, output, *more):
+    done = subprocess.run(
+        words(recipe, output, *more), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "5 stages" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def two(recipe, tmp_path_factory):
+    """The run on two ranks."""
+    pytest.importorskip("deepspeed")
+    output = tmp_path_factory.mktemp("runs") / "two"
+    run(recipe, output)
+    return output
+
+
+def log_of(output):
+    """What was logged at which step, without what the clock says."""
+    timed = ("second", "runtime", "mfu")
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in timed)}
+        for entry in RunDirectory(output).history()
+    ]
+
+
+@pytest.mark.deepspeed
+def test_two_ranks_end_where_one_process_does(recipe, two, tmp_path):
     build_trainer(RunConfig.from_yaml(recipe), tmp_path / "one").train()
-    one, two = (RunDirectory(tmp_path / name).records() for name in ("one", "two"))
-    for alone, shared in zip(one, two, strict=True):
+    for alone, shared in zip(RunDirectory(tmp_path / "one").records(), RunDirectory(two).records(), strict=True):
         assert (shared.devices, shared.global_step) == (2, alone.global_step)
         assert shared.eval_loss == pytest.approx(alone.eval_loss, abs=1e-5), "the same blocks count, once each"
-        assert largest_difference(tmp_path / "one", tmp_path / "two", alone.name) < 1e-5, "Adam magnifies rounding"
+        assert shared.eval_losses == pytest.approx(alone.eval_losses, abs=1e-5)
+        assert shared.data == alone.data and shared.data_fingerprint == alone.data_fingerprint != ""
+        assert largest_difference(tmp_path / "one", two, alone.name) < 1e-5, "Adam magnifies rounding"
+
+
+@pytest.mark.deepspeed
+def test_killed_and_resumed_it_logs_the_same(recipe, two, tmp_path):
+    """SIGKILL to all ranks in the third stage: losses, rates and tokens from there on are the same."""
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        words(recipe, output), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not any((output / "stage-2-ffn.running").glob("checkpoint-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        kill(process)
+        process.wait()
+    assert RunDirectory(output).finished_stages == 2
+    run(recipe, output, "--resume")
+    assert log_of(output) == log_of(two)
+    assert largest_difference(output, two, "stage-4-layer") == 0.0
+
+
+@pytest.mark.deepspeed
+def test_the_books_of_a_mixture(two):
+    """Every stage says what it was trained on; shares follow the weights, ranges one another."""
+    records = RunDirectory(two).records()
+    ends = dict.fromkeys(WEIGHTS, 0)
+    for record in records:
+        assert [one.source for one in record.data] == list(WEIGHTS)
+        for one in record.data:
+            assert (one.first_token, one.weight) == (ends[one.source], pytest.approx(WEIGHTS[one.source] / 100))
+            ends[one.source] = one.end_token
+        assert sum(one.tokens for one in record.data) == record.tokens
+        weighed = [(record.eval_losses[name], WEIGHTS[name]) for name in record.eval_losses]
+        mean = sum(loss * weight for loss, weight in weighed) / sum(weight for _, weight in weighed)
+        assert record.eval_loss == pytest.approx(mean, rel=1e-9) and len(weighed) >= 2
+    total = records[-1].total_tokens
+    assert sum(ends.values()) == total
+    for name, weight in WEIGHTS.items():
+        share = weight / 100
+        blocks = total / 128
+        assert abs(ends[name] / total - share) <= 3 * (share * (1 - share) / blocks) ** 0.5

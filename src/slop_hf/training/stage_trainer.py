@@ -54,6 +54,7 @@ class StageTrainer(Trainer):
     _entering: StateStream | None = None  # what the model that is being prepared is to be filled from
     _resumed: dict[str, Any]  # what a checkpoint keeps beside states
     _random: list[dict[str, Any]]
+    _losses: dict[str, Any] | None = None  # of the stage so far, where it is resumed
     _first_step = 0  # of this call of `train`; later ones may begin where a checkpoint ended
 
     # ---- A model for each stage --------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class StageTrainer(Trainer):
         if entering is not None:
             enter(self._setup.states(self), entering)
         resumed, self._resumed = self._resumed, {}
-        self._random = resumed.get("random", [])
+        self._random, self._losses = resumed.get("random", []), resumed.get("losses")
         if resume_from_checkpoint is not None:
             restore(self.lr_scheduler, resumed["scheduler"])
             if resumed.get("scaler"):
@@ -138,11 +139,17 @@ class StageTrainer(Trainer):
         """Nothing: states enter once model and optimizer are prepared."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Each rank goes on with its own random numbers; another number of ranks begins with new ones."""
+        """Each rank goes on with its own random numbers and sums of losses; other ranks begin with new ones."""
         if len(self._random) == self.ranks.count:
             set_random_state(self._random[self.ranks.rank])
         elif self._random:
             set_seed(self.args.seed + self._span.number + self.state.global_step)
+        if self._losses is not None:  # Trainer begins its means of losses anew just before it calls this
+            pending, own = self._losses["pending"], self.ranks.rank
+            same = len(pending) == self.ranks.count
+            self._tr_loss.fill_(pending[own] if same else math.fsum(pending) / len(pending))
+            self._total_loss_scalar, self._globalstep_last_logged = self._losses["total"], self._losses["logged"]
+            self._losses = None
 
     # ---- Steps -------------------------------------------------------------------------------------------------
 
@@ -173,6 +180,11 @@ class StageTrainer(Trainer):
             "seconds": self._pace.stage_seconds,
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "losses": {
+                "total": self._total_loss_scalar,
+                "logged": self._globalstep_last_logged,
+                "pending": self.ranks.all_gather(float(self._tr_loss)),
+            },
         }
         with self._pace.paused():
             save_checkpoint(
@@ -245,6 +257,8 @@ class StageTrainer(Trainer):
             done = self.state.global_step - self._first_step
             logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
             logs["train_samples_per_second"] = round(done * self._span.blocks_per_step / logs["train_runtime"], 3)
+            # Over all of the stage, where Trainer divides by the steps of this call.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._span.first_step, 1)
         self.state.epoch = tokens / (len(self.blocks) * self.facts.block_size)
         super().log(logs, start_time)
 
