@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from http_server import FileServer
 
 from slop_hf.data import (
     Corpus,
@@ -22,6 +23,7 @@ from slop_hf.data import (
     corpus,
     documents,
     prepare_data,
+    retrying,
     tokenizing,
     train_tokenizer,
 )
@@ -365,3 +367,46 @@ def test_a_tokenizer_sees_every_source_by_its_weight(mixture: DataConfig, monkey
     sizes = [sum(len(text.encode()) for text in part) for part in (files, rows, few)]
     # The document that reaches the share is the last.
     assert 1200 <= sizes[0] < 1200 + len(files[-1].encode()) and 780 <= sizes[1] < 805 and len(few) == 1
+
+
+@pytest.fixture
+def served(mixture: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, DataConfig]]:
+    """The mixture with more rows, and a web server that has them."""
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(tokenizing, "JOURNAL_BATCHES", 1)
+    rows = tmp_path / "many.jsonl"
+    rows.write_text("".join(json.dumps({"body": f"row {i} " * 20}) + "\n" for i in range(2000)))
+    sources = {**mixture.sources, "rows": dataclasses.replace(mixture.sources["rows"], source=str(rows))}
+    with FileServer({"many.jsonl": rows.read_bytes()}) as server:
+        yield server, changed(mixture, mixture=Mixture(sources))
+
+
+def fetched(server: Any, config: DataConfig, tmp_path: Path) -> DataConfig:
+    """The same with the rows from the server, in another cache, by the same tokenizer."""
+    rows = dataclasses.replace(config.sources["rows"], source=server.url("many.jsonl"))
+    mixture = Mixture({**config.sources, "rows": rows})
+    return changed(config, mixture=mixture, cache_dir=str(tmp_path / "other"), tokenizer=str(tokenizer_of(config)))
+
+
+def test_a_failing_server_loses_nothing(served: tuple[Any, DataConfig], tmp_path: Path) -> None:
+    server, config = served
+    expected = prepare_data(config)
+    server.faults = iter([None, None, 0.3, 500, 429, 0.5, 503, 0.1, 502, 0.8])
+    assert prepare_data(fetched(server, config, tmp_path)).fingerprint == expected.fingerprint
+    assert len(server.requests) == 11
+
+
+def test_a_server_that_is_gone_is_waited_for_by_the_next_call(served: tuple[Any, DataConfig], tmp_path: Path) -> None:
+    """It stops with an error, keeps what it has, and later asks for the rest only."""
+    server, config = served
+    expected, config = prepare_data(config), fetched(server, config, tmp_path)
+    server.faults = iter([None, None, 0.7, *[500] * 100])
+    with pytest.raises(DataError, match=r"many\.jsonl.*it goes on where it stopped"):
+        prepare_data(config)
+    (journal,) = Path(str(config.cache_dir)).glob(f"sources/.*.building/{tokenizing.JOURNAL}")
+    assert json.loads(journal.read_text())["bytes"] > 100_000
+    server.faults = iter(())
+    server.requests.clear()
+    assert prepare_data(config).fingerprint == expected.fingerprint
+    assert all(asked and int(asked.removeprefix("bytes=").rstrip("-")) > 100_000 for _, asked in server.requests[1:])
