@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .baselines import from_scratch as from_scratch
     from .data import DataConfig as DataConfig
+    from .data import Mixture as Mixture
+    from .data import Source as Source
     from .data import prepare_data as prepare_data
     from .dims import ModelDims as ModelDims
     from .errors import SlopError as SlopError
@@ -50,6 +52,7 @@ _HOMES = {
     "GrowthSchedule": "schedule",
     "GrowthStage": "schedule",
     "MemoryLimit": "memory",
+    "Mixture": "data",
     "ModelDims": "dims",
     "RunConfig": "training",
     "RunDirectory": "records",
@@ -58,6 +61,7 @@ _HOMES = {
     "SlopPlanner": "planner",
     "SlopTrainer": "training",
     "SlopTrainingArguments": "training",
+    "Source": "data",
     "StageRecord": "records",
     "build_trainer": "training",
     "calibrate": "training",
