@@ -115,6 +115,33 @@ def read_yaml_text(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds no Python objects
 
 
+def change(content: dict[str, Any], overrides: Mapping[str, Any], *, where: str, error: type[SlopError]) -> None:
+    """Put values into what a file held.
+
+    Args:
+        content: changed in place.
+        overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`.
+        where: the name of the file, for the error message.
+        error: the class of error to raise.
+
+    Raises:
+        error: for a key that leads through a value which is no section.
+
+    >>> content = {"a": {"b": 1}}
+    >>> change(content, {"a.c": 2, "d.e": 3}, where="file", error=SlopError)
+    >>> content
+    {'a': {'b': 1, 'c': 2}, 'd': {'e': 3}}
+    """
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        section = content
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise error(f"cannot set {key}: {parent} is not a section of {where}")
+        section[last] = value
+
+
 def to_yaml(value: Any) -> str:
     """A value as YAML text, fields in the order of their declaration."""
     return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=120)

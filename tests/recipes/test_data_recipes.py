@@ -4,21 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from mixture import WEIGHTS
 
 from slop_hf.data import DataConfig, Mixture
 from slop_hf.data.sources import local_bytes
 
 ROOT = Path(__file__).parents[2]
 MIXTURES = sorted(ROOT.glob("recipes/data/*.yaml"))
-TABLE_6 = {
-    "commoncrawl": 67.0,
-    "c4": 15.0,
-    "github": 4.5,
-    "wikipedia": 4.5,
-    "books": 4.5,
-    "arxiv": 2.5,
-    "stackexchange": 2.0,
-}
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
@@ -32,7 +24,7 @@ def test_every_mixture_can_be_read(path, monkeypatch):
 
 def test_redpajamas_weights_are_the_papers():
     mixture = Mixture.from_yaml(ROOT / "recipes/data/redpajama.yaml")
-    assert {name: source.weight for name, source in mixture.sources.items()} == TABLE_6
+    assert {name: source.weight for name, source in mixture.sources.items()} == WEIGHTS
 
 
 def test_the_local_mixture_runs(output_of, monkeypatch, tmp_path):

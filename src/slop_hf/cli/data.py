@@ -14,6 +14,7 @@ import typer
 import slop_hf
 
 from ..errors import DataError
+from ..serialization import change as change_values
 from ..serialization import parse, read_yaml, written_aside
 from .data_view import overview, samples_of, show_overview, show_result, show_samples
 from .run_view import read_changes
@@ -158,13 +159,9 @@ def read_data(path: Path, changes: list[str]) -> DataConfig:
     if not isinstance(content, dict) or "sources" not in content:
         return slop_hf.RunConfig.from_yaml(path, overrides=overrides).data
     described: dict[str, Any] = {"mixture": content}
-    for key, value in overrides.items():
-        of_data = key.startswith("data.")
-        *parents, last = (key.removeprefix("data.") if of_data else f"mixture.{key}").split(".")
-        section = described
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise DataError(f"cannot set {key}: {parent} is not a section of {path}")
-        section[last] = value
+    within = {
+        key.removeprefix("data.") if key.startswith("data.") else f"mixture.{key}": value
+        for key, value in overrides.items()
+    }
+    change_values(described, within, where=str(path), error=DataError)
     return parse(DataConfig, described, where=str(path), error=DataError)

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import DataError
 from .config import DataConfig, Source
+from .formats import is_wrapped
 from .packing import token_dtype
 from .sources import documents, local_bytes, local_files
 from .tokenizer import load_tokenizer, train_tokenizer
 from .tokenizing import plain_backend
 
 SAMPLE_BYTES = 4 * 2**20
-#: Files with other bytes than the text itself. How many, the smallest one tells if it is not above the limit.
-WRAPPED = (".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".zst", ".bz2", ".xz")
+#: How many bytes a file has besides its texts, the smallest one tells if it is not above the limit.
 SMALLEST_BYTES = 64 * 2**20
 SHOWN_CHARACTERS = 400
 
@@ -214,7 +214,7 @@ def _text_share(source: Source) -> float:
     The smallest file tells; where it is large, 1 has to do.
     """
     paths = [path for place in source.places for path in (local_files(place) or {}).values()]
-    wrapped = [path for path in paths if source.format in ("jsonl", "parquet") or path.name.lower().endswith(WRAPPED)]
+    wrapped = [path for path in paths if source.format in ("jsonl", "parquet") or is_wrapped(path.name)]
     sizes = {path: size for path in wrapped if (size := path.stat().st_size)}
     smallest = min(sizes, key=sizes.__getitem__, default=None)
     if smallest is None or sizes[smallest] > SMALLEST_BYTES:

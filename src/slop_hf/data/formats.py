@@ -75,6 +75,15 @@ def format_of(name: str) -> Format:
     return _FORMATS.get((Path(path.stem) if path.suffix in _OPENERS else path).suffix, "text")
 
 
+def is_wrapped(name: str) -> bool:
+    """Whether a file has other bytes than the texts that it holds.
+
+    >>> [is_wrapped(name) for name in ("a.txt", "a.txt.gz", "a.jsonl")]
+    [False, True, True]
+    """
+    return Path(name.lower()).suffix in {*_FORMATS, *_OPENERS}
+
+
 def read_texts(file: File, format: Format, column: str, at: Any = None) -> Texts:
     """The texts of a file, each with the place behind it; a text may be blank.
 

@@ -26,7 +26,7 @@ from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
 from ..records import RunDirectory
 from ..schedule import GrowthSchedule
-from ..serialization import parse, read_yaml
+from ..serialization import change, parse, read_yaml
 from .arguments import PER_STAGE, SlopTrainingArguments
 from .batches import blocks_per_step, keep_last, stage_batches
 from .checks import check_growths, with_inits
@@ -68,14 +68,7 @@ class RunConfig:
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
             raise RunError(f"{path}: expected a mapping with the keys schedule, model, data and training")
-        for key, value in (overrides or {}).items():
-            *parents, last = key.split(".")
-            section = content
-            for parent in parents:
-                section = section.setdefault(parent, {})
-                if not isinstance(section, dict):
-                    raise RunError(f"cannot set {key}: {parent} is not a section of {path}")
-            section[last] = value
+        change(content, overrides or {}, where=str(path), error=RunError)
         if isinstance(content.get("schedule"), str):
             content["schedule"] = str(Path(path).parent / content["schedule"])
         data = content.get("data")
