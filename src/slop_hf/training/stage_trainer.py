@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +63,8 @@ class StageTrainer(Trainer):
     def _release(self) -> None:
         """Let go of the model in training and all that belongs to it, so that the next one has its memory."""
         wrapped = self.model_wrapped
-        self.accelerator.free_memory()
+        with _without_collecting():  # while all is still held here, for a third of a second
+            self.accelerator.free_memory()
         self.model = self.model_wrapped = self.deepspeed = None
         self.optimizer = self.lr_scheduler = None
         for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
@@ -269,3 +271,16 @@ class StageTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         """Where the stage in training keeps its checkpoints."""
         return str(Path(self.run.running_dir(self._span.number)))
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """A block in which `gc.collect` looks at what the block has made only."""
+    if gc.get_freeze_count():  # somebody else's, which `unfreeze` would undo
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
