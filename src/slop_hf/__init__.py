@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .data import prepare_data as prepare_data
     from .dims import ModelDims as ModelDims
     from .errors import SlopError as SlopError
+    from .evaluation.runs import EvaluateStages as EvaluateStages
+    from .evaluation.runs import evaluate_run as evaluate_run
+    from .evaluation.scoring import evaluate_model as evaluate_model
+    from .evaluation.settings import EvalSettings as EvalSettings
     from .explanation import explain as explain
     from .growth import GrowthReceipt as GrowthReceipt
     from .growth import checkpoint_directory as checkpoint_directory
@@ -48,6 +52,8 @@ _HOMES = {
     "ConfigSpace": "space",
     "CostModel": "hours",
     "DataConfig": "data",
+    "EvalSettings": "evaluation.settings",
+    "EvaluateStages": "evaluation.runs",
     "GrowthReceipt": "growth",
     "GrowthSchedule": "schedule",
     "GrowthStage": "schedule",
@@ -67,6 +73,8 @@ _HOMES = {
     "calibrate": "training",
     "checkpoint_directory": "growth",
     "comparison_table": "report",
+    "evaluate_model": "evaluation.scoring",
+    "evaluate_run": "evaluation.runs",
     "explain": "explanation",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",

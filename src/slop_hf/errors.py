@@ -35,3 +35,7 @@ class DataError(SlopError):
 
 class RunError(SlopError):
     """A training run that cannot start or resume, or a run directory that is not one."""
+
+
+class EvaluationError(SlopError):
+    """A task or a model that cannot be scored."""

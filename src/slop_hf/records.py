@@ -16,6 +16,7 @@ the next stage has something of its own to resume from.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -161,6 +162,11 @@ class EvalRecord:
     weights_hash: str = ""
     harness: str = ""
 
+    @property
+    def key(self) -> tuple[str, int | None, int | None, str]:
+        """What a stage has one record of."""
+        return self.task, self.limit, self.num_fewshot, self.when
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -226,6 +232,18 @@ class RunDirectory:
         if not path.exists():
             return []
         return parse(list[EvalRecord], _read_json(path), where=str(path), error=RunError)
+
+    def add_evaluations(self, number: int, records: Sequence[EvalRecord]) -> Path:
+        """Write what a finished stage scored beside what it scored before.
+
+        A record takes the place of an earlier one of the same task, limit, examples and moment.
+
+        Raises:
+            RunError: where the file that is there is not one of evaluations.
+        """
+        kept = {one.key: one for one in self.evaluations(number)}
+        kept |= {one.key: one for one in records}
+        return write_text(self.stage_dir(number) / EVAL_FILE, to_json(list(kept.values())))
 
     def history(self) -> list[dict[str, Any]]:
         """The log of all finished stages on one axis.

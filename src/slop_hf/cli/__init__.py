@@ -1,4 +1,4 @@
-"""The `slop` command: plan, grow, data, train, rollback, report, reproduce, calibrate.
+"""The `slop` command: plan, grow, data, train, rollback, eval, report, reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.
@@ -13,6 +13,7 @@ import typer
 from ..errors import SlopError
 from .calibrate import calibrate
 from .data import data
+from .evaluate import HELP, evaluate
 from .grow import grow
 from .plan import plan
 from .report import report
@@ -33,6 +34,7 @@ app.command()(grow)
 app.add_typer(data, name="data")
 app.command()(train)
 app.command()(rollback)
+app.command("eval", help=HELP)(evaluate)
 app.command()(report)
 app.command()(reproduce)
 app.command()(calibrate)

@@ -1,4 +1,4 @@
-"""Callbacks that `SlopTrainer` attaches to itself."""
+"""Callbacks that `SlopTrainer` attaches to itself, and `StageCallback` for those that are attached to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..records import RunDirectory
+from .ranks import Ranks
 
 
 class StageEnd(TrainerCallback):
@@ -27,3 +30,16 @@ class StageEnd(TrainerCallback):
             control.should_log = True
             control.should_save = False
         return control
+
+
+class StageCallback(TrainerCallback):
+    """A callback that `SlopTrainer` also tells when a stage lies on disk."""
+
+    def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
+        """Called on all ranks when a finished stage has been written, before the next one is grown from it.
+
+        Args:
+            run: the run's directory.
+            stage: the stage's number.
+            ranks: the processes of the run.
+        """

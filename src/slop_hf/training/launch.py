@@ -74,6 +74,23 @@ def launched() -> Iterator[None]:
             time.sleep(GLOO_SECONDS)
 
 
+@contextmanager
+def no_zero_init() -> Iterator[None]:
+    """Lets this rank load a whole model while the others do something else.
+
+    Under ZeRO-3 transformers makes every new model in parts, as all ranks together: one that loads a model alone would
+    wait for the others for ever.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    configured = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = configured
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

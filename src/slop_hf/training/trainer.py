@@ -20,7 +20,7 @@ from ..records import STATE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
 from .batches import blocks_per_step, stage_batches
-from .callbacks import StageEnd
+from .callbacks import StageCallback, StageEnd
 from .checkpoints import read_resume
 from .checks import (
     check_blocks,
@@ -282,6 +282,9 @@ class SlopTrainer(StageTrainer):
         states = self._setup.states(self)
         save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
         self._drop_optimizer_state(span.number - 1)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StageCallback):
+                callback.on_stage_written(self.run, span.number, self.ranks)
 
     def _continue_curves(self, position: Position) -> None:
         if self.ranks.is_first:
