@@ -1,4 +1,4 @@
-"""Data of a few benchmarks as their datasets have it, small and made up, and a task of the group that stands for BBH."""
+"""Data of the paper's benchmarks in the columns of their datasets: a few made-up rows; of BBH what lm-eval has."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
-BBH_TASK = "leaderboard_bbh_boolean_expressions"
+TEXTS = [" ".join(f"the {name} door {number} was red" for number in range(40)) for name in ("old", "new")]
 
 
 def _piqa() -> dict[str, list[dict[str, Any]]]:
@@ -49,24 +51,27 @@ def _gsm8k() -> dict[str, list[dict[str, Any]]]:
     return {"train": rows, "test": rows[:3]}
 
 
-def _bbh() -> dict[str, list[dict[str, Any]]]:
-    return {"test": [{"input": f"not {value} is", "target": str(not value)} for value in (True, False, True)]}
+def _bbh() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The examples that each task of the group shows the model, as its questions."""
+    import lm_eval.tasks
+
+    found = {}
+    for path in (Path(lm_eval.tasks.__file__).parent / "leaderboard" / "bbh_mc").glob("*.yaml"):
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "group" not in task:
+            shown = task["fewshot_config"]["samples"]
+            found[task["task"]] = {"test": [{key: str(one[key]) for key in ("input", "target")} for one in shown]}
+    return found
 
 
-DATA = {
-    "piqa": _piqa,
-    "hellaswag": _hellaswag,
-    "lambada_openai": _lambada,
-    "gsm8k": _gsm8k,
-    BBH_TASK: _bbh,
-}
+MADE_UP = {"piqa": _piqa, "hellaswag": _hellaswag, "lambada_openai": _lambada, "gsm8k": _gsm8k}
 
 
-def write_data(directory: Path, *tasks: str) -> Path:
-    """Write the data of tasks, by default of all, as `TASK/SPLIT.jsonl`."""
-    for task in tasks or DATA:
-        for split, rows in DATA[task]().items():
+def write_data(directory: Path) -> Path:
+    """Write the data of the paper's tasks as `TASK/SPLIT.jsonl`."""
+    for task, splits in {**{task: make() for task, make in MADE_UP.items()}, **_bbh()}.items():
+        for split, documents in splits.items():
             path = directory / task / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text("".join(json.dumps(row) + "\n" for row in documents))
     return directory

@@ -138,9 +138,11 @@ def _held_out(
         raise EvaluationError("--data and --text are two ways to say what perplexity is measured on: give one")
     from ..data import load_tokenizer, prepare_data  # with torch, which `slop --help` does without
     from ..evaluation.held_out import HeldOut
+    from ..evaluation.runs import stages_to_score
+    from ..evaluation.scoring import Subject
 
     run = RunDirectory(source)
-    tokenizer = str(run.stage_dir(0)) if run.exists else source
+    tokenizer = str(run.stage_dir(stages_to_score(run)[0]) if run.exists else Subject(source).directory)
     if data is not None:
         config = dataclasses.replace(read_data(data, changes), tokenizer=tokenizer)
         return HeldOut.of_corpus(prepare_data(config))
@@ -153,11 +155,12 @@ def _held_out(
 def _show_plan(
     source: str, tasks: Sequence[str], stages: Sequence[int] | None, after_growth: bool, *, as_json: bool
 ) -> None:
+    from ..evaluation.runs import stages_to_score
+
     run = RunDirectory(source)
     names = [source]
     if run.exists:
-        numbers = range(run.finished_stages) if stages is None else stages
-        names = [f"{run.schedule.stage_name(number)}" for number in numbers]
+        names = [run.schedule.stage_name(number) for number in stages_to_score(run, stages)]
     if as_json:
         print(json.dumps({"stages": names, "tasks": list(tasks), "after_growth": after_growth}, indent=2))
         return

@@ -187,7 +187,7 @@ def _remedy(caught: Exception) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """lm-eval seeds the process's random numbers, prints, warns of what is meant, starts processes for standard errors."""
+    """lm-eval seeds random numbers, prints, warns of what is meant, and starts processes for standard errors."""
     before, parallel = random_state(), os.environ.get("DISABLE_MULTIPROC")
     logger = logging.getLogger("lm_eval")
     level = logger.level

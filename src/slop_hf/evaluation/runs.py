@@ -52,14 +52,24 @@ def evaluate_run(
         EvaluationError: as for `evaluate_model`.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
+    chosen = stages_to_score(run, stages)
+    check_tasks(settings)
+    return {number: _evaluate_stage(run, number, settings, after_growth, launched_ranks()) for number in chosen}
+
+
+def stages_to_score(run: RunDirectory, stages: Sequence[int] | None = None) -> Sequence[int]:
+    """The numbers of the stages that are asked for, or of all that have finished.
+
+    Raises:
+        RunError: where there is no run, or a stage has not finished.
+    """
     finished = run.finished_stages
     if not finished:
         raise RunError(f"{run.path} has no finished stage to evaluate: let `slop train` finish its first one")
     for number in (chosen := range(finished) if stages is None else stages):
         if not 0 <= number < finished:
             raise RunError(f"stage {number} of {run.path} has not finished; finished are 0 to {finished - 1}")
-    check_tasks(settings)
-    return {number: _evaluate_stage(run, number, settings, after_growth, launched_ranks()) for number in chosen}
+    return chosen
 
 
 class EvaluateStages(StageCallback):

@@ -1,0 +1,112 @@
+"""`slop eval` as a user would type it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from slop_hf.evaluation.tasks import PAPER_TASKS
+from slop_hf.records import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def run(config, trained, tmp_path, output_of):
+    """A finished run of three stages: trained for the first test that wants it, and copied."""
+    if not trained.exists():
+        output_of("train", config, "-o", trained, "--set", "model.max_position_embeddings=128")
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_help_states_the_settings(output_of):
+    text = " ".join(output_of("eval", "--help").split())
+    for name, one in PAPER_TASKS.items():
+        assert f"{name}: {one.task}, {one.num_fewshot}-shot, {one.metric}" in text
+    options = ("--tasks", "--limit", "--batch-size", "--num-fewshot", "--stage", "--include-path", "--data", "--text")
+    assert all(option in text for option in (*options, "--datasets", "--json", "--dry-run", "RUN|MODEL"))
+
+
+def test_help_loads_no_heavy_library():
+    code = """
+import sys
+from slop_hf.cli import main
+sys.argv = ["slop", "eval", "--help"]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
+print("loaded", *{"torch", "transformers", "lm_eval"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_perplexity_of_a_run(run, config, tmp_path, output_of):
+    command = ["eval", run, "--tasks", "perplexity", "--data", config, "--cache-dir", tmp_path / "results"]
+    text = output_of(*command, "--after-growth")
+    rows = [line for line in text.splitlines() if "stage-" in line]
+    names = ["stage-0-initial", "stage-1-layer, after growth", "stage-1-layer", "stage-2-ffn, after growth"]
+    assert [row.split("│")[1].strip() for row in rows] == [*names, "stage-2-ffn"]
+    last = RunDirectory(run).records()[2]
+    assert f"{last.perplexity:.2f}" in rows[-1] and "marginal utility (Eq. 2):" in text
+
+    found = json.loads(output_of(*command, "--stage", 1, "--json"))
+    assert [one["name"] for one in found["stages"]] == ["stage-1-layer"] and found["marginal_utility"] is None
+    assert found["stages"][0]["evaluations"][0]["metrics"]["loss"] > 0
+    assert [one.when for one in RunDirectory(run).evaluations(1)] == ["after_growth", "end"]
+
+
+def test_perplexity_of_a_model_on_a_text(run, tmp_path, output_of):
+    (tmp_path / "a.txt").write_text("file 1: 1 2 3 4 5 6 7 8 9 " * 20)
+    command = ["eval", run / "stage-1-layer", "--tasks", "perplexity", "--text", tmp_path / "a.txt"]
+    options = ["--block-size", 32, "--batch-size", 2, "--limit", 3, "--cache-dir", tmp_path / "results"]
+    found = json.loads(output_of(*command, *options, "--json"))
+    (record,) = found["evaluations"]
+    assert record["documents"] == record["limit"] == 3 and found["model"] == str(run / "stage-1-layer")
+    assert f"{record['metrics']['perplexity']:,.2f}" in output_of(*command, *options)
+    assert not (run / "stage-1-layer" / "evaluations.json").exists()
+
+
+def test_tasks_of_a_run(run, tmp_path, output_of):
+    pytest.importorskip("lm_eval")
+    rows = [{"goal": f"open door {n}", "sol1": "pull", "sol2": "push it", "label": n % 2} for n in range(4)]
+    for split in ("train", "validation"):
+        path = tmp_path / "datasets" / "piqa" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", run, "--tasks", "piqa", "--datasets", tmp_path / "datasets", "--limit", 3]
+    text = output_of(*command, "--cache-dir", tmp_path / "results")
+    assert "acc_norm" in text and text.count("stage-") == 3
+    (record,) = RunDirectory(run).evaluations(2)
+    assert record.task == "piqa" and record.documents == 3 and record.num_fewshot == 0
+
+
+def test_a_dry_run_scores_nothing(run, output_of, tmp_path):
+    text = output_of("eval", run, "--dry-run", "--after-growth")
+    assert "would score stage-0-initial, stage-1-layer, stage-2-ffn (and each after its growth)" in text
+    assert "leaderboard_bbh (3-shot)" in text and "gsm8k (5-shot)" in text
+    found = json.loads(output_of("eval", run, "--tasks", "piqa,perplexity", "--stage", 2, "--dry-run", "--json"))
+    assert found == {"stages": ["stage-2-ffn"], "tasks": ["piqa", "perplexity"], "after_growth": False}
+    assert not list(run.rglob("evaluations.json"))
+
+
+def test_errors(run, config, tmp_path, error_of):
+    perplexity = ("--tasks", "perplexity", "--data", config)
+    assert "no such directory" in error_of("eval", tmp_path / "none", *perplexity)
+    assert "neither a run nor a model directory" in error_of("eval", tmp_path, "--tasks", "piqa")
+    assert "is not a run, and has no stages" in error_of("eval", run / "stage-0-initial", "--stage", 0, *perplexity)
+    assert "stage 7 of" in error_of("eval", run, "--stage", 7, *perplexity)
+    assert "stage 7 of" in error_of("eval", run, "--stage", 7, "--dry-run")
+    assert "perplexity needs text" in error_of("eval", run, "--tasks", "perplexity")
+    assert "batch_size must be 'auto'" in error_of("eval", run, "--batch-size", "big", *perplexity)
+    text = tmp_path / "a.txt"
+    assert "no such file" in error_of("eval", run, "--tasks", "perplexity", "--text", text)
+    assert "give one" in error_of("eval", run, *perplexity, "--text", text)
+    pytest.importorskip("lm_eval")
+    assert "did you mean" in error_of("eval", run, "--tasks", "hellaswagg")

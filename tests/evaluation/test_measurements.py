@@ -1,0 +1,40 @@
+"""The measurements of the library `evaluate`: loaded by path, without a network."""
+
+import pytest
+from benchmark_data import TEXTS
+
+from slop_hf.errors import EvaluationError
+from slop_hf.evaluation.held_out import HeldOut, perplexity_of
+from slop_hf.evaluation.measurements import path_of
+from slop_hf.report.summary import marginal_utility
+
+evaluate = pytest.importorskip("evaluate")
+
+
+@pytest.fixture
+def load(tmp_path, no_network):
+    return lambda name: evaluate.load(path_of(name), cache_dir=str(tmp_path))
+
+
+def test_perplexity(load, model, model_dir, tokenizer):
+    found = load("perplexity").compute(data=TEXTS, model_id=str(model_dir), block_size=32, batch_size=3)
+    expected = perplexity_of(model, HeldOut.of_texts(dict(zip("ab", TEXTS, strict=True)), tokenizer, 32)).metrics
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert found["perplexities"] == [pytest.approx(expected[f"perplexity/{name}"], rel=1e-6) for name in "ab"]
+
+
+def test_perplexity_of_one_text(load, model_dir):
+    found = load("perplexity").compute(data=TEXTS[:1], model_id=str(model_dir))
+    assert found["perplexities"] == [found["perplexity"]]
+
+
+def test_marginal_utility(load):
+    perplexities, hours = [40.0, 30.0, 32.0, 27.0], [2.0, 4.0, 5.0]
+    found = load("marginal_utility").compute(data=perplexities, hours=hours)
+    assert found == {"marginal_utility": marginal_utility(perplexities, hours)}
+
+
+def test_an_unknown_one():
+    with pytest.raises(EvaluationError, match="there are marginal_utility, perplexity"):
+        path_of("bleu")

@@ -1,0 +1,131 @@
+"""Scores of a run's stages, beside the stages, against what the trainer measured itself."""
+
+import shutil
+
+import pytest
+import torch
+from benchmark_data import TEXTS
+
+from slop_hf import EvalSettings, EvaluateStages, RunConfig, RunDirectory, build_trainer, evaluate_run, prepare_data
+from slop_hf.data import load_tokenizer
+from slop_hf.errors import EvaluationError, RunError
+from slop_hf.evaluation import runs
+from slop_hf.evaluation.held_out import HeldOut
+from slop_hf.evaluation.runs import utility_of
+from slop_hf.records import EVAL_FILE, EvalRecord
+from slop_hf.report import summarise
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def settings(config, tmp_path):
+    def make(**more):
+        held_out = HeldOut.of_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
+        return EvalSettings(
+            **{"tasks": "perplexity", "held_out": held_out, "cache_dir": tmp_path / "results", "device": "cpu", **more}
+        )
+
+    return make
+
+
+@pytest.fixture
+def train(config):
+    """Train a run of three stages with a callback."""
+
+    def run(callback, path):
+        changes = {"growth_init": {"layer": "interleave"}, "growth_seed": 7}
+        overrides = {f"training.{key}": one for key, one in changes.items()}
+        run_config = RunConfig.from_yaml(config, {"model.max_position_embeddings": 128, **overrides})
+        build_trainer(run_config, path, callbacks=[callback]).train()
+        return RunDirectory(path)
+
+    return run
+
+
+@pytest.fixture
+def run(train, settings, trained, tmp_path):
+    """A run that was scored while it trained: trained for the first test that wants it, and copied."""
+    if not trained.exists():
+        train(EvaluateStages(settings(), after_growth=True), trained)
+    return RunDirectory(shutil.copytree(trained, tmp_path / "run"))
+
+
+def losses(records, when):
+    return [one.metrics["loss"] for one in records if one.when == when]
+
+
+def test_stages_have_the_losses_that_training_measured(run, settings):
+    for number in range(3):
+        (run.stage_dir(number) / EVAL_FILE).unlink()
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    found = evaluate_run(run.path, settings(), after_growth=True)
+    assert list(found) == [0, 1, 2]
+    for number, record in enumerate(run.records()):
+        assert losses(found[number], "end") == [pytest.approx(record.eval_loss, rel=1e-5)]
+        grown = [] if number == 0 else [pytest.approx(record.eval_loss_after_growth, rel=1e-5)]
+        assert losses(found[number], "after_growth") == grown
+        assert run.evaluations(number) == found[number]
+    assert utility_of(run, found) == pytest.approx(summarise(run).marginal_utility, rel=1e-3)
+    assert len({one.weights_hash for records in found.values() for one in records}) == 5
+    after = {path for path in run.path.rglob("*") if path.is_file()}
+    assert after - set(before) == {run.stage_dir(number) / EVAL_FILE for number in range(3)}
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_other_records_are_kept(run, settings):
+    others = [EvalRecord("piqa", {"acc": 0.5}), EvalRecord("perplexity", {"perplexity": 1.0}, limit=1)]
+    stale = EvalRecord("perplexity", {"perplexity": 2.0})
+    (run.stage_dir(1) / EVAL_FILE).unlink()
+    run.add_evaluations(1, [*others, stale])
+    (record,) = evaluate_run(run, settings(), stages=[1])[1]
+    assert run.evaluations(1) == [*others, record]
+    (limited,) = evaluate_run(run, settings(limit=1), stages=[1])[1]
+    assert run.evaluations(1) == [others[0], limited, record]
+
+
+def test_runs_and_stages_that_are_not_there(run, settings, tmp_path):
+    chosen = settings()
+    with pytest.raises(RunError, match="is not a run"):
+        evaluate_run(tmp_path / "none", chosen)
+    with pytest.raises(RunError, match=r"stage 3 of .* has not finished; finished are 0 to 2"):
+        evaluate_run(run, chosen, stages=[0, 3])
+    for number in range(3):
+        run.stage_dir(number).rename(run.path / f"gone-{number}")
+    with pytest.raises(RunError, match="has no finished stage to evaluate"):
+        evaluate_run(run, chosen)
+
+
+def test_stages_are_scored_while_the_run_trains(run):
+    both = ["after_growth", "end"]
+    assert [[one.when for one in run.evaluations(number)] for number in range(3)] == [["end"], both, both]
+
+
+def test_what_fails_does_not_stop_the_run_nor_change_it(run, train, settings, monkeypatch, tmp_path):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runs, "score_all", fails)
+    failed = train(EvaluateStages(settings(), after_growth=True), tmp_path / "failed")
+    assert failed.is_finished
+    for number in range(3):
+        assert failed.evaluations(number) == []
+        one, other = (path.stage_dir(number) / "model.safetensors" for path in (failed, run))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_unknown_tasks_are_refused_before_training():
+    pytest.importorskip("lm_eval")
+    with pytest.raises(EvaluationError, match="no task 'pika'"):
+        EvaluateStages(EvalSettings(tasks="pika"))
+
+
+def test_perplexity_of_texts_and_tasks_together(run, settings, datasets_dir):
+    texts = HeldOut.of_texts({"a": TEXTS[0]}, load_tokenizer(run.stage_dir(0)), 32)
+    both = settings(tasks=("perplexity", "piqa"), held_out=texts, datasets=datasets_dir, limit=2)
+    found = evaluate_run(run, both, stages=[2])
+    assert [one.task for one in found[2]] == ["perplexity", "piqa"]
+    assert utility_of(run, found) is None
