@@ -97,7 +97,9 @@ def evaluate(
     if dry_run:
         _show_plan(source, task_names(tasks), stage, after_growth, as_json=as_json)
         return
-    with redirect_stdout(sys.stderr):  # libraries print into what may be JSON
+    from ..training.launch import launched  # with torch, which `slop --help` does without
+
+    with launched(), redirect_stdout(sys.stderr):  # libraries print into what may be JSON
         settings = slop_hf.EvalSettings(
             tasks=task_names(tasks),
             limit=limit,
@@ -136,7 +138,7 @@ def _held_out(
         return None
     if data is not None and texts:
         raise EvaluationError("--data and --text are two ways to say what perplexity is measured on: give one")
-    from ..data import load_tokenizer, prepare_data  # with torch, which `slop --help` does without
+    from ..data import load_tokenizer, prepare_data
     from ..evaluation.held_out import HeldOut
     from ..evaluation.runs import stages_to_score
     from ..evaluation.scoring import Subject

@@ -64,7 +64,11 @@ def task_manager(settings: EvalSettings) -> Iterator[Any]:
 
 
 def language_model(
-    model: PreTrainedModel | Path, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, device: str
+    model: PreTrainedModel | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int | str,
+    device: str,
+    processes: int = 1,
 ) -> Any:
     """lm-eval's view of a model.
 
@@ -74,17 +78,24 @@ def language_model(
         tokenizer: of the model.
         batch_size: a number or "auto".
         device: of a model that has to be loaded.
+        processes: of the launch.
+
+    Raises:
+        EvaluationError: for a launch that lm-eval would not share the documents out in.
     """
     from lm_eval.models.huggingface import HFLM
 
     pretrained = str(model) if isinstance(model, Path) else model
-    try:
-        with _undisturbed():
-            return HFLM(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, device=device)
-    except AssertionError as caught:  # its way to refuse kinds of launches
+    with _undisturbed():
+        lm = HFLM(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    # It counts processes by their number on their own machine, and lets each score everything where there is one GPU.
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if processes > 1 and not lm.world_size == processes == on_machine:
         raise EvaluationError(
-            f"lm-eval does not run in this launch ({caught}): start one process, or several with a GPU each"
-        ) from None
+            "lm-eval shares documents out over several GPUs of one machine only: start a process for each of them, "
+            "or a single process"
+        )
+    return lm
 
 
 def score(lm: Any, task: str, manager: Any, settings: EvalSettings) -> list[EvalRecord]:

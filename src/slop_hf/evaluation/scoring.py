@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,9 @@ from .cache import ResultCache, digest_of
 from .held_out import LARGEST_BATCH_ON_CPU, HeldOut, perplexity_of
 from .settings import EvalSettings
 from .tasks import PAPER, PERPLEXITY
+
+#: How long processes wait for one another: answers that are generated take longer in some than in others.
+LAUNCH_TIMEOUT = timedelta(days=1)
 
 
 def evaluate_model(
@@ -165,7 +169,7 @@ def launched_ranks() -> Ranks:
     """The processes of `accelerate launch`; this one alone where there is no launch."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=LAUNCH_TIMEOUT)
     device = torch.device("cpu") if state.backend == "gloo" else state.device
     return Ranks(state.process_index, state.num_processes, device)
 
@@ -213,11 +217,11 @@ class _Scorer:
         if tokenizer is None:
             where = subject.directory or "a model in memory: give it as `tokenizer`"
             raise EvaluationError(f"tasks need the model's tokenizer, and there is none in {where}")
-        shared = self._ranks.count > 1
-        if shared and subject.directory is None:
+        processes = self._ranks.count
+        if processes > 1 and subject.directory is None:
             raise EvaluationError("several processes can score a directory, not a model in memory: save it first")
-        source = cast(Path, subject.directory) if shared else self._model
-        return harness.language_model(source, tokenizer, self._batch_size(), subject.device)
+        source = cast(Path, subject.directory) if processes > 1 else self._model
+        return harness.language_model(source, tokenizer, self._batch_size(), subject.device, processes)
 
     def _batch_size(self) -> int | str:
         """On a CPU a batch that is too large is not refused: the process is killed."""
