@@ -111,6 +111,7 @@ def test_model_and_random_numbers_are_left_as_they_were(evaluate, model, tokeniz
 def test_tasks_of_one_s_own(evaluate, tmp_path):
     task = {
         "task": "doors",
+        "tag": "houses",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}},
         "output_type": "multiple_choice",
@@ -124,7 +125,8 @@ def test_tasks_of_one_s_own(evaluate, tmp_path):
     (tmp_path / "tasks" / "doors.yaml").write_text(yaml.safe_dump(task))
     (tmp_path / "test.jsonl").write_text('{"q": "red?", "label": 0}\n{"q": "new?", "label": 1}\n')
     (record,) = evaluate("doors", include_path=tmp_path / "tasks", datasets=None)
-    assert record.documents == 2 and set(record.metrics) == {"acc"}
+    assert evaluate("houses", include_path=tmp_path / "tasks", datasets=None) == [record]
+    assert record.task == "doors" and record.documents == 2 and set(record.metrics) == {"acc"}
 
 
 def test_data_that_cannot_be_had(evaluate, no_network):
@@ -149,6 +151,9 @@ def test_what_is_no_model(evaluate, model, tmp_path):
     with pytest.raises(GrowthError, match="no such directory"):
         evaluate("piqa", tmp_path / "nothing")
     with pytest.raises(GrowthError, match="neither a run nor a model directory"):
+        evaluate("piqa", tmp_path)
+    (tmp_path / "schedule.yaml").touch()
+    with pytest.raises(EvaluationError, match="is a run, not a model: name one of its stages"):
         evaluate("piqa", tmp_path)
     with pytest.raises(EvaluationError, match="give it as `tokenizer`"):
         evaluate("piqa", model)

@@ -201,9 +201,9 @@ def _table(rows: Mapping[str, Sequence[EvalRecord]], tasks: Sequence[str]) -> Ta
     for label, records in rows.items():
         pairs = {record.task: headline(record) for record in records}
         chosen[label] = {task: pair for task, pair in pairs.items() if pair is not None}
-    # A tag of lm-eval stands for tasks and has no score of its own.
-    columns = {task: None for task in tasks if any(task in row for row in chosen.values())}
-    columns = columns or {task: None for row in chosen.values() for task in row}
+    found = {task: None for row in chosen.values() for task in row}
+    # A tag of lm-eval stands for tasks and has no score of its own: theirs are shown.
+    columns = tasks if all(task in found for task in tasks) else list(found)
     table = Table()
     table.add_column("stage")
     for task in columns:

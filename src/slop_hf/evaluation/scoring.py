@@ -19,7 +19,7 @@ from ..data.tokenizing import vocabulary_of
 from ..errors import EvaluationError, GrowthError
 from ..growth import checkpoint_directory, no_progress_bars, weights_hash
 from ..growth.safetensors_io import read_checkpoint, read_tensor
-from ..records import EvalRecord
+from ..records import EvalRecord, RunDirectory
 from ..training.ranks import Ranks
 from . import harness
 from .cache import ResultCache, digest_of
@@ -252,8 +252,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _checkpoint(model: str | Path) -> Path:
     directory = checkpoint_directory(model)
+    if RunDirectory(directory).exists:
+        raise EvaluationError(f"{directory} is a run, not a model: name one of its stages, or use evaluate_run")
     if not (directory / "config.json").is_file():
-        raise GrowthError(
-            f"{directory} is neither a run nor a model directory: it has no schedule.yaml and no config.json"
-        )
+        raise GrowthError(f"{directory} is neither a run nor a model directory: no schedule.yaml, and no config.json")
     return directory
