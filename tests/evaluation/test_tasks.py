@@ -1,8 +1,11 @@
 """Which tasks there are by name, and what stands for one in a table."""
 
+import sys
+
 import pytest
 
 from slop_hf.errors import EvaluationError
+from slop_hf.evaluation import harness
 from slop_hf.evaluation.tasks import PAPER_TASKS, headline, task_names
 from slop_hf.records import EvalRecord
 
@@ -36,3 +39,9 @@ def test_what_stands_for_a_task(task, metrics, expected):
 
 def test_nothing_stands_for_a_task_without_metrics():
     assert headline(EvalRecord("tag", {})) is None
+
+
+def test_without_lm_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(EvaluationError, match=r"pip install 'slop-hf\[eval\]'; perplexity does without"):
+        harness.harness_version()
