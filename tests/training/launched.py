@@ -116,7 +116,7 @@ def main(settings: dict[str, Any]) -> None:
     callbacks: list[Any] = [At(settings.get("at", {}), settings.get("on"))]
     if "dump" in settings:
         callbacks.append(Dump(Path(settings["dump"])))
-    arguments = {"use_cpu": "ACCELERATE_USE_DEEPSPEED" not in os.environ, **settings.get("arguments", {})}
+    arguments = {"use_cpu": False, **settings.get("arguments", {})}  # as recipes say nothing of it
     batch = settings.get("batch", 4)
     run = trainer(
         output, schedule=schedule, model=model, callbacks=callbacks, per_device_train_batch_size=batch, **arguments

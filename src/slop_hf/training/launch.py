@@ -39,6 +39,8 @@ def prepare_launch(args: Any) -> None:
         args.ddp_backend = args.ddp_backend or "gloo"
     by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
     if args.deepspeed is None and not by_launcher:
+        # Unasked, accelerate would look for a device, find none, and let every rank train for itself.
+        args.use_cpu = args.use_cpu or (on_cpu and ranks > 1)
         return
     if args.use_cpu:
         raise RunError("use_cpu turns DeepSpeed off; leave it out: without a GPU DeepSpeed runs on the CPU by itself")
