@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from .growth import grow_optimizer_state_dict as grow_optimizer_state_dict
     from .growth import plan_checkpoint_growth as plan_checkpoint_growth
     from .hours import CostModel as CostModel
+    from .hub.callback import PublishCallback as PublishCallback
+    from .hub.publish import publish_run as publish_run
+    from .hub.publish import publish_stage as publish_stage
+    from .hub.reading import continued as continued
+    from .hub.reading import fetch_stage as fetch_stage
+    from .hub.revision import plan_revision as plan_revision
     from .memory import MemoryLimit as MemoryLimit
     from .planner import SlopPlanner as SlopPlanner
     from .records import RunDirectory as RunDirectory
@@ -60,6 +66,7 @@ _HOMES = {
     "MemoryLimit": "memory",
     "Mixture": "data",
     "ModelDims": "dims",
+    "PublishCallback": "hub.callback",
     "RunConfig": "training",
     "RunDirectory": "records",
     "ScalingLaw": "scaling",
@@ -73,9 +80,11 @@ _HOMES = {
     "calibrate": "training",
     "checkpoint_directory": "growth",
     "comparison_table": "report",
+    "continued": "hub.reading",
     "evaluate_model": "evaluation.scoring",
     "evaluate_run": "evaluation.runs",
     "explain": "explanation",
+    "fetch_stage": "hub.reading",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",
     "grow_checkpoint": "growth",
@@ -83,8 +92,11 @@ _HOMES = {
     "grow_optimizer_file": "growth",
     "grow_optimizer_state_dict": "growth",
     "plan_checkpoint_growth": "growth",
+    "plan_revision": "hub.revision",
     "prepare_data": "data",
     "preview_run": "training",
+    "publish_run": "hub.publish",
+    "publish_stage": "hub.publish",
     "summarise": "report",
     "write_report": "report",
 }

@@ -39,3 +39,7 @@ class RunError(SlopError):
 
 class EvaluationError(SlopError):
     """A task or a model that cannot be scored."""
+
+
+class HubError(SlopError):
+    """Something on the Hub that cannot be read or written: no permission, no network, other content than expected."""

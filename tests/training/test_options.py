@@ -169,7 +169,7 @@ def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
         ({"num_train_epochs": 0.5}, "max_steps and num_train_epochs have no meaning"),
         ({"train_sampling_strategy": "group_by_length"}, "must stay 'sequential', got 'group_by_length'"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}, "load_best_model_at_end"),
-        ({"push_to_hub": True}, "push_to_hub would push unfinished stages"),
+        ({"hub_revision": "main"}, "each stage has a revision of its own"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would change the batch .*; set stage_batch_sizes"),
         ({"save_only_model": True}, "save_only_model leaves checkpoints that no run can be resumed from"),
         ({"lr_span": "stages"}, "lr_span must be one of stage, run, got 'stages'"),

@@ -258,7 +258,7 @@ def test_gradient_accumulation_counts_whole_steps(tmp_path):
         ({"num_train_epochs": 3}, RunError, "max_steps and num_train_epochs have no meaning"),
         ({"optim": "adafactor"}, RunError, "'adafactor' keeps a state that cannot be grown"),
         ({"train_sampling_strategy": "random"}, RunError, "must stay 'sequential'"),
-        ({"push_to_hub": True}, RunError, "push the finished stage directories"),
+        ({"push_to_hub": True}, RunError, "needs somebody who publishes finished stages"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3},
             RunError,

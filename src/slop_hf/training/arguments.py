@@ -131,8 +131,8 @@ class SlopTrainingArguments(TrainingArguments):
             )
         if self.load_best_model_at_end:
             raise RunError("load_best_model_at_end cannot work across stages of different shapes; leave it out")
-        if self.push_to_hub:
-            raise RunError("push_to_hub would push unfinished stages; push the finished stage directories instead")
+        if self.hub_revision is not None:
+            raise RunError(f"hub_revision {self.hub_revision!r}: each stage has a revision of its own; leave it out")
         if self.auto_find_batch_size:
             raise RunError("auto_find_batch_size would change the batch of a run in the middle; set stage_batch_sizes")
         if self.save_only_model:

@@ -44,6 +44,19 @@ def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_cla
         )
 
 
+def check_publishing(push_to_hub: bool, callbacks: Sequence[Any] | None) -> None:
+    """Refuse `push_to_hub` where nobody sees to it: the trainer does not push.
+
+    Raises:
+        RunError: with what to attach.
+    """
+    if push_to_hub and not any(getattr(callback, "publishes", False) for callback in callbacks or ()):
+        raise RunError(
+            "push_to_hub needs somebody who publishes finished stages: give callbacks=[PublishCallback(...)] "
+            "(`from slop_hf import PublishCallback`), as `slop train` does, or run `slop publish` afterwards"
+        )
+
+
 def check_blocks(dataset: Any, model: PreTrainedModel) -> int:
     """The number of tokens in a block of the training data.
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.utils import logging
 
+from ..errors import RunError
 from ..growth import StateStream
 from ..records import RunDirectory, RunFacts
 from .arguments import SlopTrainingArguments
@@ -267,6 +268,19 @@ class StageTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch by `cost.flops_per_token`, the number that planner and report use."""
         return round(inputs["input_ids"].numel() * self._span.flops / max(self._span.tokens, 1))
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: a callback publishes finished stages, where `push_to_hub` asks for it."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Not supported: what is in training is no finished stage.
+
+        Raises:
+            RunError: with what publishes those.
+        """
+        raise RunError(
+            "the trainer pushes nothing itself; use `slop_hf.publish_stage`, or `slop publish RUN --to NAME`"
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the stage in training keeps its checkpoints."""

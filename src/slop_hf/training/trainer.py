@@ -28,6 +28,7 @@ from .checks import (
     check_growths,
     check_launch,
     check_model,
+    check_publishing,
     pass_warnings,
     space_warning,
     with_inits,
@@ -89,6 +90,7 @@ class SlopTrainer(StageTrainer):
         args = args or SlopTrainingArguments()
         if not isinstance(args, SlopTrainingArguments):
             raise RunError(f"args must be SlopTrainingArguments, got {type(args).__name__}")
+        check_publishing(args.push_to_hub, kwargs.get("callbacks"))
         self.schedule = with_inits(schedule, args.growth_init)
         self.run = RunDirectory(args.output_dir)
         check_model(model, schedule, kwargs.get("processing_class"))

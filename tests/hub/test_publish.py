@@ -1,0 +1,252 @@
+"""Stages published to a Hub that fails now and then: each once, whole or not at all."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
+from server import READ_TOKEN
+
+from slop_hf import RunDirectory, plan_revision, publish_run, publish_stage
+from slop_hf.errors import HubError, RunError
+from slop_hf.records import EVAL_FILE
+
+REPO = "tester/grown"
+STAGES = ["stage-0-initial", "stage-1-layer", "stage-2-ffn"]
+FILES = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "growth.json",
+    "loss.png",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def publish(run, api, **options):
+    return list(publish_run(run, REPO, api=api, retries=QUICK, **options))
+
+
+def test_every_stage_is_a_branch_and_the_last_is_main(finished, hub, api):
+    run, _ = finished
+    told = publish(run, api)
+    repo = hub.repos[REPO]
+    assert [str(one.address) for one in told] == [f"{REPO}@{name}" for name in [*STAGES, "main"]]
+    assert all(one.is_new for one in told) and repo.private
+    assert [branch for branch, _ in repo.messages] == [*STAGES, "main"]
+    for name in STAGES:
+        files = repo.files(name)
+        assert files.keys() == FILES
+        assert files["model.safetensors"] == (run / name / "model.safetensors").read_bytes()
+        assert files["loss.png"].startswith(b"\x89PNG")
+    assert repo.files("main") == repo.files(STAGES[-1])
+
+    again = publish(run, api)
+    assert not any(one.is_new for one in again) and len(repo.messages) == 4
+
+
+def test_growth_json_and_the_card_tell_where_a_stage_comes_from(finished, hub, api):
+    run, _ = finished
+    publish(run, api, base_model="somebody/seed")
+    first, second, _ = (json.loads(hub.repos[REPO].files(name)["growth.json"]) for name in STAGES)
+    assert "parent" not in first and second["parent"] == {
+        "revision": STAGES[0],
+        "weights_hash": first["weights_hash"],
+    }
+    assert second["record"] == json.loads((run / STAGES[1] / "stage.json").read_text())
+    assert second["record"]["operators"] == ["layer"] and second["record"]["init"] == {"layer": "stack"}
+    assert [one["name"] for one in second["ancestors"]] == [STAGES[0]]
+
+    card = ModelCard(hub.repos[REPO].files(STAGES[1])["README.md"].decode())
+    assert card.data.base_model == "somebody/seed" and card.data.library_name == "transformers"
+    assert {"slop-hf", "model-growth"} <= set(card.data.tags)
+    assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]
+    for needed in (f'revision="{STAGES[1]}"', "AutoTokenizer", "loss.png", f"slop train RUN.yaml --from {REPO}@"):
+        assert needed in card.text
+    assert card.text.count("\n| 0 |") == card.text.count("\n| 1 |") == 1 and "\n| 2 |" not in card.text
+
+
+def test_failures_that_pass_are_outlasted_and_nothing_comes_twice(finished, hub, api):
+    run, _ = finished
+    for pattern, how, times in [
+        ("POST /api/repos/create", 500, 1),
+        (r"POST .*/branch/stage-1", 429, 2),
+        (r"POST .*/preupload/stage-0", "drop", 1),
+        (r"PUT /lfs/", "drop", 1),
+        (r"PUT /lfs/", 500, 1),
+        (r"POST .*/commit/stage-2", 500, 1),
+        (r"POST .*/commit/main", "drop", 2),
+        (r"GET .*/tree/stage-1", 503, 1),
+    ]:
+        hub.fail(pattern, how, times)
+    publish(run, api)
+    assert not any(left for _, _, left in hub.failures)
+    assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
+    assert all(hub.repos[REPO].files(name).keys() == FILES for name in STAGES)
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(finished, hub, api, monkeypatch):
+    run, _ = finished
+    commit, lost = HfApi.create_commit, []
+
+    def losing(self, *args, **kwargs):
+        done = commit(self, *args, **kwargs)
+        if not lost:
+            lost.append(done)
+            raise ConnectionResetError
+        return done
+
+    monkeypatch.setattr(HfApi, "create_commit", losing)
+    publish(run, api)
+    assert lost and [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
+
+
+def test_what_fails_before_the_commit_leaves_no_file(finished, hub, api):
+    run, _ = finished
+    hub.fail(r"POST .*/commit/stage-0", 500, 100)
+    with pytest.raises(HubError, match="can be tried again"):
+        publish(run, api)
+    assert hub.repos[REPO].files(STAGES[0]).keys() == {".gitattributes"}
+    hub.failures.clear()
+    publish(run, api)
+    assert hub.repos[REPO].files(STAGES[0]).keys() == FILES
+
+
+def test_a_publisher_that_is_killed_leaves_no_file(finished, hub, api):
+    run, _ = finished
+    code = (
+        "import os; from huggingface_hub import HfApi; from slop_hf import publish_stage\n"
+        "HfApi.preupload_lfs_files = lambda *args, **kwargs: os._exit(9)\n"
+        f"publish_stage({str(run)!r}, 0, {REPO!r}, api=HfApi({hub.endpoint!r}, token={hub.token!r}))"
+    )
+    environment = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    assert python(code, environment).returncode == 9
+    assert hub.repos[REPO].files(STAGES[0]).keys() == {".gitattributes"}
+    assert publish_stage(run, 0, REPO, api=api, retries=QUICK)[0].is_new
+
+
+def test_results_that_come_later_are_published_then(finished, hub, api, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    publish(run, api)
+    scored = {"task": "arc_easy", "metrics": {"acc": 0.25}, "stderr": {"acc": 0.01}, "documents": 100}
+    (run / STAGES[1] / EVAL_FILE).write_text(json.dumps([scored]))
+    told = publish(run, api)
+    assert [one.is_new for one in told] == [False, True, False, False]
+    card = ModelCard(hub.repos[REPO].files(STAGES[1])["README.md"].decode())
+    assert [(one.dataset_name, one.metric_value) for one in card.data.eval_results] == [("arc_easy", 0.25)]
+    assert "| arc_easy | acc | 0.250 | 0.0100 | – | 100 |" in card.text
+
+
+def test_stock_transformers_loads_the_same_bits(finished, hub, api, tmp_path):
+    run, _ = finished
+    publish(run, api)
+    code = f"""
+import sys
+sys.modules["slop_hf"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for name in {STAGES}:
+    model = AutoModelForCausalLM.from_pretrained({REPO!r}, revision=name, dtype="auto").state_dict()
+    wanted = load_file({str(run)!r} + f"/{{name}}/model.safetensors")
+    assert all(torch.equal(model[key], wanted[key]) for key in wanted), name
+    AutoTokenizer.from_pretrained({REPO!r}, revision=name)
+final = AutoModelForCausalLM.from_pretrained({REPO!r}, dtype="auto")
+assert final.config.intermediate_size == 48
+"""
+    done = python(code, online(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_published_is_refused_in_words(finished, hub, api, tmp_path):
+    run, _ = finished
+    with pytest.raises(RunError, match="is not a run"):
+        publish(tmp_path, api)
+    with pytest.raises(RunError, match="no finished stage 7: give one from 0 to 2"):
+        publish_stage(run, 7, REPO, api=api)
+    empty = tmp_path / "empty"
+    RunDirectory(run).schedule.to_yaml(empty / "schedule.yaml")
+    with pytest.raises(RunError, match="no finished stage to publish"):
+        publish(empty, api)
+    with pytest.raises(HubError, match="is no name of a repository"):
+        list(publish_run(run, "a/b/c", api=api))
+    assert not hub.repos
+
+    with pytest.raises(HubError, match=r"no permission \(403\)"):
+        list(publish_run(run, "somebody/grown", api=api))
+    hub.make("somebody/grown")
+    with pytest.raises(HubError, match=r"no permission \(403\)"):
+        list(publish_run(run, "somebody/grown", api=api))
+    with pytest.raises(HubError, match=r"\(401\); log in"):
+        list(publish_run(run, REPO, api=HfApi(hub.endpoint, token="hf_wrong")))
+    with pytest.raises(HubError, match=r"no permission \(403\)"):
+        list(publish_run(run, REPO, api=HfApi(hub.endpoint, token=READ_TOKEN)))
+    with pytest.raises(HubError, match="cannot be reached"):
+        list(publish_run(run, REPO, api=HfApi("http://127.0.0.1:9", token=hub.token), retries=QUICK))
+
+
+def test_what_belongs_to_others_is_not_overwritten(finished, hub, api, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    other = hub.make(REPO)
+    other.commit("main", {"model.safetensors": b"mine"})
+    with pytest.raises(HubError, match=r"holds something else \(model.safetensors\)"):
+        publish(run, api)
+    assert other.files("main") == {"model.safetensors": b"mine"}
+
+    hub.repos.clear()
+    publish(run, api)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "run_id": "another"}))
+    with pytest.raises(HubError, match="holds a stage of another run"):
+        publish(run, api)
+
+
+def test_a_stage_that_is_not_what_was_written_is_not_published(finished, hub, api, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    weights = run / STAGES[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(HubError, match=r"model.safetensors does not hold what was written"):
+        publish_stage(run, 1, REPO, api=api)
+
+
+def test_a_stage_that_was_trained_anew_replaces_the_one_before(finished, hub, api, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    publish(run, api)
+    repo = hub.repos[REPO]
+    repo.commit(STAGES[1], {**repo.files(STAGES[1]), "model-00001-of-00002.safetensors": b"older"})
+    growth = json.loads(repo.files(STAGES[1])["growth.json"])
+    repo.files(STAGES[1])["growth.json"] = json.dumps({**growth, "weights_hash": "older"}).encode()
+    assert [one.is_new for one in publish_stage(run, 1, REPO, api=api)] == [True]
+    assert repo.files(STAGES[1]).keys() == FILES
+
+
+def test_a_plan_tells_files_and_sizes_and_sends_nothing(finished, hub):
+    run, _ = finished
+    plan = plan_revision(run, 2, REPO)
+    assert plan.branches == (STAGES[2], "main") and plan.sizes.keys() == FILES - {".gitattributes"}
+    assert plan.sizes["model.safetensors"] == (run / STAGES[2] / "model.safetensors").stat().st_size
+    assert len(load_file(plan.content["model.safetensors"])) and not hub.requests
+
+
+def online(hub, tmp_path):
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(tmp_path / "hf-home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+def python(code, environment):
+    import os
+
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
