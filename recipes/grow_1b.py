@@ -14,8 +14,8 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from slop_hf import RunConfig, RunDirectory, SlopError, build_trainer
-from slop_hf.cli.run_view import read_changes, show_outcome, show_preview
+from slop_hf import RunConfig, SlopError
+from slop_hf.cli.run_view import read_changes, show_outcome, show_preview, train_run
 from slop_hf.training.launch import launched
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -53,11 +53,9 @@ def run(options: argparse.Namespace) -> None:
             shared = {"devices": options.devices, "zero_stage": options.zero_stage}
             show_preview(config, output, scratch=scratch, as_json=options.json, **shared)
         return
-    resume = options.resume and RunDirectory(output).exists  # asked before any rank begins one
     # What transformers prints while it trains would get into the JSON.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        trainer = build_trainer(config, output, scratch=scratch)
-        trainer.train(resume_from_checkpoint=resume)
+        train_run(config, output, scratch=scratch, resume=options.resume)
     if is_main:
         show_outcome(output, as_json=options.json)
 

@@ -1,4 +1,5 @@
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def hub(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(constants, module_constant, value)
     with LocalHub() as found:
+        resolve = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.endpoint + resolve)
+        monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+        monkeypatch.setenv("HF_TOKEN", found.token)
         yield found
 
 

@@ -1,4 +1,4 @@
-"""The `slop` command: plan, grow, data, train, rollback, eval, report, reproduce, calibrate.
+"""The `slop` command: plan, grow, data, train, publish, rollback, eval, report, reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.
@@ -16,6 +16,7 @@ from .data import data
 from .evaluate import HELP, evaluate
 from .grow import grow
 from .plan import plan
+from .publish import publish
 from .report import report
 from .reproduce import reproduce
 from .rollback import rollback
@@ -33,6 +34,7 @@ app.command()(plan)
 app.command()(grow)
 app.add_typer(data, name="data")
 app.command()(train)
+app.command()(publish)
 app.command()(rollback)
 app.command("eval", help=HELP)(evaluate)
 app.command()(report)

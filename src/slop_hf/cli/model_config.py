@@ -11,18 +11,20 @@ from ..dims import ModelDims
 from ..errors import PlanError
 
 _CARRIED_OVER = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
     """The structure of a model, and what growth leaves alone.
 
     Args:
-        source: a model directory, a `config.json`, or a Hub id, of which nothing but the config is fetched.
+        source: a model directory, a `config.json`, or a Hub id, also with a revision (`user/name@stage-1-layer`), of
+            which nothing but the config is fetched.
         option: that named it, for messages.
 
     Raises:
         PlanError: where there is no readable config.
+        HubError: where the Hub has no such repository or revision, or cannot be reached.
     """
     path = Path(source).expanduser()
     try:
@@ -39,7 +41,7 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
     return ModelDims.from_config(found), {name: found[name] for name in _CARRIED_OVER if name in found}
 
 
-def _from_hub(repo_id: str) -> Path:
-    from huggingface_hub import hf_hub_download  # not needed for files
+def _from_hub(address: str) -> Path:
+    from ..hub.access import Address, fetch_file  # the Hub's client is not needed for files
 
-    return Path(hf_hub_download(repo_id, "config.json"))
+    return fetch_file(Address.parse(address), "config.json")

@@ -36,7 +36,8 @@ def plan(
         str | None, _option(_START, help="Initial structure: hidden,ffn,layers,heads[,kv_heads[,head_dim]].")
     ] = None,
     source: Annotated[
-        str | None, _option(_START, "--from", help="Take it from a model directory, a config.json or a Hub id.")
+        str | None,
+        _option(_START, "--from", help="Take it from a model directory, a config.json or a Hub id[@revision]."),
     ] = None,
     target_params: Annotated[
         float | None, _option(_START, help="Every structure of about this many parameters is a target, e.g. 1e9.")

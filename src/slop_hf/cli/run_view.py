@@ -20,6 +20,8 @@ from ..records import RunDirectory
 from ..serialization import read_yaml_text
 
 if TYPE_CHECKING:
+    from ..hub.callback import PublishCallback
+    from ..hub.reading import FetchedStage
     from ..training import RunConfig, StageSpan
 
 
@@ -66,6 +68,38 @@ def show_preview(
     largest = max(range(len(spans)), key=lambda number: estimates[number].total)
     caption = _memory_line(spans[largest], estimates[largest], settings[largest], devices, zero_stage)
     Console().print(_table(spans, title=f"{output} would train", caption=caption))
+
+
+def train_run(
+    config: RunConfig, output: Path, *, scratch: bool = False, resume: bool = False, stage: FetchedStage | None = None
+) -> None:
+    """Train a run, publishing its stages where Trainer's argument `push_to_hub` asks for it.
+
+    Args:
+        scratch: as for `build_trainer`.
+        resume: go on with the run in `output`, or begin if there is none.
+        stage: the published one that it begins with.
+
+    Raises:
+        SlopError: for what cannot run; that a stage could not be published is only told.
+    """
+    resume = resume and RunDirectory(output).exists  # asked before any rank begins one
+    publishing = _publishing(config, stage)
+    trainer = slop_hf.build_trainer(config, output, scratch=scratch, callbacks=publishing)
+    if stage is not None and trainer.is_world_process_zero() and not RunDirectory(output).exists:
+        stage.origin.save(RunDirectory(output))
+    trainer.train(resume_from_checkpoint=resume)
+    for callback in publishing:
+        if summary := callback.finish():
+            print(summary)
+
+
+def _publishing(config: RunConfig, stage: FetchedStage | None) -> list[PublishCallback]:
+    if not config.training.get("push_to_hub"):
+        return []
+    begun_with = config.model.get("pretrained")
+    is_local = begun_with is None or stage is not None or Path(begun_with).exists()
+    return [slop_hf.PublishCallback.from_arguments(config.training, base_model=None if is_local else begun_with)]
 
 
 def show_outcome(output: Path, *, as_json: bool = False) -> None:

@@ -11,9 +11,8 @@ import typer
 
 import slop_hf
 
-from ..records import RunDirectory
 from ..schedule import GrowthSchedule
-from .run_view import read_changes, show_outcome, show_preview
+from .run_view import read_changes, show_outcome, show_preview, train_run
 
 
 def train(
@@ -25,6 +24,10 @@ def train(
     scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train the target from random weights with the same FLOPs instead.")
     ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Begin with a published stage, user/name@stage-2-ffn, and go on as it was to."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output directory, or begin if there is none.")
     ] = False,
@@ -43,16 +46,19 @@ def train(
     Each stage ends as a stock transformers checkpoint, `RUN/stage-1-layer` and so on. A run that was killed goes on
     with `--resume`, and ends with the weights of a run that was not.
 
+    `--from` takes the model and tokenizer of a published stage, and what was left of its schedule unless another is
+    given. `training.push_to_hub=true` publishes each stage when it has finished.
+
     Example: `slop train recipes/grow_tiny.yaml -o runs/tiny`
     """
     run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change or []))
-    run_config = run_config.with_schedule(None if schedule is None else GrowthSchedule.from_yaml(schedule))
+    given = None if schedule is None else GrowthSchedule.from_yaml(schedule)
+    stage = None if source is None else slop_hf.fetch_stage(source)
+    run_config = run_config.with_schedule(given) if stage is None else slop_hf.continued(run_config, stage, given)
     if dry_run:
         show_preview(run_config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
-    resume = resume and RunDirectory(output).exists  # asked before any rank begins one
     # What transformers prints while it trains would get into the JSON.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        trainer = slop_hf.build_trainer(run_config, output, scratch=scratch)
-        trainer.train(resume_from_checkpoint=resume)
+        train_run(run_config, output, scratch=scratch, resume=resume, stage=stage)
     show_outcome(output, as_json=as_json)

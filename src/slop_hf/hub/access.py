@@ -142,7 +142,7 @@ def explain(caught: Exception, address: Address, doing: str, api: HfApi | None =
         return HubError(f"{what}: the Hub does not accept the token, or there is none (401); {_LOG_IN}")
     if status == 403 or isinstance(caught, GatedRepoError):
         return HubError(
-            f"{what}: no permission (403); use a token that has it (`hf auth whoami` tells whose it is), or another name"
+            f"{what}: no permission (403); use a token that has it (`hf auth whoami` says whose), or another name"
         )
     if isinstance(caught, RepositoryNotFoundError):
         return HubError(f"{what}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")

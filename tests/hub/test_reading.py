@@ -1,0 +1,128 @@
+"""Published stages read back: fetched, checked, planned from and continued."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import QUICK
+from huggingface_hub import HfApi
+from server import READ_TOKEN
+
+from slop_hf import RunDirectory, fetch_stage, publish_run, publish_stage
+from slop_hf.errors import HubError
+
+REPO = "tester/grown"
+FFN = "stage-2-ffn"
+
+
+@pytest.fixture
+def published(finished, hub, api):
+    list(publish_run(finished[0], REPO, api=api, retries=QUICK))
+    return hub
+
+
+def test_a_stage_comes_back_bit_for_bit(published, finished, api):
+    run, _ = finished
+    stage = fetch_stage(f"{REPO}@{FFN}", api)
+    assert (stage.path / "model.safetensors").read_bytes() == (run / FFN / "model.safetensors").read_bytes()
+    assert stage.growth.record == RunDirectory(run).records()[2]
+    assert stage.growth.schedule == RunDirectory(run).schedule
+    assert fetch_stage(REPO, api).growth == stage.growth
+
+
+def test_slop_train_goes_on_from_a_published_stage(published, finished, hub, api, tmp_path, output_of):
+    run, config = finished
+    middle, output = "stage-1-layer", tmp_path / "more"
+    output_of("train", config, "--from", f"{REPO}@{middle}", "-o", output)
+    more = RunDirectory(output)
+    assert more.schedule.stages == RunDirectory(run).schedule.stages[1:] and more.schedule.initial_tokens == 0
+    assert (more.stage_dir(0) / "model.safetensors").read_bytes() == (run / middle / "model.safetensors").read_bytes()
+    assert (more.stage_dir(0) / "tokenizer.json").read_bytes() == (run / middle / "tokenizer.json").read_bytes()
+
+    list(publish_run(output, "tester/more", api=api))
+    begun, grown = (
+        json.loads(hub.repos["tester/more"].files(name)["growth.json"]) for name in more.schedule.stage_names
+    )
+    before = json.loads(hub.repos[REPO].files(middle)["growth.json"])
+    assert begun["parent"] == {"repo": REPO, "revision": middle, "weights_hash": before["weights_hash"]}
+    assert begun["weights_hash"] == before["weights_hash"]
+    assert [one["name"] for one in grown["ancestors"]] == ["stage-0-initial", middle, "stage-0-initial"]
+    assert f"base_model: {REPO}" in hub.repos["tester/more"].files("main")["README.md"].decode()
+
+
+def test_the_last_stage_goes_on_with_a_schedule_of_its_own(published, finished, tmp_path, output_of, error_of):
+    run, config = finished
+    asked = ("train", config, "--from", REPO, "-o", tmp_path / "more", "--dry-run", "--json")
+    assert "last stage of its schedule" in error_of(*asked)
+    target = RunDirectory(run).schedule.target
+    stages = [{"operators": ["layer"], "dims": target.replace(num_hidden_layers=4).as_dict(), "tokens": 600}]
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"initial": target.as_dict(), "stages": stages}))
+    rows = json.loads(output_of(*asked, "--schedule", tmp_path / "more.yaml"))
+    assert [row["stage"] for row in rows] == ["stage-0-initial", "stage-1-layer"]
+
+
+def test_slop_plan_begins_with_a_published_structure(published, output_of, error_of):
+    asked = ("--target", "16,48,6,2", "--hidden-multiple", "16", "--ffn-multiple", "16", "--json")
+    answer = json.loads(output_of("plan", "--from", f"{REPO}@stage-1-layer", *asked))
+    initial = answer["schedules"][0]["schedule"]["initial"] if "schedule" in answer["schedules"][0] else None
+    assert (initial or answer["schedules"][0]["initial"])["num_hidden_layers"] == 3
+    assert not any("safetensors" in request and "GET" in request for request in published.requests)
+    assert "has no revision 'stage-9'; it has main, stage-0-initial" in error_of(
+        "plan", "--from", f"{REPO}@stage-9", *asked
+    )
+
+
+def test_what_cannot_be_read_is_told_in_words(published, finished, hub, api, monkeypatch, tmp_path):
+    with pytest.raises(HubError, match="has no revision 'stage-9'; it has main, stage-0-initial, stage-1-layer"):
+        fetch_stage(f"{REPO}@stage-9", api)
+    with pytest.raises(HubError, match="no address on the Hub; expected user/name"):
+        fetch_stage("not an address", api)
+    with pytest.raises(HubError, match="no such repository, or you may not see it"):
+        fetch_stage("tester/missing", api)
+    with pytest.raises(HubError, match="no such repository, or you may not see it"):
+        fetch_stage(REPO, HfApi(hub.endpoint, token=READ_TOKEN))
+    hub.make("tester/plain")
+    with pytest.raises(HubError, match=r"lacks a file that is needed .*growth.json"):
+        fetch_stage("tester/plain", api)
+    hub.fail(f"{REPO}/resolve", 403, 10)
+    with pytest.raises(HubError, match=r"no permission \(403\)"):
+        fetch_stage(REPO, api)
+    with pytest.raises(HubError, match="cannot be reached"):
+        fetch_stage("tester/elsewhere", HfApi("http://127.0.0.1:9"))
+
+
+def test_weights_that_are_others_are_refused(published, hub, api):
+    repo = hub.repos[REPO]
+    files = dict(repo.files(FFN))
+    repo.commit(FFN, {**files, "model.safetensors": files["model.safetensors"][:-1] + b"x"})
+    with pytest.raises(HubError, match=r"the weights in .* have the hash .* growth.json says"):
+        fetch_stage(f"{REPO}@{FFN}", api)
+    repo.commit(FFN, {**files, "model.safetensors": files["model.safetensors"][:-100]})
+    with pytest.raises(HubError, match="truncated or corrupt"):
+        fetch_stage(f"{REPO}@{FFN}", api)
+    repo.commit(FFN, {**files, "growth.json": b"{}"})
+    with pytest.raises(HubError, match=r"missing key 'revision'"):
+        fetch_stage(f"{REPO}@{FFN}", api)
+
+
+def test_a_stage_that_was_fetched_once_is_read_without_network(published, api, monkeypatch):
+    fetch_stage(f"{REPO}@{FFN}", api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch_stage(f"{REPO}@{FFN}", api).growth.revision == FFN
+
+
+def test_slop_publish_plans_publishes_and_repeats(finished, hub, output_of, error_of, tmp_path):
+    run, _ = finished
+    plan = output_of("publish", run, "--to", REPO, "--dry-run")
+    assert f"{REPO}@main: would hold" in plan and "model.safetensors" in plan and not hub.requests
+    assert f"{REPO}@{FFN}: " in output_of("publish", run, "--to", REPO, "--public")
+    assert not hub.repos[REPO].private
+    rows = json.loads(output_of("publish", run, "--to", REPO, "--stage", 2, "--json"))
+    assert [(row["address"], row["is_new"]) for row in rows] == [(f"{REPO}@{FFN}", False), (f"{REPO}@main", False)]
+    assert "is not a run" in error_of("publish", tmp_path, "--to", REPO)
+
+
+def test_a_moved_run_is_the_same_run(published, finished, api, tmp_path):
+    moved = shutil.copytree(finished[0], tmp_path / "moved")
+    assert not publish_stage(moved, 0, REPO, api=api)[0].is_new
