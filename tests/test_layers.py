@@ -22,7 +22,7 @@ MAX_LINES = 400
 
 # Row -> the modules and subpackages in it. A module may import from its own row and from the rows above.
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "dims", "serialization"),
+    "words": ("errors", "dims", "serialization", "failures"),
     "facts": ("operators", "architectures", "cost", "memory", "hours", "devices", "scaling", "paper"),
     "values": ("tokens", "budget", "structures", "schedule", "space", "records", "rollback", "baselines"),
     "decide": ("objectives", "rules", "graph", "grid", "corners", "planner", "explanation", "reproduction"),
@@ -232,6 +232,10 @@ except SystemExit as done:
 assert not status, status
 """
     assert loaded_by(code, HEAVY) == set()
+
+
+def test_a_published_config_is_read_without_heavy_libraries() -> None:
+    assert loaded_by("import slop_hf.hub.access", HEAVY) == set()
 
 
 def test_files_are_short(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_plan_from_the_hub(hub):
     assert json.loads(done.stdout)["schedules"][0]["initial"] == ModelDims(64, 128, 2, 4).as_dict()
     missing = plan("org/large")
     assert missing.returncode == 2
-    assert missing.stderr.startswith("error: --from org/large: no readable config.json there, nor on the Hub (404")
+    assert missing.stderr.startswith("error: --from org/large: no readable config.json there, nor on the Hub (reading")
 
 
 def test_plan_with_measured_hours(tmp_path, output_of, error_of):

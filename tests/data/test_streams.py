@@ -19,6 +19,7 @@ from slop_hf.data import retrying
 from slop_hf.data.config import Format, Source
 from slop_hf.data.sources import DocumentStream
 from slop_hf.errors import DataError
+from slop_hf.failures import LONGEST_RETRY_AFTER
 
 TEXTS = ["first", "zwei ☕", "третий\u2028still", "four " * 50, *(f"document {i}" for i in range(5, 40)), "last"]
 
@@ -289,7 +290,7 @@ def test_every_failure_is_logged_and_a_server_may_ask_to_wait(
     assert "reading it: slow; attempt 2 of 8 in" in caplog.messages[0]
     failure.headers["Retry-After"] = "Fri, 01 Jan 2100 00:00:00 GMT"
     patience.wait(failure)
-    assert waits[-1] == retrying.LONGEST_RETRY_AFTER
+    assert waits[-1] == LONGEST_RETRY_AFTER
 
 
 def test_it_gives_up_and_a_later_run_completes() -> None:

@@ -1,6 +1,7 @@
 """Stages published while a run trains: training neither waits for the Hub nor fails by it."""
 
 import logging
+import shutil
 import threading
 import time
 
@@ -105,10 +106,10 @@ def test_an_error_in_training_is_not_held_up(hub, api, tmp_path):
     assert time.monotonic() - began < 30 and not hub.repos
 
 
-def test_strategies(finished, hub, api, tmp_path):
-    _, config = finished
+def test_a_run_that_had_finished_is_published_at_the_end(finished, hub, api, tmp_path):
+    run, config = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
     publishing = PublishCallback(REPO, api=api, retries=QUICK, strategy="end")
-    trainer(config, tmp_path / "run", publishing).train()
+    trainer(config, run, publishing).train(resume_from_checkpoint=True)
     assert not publishing.published
     publishing.finish()
     assert sorted(publishing.published) == [0, 1, 2]

@@ -24,7 +24,6 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
 
     Raises:
         PlanError: where there is no readable config.
-        HubError: where the Hub has no such repository or revision, or cannot be reached.
     """
     path = Path(source).expanduser()
     try:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from ..errors import DataError
+from ..failures import reason_of
 from .config import Format
-from .retrying import reason_of
 
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _SKIPPED = 2**20  # bytes read at once on the way to a place in a compressed file

@@ -6,34 +6,28 @@ and sends no credentials of its own.
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import random
 import re
 import shutil
-import ssl
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 from ..errors import DataError
+from ..failures import is_transient, reason_of, retry_after, status_of
 
 RETRIES = 8  # attempts without progress
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the one before
-LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask for
 TIMEOUT = 60.0  # seconds without a byte
-TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-# Bases of what HTTP clients (httpx, requests, aiohttp, asyncio) raise for the network; naming them needs no import.
-_TRANSIENT_NAMES = frozenset({"TransportError", "RequestException", "ClientError", "TimeoutError"})
 
 logger = logging.getLogger(__name__)
 _dice = random.Random()  # the global generator stays as the training seed left it
@@ -68,61 +62,11 @@ class Patience:
                 "check the network, then run it again: it goes on where it stopped"
             ) from caught
         backoff = min(FIRST_WAIT * 2 ** (self.failures - 1), LONGEST_WAIT) * _dice.uniform(0.5, 1)
-        seconds = max(backoff, _retry_after(caught))
+        seconds = max(backoff, retry_after(caught))
         logger.warning(
             "reading %s: %s; attempt %d of %d in %.1f s", self.what, reason, self.failures + 1, RETRIES, seconds
         )
         time.sleep(seconds)
-
-
-def is_transient(caught: BaseException) -> bool:
-    """Whether the same request may succeed a little later.
-
-    >>> is_transient(ConnectionResetError()), is_transient(FileNotFoundError())
-    (True, False)
-    """
-    status = _status(caught)
-    if status is not None:
-        return status in TRANSIENT_STATUS
-    inner = caught.reason if isinstance(caught, URLError) else None
-    if isinstance(inner or caught, (InvalidURL, FileNotFoundError, ssl.SSLCertVerificationError)):
-        return False
-    if isinstance(caught, (ConnectionError, TimeoutError, HTTPException, URLError, ssl.SSLError)):
-        return True
-    if isinstance(caught, OSError) and caught.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN):
-        return True
-    if _TRANSIENT_NAMES & {base.__name__ for base in type(caught).__mro__}:
-        return True
-    return caught.__cause__ is not None and is_transient(caught.__cause__)
-
-
-def reason_of(caught: BaseException) -> str:
-    """The first line of what an exception says, without what may be secret.
-
-    >>> reason_of(OSError("403 for https://me:pw@host/a?Signature=xyz with Bearer abc"))
-    '403 for https://host/a with Bearer ...'
-    """
-    lines = str(caught).strip().splitlines()
-    reason = lines[0] if lines else type(caught).__name__
-    reason = re.sub(r"\b(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\")]*", r"\1\2", reason)
-    return re.sub(r"(?i)\b(bearer|basic)\s+\S+|\bhf_\w+", lambda found: f"{found[1] or 'hf_'} ...", reason)
-
-
-def _status(caught: BaseException) -> int | None:
-    if isinstance(caught, HTTPError):
-        return caught.code
-    return getattr(getattr(caught, "response", None), "status_code", None)
-
-
-def _retry_after(caught: BaseException) -> float:
-    """The seconds that a server asks to wait, given as such or as a date; 0 where it does not."""
-    headers = getattr(caught, "headers", None) or getattr(getattr(caught, "response", None), "headers", None)
-    value = (headers.get("Retry-After") or "") if headers else ""
-    try:
-        seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):  # absent, or neither
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
 class RemoteFile:
@@ -295,5 +239,5 @@ def _refuse(name: str, caught: BaseException) -> NoReturn:
     }
     # What InvalidURL says may be a part of a password.
     reason = "the URL is malformed" if isinstance(caught, InvalidURL) else reason_of(caught)
-    remedy = remedies.get(_status(caught) or 0, "open the URL in a browser, and correct it")
+    remedy = remedies.get(status_of(caught) or 0, "open the URL in a browser, and correct it")
     raise DataError(f"cannot read {name} ({reason}): {remedy}") from None

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from ..errors import DataError
+from ..failures import is_transient, reason_of
 from .config import STDLIB, Format, Source
 from .formats import File, LocalFile, Texts, format_of, read_texts, text_in
-from .retrying import Patience, RemoteFile, is_transient, reason_of
+from .retrying import Patience, RemoteFile
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _URL = re.compile(r"https?://", re.IGNORECASE)

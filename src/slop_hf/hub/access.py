@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..data.retrying import is_transient, reason_of
 from ..errors import HubError, SlopError
+from ..failures import is_transient, reason_of, retry_after, status_of
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Retries:
-    """How often to try what may succeed a little later, with waits that double.
+    """How often to try what may succeed a little later, with waits that double, or are as long as the Hub asks for.
 
     Args:
         attempts: in all.
@@ -96,7 +96,8 @@ class Retries:
             except Exception as caught:
                 if attempt == self.attempts or not _may_pass(caught):
                     raise explain(caught, address, doing) from None
-            time.sleep(min(self.first_wait * 2 ** (attempt - 1), self.longest_wait))
+                seconds = max(min(self.first_wait * 2 ** (attempt - 1), self.longest_wait), retry_after(caught))
+            time.sleep(seconds)
         raise AssertionError("attempts must be positive")
 
 
@@ -106,7 +107,7 @@ def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
     Raises:
         HubError: where there is no such repository, revision or file, no permission, or no network.
     """
-    with explained(address, "reading", api):
+    with explained(address, f"reading {name} of", api):
         return Path((api or HfApi()).hf_hub_download(address.repo_id, name, revision=address.revision))
 
 
@@ -129,11 +130,10 @@ def explain(caught: Exception, address: Address, doing: str, api: HfApi | None =
         address: what it was about, and `doing` what was done to it.
         api: to ask for the revisions that there are.
     """
-    cause: BaseException | None = caught
-    while cause is not None and status_of(cause) is None:
-        cause = cause.__cause__
-    status = None if cause is None else status_of(cause)
-    what, repo = f"{doing} {address}", address.repo_id
+    root: BaseException = caught  # the client wraps what it was told
+    while status_of(root) is None and root.__cause__ is not None:
+        root = root.__cause__
+    status, what, repo = status_of(root), f"{doing} {address}", address.repo_id
     if isinstance(caught, HFValidationError):
         return HubError(f"{repo!r} is no name of a repository: {reason_of(caught)}; give user/name")
     if isinstance(caught, RevisionNotFoundError):
@@ -148,16 +148,11 @@ def explain(caught: Exception, address: Address, doing: str, api: HfApi | None =
         return HubError(f"{what}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
     if isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or (status is None and _may_pass(caught)):
         return HubError(
-            f"{what}: the Hub cannot be reached ({reason_of(caught)}); check the network and HF_HUB_OFFLINE"
+            f"{what}: the Hub cannot be reached ({reason_of(root)}); check the network, and HF_HUB_OFFLINE"
         )
     if isinstance(caught, EntryNotFoundError):
-        return HubError(f"{address} lacks a file that is needed ({reason_of(caught)}); choose a revision that has it")
-    return HubError(f"{what} failed: {reason_of(cause or caught)}; it can be tried again at any time")
-
-
-def status_of(caught: BaseException) -> int | None:
-    """The HTTP status of a response that was an error."""
-    return getattr(getattr(caught, "response", None), "status_code", None)
+        return HubError(f"{what}: there is no such file; choose a revision that was published by slop-hf")
+    return HubError(f"{what} failed: {reason_of(root)}; it can be tried again at any time")
 
 
 def _may_pass(caught: BaseException) -> bool:

@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..data.retrying import reason_of
 from ..errors import HubError
+from ..failures import reason_of
 from ..records import RunDirectory
 from .access import Retries
 from .publish import Published, Publisher

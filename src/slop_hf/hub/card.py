@@ -28,15 +28,14 @@ def model_card(
     Args:
         growth: what is told of the stage.
         repo_id: where it is published.
-        base_model: the model on the Hub that the run began with; default, that of the first parent.
+        base_model: the model on the Hub that the run began with.
         has_tokenizer, has_figure: whether the revision holds a tokenizer, and `loss.png`.
     """
     name, record = repo_id.rpartition("/")[2], growth.record
-    base = base_model or (growth.parent.repo if growth.parent else None)
     results = list(_eval_results(growth))
     data = ModelCardData(
-        base_model=base,
-        base_model_relation="finetune" if base else None,  # the Hub knows none that says "grown"
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,  # the Hub knows none that says "grown"
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,

@@ -56,7 +56,8 @@ def plan_revision(
         run: its directory.
         number: of the stage, 0 for the initial model.
         repo_id: for the card.
-        base_model: for the card's metadata, the model on the Hub that the run began with.
+        base_model: for the card's metadata, the model on the Hub that the run began with; a run that began with a
+            published stage knows its repository.
 
     Raises:
         RunError: where there is no such stage.
@@ -64,10 +65,11 @@ def plan_revision(
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     check_finished(run, number)
-    files = _files_of(run.stage_dir(number))
-    growth = _growth_of(run, number)
+    files, origin = _files_of(run.stage_dir(number)), Origin.load(run)
+    growth = _growth_of(run, number, origin)
     figure = _figure(run, number)
     has_tokenizer = bool(_TOKENIZER & files.keys())
+    base_model = base_model or (origin.parent.repo if origin is not None else None)
     card = model_card(growth, repo_id, base_model=base_model, has_tokenizer=has_tokenizer)
     own = {GROWTH_FILE: growth.to_json().encode(), CARD_FILE: card.encode(), FIGURE_FILE: figure}
     is_last = number == len(run.schedule.stages)
@@ -101,8 +103,8 @@ def _files_of(directory: Path) -> dict[str, Path]:
     }
 
 
-def _growth_of(run: RunDirectory, number: int) -> PublishedGrowth:
-    records, facts, origin = run.records(), RunFacts.load(run), Origin.load(run)
+def _growth_of(run: RunDirectory, number: int, origin: Origin | None) -> PublishedGrowth:
+    records, facts = run.records(), RunFacts.load(run)
     parent = origin.parent if origin is not None else None
     if number:
         parent = Parent(run.schedule.stage_name(number - 1), _hash_of(run.stage_dir(number - 1)))
@@ -136,10 +138,12 @@ def _figure(run: RunDirectory, number: int) -> bytes:
 class _RunUpTo(RunDirectory):
     """A run as it was when one of its stages had just finished."""
 
+    last: int
+
     def __init__(self, run: RunDirectory, last: int) -> None:
         super().__init__(run.path)
         object.__setattr__(self, "last", last)
 
     @property
     def finished_stages(self) -> int:
-        return min(super().finished_stages, self.last + 1)  # type: ignore[attr-defined]
+        return min(super().finished_stages, self.last + 1)
