@@ -48,7 +48,8 @@ def test_slop_train_goes_on_from_a_published_stage(published, finished, hub, api
     assert begun["parent"] == {"repo": REPO, "revision": middle, "weights_hash": before["weights_hash"]}
     assert begun["weights_hash"] == before["weights_hash"]
     assert [one["name"] for one in grown["ancestors"]] == ["stage-0-initial", middle, "stage-0-initial"]
-    assert f"base_model: {REPO}" in hub.repos["tester/more"].files("main")["README.md"].decode()
+    card = hub.repos["tester/more"].files("main")["README.md"].decode()
+    assert f"base_model: {REPO}" in card and f"after the first 2 rows, which are of `{REPO}`" in card
 
 
 def test_the_last_stage_goes_on_with_a_schedule_of_its_own(published, finished, tmp_path, output_of, error_of):

@@ -20,6 +20,7 @@ from .publish import Published, Publisher
 logger = logging.get_logger(__name__)
 
 STRATEGIES = ("every_save", "end")
+STOPPED_PATIENCE = 20.0  # seconds, where a run was stopped: a cluster gives little time, and what is left can wait
 
 
 class PublishCallback(TrainerCallback):
@@ -41,7 +42,7 @@ class PublishCallback(TrainerCallback):
         strategy: `every_save`, each stage when it has finished, or `end`, all at the end.
         api: the Hub's client; default, that of `huggingface_hub`, with the token that it finds.
         retries: how often failures are tried again.
-        patience: seconds to wait at the end for what is on its way.
+        patience: seconds to wait at the end of a run for what is on its way.
 
     Raises:
         HubError: for an unknown strategy.
@@ -112,7 +113,8 @@ class PublishCallback(TrainerCallback):
         self._start()
         self._look()
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, timeout=self.patience)
+            patience = self.patience if self._publisher.run.is_finished else min(self.patience, STOPPED_PATIENCE)
+            self._changed.wait_for(lambda: not self._waiting, timeout=patience)
         return self._summary(self._publisher)
 
     def __enter__(self) -> PublishCallback:
