@@ -32,6 +32,10 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _CONFLICTS = frozenset({409, 412})  # somebody else has committed meanwhile; looking again tells what
 
 
+class HubUnreachable(HubError):
+    """Nothing can be read or written at present."""
+
+
 @dataclass(frozen=True)
 class Address:
     """A revision of a repository.
@@ -147,7 +151,7 @@ def explain(caught: Exception, address: Address, doing: str, api: HfApi | None =
     if isinstance(caught, RepositoryNotFoundError):
         return HubError(f"{what}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
     if isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or (status is None and _may_pass(caught)):
-        return HubError(
+        return HubUnreachable(
             f"{what}: the Hub cannot be reached ({reason_of(root)}); check the network, and HF_HUB_OFFLINE"
         )
     if isinstance(caught, EntryNotFoundError):

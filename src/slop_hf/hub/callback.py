@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..errors import HubError
 from ..failures import reason_of
 from ..records import RunDirectory
-from .access import Retries
+from .access import HubUnreachable, Retries
 from .publish import Published, Publisher
 
 logger = logging.get_logger(__name__)
@@ -158,9 +158,19 @@ class PublishCallback(TrainerCallback):
             except Exception as caught:  # whatever it is, training goes on
                 self.failed[number] = reason_of(caught)
                 logger.warning(f"could not publish stage {number}: {self.failed[number]}")
+                if isinstance(caught, HubUnreachable):
+                    self._give_up(self.failed[number])
             with self._changed:
                 self._waiting.discard(number)
                 self._changed.notify_all()
+
+    def _give_up(self, reason: str) -> None:
+        """For now: what has just failed for one stage, after many attempts, would for all that wait."""
+        while not self._queue.empty():
+            number = self._queue.get()
+            self.failed[number] = reason
+            with self._changed:
+                self._waiting.discard(number)
 
     def _summary(self, publisher: Publisher) -> str:
         names = publisher.run.schedule.stage_names
