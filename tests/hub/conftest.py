@@ -3,17 +3,14 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import HfApi, constants
 
-sys.path.insert(0, str(Path(__file__).parent))  # for server.py
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one
 
+from published_runs import write_config
 from server import LocalHub
 
 from slop_hf import RunConfig, build_trainer
-from slop_hf.hub.access import Retries
-
-QUICK = Retries(attempts=5, first_wait=0.01)
 
 
 @pytest.fixture
@@ -51,40 +48,3 @@ def finished(tmp_path_factory):
     """A finished run, and the config that it was trained by; tests that change it take a copy."""
     directory = tmp_path_factory.mktemp("finished")
     return train_small(write_config(directory), directory / "run"), directory / "run.yaml"
-
-
-def write_config(directory):
-    texts = directory / "texts"
-    texts.mkdir()
-    for number in range(20):
-        (texts / f"{number}.txt").write_text(f"file {number}: " + " ".join(str(number * k) for k in range(60)))
-    dims = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    deeper = {**dims, "num_hidden_layers": 3}
-    wider = {**deeper, "intermediate_size": 48}
-    run = {
-        "schedule": {
-            "initial": dims,
-            "initial_tokens": 300,
-            "stages": [
-                {"operators": ["layer"], "dims": deeper, "tokens": 300},
-                {"operators": ["ffn"], "dims": wider, "tokens": 300},
-            ],
-        },
-        "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
-        "data": {
-            "source": str(texts),
-            "vocab_size": 300,
-            "block_size": 32,
-            "held_out": 0.2,
-            "cache_dir": str(directory / "cache"),
-        },
-        "training": {
-            "per_device_train_batch_size": 2,
-            "use_cpu": True,
-            "logging_steps": 2,
-            "disable_tqdm": True,
-            "report_to": "none",
-        },
-    }
-    (directory / "run.yaml").write_text(yaml.safe_dump(run))
-    return directory / "run.yaml"

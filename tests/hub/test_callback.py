@@ -6,8 +6,8 @@ import threading
 import time
 
 import pytest
-from conftest import QUICK, write_config
 from huggingface_hub import HfApi
+from published_runs import QUICK, write_config
 from safetensors.torch import load_file
 
 from slop_hf import PublishCallback, RunConfig, RunDirectory, build_trainer, publish_run

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK
 from huggingface_hub import HfApi, ModelCard
+from published_runs import QUICK
 from safetensors.torch import load_file
 from server import READ_TOKEN
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import yaml
-from conftest import QUICK
 from huggingface_hub import HfApi
+from published_runs import QUICK
 from server import READ_TOKEN
 
 from slop_hf import RunDirectory, fetch_stage, publish_run, publish_stage
