@@ -16,7 +16,6 @@ from pathlib import Path
 
 from slop_hf import RunConfig, SlopError
 from slop_hf.cli.run_view import read_changes, show_outcome, show_preview, train_run
-from slop_hf.training.launch import launched
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 
@@ -62,8 +61,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     try:
-        with launched():
-            run(arguments())
+        run(arguments())
     except SlopError as caught:
         print(f"error: {caught}", file=sys.stderr)
         sys.exit(2)

@@ -85,13 +85,17 @@ def train_run(
     """
     resume = resume and RunDirectory(output).exists  # asked before any rank begins one
     publishing = _publishing(config, stage)
-    trainer = slop_hf.build_trainer(config, output, scratch=scratch, callbacks=publishing)
-    if stage is not None and trainer.is_world_process_zero() and not RunDirectory(output).exists:
-        stage.origin.save(RunDirectory(output))
-    trainer.train(resume_from_checkpoint=resume)
-    for callback in publishing:
-        if summary := callback.finish():
-            print(summary)
+    from ..training.launch import launched  # with torch
+
+    with launched():
+        trainer = slop_hf.build_trainer(config, output, scratch=scratch, callbacks=publishing)
+        if stage is not None and trainer.is_world_process_zero() and not RunDirectory(output).exists:
+            stage.origin.save(RunDirectory(output))
+        trainer.train(resume_from_checkpoint=resume)
+        for callback in publishing:
+            if summary := callback.finish():
+                print(summary)
+        del trainer  # with all that would hold its processes together
 
 
 def _publishing(config: RunConfig, stage: FetchedStage | None) -> list[PublishCallback]:
