@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import HubError
 from ..failures import reason_of
 from ..records import RunDirectory
+from ..training.callbacks import StageCallback
+from ..training.ranks import Ranks
 from .access import HubUnreachable, Retries
 from .publish import Published, Publisher
 
@@ -23,7 +25,7 @@ STRATEGIES = ("every_save", "end")
 STOPPED_PATIENCE = 20.0  # seconds, where a run was stopped: a cluster gives little time, and what is left can wait
 
 
-class PublishCallback(TrainerCallback):
+class PublishCallback(StageCallback):
     """Publishes each stage when it has finished, in a thread of its own; training neither waits nor fails by it.
 
     What fails is tried again with waits in between, then after each later stage, and once more at the end. What could
@@ -97,9 +99,14 @@ class PublishCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A stage begins: the ones before it have finished."""
+        """A run begins, or goes on: stages that had finished are handed over."""
         self._meet(args)
         self._start()
+        if self.strategy == "every_save":
+            self._look()
+
+    def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
+        """A stage has finished."""
         if self.strategy == "every_save":
             self._look()
 
