@@ -6,6 +6,7 @@ Exceptions of HTTP clients are told by name and attributes, so that none of the 
 from __future__ import annotations
 
 import errno
+import random
 import re
 import ssl
 import time
@@ -15,6 +16,7 @@ from urllib.error import HTTPError, URLError
 
 LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask for
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_dice = random.Random()  # the global generator stays as the training seed left it
 # Bases of what HTTP clients (httpx, requests, aiohttp, asyncio) raise for the network; naming them needs no import.
 _TRANSIENT_NAMES = frozenset({"TransportError", "RequestException", "ClientError", "TimeoutError"})
 
@@ -50,6 +52,23 @@ def reason_of(caught: BaseException) -> str:
     reason = lines[0] if lines else type(caught).__name__
     reason = re.sub(r"\b(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\")]*", r"\1\2", reason)
     return re.sub(r"(?i)\b(bearer|basic)\s+\S+|\bhf_\w+", lambda found: f"{found[1] or 'hf_'} ...", reason)
+
+
+def seconds_to_wait(failures: int, first: float, longest: float, caught: BaseException) -> float:
+    """Twice as long after each failure, less a random part of up to a half, and at least what the server asks for.
+
+    Args:
+        failures: in a row, this one counted.
+        first, longest: of the waits, in seconds.
+        caught: the last failure.
+
+    >>> 0.5 <= seconds_to_wait(1, 1.0, 5.0, ConnectionResetError()) <= 1.0
+    True
+    >>> 2.5 <= seconds_to_wait(9, 1.0, 5.0, ConnectionResetError()) <= 5.0
+    True
+    """
+    wait = min(first * 2 ** (failures - 1), longest) * _dice.uniform(0.5, 1)
+    return max(wait, retry_after(caught))
 
 
 def status_of(caught: BaseException) -> int | None:

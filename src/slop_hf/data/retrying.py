@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import random
 import re
 import shutil
 import tempfile
@@ -23,14 +22,13 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 from ..errors import DataError
-from ..failures import is_transient, reason_of, retry_after, status_of
+from ..failures import is_transient, reason_of, seconds_to_wait, status_of
 
 RETRIES = 8  # attempts without progress
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the one before
 TIMEOUT = 60.0  # seconds without a byte
 
 logger = logging.getLogger(__name__)
-_dice = random.Random()  # the global generator stays as the training seed left it
 
 
 class Patience:
@@ -61,8 +59,7 @@ class Patience:
                 f"reading {self.what} failed {self.failures} times in a row, the last time with: {reason}; "
                 "check the network, then run it again: it goes on where it stopped"
             ) from caught
-        backoff = min(FIRST_WAIT * 2 ** (self.failures - 1), LONGEST_WAIT) * _dice.uniform(0.5, 1)
-        seconds = max(backoff, retry_after(caught))
+        seconds = seconds_to_wait(self.failures, FIRST_WAIT, LONGEST_WAIT, caught)
         logger.warning(
             "reading %s: %s; attempt %d of %d in %.1f s", self.what, reason, self.failures + 1, RETRIES, seconds
         )

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import HubError, SlopError
-from ..failures import is_transient, reason_of, retry_after, status_of
+from ..failures import is_transient, reason_of, seconds_to_wait, status_of
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Retries:
             except Exception as caught:
                 if attempt == self.attempts or not _may_pass(caught):
                     raise explain(caught, address, doing) from None
-                seconds = max(min(self.first_wait * 2 ** (attempt - 1), self.longest_wait), retry_after(caught))
+                seconds = seconds_to_wait(attempt, self.first_wait, self.longest_wait, caught)
             time.sleep(seconds)
         raise AssertionError("attempts must be positive")
 
