@@ -16,6 +16,7 @@ the next stage has something of its own to resume from.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,15 @@ RUN_FILE = "run.json"
 EVAL_FILE = "evaluations.json"
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)` of a loss in nats a token; about 1e304 where a diverged run's would be no float.
+
+    >>> perplexity(0.0), perplexity(1e6) < float("inf")
+    (1.0, True)
+    """
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,11 @@ class StageRecord:
     init: dict[str, str] = field(default_factory=dict)
     growth_seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device_hours(self) -> float:
+        """The hours of its training, times the devices that shared it."""
+        return self.seconds * self.devices / 3600
 
     def to_json(self) -> str:
         """The record as JSON text."""

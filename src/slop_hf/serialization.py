@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -140,6 +141,15 @@ def change(content: dict[str, Any], overrides: Mapping[str, Any], *, where: str,
             if not isinstance(section, dict):
                 raise error(f"cannot set {key}: {parent} is not a section of {where}")
         section[last] = value
+
+
+def digest(value: Any) -> str:
+    """A hash of what JSON can hold, whatever the order of its keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def to_yaml(value: Any) -> str:

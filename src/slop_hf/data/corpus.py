@@ -12,13 +12,11 @@ content depends on. The block size is not among it: blocks are cut when reading.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import DataError
-from ..serialization import parse, plain, read_yaml, to_json, write_text, written_aside
+from ..serialization import digest, parse, plain, read_yaml, to_json, write_text, written_aside
 from .config import STDLIB, DataConfig, Source
 from .packing import MixedBlocks, PackedDataset
 from .sources import DocumentStream, documents, local_files
@@ -133,7 +131,7 @@ def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
     found = {name: _load(name, folder, config, tokenizer.eos_token_id) for name, folder in folders.items()}
     _check_held_out(config, found)
     content = [vocabulary, *((name, one.fingerprint, config.weights[name]) for name, one in found.items())]
-    return Corpus(tokenizer, found, config.weights, _key(content))
+    return Corpus(tokenizer, found, config.weights, digest(content))
 
 
 def cached(config: DataConfig) -> bool:
@@ -165,7 +163,7 @@ def _cache(config: DataConfig) -> Path:
 
 def _folders(config: DataConfig, cache: Path, vocabulary: str) -> dict[str, Path]:
     """Where the tokens of each source are, or will be."""
-    keys = {name: _key(_made_from(one, config.held_out, vocabulary)) for name, one in config.sources.items()}
+    keys = {name: digest(_made_from(one, config.held_out, vocabulary)) for name, one in config.sources.items()}
     return {name: cache / "sources" / key for name, key in keys.items()}
 
 
@@ -212,7 +210,7 @@ def _build(name: str, config: DataConfig, tokenizer: PreTrainedTokenizerFast, fo
         record = _Record(
             documents=sum(writer.documents for writer in writers.values()),
             tokens={part: writer.tokens for part, writer in writers.items()},
-            fingerprint=_key([writer.digest for writer in writers.values()]),
+            fingerprint=digest([writer.digest for writer in writers.values()]),
             made_from=made_from,
         )
         write_text(aside / "source.json", to_json(record))
@@ -279,11 +277,7 @@ def _texts_of(source: Source) -> dict[str, Any]:
 
 def _tokenizer_key(config: DataConfig) -> str:
     texts = [(config.weights[name], _texts_of(source)) for name, source in config.sources.items()]
-    return _key([texts, config.held_out, config.vocab_size, config.tokenizer_kind, TOKENIZER_TRAINING_BYTES])
-
-
-def _key(ingredients: Any) -> str:
-    return blake2b(json.dumps(ingredients, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest([texts, config.held_out, config.vocab_size, config.tokenizer_kind, TOKENIZER_TRAINING_BYTES])
 
 
 def _stamps(place: str) -> list[tuple[str, int, int]] | None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..serialization import write_text
+from ..serialization import digest, write_text
 from .config import Source
 from .packing import TokenWriter
 from .sources import DocumentStream, local_bytes
@@ -166,4 +166,4 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> str:
     """A hash of all that a tokenizer's tokens depend on: two with the same give the same tokens."""
     content = json.loads(plain_backend(tokenizer).to_str())
     content["eos"] = tokenizer.eos_token_id
-    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest(content)

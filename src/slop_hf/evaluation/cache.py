@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -13,7 +12,7 @@ from huggingface_hub import constants
 
 from ..errors import SlopError
 from ..records import EvalRecord
-from ..serialization import parse, read_yaml, to_json, write_text
+from ..serialization import digest, parse, read_yaml, to_json, write_text
 
 
 class ResultCache:
@@ -41,14 +40,13 @@ class ResultCache:
         write_text(self._path(ingredients), to_json(list(records)))
 
     def _path(self, ingredients: Mapping[str, Any]) -> Path:
-        text = json.dumps(ingredients, sort_keys=True)
-        return self.directory / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.json"
+        return self.directory / f"{digest(dict(ingredients))}.json"
 
 
 def digest_of(directory: Path) -> str:
     """A hash of all files in a directory, by name and content."""
-    digest = blake2b(digest_size=16)
+    found = blake2b(digest_size=16)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(directory)} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        found.update(f"{path.relative_to(directory)} {path.stat().st_size}\n".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from .. import __version__
 from ..data import Corpus
 from ..data.tokenizing import vocabulary_of
 from ..errors import EvaluationError
-from ..records import EvalRecord
+from ..records import EvalRecord, perplexity
+from ..serialization import digest
 from ..training.ranks import Ranks
 from .tasks import PERPLEXITY
 
@@ -28,7 +27,6 @@ Block = Mapping[str, torch.Tensor]
 #: the process is killed.
 LARGEST_BATCH, LARGEST_BATCH_ON_CPU = 64, 8
 IGNORED = -100  # the label of what is not to be predicted
-MAX_EXPONENT = 700.0  # exp of more is no float
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class HeldOut:
         shares = math.fsum(corpus.weights[name] for name in parts)
         weights = {name: corpus.weights[name] / shares for name in parts}
         cut = [(part.block_size, part.eos) for part in parts.values()]
-        return cls(parts, weights, _hash([corpus.fingerprint, cut]), vocabulary_of(corpus.tokenizer))
+        return cls(parts, weights, digest([corpus.fingerprint, cut]), vocabulary_of(corpus.tokenizer))
 
     @classmethod
     def of_texts(cls, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> HeldOut:
@@ -80,7 +78,7 @@ class HeldOut:
                 raise EvaluationError(f"{name} has no text to predict")
             sources[name] = [{"input_ids": block} for block in tokens.split(block_size) if len(block) > 1]
         vocabulary = vocabulary_of(tokenizer)
-        return cls(sources, None, _hash([dict(texts), block_size, vocabulary]), vocabulary)
+        return cls(sources, None, digest([dict(texts), block_size, vocabulary]), vocabulary)
 
 
 def perplexity_of(
@@ -148,15 +146,11 @@ def _metrics(totals: Mapping[str, tuple[float, int]], weights: Mapping[str, floa
         loss = math.fsum(total for total, _ in totals.values()) / sum(tokens for _, tokens in totals.values())
     else:
         loss = math.fsum(weights[name] * losses[name] for name in losses)
-    metrics = {"perplexity": _exp(loss), "loss": loss}
+    metrics = {"perplexity": perplexity(loss), "loss": loss}
     if len(losses) > 1:
-        metrics |= {f"perplexity/{name}": _exp(one) for name, one in losses.items()}
+        metrics |= {f"perplexity/{name}": perplexity(one) for name, one in losses.items()}
         metrics |= {f"loss/{name}": one for name, one in losses.items()}
     return metrics
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, MAX_EXPONENT))
 
 
 @torch.no_grad()
@@ -194,7 +188,3 @@ def _stacked(batch: Sequence[Block]) -> dict[str, torch.Tensor]:
 
 def _first(blocks: Sequence[Block], limit: int | None) -> Sequence[Block]:
     return blocks if limit is None or limit >= len(blocks) else [blocks[index] for index in range(limit)]
-
-
-def _hash(ingredients: Any) -> str:
-    return blake2b(json.dumps(ingredients, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -159,7 +159,7 @@ def utility_of(run: RunDirectory, records: Mapping[int, Sequence[EvalRecord]]) -
         for record in of_stage
         if record.task == PERPLEXITY and record.when == END
     }
-    hours = [stage.seconds * stage.devices / 3600 for stage in stages[1:]]
+    hours = [stage.device_hours for stage in stages[1:]]
     if len(found) < len(stages) or not hours or min(hours) <= 0:
         return None
     return marginal_utility([found[number] for number in range(len(stages))], hours)

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..data.tokenizing import vocabulary_of
 from ..errors import EvaluationError, GrowthError
-from ..growth import checkpoint_directory, no_progress_bars, weights_hash
-from ..growth.safetensors_io import read_checkpoint, read_tensor
+from ..growth import checkpoint_directory, no_progress_bars, stored_weights_hash, weights_hash
 from ..records import EvalRecord, RunDirectory
 from ..training.ranks import Ranks
 from . import harness
@@ -108,8 +107,7 @@ class Subject:
     def weights_hash(self) -> str:
         """Of its weights, the same for a directory and for the model loaded from it."""
         if self.directory is not None:
-            stored = read_checkpoint(self.directory)
-            return weights_hash((name, read_tensor(one)) for name, one in stored.items())
+            return stored_weights_hash(self.directory)
         return weights_hash(cast(PreTrainedModel, self._given).named_parameters())
 
     @cached_property

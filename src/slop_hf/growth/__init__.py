@@ -16,7 +16,7 @@ from .peft import base_of, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
 from .stream import WEIGHT, StateStream
-from .verify import probe_growth, weights_hash
+from .verify import probe_growth, stored_weights_hash, weights_hash
 
 __all__ = [
     "INITS",
@@ -45,5 +45,6 @@ __all__ = [
     "probe_growth",
     "resolve_inits",
     "save_adamw_state",
+    "stored_weights_hash",
     "weights_hash",
 ]

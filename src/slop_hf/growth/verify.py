@@ -16,6 +16,7 @@ from .axes import AxisMap
 from .model import no_progress_bars
 from .plan import GrowthPlan, ParameterPlan
 from .receipt import GrowthProbe
+from .safetensors_io import read_checkpoint, read_tensor
 
 PROBE_SHAPE = (2, 64)
 
@@ -80,6 +81,15 @@ def weights_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     True
     """
     return combine_hashes((name, tensor_hash(tensor)) for name, tensor in tensors)
+
+
+def stored_weights_hash(directory: Path) -> str:
+    """`weights_hash` of the weights in a directory, in one file or several, read a tensor at a time.
+
+    Raises:
+        GrowthError: where there are none, or files that are corrupt.
+    """
+    return weights_hash((name, read_tensor(one)) for name, one in read_checkpoint(directory).items())
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:

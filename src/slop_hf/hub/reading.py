@@ -8,11 +8,11 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..errors import GrowthError, HubError
+from ..growth import stored_weights_hash
 from ..schedule import GrowthSchedule
 from ..training.config import RunConfig
 from .access import Address, explained, fetch_file
 from .lineage import GROWTH_FILE, Origin, Parent, PublishedGrowth
-from .weights import hash_of_weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def fetch_stage(address: str, api: HfApi | None = None) -> FetchedStage:
         path = Path((api or HfApi()).snapshot_download(found.repo_id, revision=commit))
     growth = PublishedGrowth.load(growth_file)
     try:
-        weights = hash_of_weights(path)
+        weights = stored_weights_hash(path)
     except GrowthError as caught:
         raise HubError(f"{found}: {caught}") from None
     if weights != growth.weights_hash:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import HubError, RunError
+from ..growth import stored_weights_hash
 from ..records import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory, RunFacts
 from ..report.figures import loss_figure
 from ..training.checkpoints import CHECKSUM_FILE, fault_of
@@ -17,7 +18,6 @@ from ..training.ranks import Ranks
 from .access import MAIN
 from .card import model_card
 from .lineage import GROWTH_FILE, Origin, Parent, PublishedGrowth
-from .weights import hash_of_weights
 
 CARD_FILE, FIGURE_FILE = "README.md", "loss.png"
 _OWN = {RECORD_FILE, STATE_FILE, EVAL_FILE, CHECKSUM_FILE}  # growth.json tells what they say
@@ -127,7 +127,7 @@ def _hash_of(directory: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _hash_at(directory: Path, written_at: int) -> str:
-    return hash_of_weights(directory)
+    return stored_weights_hash(directory)
 
 
 def _figure(run: RunDirectory, number: int) -> bytes:

@@ -21,7 +21,6 @@ from ..errors import RunError
 from ..records import EvalRecord, RunDirectory
 from .drawing import RUN_COLOURS, STYLE, WIDTH, DrawnRun, new_figure, read_runs, run_legend, shorten, write_png
 from .results import AFTER_GROWTH, setting
-from .summary import device_hours
 
 #: Metrics that stand for a task, best known first; then whatever else is the better the larger.
 HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -126,7 +125,7 @@ def correlation_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path |
     schedules = [run for run, _ in chosen]
     if len(scores) == len(schedules):
         schedules.sort(key=lambda run: scores[id(run)])
-    hours = [[device_hours(record) for record in run.records] for run in schedules]
+    hours = [[record.device_hours for record in run.records] for run in schedules]
     with rc_context(STYLE):
         names = [shorten(run.name, 24) for run in schedules]
         return _draw_heatmap(names, time_correlation(hours), path)

@@ -95,7 +95,7 @@ def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:
         eval_loss=last.eval_loss,
         stage_seconds=tuple(record.seconds for record in records),
         seconds=sum(record.seconds for record in records),
-        device_hours=sum(device_hours(record) for record in records),
+        device_hours=sum(record.device_hours for record in records),
         tokens=last.total_tokens,
         flops=last.total_flops,
         marginal_utility=_utility_of(records),
@@ -159,13 +159,8 @@ def _shortest_name(path: Path, others: Sequence[Path]) -> str:
     return str(path)
 
 
-def device_hours(record: StageRecord) -> float:
-    """The hours of a stage's training, times the devices that shared it."""
-    return record.seconds * record.devices / 3600
-
-
 def _utility_of(records: Sequence[StageRecord]) -> float | None:
-    hours = [device_hours(record) for record in records[1:]]
+    hours = [record.device_hours for record in records[1:]]
     perplexities = [record.perplexity for record in records if record.perplexity is not None]
     measured = len(perplexities) == len(records) and all(map(math.isfinite, perplexities))
     return marginal_utility(perplexities, hours) if hours and measured and min(hours) > 0 else None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RunError
 from ..growth import resolve_inits
-from ..records import ConsumedTokens, RunDirectory, RunFacts, StageRecord
+from ..records import ConsumedTokens, RunDirectory, RunFacts, StageRecord, perplexity
 from ..schedule import GrowthSchedule
 from ..serialization import versions
 from .spans import StageSpan
 
 HELD_OUT = "eval_loss"
 _OF_SOURCE = re.compile("eval_.+_loss")
-MAX_EXPONENT = 700.0  # exp of more is no float: a diverged run has a perplexity of about 1e304
 
 
 def check_same_schedule(run: RunDirectory, found: GrowthSchedule, schedule: GrowthSchedule) -> None:
@@ -88,7 +86,7 @@ def stage_record(
         eval_loss=eval_loss,
         eval_loss_after_growth=next((loss for loss in at_growth if loss is not None), None),
         eval_losses=losses_by_source(metrics),
-        perplexity=math.exp(min(eval_loss, MAX_EXPONENT)) if eval_loss is not None else None,
+        perplexity=None if eval_loss is None else perplexity(eval_loss),
         data=data,
         data_fingerprint=facts.data,
         data_seed=facts.data_seed,

@@ -15,14 +15,13 @@ from transformers.utils import logging
 
 from ..errors import RunError
 from ..growth import StateStream
-from ..records import RunDirectory, RunFacts
+from ..records import RunDirectory, RunFacts, perplexity
 from .arguments import SlopTrainingArguments
 from .batches import largest_divisor
 from .boundary import enter
 from .checkpoints import checkpoints, set_random_state
 from .learning_rate import restore, stage_scheduler
 from .ranks import Ranks
-from .recording import MAX_EXPONENT
 from .saving import keep_callback_states, save_checkpoint
 from .soundness import Soundness
 from .spans import StageSpan
@@ -255,7 +254,7 @@ class StageTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._pace.measure(self._span, self.state.global_step))
         for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
-            logs[name.removesuffix("loss") + "perplexity"] = math.exp(min(logs[name], MAX_EXPONENT))
+            logs[name.removesuffix("loss") + "perplexity"] = perplexity(logs[name])
         if "train_runtime" in logs:
             done = self.state.global_step - self._first_step
             logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
