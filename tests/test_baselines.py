@@ -279,7 +279,7 @@ def test_compare_by_hand():
     config = {"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": False}
     plan = one_stage(small, large, 3 * 10**8, 10**9)
     arms = compare(plan, config, 32, CostModel(1e-15, 1e-9), ScalingLaw(1.0, 20.0, 0.5, 30.0, 0.5))
-    assert [arm.name for arm in arms] == ["plan", "from_scratch", "single_stage", "msg", "elle", "stacking"]
+    assert [arm.name for arm in arms] == ["plan", "from_scratch", "single_stage", "copies", "msg", "elle", "stacking"]
 
     def params(layers):  # embeddings, final norm; attention, ffn and two norms a layer
         return 2 * 100 * 64 + 64 + layers * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)

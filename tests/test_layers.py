@@ -30,10 +30,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "feed": ("data",),
     "train": ("training",),
     "tell": ("evaluation", "hub", "report", "testing"),
+    "compare": ("experiments",),
     "talk": ("cli", "__main__"),
 }
 RANKS = {part: rank for rank, parts in enumerate(ROWS.values()) for part in parts}
-MAY_IMPORT_TORCH = {"grow", "feed", "train", "tell"}
+MAY_IMPORT_TORCH = {"grow", "feed", "train", "tell", "compare"}
 HEAVY = {"torch", "transformers"}
 
 Sources = Mapping[str, str]  # full module name -> source text; a package is named with its `.__init__`

@@ -93,6 +93,7 @@ def test_train_accepts_every_schedule(options, tmp_path, config, output_of):
         "plan",
         "from_scratch",
         "single_stage",
+        "copies",
         "msg",
         "elle",
         "stacking",

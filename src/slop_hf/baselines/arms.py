@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from ..architectures import architecture_of
-from ..cost import DEFAULT_CONFIG, flops_per_token
+from ..cost import DEFAULT_CONFIG
 from ..errors import PlanError
 from ..schedule import GrowthSchedule
 from .part_way import part_way
@@ -19,16 +19,21 @@ _STACKING_SHARES = (5, 7, 28)  # 50,000, 70,000 and 280,000 steps
 
 
 def from_scratch(
-    schedule: GrowthSchedule, config: Any = DEFAULT_CONFIG, sequence_length: int = 2048
+    schedule: GrowthSchedule,
+    config: Any = DEFAULT_CONFIG,
+    sequence_length: int = 2048,
+    *,
+    budget: BudgetKind = "flops",
 ) -> GrowthSchedule:
     """The target of `schedule` trained from random weights with the FLOPs of all its stages.
 
     The paper's Table 2 gives its from-scratch run equal tokens instead, and so 2.8 times the GPU hours.
 
     Args:
-        schedule: a schedule with tokens.
-        config: what growth leaves alone, see `cost`.
-        sequence_length: tokens of a training sequence.
+        schedule, config, sequence_length, budget: as in `single_stage`.
+
+    Raises:
+        ScheduleError: for a schedule without tokens.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(64, 128, 2, 2), ModelDims(64, 128, 8, 2)
@@ -37,9 +42,8 @@ def from_scratch(
     >>> 10**6 < scratch.initial_tokens < 2 * 10**6
     True
     """
-    budget = schedule.flops(config, sequence_length)
-    tokens = round(budget / flops_per_token(schedule.target, config, sequence_length))
-    return GrowthSchedule(schedule.target, initial_tokens=tokens)
+    purse = Purse.of(schedule, config, sequence_length, budget)
+    return GrowthSchedule(schedule.target, initial_tokens=round(purse.total / purse.price(schedule.target)))
 
 
 def single_stage(
@@ -74,6 +78,40 @@ def single_stage(
     tokens = schedule.initial_tokens
     rest = (purse.total - purse.price(schedule.initial) * tokens) / purse.price(schedule.target)
     return schedule_of([schedule.initial, schedule.target], [tokens, rest], purse)
+
+
+#: Inits of the arm `copies`, by operator.
+COPIES = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "copy", "head_dim": "spread"}
+
+
+def copies(
+    schedule: GrowthSchedule,
+    config: Any = DEFAULT_CONFIG,
+    sequence_length: int = 2048,
+    *,
+    budget: BudgetKind = "flops",
+) -> GrowthSchedule:
+    """A single stage whose new entries are copies, so that the grown model begins as the small one ended.
+
+    HyperCloning: Samragh et al. 2024, "Scaling Smart: Accelerating Large Language Model Pre-training with Small Model
+    Initialization" (arXiv 2409.12903), which tiles a pretrained model's weights to a multiple of its width. Our
+    reading for other ends: widths need not be multiples (`docs/exactness.md` tells what becomes of the rest), and new
+    layers, which that paper does not add, are copies that begin by adding nothing. Shares as in `single_stage`.
+
+    Args:
+        schedule, config, sequence_length, budget: as in `single_stage`.
+
+    Raises:
+        ScheduleError: for a schedule without tokens.
+
+    >>> from slop_hf import GrowthStage, ModelDims
+    >>> stage = GrowthStage(("hidden", "mha"), ModelDims(128, 128, 2, 4, head_dim=32), tokens=40)
+    >>> copies(GrowthSchedule(ModelDims(64, 128, 2, 2), (stage,), 100), budget="tokens").stages[0].init
+    {'hidden': 'copy', 'mha': 'copy'}
+    """
+    arm = single_stage(schedule, config, sequence_length, budget=budget)
+    stages = (replace(one, init={name: COPIES[name] for name in one.operators}) for one in arm.stages)
+    return replace(arm, stages=tuple(stages))
 
 
 def msg(
@@ -198,10 +236,19 @@ def stacking(
     return schedule_of(structures, _STACKING_SHARES, purse)
 
 
-#: The arms by name, each called with a schedule, a config and a sequence length.
-ARMS: dict[str, Callable[[GrowthSchedule, Any, int], GrowthSchedule]] = {
+class ControlArm(Protocol):
+    """What makes a control arm of a plan."""
+
+    def __call__(
+        self, schedule: GrowthSchedule, config: Any = ..., sequence_length: int = ..., *, budget: BudgetKind = ...
+    ) -> GrowthSchedule: ...
+
+
+#: The arms by name.
+ARMS: dict[str, ControlArm] = {
     "from_scratch": from_scratch,
     "single_stage": single_stage,
+    "copies": copies,
     "msg": msg,
     "elle": elle,
     "stacking": stacking,

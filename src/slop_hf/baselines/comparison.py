@@ -66,7 +66,7 @@ def compare(
     >>> stage = GrowthStage(("layer", "mha", "ffn", "hidden"), large, tokens=2 * 10**9)
     >>> arms = compare(GrowthSchedule(small, (stage,), initial_tokens=10**8))
     >>> [arm.name for arm in arms]
-    ['plan', 'from_scratch', 'single_stage', 'msg', 'elle', 'stacking']
+    ['plan', 'from_scratch', 'single_stage', 'copies', 'msg', 'elle', 'stacking']
     """
     Purse.of(schedule, config, sequence_length, "flops")  # refuses a schedule without tokens
     schedules = {_PLAN: schedule, **{name: make(schedule, config, sequence_length) for name, make in ARMS.items()}}

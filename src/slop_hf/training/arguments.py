@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from ..errors import RunError
+from ..growth.plan import DEFAULT_NOISE
 from .launch import prepare_launch
 
 #: Optimizers whose state is AdamW's two moments and a step, kept per parameter.
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 LR_SPANS = ("stage", "run")
 #: Arguments that are one number for all stages, or one for each.
-PER_STAGE = ("batch_tokens", "stage_batch_sizes")
+PER_STAGE = ("batch_tokens", "stage_batch_sizes", "stage_learning_rates")
 
 
 @dataclass
@@ -71,6 +72,10 @@ class SlopTrainingArguments(TrainingArguments):
     stage_batch_sizes: list[int] | None = field(
         default=None, metadata={"help": "per_device_train_batch_size of each stage; later models may need a smaller."}
     )
+    stage_learning_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of each stage, one number for each; left out, learning_rate for all."},
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Not used: the schedule's tokens decide."})
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Stays sequential: the shuffled order is the run's own."}
@@ -80,6 +85,13 @@ class SlopTrainingArguments(TrainingArguments):
         metadata={"help": "Init of each operator, or one name for all, for stages whose schedule names none."},
     )
     growth_seed: int = field(default=0, metadata={"help": "Seed of the entries that growth draws at random."})
+    growth_noise: float = field(
+        default=DEFAULT_NOISE,
+        metadata={
+            "help": "Noise that parts copies under the init `copy`, as a share of the model's initializer_range; it "
+            "leaves the function as it is."
+        },
+    )
     carry_optimizer_state: bool = field(
         default=True,
         metadata={"help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew."},
@@ -109,7 +121,7 @@ class SlopTrainingArguments(TrainingArguments):
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         for name in PER_STAGE:
-            if isinstance(getattr(self, name), int):
+            if isinstance(getattr(self, name), (int, float)):
                 setattr(self, name, [getattr(self, name)])
         self._refuse_meaningless()
         optim = getattr(self.optim, "value", self.optim)
@@ -141,8 +153,8 @@ class SlopTrainingArguments(TrainingArguments):
             raise RunError(f"lr_span must be one of {', '.join(LR_SPANS)}, got {self.lr_span!r}")
         for name in PER_STAGE:
             numbers = getattr(self, name)
-            if numbers is not None and (not numbers or min(numbers) < 1):
+            if numbers is not None and (not numbers or min(numbers) <= 0):
                 raise RunError(f"{name} must be positive numbers, one or one for each stage, got {numbers}")
-        for name in ("rewarm_steps", "peak_tflops"):
+        for name in ("rewarm_steps", "peak_tflops", "growth_noise"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise RunError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import RunError
 from .arguments import PER_STAGE
+
+Number = TypeVar("Number", int, float)
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -56,14 +58,14 @@ class Batches:
         return cls(micro, each // micro)
 
 
-def per_stage(values: int | Sequence[int] | None, default: int, stages: int, name: str) -> tuple[int, ...]:
+def per_stage(values: Number | Sequence[Number] | None, default: Number, stages: int, name: str) -> tuple[Number, ...]:
     """One value for each stage from an argument that gives none, one for all, or one for each.
 
     Raises:
         RunError: for another number of values.
     """
     values = default if values is None else values
-    values = [values] if isinstance(values, int) else list(values)
+    values = [values] if isinstance(values, (int, float)) else list(values)
     if len(values) not in (1, stages):
         raise RunError(
             f"{name} has {len(values)} values, the run {stages} stages (the initial one counted); give one or {stages}"

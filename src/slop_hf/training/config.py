@@ -101,7 +101,7 @@ class RunConfig:
         known = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
         _refuse_unknown(self.training, known, "training")
         hints = get_type_hints(SlopTrainingArguments)
-        for_all = {key: [self.training[key]] for key in PER_STAGE if isinstance(self.training.get(key), int)}
+        for_all = {key: [self.training[key]] for key in PER_STAGE if isinstance(self.training.get(key), (int, float))}
         given = {
             key: parse(hints[key], value, where=f"training.{key}", error=RunError)
             for key, value in {**self.training, **for_all}.items()

@@ -19,7 +19,7 @@ from ..hours import CostModel
 from ..records import STATE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
-from .batches import blocks_per_step, stage_batches
+from .batches import blocks_per_step, per_stage, stage_batches
 from .callbacks import StageCallback, StageEnd
 from .checkpoints import read_resume
 from .checks import (
@@ -143,6 +143,7 @@ class SlopTrainer(StageTrainer):
         )
         self.spans = stage_spans(self.schedule, self.model.config, block_size, per_step)
         self._batches = stage_batches(args, per_step, self.ranks.count)
+        self._rates = per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
 
     def _vocabulary(self) -> str:
         tokenizer = self.processing_class
@@ -231,6 +232,7 @@ class SlopTrainer(StageTrainer):
             "per_device_train_batch_size": batches.micro_batch_size,
             "gradient_accumulation_steps": batches.accumulation_steps,
             "num_train_epochs": float(span.steps > 0),
+            "learning_rate": self._rates[span.number],
         }
         before = {name: getattr(self.args, name) for name in changes}
         self._set_arguments(changes)
@@ -254,7 +256,7 @@ class SlopTrainer(StageTrainer):
         config = self._model_class.config_class.from_pretrained(directory)
         plan, moments = None, bool(list(directory.glob("optimizer*.safetensors")))
         if span is not None and span.growth is not None:
-            plan = plan_growth(config, span.growth, seed=self._growth_seed(span))
+            plan = plan_growth(config, span.growth, seed=self._growth_seed(span), noise=self.args.growth_noise)
             if self.args.carry_optimizer_state and not moments and self.spans[span.number - 1].end_step:
                 logger.warning(f"{directory} has no optimizer state any more: AdamW begins anew in {span.name}")
             moments = moments and self.args.carry_optimizer_state

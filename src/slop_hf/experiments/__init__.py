@@ -1,0 +1,12 @@
+"""Experiments: arms run side by side at equal budgets, and what came out of them.
+
+| module | what it holds |
+|---|---|
+| `config` | `Experiment`: the YAML of a comparison |
+| `arms` | the schedule of each arm, and the runs that the comparison consists of |
+| `running` | trains them, on one device or several; what runs have in common is trained once |
+| `record` | `Comparison`: all that was measured, with the ledger of what it cost |
+| `results` | iso-loss savings, losses at equal FLOPs, spreads over seeds, rank correlations |
+| `tables`, `figures`, `write` | how a reader gets to see it |
+| `probe` | short trial training that re-ranks what a planner answered |
+"""

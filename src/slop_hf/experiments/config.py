@@ -1,0 +1,245 @@
+"""`ExperimentConfig`: arms that are to be compared, at a scale, as one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ..baselines import ARMS
+from ..dims import ModelDims
+from ..errors import RunError
+from ..operators import OPERATORS
+from ..schedule import GrowthSchedule
+from ..serialization import change, parse, read_yaml
+from ..training import RunConfig
+
+#: What all arms of a comparison spend alike: training FLOPs, or tokens.
+Equal = Literal["flops", "tokens"]
+_WAYS = ("plan", "order", "control", "schedule")
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """One arm: a schedule, told in one of four ways, and what is changed for it.
+
+    Args:
+        plan: the planner's answer of that rank: a number from 1, `best` or `worst`.
+        order: the planner's answer that grows in this order, such as `l-f-h`.
+        control: a control arm to the planner's best answer, a name in `baselines.ARMS`.
+        schedule: a schedule in place, or the path of its file; its tokens are shares of the budget.
+        about: what to tell of the arm, in a few words.
+        initial: the name of the structure that it begins with, or what is spelled out, `48,128,3,3`.
+        target: the same for the end; a planner may choose among several.
+        operators: dimensions that the planner grows in stages of their own; those of `order` where that is given.
+        planner: more arguments of `SlopPlanner`, such as `objective` or `mode`.
+        shares: of the tokens, for each stage, the initial model's first; or `utility`. Default: the paper's.
+        budgets: multiples of the scale's budget that it is run at, each a run of its own with a whole
+            learning-rate schedule.
+        training: training arguments that it changes, such as `learning_rate` or `growth_init`.
+        seeds: in place of the scale's.
+
+    Raises:
+        RunError: where there is not exactly one way, or an unknown name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    plan: int | str | None = None
+    order: str | None = None
+    control: str | None = None
+    schedule: GrowthSchedule | str | None = None
+    about: str = ""
+    initial: str = "initial"
+    target: str | tuple[str, ...] = "target"
+    operators: tuple[str, ...] = ("layer", "ffn", "hidden")
+    planner: dict[str, Any] = field(default_factory=dict)
+    shares: tuple[float, ...] | Literal["utility"] | None = None
+    budgets: tuple[float, ...] = (1.0,)
+    training: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        given = [way for way in _WAYS if getattr(self, way) is not None]
+        if len(given) != 1:
+            raise RunError(f"an arm needs one of {', '.join(_WAYS)}, got {', '.join(given) or 'none'}")
+        if self.control is not None and self.control not in ARMS:
+            raise RunError(f"unknown control arm {self.control!r}; known: {', '.join(ARMS)}")
+        ranks = isinstance(self.plan, int) and not isinstance(self.plan, bool) and self.plan >= 1
+        if self.plan is not None and not ranks and self.plan not in ("best", "worst"):
+            raise RunError(f"plan must be a rank from 1, 'best' or 'worst', got {self.plan!r}")
+        letters = {operator.letter for operator in OPERATORS.values()}
+        if self.order is not None and not set(self.order.split("-")) <= letters:
+            raise RunError(f"order must be letters of {', '.join(sorted(letters))} such as l-f-h, got {self.order!r}")
+        if not self.budgets or min(self.budgets) <= 0 or len(set(self.budgets)) < len(self.budgets):
+            raise RunError(f"budgets must be different positive multiples, got {list(self.budgets)}")
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """How large an experiment is.
+
+    Args:
+        run: a run without a schedule (model, data, training), in place or the path of its file.
+        structures: by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
+        flops: training FLOPs of each run; or
+        tokens: training tokens of each run.
+        seeds: each arm is run once with each.
+        arms: the arms that this scale leaves out are not among them; empty, all.
+
+    Raises:
+        RunError: where there is not exactly one budget, or no seed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    run: str | dict[str, Any]
+    structures: dict[str, str]
+    flops: float | None = None
+    tokens: float | None = None
+    seeds: tuple[int, ...] = (0,)
+    arms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.flops is None) == (self.tokens is None):
+            raise RunError("a scale needs either flops or tokens, which all its runs spend alike")
+        if not (self.flops or self.tokens or 0) > 0:
+            raise RunError(f"a budget must be positive, got {self.flops or self.tokens}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise RunError(f"seeds must be one or more different numbers, got {list(self.seeds)}")
+
+    @property
+    def equal(self) -> Equal:
+        """What all runs spend alike."""
+        return "tokens" if self.flops is None else "flops"
+
+    @property
+    def budget(self) -> float:
+        """How much of it."""
+        return float(self.flops or self.tokens or 0)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Arms that are compared with one another at a scale.
+
+    Args:
+        title: a headline.
+        arms: by name; figures and tables keep the order.
+        scales: by name.
+        about: what is asked, and where it comes from.
+        reference: the arm whose final loss the others are to reach; default, the first `from_scratch` one.
+        printed: what the paper prints of an arm, by arm and column, to be set beside what is measured.
+
+    Raises:
+        RunError: for a reference or a scale's arm that is none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    title: str
+    arms: dict[str, ArmConfig]
+    scales: dict[str, ScaleConfig]
+    about: str = ""
+    reference: str | None = None
+    printed: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = [self.reference, *self.printed, *(arm for scale in self.scales.values() for arm in scale.arms)]
+        for name in named:
+            if name is not None and name not in self.arms:
+                raise RunError(f"there is no arm {name!r}; the arms are {', '.join(self.arms)}")
+        for name in self.arms:
+            if not name or Path(name).name != name or name.startswith("."):
+                raise RunError(f"{name!r} cannot name an arm: its runs' directory is called so")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment at one of its scales.
+
+    Args:
+        name: of its file.
+        scale: the scale's name.
+        title, about, reference, printed: as in `ExperimentConfig`; the reference is None where there is none.
+        arms: by name.
+        sizes: the scale.
+        run: what all runs have in common.
+    """
+
+    name: str
+    scale: str
+    title: str
+    about: str
+    arms: dict[str, ArmConfig]
+    sizes: ScaleConfig
+    run: RunConfig
+    reference: str | None = None
+    printed: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | Path, scale: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> Experiment:
+        """Read an experiment.
+
+        Args:
+            path: of its file; files that it names are looked for beside it.
+            scale: which; may be left out where there is one only.
+            overrides: values by dotted key, such as `{"scales.nano.flops": 1e12, "arms.slop.seeds": [0]}`.
+
+        Raises:
+            RunError: naming the file and the key at fault.
+        """
+        path = Path(path)
+        content = read_yaml(path, error=RunError) or {}
+        if not isinstance(content, dict):
+            raise RunError(f"{path}: expected a mapping with the keys title, arms and scales")
+        change(content, overrides or {}, where=str(path), error=RunError)
+        config = parse(ExperimentConfig, content, where=str(path), error=RunError)
+        if scale is None and len(config.scales) == 1:
+            scale = next(iter(config.scales))
+        if scale not in config.scales:
+            raise RunError(
+                f"{path}: choose a scale of {', '.join(config.scales)}" + (f", not {scale!r}" if scale else "")
+            )
+        sizes = config.scales[scale]
+        arms = {name: arm for name, arm in config.arms.items() if not sizes.arms or name in sizes.arms}
+        scratch = [name for name, arm in arms.items() if arm.control == "from_scratch"]
+        reference = config.reference or next(iter(scratch), None)
+        return cls(
+            name=path.stem,
+            scale=scale,
+            title=config.title,
+            about=config.about,
+            arms={name: _beside(arm, path) for name, arm in arms.items()},
+            sizes=sizes,
+            run=_run_of(sizes, path),
+            reference=reference if reference in arms else None,
+            printed=config.printed,
+        )
+
+    def structure(self, name: str) -> ModelDims:
+        """A structure by its name, or as it is spelled out.
+
+        Raises:
+            RunError: for a name that the scale does not have.
+        """
+        text = self.sizes.structures.get(name, name)
+        if "," not in text:
+            known = ", ".join(self.sizes.structures)
+            raise RunError(f"{self.name}: scale {self.scale} has no structure {name!r} (known: {known})")
+        return ModelDims.parse(text)
+
+
+def _beside(arm: ArmConfig, path: Path) -> ArmConfig:
+    """The arm, its schedule's file taken relative to the experiment's."""
+    return dataclasses.replace(arm, schedule=str(path.parent / arm.schedule)) if isinstance(arm.schedule, str) else arm
+
+
+def _run_of(sizes: ScaleConfig, path: Path) -> RunConfig:
+    if isinstance(sizes.run, str):
+        return RunConfig.from_yaml(path.parent / sizes.run)
+    return parse(RunConfig, sizes.run, where=f"{path}: run", error=RunError)

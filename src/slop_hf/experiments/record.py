@@ -1,0 +1,332 @@
+"""`Comparison`: what was measured of each run of an experiment, and the ledger of what it cost, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..dims import ModelDims
+from ..errors import RunError
+from ..records import RunDirectory, StageRecord, perplexity
+from ..report.summary import marginal_utility
+from ..schedule import GrowthSchedule
+from ..serialization import parse, plain, to_json, versions, write_text
+from .arms import ArmRun
+from .config import Experiment
+
+HELD_OUT = "eval_loss"
+#: Digits of measured losses and seconds in the record: below them is noise.
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage of a run; losses are held-out, in nats a token.
+
+    Args:
+        name: of its directory.
+        dims: its structure.
+        parameters: of the model.
+        tokens, flops, seconds: of its training.
+        eval_loss: at its end.
+        eval_loss_after_growth: right after the growth, before training; None for the initial model.
+        devices: that shared the work.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    name: str
+    dims: ModelDims
+    parameters: int
+    tokens: int
+    flops: float
+    seconds: float
+    eval_loss: float
+    eval_loss_after_growth: float | None = None
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out loss in the course of a run; entries of the three belong together.
+
+    Args:
+        flops: training FLOPs so far.
+        seconds: of training so far, a stage's steps taken to last alike.
+        losses: in nats a token.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    flops: tuple[float, ...]
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run came to.
+
+    Args:
+        arm: its name.
+        budget: multiple of the experiment's.
+        seed: of weights, data order and growth.
+        schedule: as run.
+        stages: the initial one first.
+        curve: held-out losses on the way.
+        inherited: stages that another run had trained already, and that cost nothing again.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    arm: str
+    budget: float
+    seed: int
+    schedule: GrowthSchedule
+    stages: tuple[StageResult, ...]
+    curve: Curve
+    inherited: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of all stages, as everything below."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def eval_loss(self) -> float:
+        """Held-out loss at the end."""
+        return self.stages[-1].eval_loss
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(eval_loss)`."""
+        return perplexity(self.eval_loss)
+
+    @property
+    def marginal_utility(self) -> float | None:
+        """Eq. 2 of the paper, in perplexity a device hour; None without growth, or where a stage took no time."""
+        hours = [stage.seconds * stage.devices / 3600 for stage in self.stages[1:]]
+        if not hours or not min(hours) > 0:
+            return None
+        return marginal_utility([perplexity(stage.eval_loss) for stage in self.stages], hours)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Something that was paid for.
+
+    Args:
+        what: `runs`, `trunks` (beginnings that several runs share) or `probes`.
+        count: how many.
+        tokens, flops, seconds: of training.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    what: str
+    count: int
+    tokens: int
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that came out of an experiment at a scale.
+
+    Args:
+        name: of the experiment's file.
+        scale: the scale's name.
+        title, about: of the experiment.
+        equal: what all runs of a budget spend alike, `flops` or `tokens`.
+        budget: how much of it.
+        arms: what is told of each, by name; figures and tables keep the order.
+        runs: those that have finished, in the order of arms, budgets and seeds.
+        ledger: what was paid, everything counted once.
+        reference: the arm whose final loss the others are to reach.
+        missing: names of runs that have not finished.
+        printed: what the paper prints of an arm, by arm and column.
+        settings: the run that all arms have in common, and what each arm changes.
+        versions: of slop_hf, transformers and torch.
+        device: what it ran on.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    name: str
+    scale: str
+    title: str
+    equal: str
+    budget: float
+    arms: dict[str, str]
+    runs: tuple[RunResult, ...] = ()
+    ledger: tuple[Cost, ...] = ()
+    about: str = ""
+    reference: str | None = None
+    missing: tuple[str, ...] = ()
+    printed: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+
+    def of(self, arm: str, budget: float = 1.0) -> list[RunResult]:
+        """The finished runs of an arm at a budget, by seed."""
+        found = [run for run in self.runs if run.arm == arm and run.budget == budget]
+        return sorted(found, key=lambda run: run.seed)
+
+    def budgets(self, arm: str) -> list[float]:
+        """Those that an arm has finished runs at, ascending."""
+        return sorted({run.budget for run in self.runs if run.arm == arm})
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, aside and renamed."""
+        return write_text(path, _compact(to_json(self)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read one.
+
+        Raises:
+            RunError: where the file is none.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{path}: no such file; `slop compare` writes one") from None
+        except ValueError as caught:
+            raise RunError(f"{path}: not valid JSON ({caught})") from None
+        return parse(cls, content, where=str(path), error=RunError)
+
+
+def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: str = "") -> Comparison:
+    """Read what the finished runs of an experiment came to.
+
+    Args:
+        experiment: that was run.
+        jobs: its runs with their trunks, as `with_trunks` gives them.
+        root: the comparison's directory.
+        device: what it ran on.
+
+    Raises:
+        RunError: where a run has no held-out losses.
+    """
+    lengths = {job.place: len(job.schedule.structures) for job in jobs}
+    finished = [(job, RunDirectory(root / job.place)) for job in jobs]
+    finished = [(job, run) for job, run in finished if run.exists and run.is_finished]
+    runs, costs = [], []
+    for what, of_arms in (("runs", True), ("trunks", False)):
+        paid: list[StageRecord] = []
+        chosen = [(job, run) for job, run in finished if bool(job.arm) is of_arms]
+        for job, run in chosen:
+            inherited = lengths[job.parent] if job.parent is not None else 0
+            paid += run.records()[inherited:]
+            if of_arms:
+                runs.append(_result(job, run, inherited))
+        costs.append(
+            Cost(
+                what,
+                len(chosen),
+                sum(record.tokens for record in paid),
+                sum(record.flops for record in paid),
+                round(sum(record.seconds * record.devices for record in paid), 1),
+            )
+        )
+    done = {job.place for job, _ in finished}
+    return Comparison(
+        name=experiment.name,
+        scale=experiment.scale,
+        title=experiment.title,
+        about=experiment.about,
+        equal=experiment.sizes.equal,
+        budget=experiment.sizes.budget,
+        arms={name: arm.about for name, arm in experiment.arms.items()},
+        runs=tuple(runs),
+        ledger=tuple(cost for cost in costs if cost.count),
+        reference=experiment.reference,
+        missing=tuple(job.name for job in jobs if job.arm and job.place not in done),
+        printed=experiment.printed,
+        settings={
+            "run": plain(experiment.run),
+            "arms": {name: arm.training for name, arm in experiment.arms.items() if arm.training},
+        },
+        versions=versions(),
+        device=device,
+    )
+
+
+def _result(job: ArmRun, run: RunDirectory, inherited: int) -> RunResult:
+    records = run.records()
+    for record in records:
+        if record.eval_loss is None:
+            raise RunError(f"{run.path}: {record.name} has no held-out loss; set `held_out` in the scale's data")
+    stages = tuple(
+        StageResult(
+            name=record.name,
+            dims=record.dims,
+            parameters=record.parameters,
+            tokens=record.tokens,
+            flops=record.flops,
+            seconds=round(record.seconds, 2),
+            eval_loss=round(record.eval_loss or math.nan, _DIGITS),
+            eval_loss_after_growth=_rounded(record.eval_loss_after_growth),
+            devices=record.devices,
+        )
+        for record in records
+    )
+    return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, _curve(run, records), inherited)
+
+
+def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
+    """The held-out losses of a run's log; within a stage every step takes as long and as many FLOPs as the others."""
+    flops, seconds, losses = [], [], []
+    for entry in run.history():
+        if HELD_OUT not in entry or not math.isfinite(entry[HELD_OUT]):
+            continue
+        record = records[entry["stage"]]
+        before = sum(one.seconds for one in records[: record.stage])
+        done = (entry["tokens"] - record.first_token) / max(record.tokens, 1)
+        flops.append(float(entry["train_flops"]))
+        seconds.append(round(before + done * record.seconds, 2))
+        losses.append(round(entry[HELD_OUT], _DIGITS))
+    return Curve(tuple(flops), tuple(seconds), tuple(losses))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, _DIGITS)
+
+
+def _compact(text: str) -> str:
+    """JSON with lists of numbers on one line each."""
+    lines, row = [], ""
+    for line in text.splitlines():
+        stripped = line.strip()
+        number = stripped.rstrip(",").lstrip("-")[:1].isdigit()
+        if row and (number or stripped.startswith("]")):
+            row += (" " if number and not row.endswith("[") else "") + stripped
+            if not number:
+                lines.append(row)
+                row = ""
+        elif line.endswith("["):
+            if row:
+                lines.append(row)
+            row = line
+        else:
+            if row:
+                lines.append(row)
+                row = ""
+            lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,209 @@
+"""Running an experiment: one run after another, or several at a time on devices of their own; again after a kill."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..data import prepare_data
+from ..errors import RunError, SlopError
+from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
+from ..serialization import to_yaml, write_text, written_aside
+from ..training import build_trainer, preview_run
+from .arms import ArmRun, arm_runs, with_trunks
+from .config import Experiment
+
+LOG_FILE = "log.txt"
+CONFIG_FILE = "run.yaml"
+Told = Callable[[ArmRun, int, int], None]
+
+
+def run_experiment(
+    experiment: Experiment,
+    root: str | Path,
+    *,
+    devices: Sequence[str] = (),
+    workers: int = 1,
+    told: Told | None = None,
+) -> list[ArmRun]:
+    """Train all runs of an experiment that have not finished; those that were interrupted go on.
+
+    Beginnings that runs share are trained once, in `trunks/`.
+
+    Args:
+        experiment: to run.
+        root: its directory.
+        devices: CUDA devices to spread runs over, a worker for each, such as `("0", "1")`.
+        workers: without devices, how many runs at a time; each gets its share of the cores.
+        told: called with a run that has finished, how many have, and how many there are.
+
+    Returns:
+        the runs with their trunks, in the order of training.
+
+    Raises:
+        SlopError: for what cannot be run, before anything is; and where a run fails, once those beside it have ended.
+    """
+    root = Path(root)
+    jobs = sorted(with_trunks(arm_runs(experiment)), key=lambda job: job.seed)  # all arms of a seed, then the next
+    check_same_runs(jobs, root)
+    waiting = [job for job in jobs if not is_finished(root, job)]
+    for job in waiting:
+        if not RunDirectory(root / job.place).exists:
+            _previewed(job, root)
+    for job in jobs:
+        write_text(_config_of(root, job), to_yaml(job.config))
+    if waiting:
+        prepare_data(experiment.run.data)  # once, and not in every worker
+    done = len(jobs) - len(waiting)
+
+    def tell(job: ArmRun) -> None:
+        nonlocal done
+        done += 1
+        if told is not None:
+            told(job, done, len(jobs))
+
+    if len(devices) > 1 or workers > 1:
+        _run_side_by_side(waiting, root, list(devices) or [""] * workers, tell)
+    else:
+        for job in waiting:
+            train_job(job, root)
+            tell(job)
+    return jobs
+
+
+def train_job(job: ArmRun, root: Path) -> None:
+    """Train one run to its end, from where it or its trunk has come to."""
+    run = RunDirectory(root / job.place)
+    if not run.exists and job.parent is not None:
+        branch(RunDirectory(root / job.parent), run, job)
+    with (root / job.place).parent.joinpath(f"{job.place.name}.{LOG_FILE}").open("a") as log, _written_to(log):
+        build_trainer(job.config, run.path).train(resume_from_checkpoint=RunDirectory(run.path).exists)
+
+
+def branch(trunk: RunDirectory, run: RunDirectory, job: ArmRun) -> None:
+    """Begin a run with the finished stages of another; files are linked where the disk can do so.
+
+    Args:
+        trunk: a finished run of the first stages.
+        run: to begin.
+        job: with the schedule.
+
+    Raises:
+        RunError: for a trunk that has not finished.
+    """
+    if not trunk.is_finished:
+        raise RunError(f"{trunk.path} has not finished; {run.path} cannot begin with it")
+    facts = RunFacts.load(trunk)
+    with written_aside(run.path) as aside:
+        for name in trunk.schedule.stage_names:
+            shutil.copytree(trunk.path / name, aside / name, copy_function=_link)
+        if facts is not None:
+            name = "-".join(job.place.parts[1:])
+            replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(aside))
+        job.schedule.to_yaml(aside / SCHEDULE_FILE)
+
+
+def is_finished(root: Path, job: ArmRun) -> bool:
+    """Whether a run has ended."""
+    run = RunDirectory(root / job.place)
+    return run.exists and run.is_finished
+
+
+def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
+    """Refuse a directory where a run of the same place was begun otherwise.
+
+    Raises:
+        RunError: naming it, and what to do.
+    """
+    for job in jobs:
+        path = _config_of(root, job)
+        if path.exists() and RunDirectory(root / job.place).exists and path.read_text() != to_yaml(job.config):
+            raise RunError(
+                f"{root / job.place} was begun with other settings than the experiment now has (see {path.name} "
+                "there); choose another output directory, or remove that run"
+            )
+
+
+def _config_of(root: Path, job: ArmRun) -> Path:
+    return (root / job.place).parent / f"{job.place.name}.{CONFIG_FILE}"
+
+
+def _previewed(job: ArmRun, root: Path) -> None:
+    """Refuse now what a run would refuse once it is its turn."""
+    try:
+        preview_run(job.config, root / job.place)
+    except SlopError as caught:
+        raise type(caught)(f"{job.name}: {caught}") from None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+
+
+# ---- Several at a time ---------------------------------------------------------------------------------------------
+
+
+def _run_side_by_side(jobs: Sequence[ArmRun], root: Path, devices: list[str], tell: Callable[[ArmRun], None]) -> None:
+    """Run what is ready on whatever is free; a run is ready once its trunk has finished."""
+    context = get_context("spawn")  # a forked process cannot use CUDA
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    threads = max((os.cpu_count() or 1) // len(devices), 1)
+    waiting, running = list(jobs), dict[Future[None], ArmRun]()
+    failed: RunError | None = None
+    with ProcessPoolExecutor(len(devices), context, _claim_device, (free, threads)) as pool:
+        while running or (waiting and failed is None):
+            ready = [job for job in waiting if failed is None and _is_ready(job, waiting, running)]
+            for job in ready[: len(devices) - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(train_job, job, root)] = job
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                job, caught = running.pop(future), future.exception()
+                if caught is None:
+                    tell(job)
+                else:  # those beside it come to their end
+                    failed = failed or _failure(job, root, caught)
+    if failed is not None:
+        raise failed
+
+
+def _is_ready(job: ArmRun, waiting: Sequence[ArmRun], running: dict[Future[None], ArmRun]) -> bool:
+    return job.parent is None or job.parent not in {other.place for other in (*waiting, *running.values())}
+
+
+def _failure(job: ArmRun, root: Path, caught: BaseException) -> RunError:
+    log = root / job.place.with_name(f"{job.place.name}.{LOG_FILE}")
+    what = f"{type(caught).__name__}: {caught}"
+    return RunError(f"{job.name} failed ({what}); see {log}, and run the same command again to go on")
+
+
+def _claim_device(free: Any, threads: int) -> None:
+    """In a new worker: take one of the devices, or a share of the cores, before torch looks for them."""
+    device = free.get()
+    if device:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def _written_to(log: Any) -> Iterator[None]:
+    """What a trainer prints goes into the run's log, not between the lines of the comparison."""
+    with redirect_stdout(log), redirect_stderr(log):
+        yield
+        sys.stdout.flush()
