@@ -107,7 +107,7 @@ def copies(
     >>> from slop_hf import GrowthStage, ModelDims
     >>> stage = GrowthStage(("hidden", "mha"), ModelDims(128, 128, 2, 4, head_dim=32), tokens=40)
     >>> copies(GrowthSchedule(ModelDims(64, 128, 2, 2), (stage,), 100), budget="tokens").stages[0].init
-    {'hidden': 'copy', 'mha': 'copy'}
+    {'mha': 'copy', 'hidden': 'copy'}
     """
     arm = single_stage(schedule, config, sequence_length, budget=budget)
     stages = (replace(one, init={name: COPIES[name] for name in one.operators}) for one in arm.stages)
