@@ -1,4 +1,5 @@
-"""The `slop` command: plan, grow, data, train, publish, rollback, eval, report, reproduce, calibrate.
+"""The `slop` command: plan, grow, data, train, compare, publish, rollback, eval, report,
+reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.
@@ -12,6 +13,7 @@ import typer
 
 from ..errors import SlopError
 from .calibrate import calibrate
+from .compare import compare
 from .data import data
 from .evaluate import HELP, evaluate
 from .grow import grow
@@ -34,6 +36,7 @@ app.command()(plan)
 app.command()(grow)
 app.add_typer(data, name="data")
 app.command()(train)
+app.command()(compare)
 app.command()(publish)
 app.command()(rollback)
 app.command("eval", help=HELP)(evaluate)

@@ -130,6 +130,11 @@ def spending(
     return schedule.with_shares(at_equal_flops(schedule.structures, parts, spend, config, length))
 
 
+def run_flops(experiment: Experiment, run: ArmRun) -> float:
+    """Training FLOPs of a run, the stages of its trunk included."""
+    return run.schedule.flops(model_fields(experiment.run), experiment.run.data.block_size)
+
+
 def model_fields(run: RunConfig) -> dict[str, Any]:
     """What growth leaves alone, as `cost` and the planner take it."""
     if "pretrained" in run.model:
@@ -140,19 +145,21 @@ def model_fields(run: RunConfig) -> dict[str, Any]:
 def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
     """The planner that answers for an arm."""
     names = (arm.target,) if isinstance(arm.target, str) else arm.target
-    space = ConfigSpace(
-        targets=[experiment.structure(name) for name in names],
-        config=model_fields(experiment.run),
-        sequence_length=experiment.run.data.block_size,
-    )
     operators = arm.operators
     if arm.order is not None:
         by_letter = {operator.letter: name for name, operator in OPERATORS.items()}
         operators = tuple(by_letter[letter] for letter in arm.order.split("-"))
+    targets = [experiment.structure(name) for name in names]
     try:
+        space = ConfigSpace(
+            targets=targets,
+            config=model_fields(experiment.run),
+            sequence_length=experiment.run.data.block_size,
+            **arm.space,
+        )
         return SlopPlanner(experiment.structure(arm.initial), space, operators=operators, **arm.planner)
     except TypeError as caught:
-        raise PlanError(f"planner: {caught}") from None
+        raise PlanError(f"planner or space: {caught}") from None
 
 
 def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:

@@ -35,6 +35,7 @@ class ArmConfig:
         target: the same for the end; a planner may choose among several.
         operators: dimensions that the planner grows in stages of their own; those of `order` where that is given.
         planner: more arguments of `SlopPlanner`, such as `objective` or `mode`.
+        space: more arguments of `ConfigSpace`, such as `hidden_multiple`.
         shares: of the tokens, for each stage, the initial model's first; or `utility`. Default: the paper's.
         budgets: multiples of the scale's budget that it is run at, each a run of its own with a whole
             learning-rate schedule.
@@ -56,6 +57,7 @@ class ArmConfig:
     target: str | tuple[str, ...] = "target"
     operators: tuple[str, ...] = ("layer", "ffn", "hidden")
     planner: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
     shares: tuple[float, ...] | Literal["utility"] | None = None
     budgets: tuple[float, ...] = (1.0,)
     training: dict[str, Any] = field(default_factory=dict)

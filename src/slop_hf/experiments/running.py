@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import shutil
 import sys
@@ -13,6 +14,8 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..data import prepare_data
 from ..errors import RunError, SlopError
@@ -118,6 +121,13 @@ def is_finished(root: Path, job: ArmRun) -> bool:
     return run.exists and run.is_finished
 
 
+def here() -> str:
+    """What runs are trained on in this process, for a record: the GPU's name, or the number of CPU cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
 def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
     """Refuse a directory where a run of the same place was begun otherwise.
 
@@ -192,12 +202,10 @@ def _failure(job: ArmRun, root: Path, caught: BaseException) -> RunError:
 
 
 def _claim_device(free: Any, threads: int) -> None:
-    """In a new worker: take one of the devices, or a share of the cores, before torch looks for them."""
+    """In a new worker: take one of the devices, or a share of the cores; torch looks for devices on first use."""
     device = free.get()
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    import torch
-
     torch.set_num_threads(threads)
 
 
