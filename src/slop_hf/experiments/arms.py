@@ -139,7 +139,7 @@ def model_fields(run: RunConfig) -> dict[str, Any]:
     """What growth leaves alone, as `cost` and the planner take it."""
     if "pretrained" in run.model:
         raise RunError("experiments begin with random weights, so that seeds differ in them; leave `pretrained` out")
-    return {"vocab_size": run.data.vocab_size, **run.model}
+    return {"model_type": "llama", "vocab_size": run.data.vocab_size, **run.model}
 
 
 def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:

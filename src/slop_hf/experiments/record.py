@@ -52,9 +52,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out loss in the course of a run; entries of the three belong together.
+    """Held-out loss in the course of a run; entries of all four belong together.
 
     Args:
+        stages: number of the stage; a loss right after a growth is the new stage's.
         flops: training FLOPs so far.
         seconds: of training so far, a stage's steps taken to last alike.
         losses: in nats a token.
@@ -62,6 +63,7 @@ class Curve:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
+    stages: tuple[int, ...]
     flops: tuple[float, ...]
     seconds: tuple[float, ...]
     losses: tuple[float, ...]
@@ -292,17 +294,18 @@ def _result(job: ArmRun, run: RunDirectory, inherited: int) -> RunResult:
 
 def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
     """The held-out losses of a run's log; within a stage every step takes as long and as many FLOPs as the others."""
-    flops, seconds, losses = [], [], []
+    stages, flops, seconds, losses = [], [], [], []
     for entry in run.history():
         if HELD_OUT not in entry or not math.isfinite(entry[HELD_OUT]):
             continue
         record = records[entry["stage"]]
         before = sum(one.seconds for one in records[: record.stage])
         done = (entry["tokens"] - record.first_token) / max(record.tokens, 1)
+        stages.append(record.stage)
         flops.append(float(entry["train_flops"]))
         seconds.append(round(before + done * record.seconds, 2))
         losses.append(round(entry[HELD_OUT], _DIGITS))
-    return Curve(tuple(flops), tuple(seconds), tuple(losses))
+    return Curve(tuple(stages), tuple(flops), tuple(seconds), tuple(losses))
 
 
 def _rounded(value: float | None) -> float | None:

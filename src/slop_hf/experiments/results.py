@@ -119,9 +119,9 @@ def arm_results(comparison: Comparison) -> list[ArmResult]:
 def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
     """How much less compute an arm takes to the reference's final loss: `1 - FLOPs / the reference's FLOPs`, by seed.
 
-    The loss is the reference's at the end of its run at budget 1 with the same seed. An arm gets there at the first
-    evaluation, in a run of any of its budgets, that is at or below it; nothing is read between evaluations. Most runs
-    get there with their learning rate still high, which counts against them.
+    The loss is the reference's at the end of its run at budget 1 with the same seed. An arm gets there at the target's
+    first evaluation, in a run of any of its budgets, that is at or below it (`flops_to`); nothing is read between
+    evaluations. Most runs get there with their learning rate still high, which counts against them.
 
     Returns:
         None without a reference, or where some seed of the arm never gets there.
@@ -142,9 +142,14 @@ def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
 
 
 def flops_to(run: RunResult, loss: float) -> float:
-    """FLOPs of a run up to its first held-out loss at or below one; infinite where there is none."""
-    pairs = zip(run.curve.flops, run.curve.losses, strict=True)
-    return next((flops for flops, reached in pairs if reached <= loss), math.inf)
+    """FLOPs of a run up to the target's first held-out loss at or below one; infinite where there is none.
+
+    Losses of the smaller structures on the way do not count. Where growth is evaluated, the target has its first loss
+    right after the last growth.
+    """
+    points = zip(run.curve.stages, run.curve.flops, run.curve.losses, strict=True)
+    last = len(run.stages) - 1
+    return next((flops for stage, flops, reached in points if stage == last and reached <= loss), math.inf)
 
 
 def is_below(arm: Spread, other: Spread) -> bool:

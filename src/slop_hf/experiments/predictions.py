@@ -1,0 +1,147 @@
+"""What the planner predicted of the schedules of a comparison, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ..budget import Budget
+from ..cost import flops_per_token
+from ..errors import RunError
+from ..hours import CostModel
+from ..objectives import OBJECTIVES, score
+from ..serialization import parse
+from ..structures import DimsArray, Prices, Structures
+from ..training import RunConfig
+from .arms import model_fields
+from .record import Comparison, RunResult
+from .results import Spread, rank_correlation
+
+#: Utilities are told in nats for so many FLOPs; ranks do not depend on it.
+UNIT = 1e12
+#: Through two points there is always a line.
+LEAST = 3
+_PER_FLOP = CostModel(hours_per_flop=1.0 / UNIT)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A schedule, as the planner sees it and as it was.
+
+    Args:
+        arm: its name.
+        products: Π Δparams as Eq. 11 takes it, what the paper ranks by; small is good.
+        flops: training FLOPs by the planner's count, in whole tokens.
+        measured_flops: those of the run, in whole optimizer steps.
+        utility: Σ Δloss / ΔFLOPs over its growth stages by the scaling law, in nats for 1e12 FLOPs.
+        measured_utility: the same of the losses measured, over seeds.
+        loss: held-out, at the end, over seeds.
+    """
+
+    arm: str
+    products: float
+    flops: float
+    measured_flops: float
+    utility: float
+    measured_utility: Spread
+    loss: Spread
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman's correlations over the schedules of a comparison; 1 is perfect agreement.
+
+    Args:
+        schedules: how many.
+        flops: predicted and measured FLOPs of every stage of every schedule.
+        utility: predicted and measured marginal utility.
+        products: small Π Δparams and large measured utility.
+        products_and_loss: small Π Δparams and low loss at the end.
+    """
+
+    schedules: int
+    flops: float
+    utility: float
+    products: float
+    products_and_loss: float
+
+
+def predictions(comparison: Comparison) -> list[Prediction]:
+    """One for each arm that grows a model and trains every stage of it, at the whole budget, in the order of arms.
+
+    Eq. 2 of the paper, with losses in place of perplexities and FLOPs in place of hours, which go with them
+    (`docs/reproduction.md`) and which other work on the machine does not touch.
+    """
+    run = _run_of(comparison)
+    prices = Prices(model_fields(run), run.data.block_size, _PER_FLOP)
+    found = []
+    for arm in comparison.arms:
+        runs = comparison.of(arm)
+        if not runs or not runs[0].schedule.stages or not all(runs[0].schedule.tokens[1:]):
+            continue
+        schedule = runs[0].schedule
+        structures = Structures(DimsArray.of(schedule.structures)[np.newaxis], prices)
+        budget = Budget(schedule.tokens)
+        found.append(
+            Prediction(
+                arm=arm,
+                products=float(score(OBJECTIVES["delta_params"], structures, budget)[0]),
+                flops=schedule.flops(prices.config, prices.sequence_length),
+                measured_flops=runs[0].flops,
+                utility=float(score(OBJECTIVES["loss_per_hour"], structures, budget)[0]),
+                measured_utility=Spread(tuple(map(measured_utility, runs))),
+                loss=Spread(tuple(run.eval_loss for run in runs)),
+            )
+        )
+    return found
+
+
+def measured_utility(run: RunResult) -> float:
+    """Σ Δloss / ΔFLOPs over the growth stages of a run, in nats for 1e12 FLOPs."""
+    steps = pairwise(run.stages)
+    return sum((before.eval_loss - after.eval_loss) / (after.flops / UNIT) for before, after in steps)
+
+
+def agreement(comparison: Comparison) -> Agreement | None:
+    """How well the planner's ranks agree with what was measured; None for fewer than three schedules."""
+    found = predictions(comparison)
+    if len(found) < LEAST:
+        return None
+    measured = [one.measured_utility.mean for one in found]
+    small = [-one.products for one in found]
+    return Agreement(
+        schedules=len(found),
+        flops=rank_correlation(*_stage_flops(comparison, [one.arm for one in found])),
+        utility=rank_correlation([one.utility for one in found], measured),
+        products=rank_correlation(small, measured),
+        products_and_loss=rank_correlation(small, [-one.loss.mean for one in found]),
+    )
+
+
+def _stage_flops(comparison: Comparison, arms: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Predicted and measured FLOPs of all stages."""
+    run = _run_of(comparison)
+    fields, length = model_fields(run), run.data.block_size
+    predicted, measured = [], []
+    for arm in arms:
+        one = comparison.of(arm)[0]
+        for dims, tokens, stage in zip(one.schedule.structures, one.schedule.tokens, one.stages, strict=True):
+            predicted.append(float(np.asarray(flops_per_token(dims, fields, length))) * tokens)
+            measured.append(stage.flops)
+    return predicted, measured
+
+
+def _run_of(comparison: Comparison) -> RunConfig:
+    """The run that its arms have in common.
+
+    Raises:
+        RunError: for a record that does not tell.
+    """
+    if "run" not in comparison.settings:
+        raise RunError(
+            f"the record of {comparison.name} does not hold the run's settings; make it with `slop compare`"
+        )
+    return parse(RunConfig, comparison.settings["run"], where=f"the record of {comparison.name}", error=RunError)

@@ -1,0 +1,190 @@
+"""Experiments run for real at a size of seconds: shared beginnings, interruption, side by side, the record."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from slop_hf import RunDirectory
+from slop_hf.errors import RunError
+from slop_hf.experiments import running
+from slop_hf.experiments.arms import arm_runs, run_flops, with_trunks
+from slop_hf.experiments.config import Experiment
+from slop_hf.experiments.record import Comparison, collect
+from slop_hf.experiments.running import run_experiment, train_job
+from slop_hf.training import build_trainer
+
+ARMS = {
+    "slop": {"plan": "best"},
+    "preserving": {"plan": "best", "training": {"growth_init": {"hidden": "preserving", "mha": "preserving"}}},
+    "from-scratch": {"control": "from_scratch", "budgets": [0.5, 1.0]},
+}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Three arms over a few text files; the two that grow differ in the init of their last stage alone."""
+    home = tmp_path_factory.mktemp("experiment")
+    (home / "texts").mkdir()
+    for number in range(40):
+        (home / "texts" / f"{number}.txt").write_text(" ".join(str(number * k) for k in range(60)))
+    data = {"source": str(home / "texts"), "vocab_size": 300, "block_size": 32, "held_out": 0.2}
+    run = {
+        "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
+        "data": {**data, "cache_dir": str(home / "cache")},
+        "training": {
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_steps": 3,
+        },
+    }
+    scale = {"run": run, "structures": {"initial": "16,32,2,2", "target": "32,64,3,4"}, "flops": 3e8, "seeds": [0]}
+    (home / "tiny.yaml").write_text(
+        yaml.safe_dump({"title": "tiny", "arms": ARMS, "scales": {"tiny": scale}}, sort_keys=False)
+    )
+    return Experiment.from_yaml(home / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(experiment, tmp_path_factory):
+    """Its runs, and the directory that they lie in."""
+    root = tmp_path_factory.mktemp("trained")
+    return run_experiment(experiment, root), root
+
+
+def jobs_of(experiment):
+    return with_trunks(arm_runs(experiment))
+
+
+def weights(root, job):
+    run = RunDirectory(root / job.place)
+    return load_file(run.stage_dir(len(job.schedule.stages)) / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(bool((one[name] == other[name]).all()) for name in one)
+
+
+def named(jobs, name):
+    return next(job for job in jobs if job.name == name)
+
+
+def test_a_shared_beginning_gives_the_weights_of_a_run_of_its_own(experiment, trained, tmp_path):
+    jobs, root = trained
+    job = named(jobs, "preserving, seed 0")
+    assert job.parent is not None and len(RunDirectory(root / job.parent).schedule.structures) == 3
+    build_trainer(job.config, tmp_path / "alone").train()
+    alone = RunDirectory(tmp_path / "alone").stage_dir(len(job.schedule.stages))
+    assert same(weights(root, job), load_file(alone / "model.safetensors"))
+
+
+def test_what_runs_share_is_paid_for_once(experiment, trained):
+    jobs, root = trained
+    found = collect(experiment, jobs, root)
+    assert [run.arm for run in found.runs] == ["slop", "preserving", "from-scratch", "from-scratch"]
+    assert not found.missing
+    costs = {cost.what: cost for cost in found.ledger}
+    assert costs.keys() == {"runs", "trunks"} and costs["trunks"].count == 1
+    slop, preserving, half, whole = found.runs
+    shared = sum(stage.flops for stage in slop.stages[:3])
+    assert slop.inherited == preserving.inherited == 3
+    assert costs["trunks"].flops == pytest.approx(shared)
+    paid = slop.flops + preserving.flops + half.flops + whole.flops - shared
+    assert costs["trunks"].flops + costs["runs"].flops == pytest.approx(paid)
+    assert sum(cost.tokens for cost in found.ledger) < sum(run.tokens for run in found.runs)
+
+
+def test_arms_spend_alike(experiment, trained):
+    jobs, root = trained
+    by_arm = {(run.arm, run.budget): run.flops for run in collect(experiment, jobs, root).runs}
+    budget = experiment.sizes.budget
+    assert by_arm["slop", 1.0] == pytest.approx(budget, rel=0.1)  # whole steps of so small a run are coarse
+    assert by_arm["from-scratch", 1.0] == pytest.approx(budget, rel=0.1)
+    assert by_arm["from-scratch", 0.5] == pytest.approx(budget / 2, rel=0.1)
+    assert all(run_flops(experiment, job) <= budget * 1.01 for job in jobs)
+
+
+def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
+    jobs, root = trained
+    found = collect(experiment, jobs, root, "a machine")
+    again = Comparison.load(found.save(tmp_path / "record.json"))
+    assert again == found
+    run = again.runs[0]
+    assert list(run.curve.flops) == sorted(run.curve.flops) and set(run.curve.stages) == {0, 1, 2, 3}
+    assert run.curve.losses[-1] == run.eval_loss
+    assert run.curve.seconds[-1] == pytest.approx(run.seconds, abs=0.1)
+    assert max(map(len, (tmp_path / "record.json").read_text().splitlines())) > 100  # curves lie on one line each
+
+
+def test_an_interrupted_experiment_goes_on(experiment, trained, tmp_path, monkeypatch):
+    jobs, root = trained
+    again = tmp_path / "again"
+    ended = []
+
+    def interrupted(job, where):
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+        ended.append(job)
+        train_job(job, where)
+
+    monkeypatch.setattr(running, "train_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment, again)
+    assert len(collect(experiment, jobs, again).missing) == 3
+    told = []
+    monkeypatch.setattr(running, "train_job", train_job)
+    run_experiment(experiment, again, told=lambda job, done, count: told.append((job.name, done, count)))
+    assert [done for _, done, _ in told] == [3, 4, 5] and told[-1][2] == 5
+    assert all(same(weights(root, job), weights(again, job)) for job in jobs)
+    run_experiment(experiment, again, told=lambda *_: pytest.fail("all had finished"))
+
+
+def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_path):
+    jobs, root = trained
+    beside = tmp_path / "beside"
+    told = []
+    run_experiment(experiment, beside, workers=2, told=lambda job, *_: told.append(job))
+    assert len(told) == len(jobs)
+    parent = named(jobs, "slop, seed 0").parent
+    places = [job.place for job in told]
+    assert places.index(parent) < min(places.index(job.place) for job in jobs if job.parent == parent)
+    assert all(same(weights(root, job), weights(beside, job)) for job in jobs)
+
+
+def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path):
+    root = tmp_path / "out"
+    jobs = jobs_of(experiment)
+    scratch = named(jobs, "from-scratch ×0.5, seed 0")
+    (root / scratch.place).parent.mkdir(parents=True)
+    (root / scratch.place).write_text("in the way")
+    with pytest.raises(RunError, match=r"from-scratch ×0\.5, seed 0 failed .*; see .*log\.txt, and run the same"):
+        run_experiment(experiment, root, workers=2)
+    assert not [name for name in collect(experiment, jobs, root).missing if name.startswith("trunk")]
+
+
+def test_other_settings_are_refused_where_runs_have_begun(experiment, trained):
+    _, root = trained
+    run = dataclasses.replace(experiment.run, training={**experiment.run.training, "learning_rate": 1.0})
+    with pytest.raises(RunError, match="begun with other settings"):
+        run_experiment(dataclasses.replace(experiment, run=run), root)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_trained(experiment, tmp_path):
+    data = dataclasses.replace(experiment.run.data, block_size=64)
+    other = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, data=data))
+    with pytest.raises(ValueError, match=r"trunk .*block_size 64"):
+        run_experiment(other, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("stage-*"))
+
+
+def test_each_run_can_be_launched_by_itself(trained):
+    jobs, root = trained
+    job = named(jobs, "from-scratch, seed 0")
+    config = (root / job.place).parent / "seed-0.run.yaml"
+    assert json.loads(json.dumps(yaml.safe_load(config.read_text())))["schedule"]["initial"]["hidden_size"] == 32
