@@ -212,3 +212,19 @@ def test_growths_of_an_interrupted_run_are_warmed_up_once(tmp_path):
     logged = [entry["learning_rate"] for entry in RunDirectory(path).history() if "loss" in entry]
     ramp = [1] * 4 + [0, 1 / 3, 2 / 3, 1] * 2
     assert logged == close([factor * cosine(step, 0, 12) for step, factor in enumerate(ramp)])
+
+
+def test_each_stage_may_have_a_peak_of_its_own_over_an_interruption(tmp_path):
+    peaks = [PEAK, PEAK / 2, PEAK * 2]
+    settings = {"schedule": SHORT, "stage_learning_rates": peaks, "warmup_steps": 0, "save_steps": 2}
+    path = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(path, **settings, callbacks=[Interrupt(7)]).train()
+    trainer(path, **settings).train(resume_from_checkpoint=True)
+    logged = [entry["learning_rate"] for entry in RunDirectory(path).history() if "loss" in entry]
+    assert logged == close([peak / PEAK * cosine(step, 0, 4) for peak in peaks for step in range(4)])
+
+
+def test_peaks_for_another_number_of_stages_are_refused(tmp_path):
+    with pytest.raises(RunError, match="stage_learning_rates has 2 values, the run 3 stages"):
+        trainer(tmp_path, schedule=SHORT, stage_learning_rates=[1e-2, 1e-3])

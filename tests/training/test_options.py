@@ -78,6 +78,22 @@ def test_unknown_inits_are_refused_before_anything_is_written(tmp_path, growth_i
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_copies_are_parted_by_the_runs_noise(tmp_path, noise):
+    """The last stage has no tokens, so that its model is the grown one."""
+    schedule = SHORT.with_shares([TOKENS // 2, TOKENS // 2, 0])
+    run = train(tmp_path / "out", schedule=schedule, growth_init={"ffn": "copy"}, growth_noise=noise)
+    source = AutoModelForCausalLM.from_pretrained(run.stage_dir(1), dtype="auto")
+    grown = {
+        strength: grow_model(
+            source, "ffn", schedule.target.intermediate_size, init="copy", seed=2, noise=strength
+        ).state_dict()
+        for strength in (noise, 0.25)
+    }
+    assert same(weights(run, 2), grown[noise])
+    assert not same(weights(run, 2), grown[0.25])
+
+
 def test_the_run_holds_the_inits_that_it_grew_by(tmp_path):
     given = {"layer": "preserving", "ffn": "copy"}
     run = train(tmp_path / "out", growth_init=given)
@@ -176,6 +192,11 @@ def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
         ({"batch_tokens": []}, r"batch_tokens must be positive numbers, .* got \[\]"),
         ({"batch_tokens": [64, 0]}, r"batch_tokens must be positive numbers, .* got \[64, 0\]"),
         ({"stage_batch_sizes": [-1]}, r"stage_batch_sizes must be positive numbers, .* got \[-1\]"),
+        (
+            {"stage_learning_rates": [1e-3, 0.0]},
+            r"stage_learning_rates must be positive numbers, .* got \[0.001, 0.0\]",
+        ),
+        ({"growth_noise": -0.1}, "growth_noise must not be negative, got -0.1"),
         ({"rewarm_steps": -0.1}, "rewarm_steps must not be negative, got -0.1"),
         ({"peak_tflops": -1}, "peak_tflops must not be negative, got -1"),
         ({"optim": "sgd"}, "optim 'sgd' keeps a state that cannot be grown .*; set carry_optimizer_state to false"),
@@ -186,7 +207,7 @@ def test_arguments_without_meaning_are_refused(tmp_path, settings, message):
         arguments(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("name", ["batch_tokens", "stage_batch_sizes"])
+@pytest.mark.parametrize("name", ["batch_tokens", "stage_batch_sizes", "stage_learning_rates"])
 def test_one_number_is_one_for_all_stages(tmp_path, name):
     assert getattr(arguments(tmp_path, **{name: 64}), name) == [64]
 
@@ -214,6 +235,8 @@ COMMAND_LINE = [
     (["--batch_tokens", "1024", "2048"], "batch_tokens", [1024, 2048]),
     (["--batch_tokens", "1024"], "batch_tokens", [1024]),
     (["--stage_batch_sizes", "4", "2"], "stage_batch_sizes", [4, 2]),
+    (["--stage_learning_rates", "1e-2", "3e-3"], "stage_learning_rates", [1e-2, 3e-3]),
+    (["--growth_noise", "0"], "growth_noise", 0.0),
     (["--rewarm_steps", "0.1"], "rewarm_steps", 0.1),
     (["--lr_span", "run"], "lr_span", "run"),
     (["--lr_scheduler_kwargs", '{"num_decay_steps": 0.2}'], "lr_scheduler_kwargs", {"num_decay_steps": 0.2}),
