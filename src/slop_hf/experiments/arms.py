@@ -22,6 +22,8 @@ from ..training.checks import with_inits
 from .config import ArmConfig, Experiment
 
 RUNS, TRUNKS = "runs", "trunks"
+#: What lies beside a run's directory: its config, what it printed, the trunk that it has begun with.
+CONFIG_FILE, LOG_FILE, TRUNK_FILE = "run.yaml", "log.txt", "trunk"
 #: Of one dimension a stage there are so many orders at most.
 _ALL_ORDERS = math.factorial(len(OPERATORS))
 #: Training arguments that matter only once a model has been grown.
@@ -60,6 +62,11 @@ class ArmRun:
         """What to call it: arm, budget where that is another one, seed."""
         share = f" ×{self.budget:g}" if self.budget != 1 else ""
         return f"{self.arm}{share}, seed {self.seed}" if self.arm else f"trunk {self.place.name[:8]}, seed {self.seed}"
+
+
+def beside(root: Path, run: ArmRun, name: str) -> Path:
+    """A file beside the directory of a run, such as `seed-0.run.yaml`."""
+    return (root / run.place).with_name(f"{run.place.name}.{name}")
 
 
 def arm_runs(experiment: Experiment) -> list[ArmRun]:

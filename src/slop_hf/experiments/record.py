@@ -15,7 +15,7 @@ from ..records import RunDirectory, StageRecord, perplexity
 from ..report.summary import marginal_utility
 from ..schedule import GrowthSchedule
 from ..serialization import parse, plain, to_json, versions, write_text
-from .arms import ArmRun
+from .arms import TRUNK_FILE, ArmRun, beside
 from .config import Experiment
 
 HELD_OUT = "eval_loss"
@@ -226,7 +226,6 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     Raises:
         RunError: where a run has no held-out losses.
     """
-    lengths = {job.place: len(job.schedule.structures) for job in jobs}
     finished = [(job, RunDirectory(root / job.place)) for job in jobs]
     finished = [(job, run) for job, run in finished if run.exists and run.is_finished]
     runs, costs = [], []
@@ -234,7 +233,7 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
         paid: list[StageRecord] = []
         chosen = [(job, run) for job, run in finished if bool(job.arm) is of_arms]
         for job, run in chosen:
-            inherited = lengths[job.parent] if job.parent is not None else 0
+            inherited = _inherited(root, job)
             paid += run.records()[inherited:]
             if of_arms:
                 runs.append(_result(job, run, inherited))
@@ -268,6 +267,12 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
         versions=versions(),
         device=device,
     )
+
+
+def _inherited(root: Path, job: ArmRun) -> int:
+    """How many stages the run took over from a trunk when it began, whatever trunks there are now."""
+    path = beside(root, job, TRUNK_FILE)
+    return RunDirectory(root / path.read_text().strip()).finished_stages if path.exists() else 0
 
 
 def _result(job: ArmRun, run: RunDirectory, inherited: int) -> RunResult:

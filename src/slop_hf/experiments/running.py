@@ -22,11 +22,9 @@ from ..errors import RunError, SlopError
 from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..serialization import to_yaml, write_text, written_aside
 from ..training import build_trainer, preview_run
-from .arms import ArmRun, arm_runs, with_trunks
+from .arms import CONFIG_FILE, LOG_FILE, TRUNK_FILE, ArmRun, arm_runs, beside, with_trunks
 from .config import Experiment
 
-LOG_FILE = "log.txt"
-CONFIG_FILE = "run.yaml"
 Told = Callable[[ArmRun, int, int], None]
 
 
@@ -63,7 +61,7 @@ def run_experiment(
         if not RunDirectory(root / job.place).exists:
             _previewed(job, root)
     for job in jobs:
-        write_text(_config_of(root, job), to_yaml(job.config))
+        write_text(beside(root, job, CONFIG_FILE), to_yaml(job.config))
     if waiting:
         prepare_data(experiment.run.data)  # once, and not in every worker
     done = len(jobs) - len(waiting)
@@ -74,7 +72,7 @@ def run_experiment(
         if told is not None:
             told(job, done, len(jobs))
 
-    if len(devices) > 1 or workers > 1:
+    if devices or workers > 1:
         _run_side_by_side(waiting, root, list(devices) or [""] * workers, tell)
     else:
         for job in waiting:
@@ -87,25 +85,27 @@ def train_job(job: ArmRun, root: Path) -> None:
     """Train one run to its end, from where it or its trunk has come to."""
     run = RunDirectory(root / job.place)
     if not run.exists and job.parent is not None:
-        branch(RunDirectory(root / job.parent), run, job)
-    with (root / job.place).parent.joinpath(f"{job.place.name}.{LOG_FILE}").open("a") as log, _written_to(log):
+        branch(root, job, job.parent)
+    with beside(root, job, LOG_FILE).open("a") as log, _written_to(log):
         build_trainer(job.config, run.path).train(resume_from_checkpoint=RunDirectory(run.path).exists)
 
 
-def branch(trunk: RunDirectory, run: RunDirectory, job: ArmRun) -> None:
-    """Begin a run with the finished stages of another; files are linked where the disk can do so.
+def branch(root: Path, job: ArmRun, place: Path) -> None:
+    """Begin a run with the finished stages of its trunk; files are linked where the disk can do so.
 
     Args:
-        trunk: a finished run of the first stages.
-        run: to begin.
-        job: with the schedule.
+        root: the experiment's directory.
+        job: the run to begin.
+        place: of the trunk.
 
     Raises:
         RunError: for a trunk that has not finished.
     """
-    if not trunk.is_finished:
+    trunk, run = RunDirectory(root / place), RunDirectory(root / job.place)
+    if not (trunk.exists and trunk.is_finished):
         raise RunError(f"{trunk.path} has not finished; {run.path} cannot begin with it")
     facts = RunFacts.load(trunk)
+    write_text(beside(root, job, TRUNK_FILE), f"{place.as_posix()}\n")  # what was not paid for, for the ledger
     with written_aside(run.path) as aside:
         for name in trunk.schedule.stage_names:
             shutil.copytree(trunk.path / name, aside / name, copy_function=_link)
@@ -135,16 +135,12 @@ def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
         RunError: naming it, and what to do.
     """
     for job in jobs:
-        path = _config_of(root, job)
+        path = beside(root, job, CONFIG_FILE)
         if path.exists() and RunDirectory(root / job.place).exists and path.read_text() != to_yaml(job.config):
             raise RunError(
                 f"{root / job.place} was begun with other settings than the experiment now has (see {path.name} "
                 "there); choose another output directory, or remove that run"
             )
-
-
-def _config_of(root: Path, job: ArmRun) -> Path:
-    return (root / job.place).parent / f"{job.place.name}.{CONFIG_FILE}"
 
 
 def _previewed(job: ArmRun, root: Path) -> None:
@@ -196,9 +192,10 @@ def _is_ready(job: ArmRun, waiting: Sequence[ArmRun], running: dict[Future[None]
 
 
 def _failure(job: ArmRun, root: Path, caught: BaseException) -> RunError:
-    log = root / job.place.with_name(f"{job.place.name}.{LOG_FILE}")
     what = f"{type(caught).__name__}: {caught}"
-    return RunError(f"{job.name} failed ({what}); see {log}, and run the same command again to go on")
+    return RunError(
+        f"{job.name} failed ({what}); see {beside(root, job, LOG_FILE)}, and run the same command again to go on"
+    )
 
 
 def _claim_device(free: Any, threads: int) -> None:
