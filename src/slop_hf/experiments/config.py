@@ -89,7 +89,8 @@ class ScaleConfig:
         flops: training FLOPs of each run; or
         tokens: training tokens of each run.
         seeds: each arm is run once with each.
-        arms: the arms that this scale leaves out are not among them; empty, all.
+        arms: those that are run at this scale; empty, all.
+        training: training arguments that all arms change of the run's.
 
     Raises:
         RunError: where there is not exactly one budget, or no seed.
@@ -103,6 +104,7 @@ class ScaleConfig:
     tokens: float | None = None
     seeds: tuple[int, ...] = (0,)
     arms: tuple[str, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.flops is None) == (self.tokens is None):
@@ -243,5 +245,7 @@ def _beside(arm: ArmConfig, path: Path) -> ArmConfig:
 
 def _run_of(sizes: ScaleConfig, path: Path) -> RunConfig:
     if isinstance(sizes.run, str):
-        return RunConfig.from_yaml(path.parent / sizes.run)
-    return parse(RunConfig, sizes.run, where=f"{path}: run", error=RunError)
+        run = RunConfig.from_yaml(path.parent / sizes.run)
+    else:
+        run = parse(RunConfig, sizes.run, where=f"{path}: run", error=RunError)
+    return dataclasses.replace(run, training={**run.training, **sizes.training})
