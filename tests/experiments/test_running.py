@@ -16,39 +16,10 @@ from slop_hf.experiments.record import Comparison, collect
 from slop_hf.experiments.running import run_experiment, train_job
 from slop_hf.training import build_trainer
 
-ARMS = {
-    "slop": {"plan": "best"},
-    "preserving": {"plan": "best", "training": {"growth_init": {"hidden": "preserving", "mha": "preserving"}}},
-    "from-scratch": {"control": "from_scratch", "budgets": [0.5, 1.0]},
-}
-
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    """Three arms over a few text files; the two that grow differ in the init of their last stage alone."""
-    home = tmp_path_factory.mktemp("experiment")
-    (home / "texts").mkdir()
-    for number in range(40):
-        (home / "texts" / f"{number}.txt").write_text(" ".join(str(number * k) for k in range(60)))
-    data = {"source": str(home / "texts"), "vocab_size": 300, "block_size": 32, "held_out": 0.2}
-    run = {
-        "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
-        "data": {**data, "cache_dir": str(home / "cache")},
-        "training": {
-            "per_device_train_batch_size": 2,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 2,
-            "eval_strategy": "steps",
-            "eval_steps": 4,
-            "save_steps": 3,
-        },
-    }
-    scale = {"run": run, "structures": {"initial": "16,32,2,2", "target": "32,64,3,4"}, "flops": 3e8, "seeds": [0]}
-    (home / "tiny.yaml").write_text(
-        yaml.safe_dump({"title": "tiny", "arms": ARMS, "scales": {"tiny": scale}}, sort_keys=False)
-    )
-    return Experiment.from_yaml(home / "tiny.yaml")
+def experiment(tiny_experiment):
+    return Experiment.from_yaml(tiny_experiment)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""`slop compare`, as a user types it."""
+
+import json
+
+import pytest
+
+from slop_hf.experiments.record import Comparison
+
+
+def test_a_dry_run_shows_every_run_and_trains_nothing(tiny_experiment, output_of, tmp_path):
+    shown = output_of("compare", tiny_experiment, "-o", tmp_path / "out", "--dry-run")
+    for word in ("trunk", "slop, seed 0", "from-scratch ×0.5", "counted once"):
+        assert word in shown
+    rows = json.loads(output_of("compare", tiny_experiment, "-o", tmp_path / "out", "--dry-run", "--json"))
+    assert [row["run"] for row in rows][1:] == [
+        "slop, seed 0",
+        "preserving, seed 0",
+        "from-scratch ×0.5, seed 0",
+        "from-scratch, seed 0",
+    ]
+    assert rows[1]["begins_with"] == rows[0]["place"] and rows[3]["begins_with"] is None
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("compared") / "out"
+
+
+def test_arms_are_run_and_compared(tiny_experiment, output_of, out, tmp_path):
+    """One arm first; then all of them, the finished one not trained again."""
+    first = json.loads(output_of("compare", tiny_experiment, "-o", out, "--arm", "slop", "--json"))
+    assert [run["arm"] for run in first["runs"]] == ["slop"]
+    trained = (out / "runs/slop/x1/seed-0/stage-3-hidden/model.safetensors").stat().st_mtime
+    told = output_of("compare", tiny_experiment, "-o", out, "--record", tmp_path / "tiny.json")
+    assert "from-scratch" in told and "comparison.md" in told
+    assert (out / "runs/slop/x1/seed-0/stage-3-hidden/model.safetensors").stat().st_mtime == trained
+    names = {path.name for path in out.iterdir()}
+    assert {"comparison.json", "comparison.md"} <= names and any(name.endswith(".png") for name in names)
+    record = Comparison.load(tmp_path / "tiny.json")
+    assert record == Comparison.load(out / "comparison.json") and not record.missing
+    assert record.device and record.settings["run"]["data"]["block_size"] == 32
+    paid = sum(cost.flops for cost in record.ledger)
+    assert paid < sum(run.flops for run in record.runs)
+
+
+def test_what_has_finished_can_be_told_in_the_middle(tiny_experiment, output_of, tmp_path):
+    directory = tmp_path / "out"
+    output_of("compare", tiny_experiment, "-o", directory, "--arm", "from-scratch")
+    shown = json.loads(output_of("compare", tiny_experiment, "-o", directory, "--report-only", "--json"))
+    assert shown["missing"] == ["slop, seed 0", "preserving, seed 0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "huge"], "choose a scale of tiny, not 'huge'"),
+        (["--arm", "slopp"], "--arm slopp: the arms at this scale are slop, preserving, from-scratch"),
+        (["--seeds", "a"], "--seeds must be whole numbers such as 0,1,2, got 'a'"),
+        (["--set", "scales.tiny.flops=0"], "a budget must be positive"),
+        (["--set", "arms.slop.plan=never"], "plan must be a rank from 1, 'best' or 'worst', got 'never'"),
+    ],
+)
+def test_wrong_input_is_told_before_anything_is_trained(tiny_experiment, error_of, tmp_path, options, message):
+    assert message in error_of("compare", tiny_experiment, "-o", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
