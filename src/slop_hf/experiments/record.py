@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dims import ModelDims
 from ..errors import RunError
@@ -15,8 +15,10 @@ from ..records import RunDirectory, StageRecord, perplexity
 from ..report.summary import marginal_utility
 from ..schedule import GrowthSchedule
 from ..serialization import parse, plain, to_json, versions, write_text
-from .arms import TRUNK_FILE, ArmRun, beside
-from .config import Experiment
+
+if TYPE_CHECKING:  # a record is read, and figures are drawn, without torch
+    from .arms import ArmRun
+    from .config import Experiment
 
 HELD_OUT = "eval_loss"
 #: Digits of measured losses and seconds in the record: below them is noise.
@@ -271,6 +273,8 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
 
 def _inherited(root: Path, job: ArmRun) -> int:
     """How many stages the run took over from a trunk when it began, whatever trunks there are now."""
+    from .arms import TRUNK_FILE, beside
+
     path = beside(root, job, TRUNK_FILE)
     return RunDirectory(root / path.read_text().strip()).finished_stages if path.exists() else 0
 

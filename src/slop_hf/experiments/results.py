@@ -116,6 +116,18 @@ def arm_results(comparison: Comparison) -> list[ArmResult]:
     return found
 
 
+def baseline(comparison: Comparison) -> str | None:
+    """The arm that the others are set beside: the reference, or else the first; of those that have finished runs."""
+    finished = [arm for arm in comparison.arms if comparison.budgets(arm)]
+    return comparison.reference if comparison.reference in finished else next(iter(finished), None)
+
+
+def full_budget(comparison: Comparison, arm: str) -> float:
+    """The budget that stands for an arm: 1, or the largest that it has finished runs at."""
+    budgets = comparison.budgets(arm)
+    return 1.0 if 1.0 in budgets or not budgets else budgets[-1]
+
+
 def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
     """How much less compute an arm takes to the reference's final loss: `1 - FLOPs / the reference's FLOPs`, by seed.
 

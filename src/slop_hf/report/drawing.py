@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox, BboxBase
 
 from ..errors import RunError
 from ..records import RunDirectory, StageRecord
@@ -41,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+_SIDES = 8  # of a point, on which its label may stand
 DESCENT = 0.2  # share of the initial stage in which a new model falls from ln(vocabulary)
 
 
@@ -102,9 +106,14 @@ def dark(colour: str) -> tuple[float, ...]:
 def run_legend(
     where: Figure | SubFigure, runs: Sequence[DrawnRun], extra: Sequence[tuple[str, Line2D]] = (), *, letters: int = 84
 ) -> None:
-    """Name the runs below a figure, in as many columns as have room: `letters` of names in a row."""
-    names = [*(shorten(run.name, min(letters, 48)) for run in runs), *(label for label, _ in extra)]
-    handles = [*(Line2D([], [], color=run.colour, linewidth=2.4) for run in runs), *(handle for _, handle in extra)]
+    """Name the runs below a figure, and whatever else there is to name."""
+    named = [(shorten(run.name, min(letters, 48)), Line2D([], [], color=run.colour, linewidth=2.4)) for run in runs]
+    legend_below(where, [*named, *extra], letters=letters)
+
+
+def legend_below(where: Figure | SubFigure, entries: Sequence[tuple[str, Line2D]], *, letters: int = 84) -> None:
+    """A legend below a figure, in as many columns as have room: `letters` of names in a row."""
+    names, handles = [name for name, _ in entries], [handle for _, handle in entries]
     ncols = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= letters), 1)
     ncols = math.ceil(len(names) / math.ceil(len(names) / ncols))
     legend = where.legend(handles, ["x"] * len(names), loc="outside lower center", ncols=ncols)
@@ -114,9 +123,63 @@ def run_legend(
         text.set_text(name)
 
 
+def power_of_ten(most: float) -> tuple[float, str]:
+    r"""The power of ten that an axis up to some number is counted in, and how its label says so.
+
+    >>> power_of_ten(4.2e12), power_of_ten(0)
+    ((1000000000000.0, ' ($\\times 10^{12}$)'), (1.0, ''))
+    """
+    exponent = math.floor(math.log10(most)) if most > 0 else 0
+    return 10.0**exponent, rf" ($\times 10^{{{exponent}}}$)" if exponent else ""
+
+
 def shorten(name: str, length: int) -> str:
     """The name, its middle left out where it is too long: runs tend to differ at the ends."""
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
+
+
+def grid(axes: Axes, along: Literal["x", "y"]) -> None:
+    """Pale lines across one axis, at round numbers."""
+    getattr(axes, f"{along}axis").set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axes.grid(axis=along, color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Name points where there is room, beside them or farther off on a thin line; call it when limits are set.
+
+    A label touches neither another nor a point, where there is such a place at all.
+    """
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    pixels = figure.dpi / POINTS_PER_INCH
+    taken = [Bbox.from_extents(*(at - 4 * pixels), *(at + 4 * pixels)) for at in axes.transData.transform(points)]
+    for point, name in zip(points, names, strict=True):
+        text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=7.5, ha="center", va="center")
+        text.set_parse_math(False)
+        box = text.get_window_extent()
+        places = [(dx * pixels, dy * pixels) for dx, dy in _label_offsets(box.width / pixels, box.height / pixels)]
+        free = (at for at in places if _is_free(box.translated(*at), taken, axes.bbox))
+        x, y = next(free, places[0])
+        text.set_position((x / pixels, y / pixels))
+        taken.append(box.translated(x, y))
+        if (x, y) not in places[:_SIDES]:
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", point, (x / pixels, y / pixels), textcoords="offset points", arrowprops=line, zorder=1)
+
+
+def _label_offsets(width: float, height: float) -> Iterator[tuple[float, float]]:
+    """Where the centre of a label may lie from its point, in points: on all sides, then on sides farther off."""
+    for gap in range(5, 60, 9):
+        across, along = width / 2 + gap, height / 2 + gap
+        yield from ((across, 0), (-across, 0), (0, along), (0, -along))
+        yield from ((across, along), (-across, along), (across, -along), (-across, -along))
+
+
+def _is_free(box: Bbox, taken: Sequence[Bbox], room: BboxBase) -> bool:
+    inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+    return inside and not any(box.overlaps(other) for other in taken)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -22,6 +22,7 @@ from .drawing import (
     DrawnRun,
     dark,
     new_figure,
+    power_of_ten,
     read_runs,
     run_legend,
     shorten,
@@ -65,7 +66,7 @@ def loss_figure(runs: Sequence[RunDirectory], path: str | Path, *, log_x: bool =
     with rc_context(STYLE):
         figure = new_figure(WIDTH, 4.6)
         axes = figure.add_subplot()
-        scale, unit = (1.0, "") if log_x else _flops_scale(found)
+        scale, unit = (1.0, "") if log_x else power_of_ten(max(run.records[-1].total_flops for run in found))
         for number, run in enumerate(found):
             flops, losses = run.losses("loss")
             axes.plot([x / scale for x in flops], losses, color=run.colour, linewidth=0.9, alpha=0.65)
@@ -151,7 +152,7 @@ def path_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path:
 
 def _draw_parameters(panel: SubFigure, runs: Sequence[DrawnRun]) -> None:
     axes = panel.add_subplot()
-    scale, unit = _flops_scale(runs)
+    scale, unit = power_of_ten(max(run.records[-1].total_flops for run in runs))
     for number, run in enumerate(runs):
         xs, ys = [], []
         for record in run.records:
@@ -262,10 +263,3 @@ def _draw_flags(axes: Axes, flags: Sequence[tuple[float, str, str, int]], runs: 
 def _ratios(run: DrawnRun, field: str) -> list[float]:
     first = getattr(run.records[0].dims, field)
     return [getattr(record.dims, field) / first for record in run.records]
-
-
-def _flops_scale(runs: Sequence[DrawnRun]) -> tuple[float, str]:
-    """The power of ten that the axis of FLOPs is counted in, and how its label says so."""
-    most = max(run.records[-1].total_flops for run in runs)
-    exponent = math.floor(math.log10(most)) if most > 0 else 0
-    return 10.0**exponent, rf" ($\times 10^{{{exponent}}}$)" if exponent else ""

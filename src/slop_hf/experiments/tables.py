@@ -1,0 +1,162 @@
+"""A comparison as tables: its arms, the stages of each arm, and the ledger of what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ..report.tables import NOTHING, Cells, count, decimals, power, seconds, significant
+from .record import Comparison
+from .results import ArmResult, Spread, arm_results, baseline, full_budget
+
+LEDGER_COLUMNS = (("what", False), ("count", True), ("tokens", True), ("FLOPs", True), ("device seconds", True))
+STAGE_COLUMNS = (
+    ("arm", False),
+    ("stage", False),
+    ("structure", False),
+    ("parameters", True),
+    ("tokens", True),
+    ("loss after growth", True),
+    ("held-out loss", True),
+)
+#: What the kinds of the ledger are.
+PAID_FOR = {"trunks": "beginnings that several runs share"}
+NOT_REACHED = "not reached"
+_ABOUT = "what"
+_TEXT = ("arm", _ABOUT, "grows")
+
+
+def arms_cells(comparison: Comparison) -> Cells:
+    """Arms side by side: a row an arm and budget, in the order of the experiment.
+
+    A column in which no row has anything to tell is left out; what the paper prints of an arm stands in its row at
+    budget 1, in columns of their own.
+    """
+    against, reference = baseline(comparison), comparison.reference
+    results = arm_results(dataclasses.replace(comparison, reference=against))
+    several = any(result.budget != 1 for result in results)
+    cells: dict[str, Callable[[ArmResult], str]] = {
+        "arm": lambda one: one.arm,
+        _ABOUT: lambda one: comparison.arms[one.arm] or NOTHING,
+        "grows": lambda one: one.sequence or NOTHING,
+        "budget": lambda one: f"×{one.budget:g}" if several else NOTHING,
+        "seeds": lambda one: str(len(one.seeds)),
+        "tokens": lambda one: count(one.tokens),
+        "FLOPs": lambda one: power(one.flops),
+        "seconds": lambda one: seconds(one.seconds.mean),
+        "held-out loss": lambda one: plus_minus(one.loss, 4),
+        "ppl": lambda one: plus_minus(one.perplexity, 2),
+        f"loss − that of {against}": lambda one: _difference(one, against),
+        "FLOPs saved": lambda one: _saved(comparison, one) if reference is not None else NOTHING,
+        "marginal utility": lambda one: significant(one.marginal_utility.mean if one.marginal_utility else None),
+    }
+    for column in dict.fromkeys(name for printed in comparison.printed.values() for name in printed):
+        cells[f"{column} (paper)"] = lambda one, column=column: _printed(comparison, one, column)  # type: ignore[misc]
+    columns = {heading: [cell(result) for result in results] for heading, cell in cells.items()}
+    told = {heading: column for heading, column in columns.items() if not column or {*column} != {NOTHING}}
+    headings = tuple((heading, heading not in _TEXT) for heading in told)
+    return Cells(headings, tuple(zip(*told.values(), strict=True)))
+
+
+def stages_cells(comparison: Comparison) -> Cells:
+    """The stages of each arm at its full budget, with the mean of its seeds' losses."""
+    rows = []
+    for arm in comparison.arms:
+        runs = comparison.of(arm, full_budget(comparison, arm))
+        for number, stages in enumerate(zip(*(run.stages for run in runs), strict=True)):
+            one = stages[0]
+            after = Spread.of([stage.eval_loss_after_growth for stage in stages])
+            rows.append(
+                (
+                    "" if number else arm,
+                    one.name.removeprefix("stage-").replace("-", " ", 1),
+                    str(one.dims),
+                    count(one.parameters),
+                    count(one.tokens),
+                    decimals(after.mean if after else None, 4),
+                    decimals(Spread(tuple(stage.eval_loss for stage in stages)).mean, 4),
+                )
+            )
+    return Cells(STAGE_COLUMNS, tuple(rows))
+
+
+def ledger_cells(comparison: Comparison) -> Cells:
+    """What was paid, everything counted once, and the sum."""
+    rows = [
+        (
+            f"{cost.what} ({PAID_FOR[cost.what]})" if cost.what in PAID_FOR else cost.what,
+            f"{cost.count:,}",
+            count(cost.tokens),
+            power(cost.flops),
+            seconds(cost.seconds),
+        )
+        for cost in comparison.ledger
+    ]
+    paid = comparison.ledger
+    totals = [sum(getattr(cost, name) for cost in paid) for name in ("count", "tokens", "flops", "seconds")]
+    if len(rows) > 1:
+        rows.append(("sum", f"{totals[0]:,}", count(totals[1]), power(totals[2]), seconds(totals[3])))
+    return Cells(LEDGER_COLUMNS, tuple(rows))
+
+
+def arms_table(comparison: Comparison) -> Table:
+    """`arms_cells` for the terminal, without what is too wide for it: `rich.print(arms_table(comparison))`."""
+    cells, equal = arms_cells(comparison), {"flops": "FLOPs"}.get(comparison.equal, comparison.equal)
+    left_out = {_ABOUT, "seeds", "marginal utility", equal}
+    kept = [number for number, (heading, _) in enumerate(cells.columns) if heading not in left_out]
+    rows = tuple(tuple(row[number] for number in kept) for row in cells.rows)
+    narrow = Cells(tuple(cells.columns[number] for number in kept), rows)
+    return _for_terminal(narrow, f"{comparison.title} · {comparison.scale}")
+
+
+def stages_table(comparison: Comparison) -> Table:
+    """`stages_cells` for the terminal."""
+    return _for_terminal(stages_cells(comparison), "Stages, means over seeds")
+
+
+def ledger_table(comparison: Comparison) -> Table:
+    """`ledger_cells` for the terminal."""
+    return _for_terminal(ledger_cells(comparison), "What it cost")
+
+
+def plus_minus(spread: Spread, places: int) -> str:
+    """The mean ± the sample standard deviation over seeds, which a single seed has not.
+
+    >>> plus_minus(Spread((3.0, 3.5)), 2), plus_minus(Spread((3.0,)), 2)
+    ('3.25 ± 0.35', '3.00')
+    """
+    deviation = spread.deviation
+    return decimals(spread.mean, places) + (f" ± {decimals(deviation, places)}" if deviation is not None else "")
+
+
+def _difference(one: ArmResult, against: str | None) -> str:
+    return NOTHING if one.arm == against or one.against_reference is None else f"{one.against_reference.mean:+.4f}"
+
+
+def _saved(comparison: Comparison, one: ArmResult) -> str:
+    """In percent, the mean over seeds and the lowest to the highest; for the reference there is nothing to save."""
+    saved, goals = one.flops_saved, {run.seed for run in comparison.of(comparison.reference or "")}
+    if one.arm == comparison.reference or not goals & {*one.seeds}:
+        return NOTHING
+    if saved is None:
+        return NOT_REACHED
+    mean, low, high = (f"{100 * value:.1f}".replace("-0.0", "0.0") for value in (saved.mean, saved.low, saved.high))
+    return f"{mean}% ({low} to {high})" if len(saved.values) > 1 else f"{mean}%"
+
+
+def _printed(comparison: Comparison, one: ArmResult, column: str) -> str:
+    value = comparison.printed.get(one.arm, {}).get(column)
+    return NOTHING if value is None or one.budget != full_budget(comparison, one.arm) else f"{value:,.10g}"
+
+
+def _for_terminal(cells: Cells, title: str) -> Table:
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for heading, right in cells.columns:
+        table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
+    for row in cells.rows:
+        table.add_row(*map(Text, row))  # Text takes a name such as `run[1]` as it is, a string would be markup
+    return table
