@@ -66,7 +66,7 @@ def losses_figure(comparison: Comparison, path: str | Path) -> Path | None:
         grid(axes, "x")
         axes.set_title("Held-out loss at the end", loc="left")
         legend_below(figure, _losses_entries(beside if beside in ended else None, ended), letters=96)
-        return write_png(figure, path)
+        return write_png(figure, path, source=comparison.fingerprint)
 
 
 def scatter_figure(

@@ -113,7 +113,7 @@ def loss_figure(comparison: Comparison, path: str | Path, *, against: Against = 
         grid(axes, "y")
         axes.set_title(f"Held-out loss against training {'compute' if against == 'flops' else 'time'}", loc="left")
         legend_below(figure, [*_arm_entries(arms), *_kind_entries(arms), *extra], letters=96)
-        return write_png(figure, path)
+        return write_png(figure, path, source=comparison.fingerprint)
 
 
 def _arms(comparison: Comparison, against: Against) -> list[_Arm]:

@@ -51,7 +51,7 @@ def _lowest(comparison: Comparison, found: Sequence[ArmResult]) -> str:
     sentence = f"At equal {spend}, {_named(best.arm)} ends lowest of {len(found)} arms: {loss}"
     if _is_single(found):
         return (
-            f"{sentence}, {_apart(best, others[0])} below {_named(others[0].arm)}; by one seed, which may be chance."
+            f"{sentence}, {_apart(best, others[0])} below {_named(others[0].arm)}; with one seed, that may be chance."
         )
     if len(others) == 1:
         sure = "beyond" if is_below(best.loss, others[0].loss) else "within"

@@ -14,7 +14,7 @@ from ..errors import RunError
 from ..records import RunDirectory, StageRecord, perplexity
 from ..report.summary import marginal_utility
 from ..schedule import GrowthSchedule
-from ..serialization import parse, plain, to_json, versions, write_text
+from ..serialization import digest, parse, plain, to_json, versions, write_text
 
 if TYPE_CHECKING:  # a record is read, and figures are drawn, without torch
     from .arms import ArmRun
@@ -195,6 +195,11 @@ class Comparison:
     def budgets(self, arm: str) -> list[float]:
         """Those that an arm has finished runs at, ascending."""
         return sorted({run.budget for run in self.runs if run.arm == arm})
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all of it; figures carry it, so that a stale one is told from a fresh one."""
+        return digest(plain(self))
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, aside and renamed."""

@@ -33,8 +33,9 @@ class Spread:
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation; None for a single seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        """The sample standard deviation; None for a single seed, and where one is not finite."""
+        known = len(self.values) > 1 and all(map(math.isfinite, self.values))
+        return statistics.stdev(self.values) if known else None
 
     @property
     def low(self) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -26,6 +28,7 @@ STAGE_COLUMNS = (
 #: What the kinds of the ledger are.
 PAID_FOR = {"trunks": "beginnings that several runs share"}
 NOT_REACHED = "not reached"
+_MOST = 1e9  # perplexity, or utility, that has a meaning
 _ABOUT = "what"
 _TEXT = ("arm", _ABOUT, "grows")
 
@@ -52,10 +55,10 @@ def arms_cells(comparison: Comparison) -> Cells:
         "ppl": lambda one: plus_minus(one.perplexity, 2),
         f"loss − that of {against}": lambda one: _difference(one, against),
         "FLOPs saved": lambda one: _saved(comparison, one) if reference is not None else NOTHING,
-        "marginal utility": lambda one: significant(one.marginal_utility.mean if one.marginal_utility else None),
+        "marginal utility": _utility,
     }
     for column in dict.fromkeys(name for printed in comparison.printed.values() for name in printed):
-        cells[f"{column} (paper)"] = lambda one, column=column: _printed(comparison, one, column)  # type: ignore[misc]
+        cells[f"{column} (paper)"] = partial(_printed, comparison, column)
     columns = {heading: [cell(result) for result in results] for heading, cell in cells.items()}
     told = {heading: column for heading, column in columns.items() if not column or {*column} != {NOTHING}}
     headings = tuple((heading, heading not in _TEXT) for heading in told)
@@ -126,15 +129,23 @@ def ledger_table(comparison: Comparison) -> Table:
 def plus_minus(spread: Spread, places: int) -> str:
     """The mean ± the sample standard deviation over seeds, which a single seed has not.
 
-    >>> plus_minus(Spread((3.0, 3.5)), 2), plus_minus(Spread((3.0,)), 2)
-    ('3.25 ± 0.35', '3.00')
+    >>> plus_minus(Spread((3.0, 3.5)), 2), plus_minus(Spread((3.0,)), 2), plus_minus(Spread((3.0, float("inf"))), 2)
+    ('3.25 ± 0.35', '3.00', 'diverged')
     """
+    if not spread.mean < _MOST:
+        return "diverged"
     deviation = spread.deviation
     return decimals(spread.mean, places) + (f" ± {decimals(deviation, places)}" if deviation is not None else "")
 
 
 def _difference(one: ArmResult, against: str | None) -> str:
-    return NOTHING if one.arm == against or one.against_reference is None else f"{one.against_reference.mean:+.4f}"
+    spread = one.against_reference
+    return f"{spread.mean:+.4f}" if one.arm != against and spread and math.isfinite(spread.mean) else NOTHING
+
+
+def _utility(one: ArmResult) -> str:
+    spread = one.marginal_utility
+    return significant(spread.mean) if spread is not None and abs(spread.mean) < _MOST else NOTHING
 
 
 def _saved(comparison: Comparison, one: ArmResult) -> str:
@@ -148,7 +159,7 @@ def _saved(comparison: Comparison, one: ArmResult) -> str:
     return f"{mean}% ({low} to {high})" if len(saved.values) > 1 else f"{mean}%"
 
 
-def _printed(comparison: Comparison, one: ArmResult, column: str) -> str:
+def _printed(comparison: Comparison, column: str, one: ArmResult) -> str:
     value = comparison.printed.get(one.arm, {}).get(column)
     return NOTHING if value is None or one.budget != full_budget(comparison, one.arm) else f"{value:,.10g}"
 

@@ -189,12 +189,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def write_png(figure: Figure, path: str | Path) -> Path:
-    """Write a figure aside and rename it into place."""
+def write_png(figure: Figure, path: str | Path, *, source: str = "") -> Path:
+    """Write a figure aside and rename it into place; `source`, what it was drawn from, goes into its metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Source": source} if source else None)
     aside = path.with_name(f".{path.name}.writing")
     aside.write_bytes(buffer.getvalue())
     aside.replace(path)

@@ -1,0 +1,130 @@
+"""`write_comparison`: a comparison as JSON, Markdown and figures in one directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..serialization import write_text
+from .dots import losses_figure
+from .figures import loss_figure
+from .findings import sentences
+from .record import Comparison
+from .tables import arms_cells, ledger_cells, stages_cells
+
+MARKDOWN_FILE, JSON_FILE = "comparison.md", "comparison.json"
+
+
+@dataclass(frozen=True)
+class ComparisonFigure:
+    """A figure that every comparison has.
+
+    Args:
+        title: what it shows, in a few words.
+        caption: how to read it.
+        draw: writes it, or returns None where there is nothing to draw.
+    """
+
+    title: str
+    caption: str
+    draw: Callable[[Comparison, Path], Path | None]
+
+
+#: By the names of their files.
+FIGURES = {
+    "loss": ComparisonFigure(
+        "Held-out loss against training FLOPs",
+        "Lines are means over seeds, bands reach from the lowest seed to the highest, triangles are growths. Squares "
+        "are the ends of an arm's runs at several budgets, each with a learning-rate schedule of its own. The dashed "
+        "line is the reference's final loss, rings are where arms get to it. As Fig. 2 of the SLOP paper.",
+        loss_figure,
+    ),
+    "seconds": ComparisonFigure(
+        "Held-out loss against training time",
+        "The same against wall-clock time of training, evaluation and boundaries left out.",
+        partial(loss_figure, against="seconds"),
+    ),
+    "losses": ComparisonFigure(
+        "Held-out loss at the end",
+        "A dot a seed, a bar at their mean, and the mean ± the sample standard deviation on the right. The dashed "
+        "line and its band are the mean and the range of the arm that the others are set beside.",
+        losses_figure,
+    ),
+}
+
+#: What stands in columns of the table of arms, by their headings.
+GLOSSARY = {
+    "grows": "the order of growth; l layer, f feed-forward, h hidden (heads that follow it included), a attention "
+    "heads; lf grows both in one stage.",
+    "budget": "multiple of the comparison's; each run has a whole learning-rate schedule.",
+    "FLOPs": "training FLOPs, forward and backward.",
+    "seconds": "of training, the mean over seeds; wall-clock, evaluation and boundaries left out.",
+    "held-out loss": "in nats a token at the end, the mean over seeds ± the sample standard deviation.",
+    "ppl": "perplexity, exp of the loss, likewise.",
+    "FLOPs saved": "1 − FLOPs to the reference's final loss / the reference's FLOPs: the mean over seeds, and the "
+    "lowest to the highest, in percent. An arm gets there at its first evaluation at or below that loss, in a run of "
+    "any of its budgets.",
+    "marginal utility": "Eq. 2 of the SLOP paper, in perplexity a device hour.",
+}
+
+
+def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
+    """Write what came out of an experiment, for programs and for readers.
+
+    Leaves `comparison.json` (the record), `comparison.md` (what was found, tables, figures) and the figures
+    `loss.png`, `seconds.png` and `losses.png`; each is written aside and renamed.
+
+    Args:
+        comparison: what was measured.
+        directory: to write into; the runs may lie there as well.
+
+    Returns:
+        the directory.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    comparison.save(directory / JSON_FILE)
+    drawn = []
+    for name, figure in FIGURES.items():
+        path = directory / f"{name}.png"
+        if figure.draw(comparison, path) is None:
+            path.unlink(missing_ok=True)  # an earlier comparison's
+        else:
+            drawn.append(name)
+    write_text(directory / MARKDOWN_FILE, comparison_markdown(comparison, drawn))
+    return directory
+
+
+def comparison_markdown(comparison: Comparison, figures: list[str]) -> str:
+    """The comparison as a document, with links to its figures.
+
+    Args:
+        comparison: what was measured.
+        figures: names in `FIGURES` of those that lie beside the document.
+    """
+    cells = arms_cells(comparison)
+    shown = [heading for heading, _ in cells.columns]
+    parts = [
+        f"# {comparison.title} · {comparison.scale}",
+        comparison.about,
+        " ".join(sentences(comparison)),
+        cells.markdown(),
+        "\n".join(f"- **{heading}**: {meaning}" for heading, meaning in GLOSSARY.items() if heading in shown),
+    ]
+    for name in figures:
+        parts += [figure_markdown(name, f"{name}.png"), FIGURES[name].caption]
+    if comparison.runs:
+        parts += ["## Stages", "Losses are means over seeds.", stages_cells(comparison).markdown()]
+    if comparison.ledger:
+        parts += ["## What it cost", "Everything counted once.", ledger_cells(comparison).markdown()]
+    around = [comparison.device, *(f"{name} {version}" for name, version in comparison.versions.items())]
+    if told := ", ".join(part for part in around if part):
+        parts.append(f"Run on {told}." if comparison.device else f"Run with {told}.")
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def figure_markdown(name: str, path: str) -> str:
+    """A link to a figure of a name in `FIGURES`."""
+    return f"![{FIGURES[name].title}]({path})"

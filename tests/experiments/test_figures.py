@@ -1,0 +1,178 @@
+"""Figures: valid, every arm in them, marks where the record has them, labels apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from statistics import fmean
+
+import matplotlib
+import numpy as np
+import pytest
+from comparisons import FLOPS, comparison
+from matplotlib.image import imread
+from PIL import Image
+
+from slop_hf.errors import RunError
+from slop_hf.experiments import dots, figures
+from slop_hf.experiments.dots import losses_figure, scatter_figure
+from slop_hf.experiments.figures import loss_figure
+from slop_hf.experiments.results import iso_loss
+from slop_hf.report import drawing
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were made, in order."""
+    made = []
+    new = drawing.new_figure
+    monkeypatch.setattr(drawing, "DPI", 72)
+    for module in (figures, dots):
+        monkeypatch.setattr(module, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
+    return made
+
+
+def inked(path, colour: str) -> int:
+    """How many pixels of a PNG have a colour, up to rounding."""
+    image = imread(path)[..., :3]
+    return int((np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02).sum())
+
+
+def overlapping(figure) -> list[tuple[str, str]]:
+    """Pairs of texts that touch: those of the axes, of the legend and of ticks."""
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+    legend = [text for legend in figure.legends for text in legend.get_texts()]
+    texts = [*axes.texts, axes._left_title, axes.xaxis.label, axes.yaxis.label, *legend, *ticks]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    inside = [(name, box) for name, box in boxes if figure.bbox.padded(50).contains(box.x0, box.y0)]
+    return [(one, two) for (one, a), (two, b) in combinations(inside, 2) if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("against", ["flops", "seconds"])
+@pytest.mark.parametrize(("arms", "seeds"), [(8, 3), (2, 1)])
+def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
+    found = comparison(arms, seeds, budgets={"from-scratch": (0.25, 0.5, 1.0)})
+    before = dict(matplotlib.rcParams)
+    path = loss_figure(found, tmp_path / "out" / "loss.png", against=against)
+    assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
+    assert all(inked(path, colour) > 50 for colour in drawing.RUN_COLOURS[:arms])
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend[:2] == ["slop (l-f-h)", "from-scratch"] and len(legend) == arms + 4
+    assert overlapping(drawn[0]) == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_marks_stand_where_the_record_has_them(tmp_path, drawn):
+    found = comparison(2, budgets={"from-scratch": (0.5, 1.0)})
+    loss_figure(found, tmp_path / "loss.png")
+    axes, scale = drawn[0].axes[0], 1e12
+    marks = {line.get_marker(): line for line in axes.lines if line.get_marker() != "None"}
+    runs = found.of("slop")
+    assert marks["^"].get_xdata() * scale == pytest.approx([FLOPS * part / 4 for part in (1, 2, 3)], rel=1e-3)
+    assert marks["^"].get_ydata()[2] == pytest.approx(fmean(run.stages[2].eval_loss for run in runs))
+    ends = [fmean(run.eval_loss for run in found.of("from-scratch", budget)) for budget in (0.5, 1.0)]
+    assert list(marks["s"].get_ydata()) == pytest.approx(ends)
+    goal = fmean(run.flops for run in found.of("from-scratch"))
+    assert marks["o"].get_xdata()[0] * scale == pytest.approx((1 - iso_loss(found, "slop").mean) * goal, rel=1e-3)
+    assert list(marks["o"].get_ydata()) == [ends[-1]]
+    assert [text.get_text() for text in axes.texts] == ["15% less compute"]
+
+
+def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
+    found = comparison(2, 2)
+    loss_figure(found, tmp_path / "loss.png")
+    curve = drawn[0].axes[0].lines[0]
+    one, two = (run.curve for run in found.of("slop"))
+    assert list(curve.get_ydata()) == pytest.approx([fmean(pair) for pair in zip(one.losses, two.losses, strict=True)])
+
+
+def test_seeds_that_logged_other_moments_share_what_both_have(tmp_path, drawn):
+    found = comparison(2, 2)
+    first = found.runs[0]
+    short = replace(first, curve=type(first.curve)(*(column[5:] for column in (
+        first.curve.flops, first.curve.seconds, first.curve.losses))))  # fmt: skip
+    loss_figure(replace(found, runs=(short, *found.runs[1:])), tmp_path / "loss.png")
+    assert len(drawn[0].axes[0].lines[0].get_xdata()) == len(first.curve.flops) - 5
+
+
+def test_the_axis_leaves_out_the_first_descent(tmp_path, drawn):
+    loss_figure(comparison(), tmp_path / "loss.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert 3.0 < low < 3.2 and 3.9 < high < 4.5
+
+
+def test_without_a_reference_there_is_no_goal(tmp_path, drawn):
+    loss_figure(comparison(2, reference=None), tmp_path / "loss.png")
+    assert "final loss" not in " ".join(text.get_text() for text in drawn[0].legends[0].get_texts())
+    assert not drawn[0].axes[0].texts
+
+
+def test_an_arm_that_is_slower_claims_no_saving(tmp_path, drawn):
+    loss_figure(comparison(2, losses={"slop": 3.5}), tmp_path / "loss.png")
+    assert not drawn[0].axes[0].texts
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_final_losses_are_dots(tmp_path, drawn, seeds):
+    found = comparison(8, seeds)
+    path = losses_figure(found, tmp_path / "losses.png")
+    axes = drawn[0].axes[0]
+    rows = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [sorted(line.get_xdata()) for line in rows] == [
+        sorted(run.eval_loss for run in found.of(arm)) for arm in found.arms
+    ]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(found.arms)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first arm is on top"
+    assert inked(path, drawing.RUN_COLOURS[1]) > 0 and overlapping(drawn[0]) == []
+
+
+def test_nothing_to_draw(tmp_path):
+    empty = comparison(2, 0)
+    assert loss_figure(empty, tmp_path / "loss.png") is None and losses_figure(empty, tmp_path / "losses.png") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_arm_does_not_spoil_the_figures(tmp_path):
+    found = comparison(2)
+    worse = [
+        replace(
+            run,
+            stages=(*run.stages[:-1], replace(run.stages[-1], eval_loss=float("nan"))),
+            curve=replace(run.curve, flops=(), seconds=(), losses=()),
+        )
+        if run.arm == "slop"
+        else run
+        for run in found.runs
+    ]
+    assert loss_figure(replace(found, runs=tuple(worse)), tmp_path / "loss.png")
+    assert losses_figure(replace(found, runs=tuple(worse)), tmp_path / "losses.png")
+
+
+def test_a_figure_tells_what_it_was_drawn_from(tmp_path):
+    found = comparison(2, 1)
+    assert Image.open(loss_figure(found, tmp_path / "loss.png")).info["Source"] == found.fingerprint
+    assert replace(found, title="another").fingerprint != found.fingerprint
+
+
+def test_scatter_names_points_apart(tmp_path, drawn):
+    dice = np.random.default_rng(0)
+    names = [f"l-f-h to {number}" for number in range(18)]
+    predicted = 10 ** dice.uniform(24, 26, 18)
+    measured = 3 + 0.1 * np.log10(predicted / 1e24) + dice.normal(0, 0.02, 18)
+    labels = ("Π Δparams", "held-out loss")
+    scatter_figure(names, predicted, measured, tmp_path / "a.png", title="Order", labels=labels, log_x=True)
+    axes = drawn[0].axes[0]
+    assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(names)
+    assert overlapping(drawn[0]) == []
+    assert "Spearman's ρ = 0." in axes.get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    ("names", "predicted", "measured", "log_x"),
+    [(["a", "b"], [1, 2], [1], False), (["a"], [1, 2], [1, 2], False), (["a", "b"], [0, 2], [1, 2], True)],
+)
+def test_scatter_refuses_what_it_cannot_draw(tmp_path, names, predicted, measured, log_x):
+    with pytest.raises(RunError):
+        scatter_figure(names, predicted, measured, tmp_path / "a.png", title="", labels=("", ""), log_x=log_x)
