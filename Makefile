@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt src/slop_hf/__init__.py
 # Two test processes of one thread each; ARGS goes to pytest, as in make test ARGS="-k planner".
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help demo test check slow constraints clean
+.PHONY: help demo test check results slow constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +24,9 @@ check: $(VENV)/.dev  ## lint, format check and type check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+results: $(VENV)/.runtime  ## rebuild the results in README.md and docs/ from benchmarks/results
+	$(BIN)/python benchmarks/results.py
 
 slow: $(VENV)/.dev  ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)

@@ -43,7 +43,7 @@ FIGURES = {
     ),
     "seconds": ComparisonFigure(
         "Held-out loss against training time",
-        "The same against wall-clock time of training, evaluation and boundaries left out.",
+        "The same against wall-clock time of training, without evaluation, saving and growth.",
         partial(loss_figure, against="seconds"),
     ),
     "losses": ComparisonFigure(
@@ -60,7 +60,7 @@ GLOSSARY = {
     "heads; lf grows both in one stage.",
     "budget": "multiple of the comparison's; each run has a whole learning-rate schedule.",
     "FLOPs": "training FLOPs, forward and backward.",
-    "seconds": "of training, the mean over seeds; wall-clock, evaluation and boundaries left out.",
+    "seconds": "of training, the mean over seeds; wall-clock, without evaluation, saving and growth.",
     "held-out loss": "in nats a token at the end, the mean over seeds ± the sample standard deviation.",
     "ppl": "perplexity, exp of the loss, likewise.",
     "FLOPs saved": "1 − FLOPs to the reference's final loss / the reference's FLOPs: the mean over seeds, and the "
