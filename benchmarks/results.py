@@ -8,8 +8,9 @@ A record is what `slop compare --record benchmarks/results/NAME.json` wrote. In 
     <!-- results: NAME KIND -->
     <!-- end -->
 
-encloses what it says: `table`, `sentences`, `stages`, `ledger`, `figure` (loss against FLOPs), `figure-seconds`,
-`figure-losses`. Figures lie in docs/images/results; those that a document shows are drawn, once for each record.
+encloses what it says: `table`, `sentences`, `stages`, `ledger`, `predictions`, `agreement`, `figure` (loss against
+FLOPs), `figure-seconds`, `figure-losses`, `figure-utility`. Figures lie in docs/images/results; those that a document
+shows are drawn, once for each record.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from PIL import Image
 
 from slop_hf.errors import RunError
 from slop_hf.experiments.findings import sentences
+from slop_hf.experiments.predictions import agreement_sentence, predictions_cells
 from slop_hf.experiments.record import Comparison
 from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
 from slop_hf.experiments.write import FIGURES, figure_markdown
@@ -36,15 +38,21 @@ from slop_hf.serialization import write_text
 ROOT = Path(__file__).parents[1]
 RECORDS, IMAGES = "benchmarks/results", "docs/images/results"
 BEGIN, END = re.compile(r"<!-- results:(.*)-->\s*$"), "<!-- end -->"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
+
+
 #: Figures by the kind of their block.
-FIGURE_KINDS = {"figure": "loss", "figure-seconds": "seconds", "figure-losses": "losses"}
+FIGURE_KINDS = {"figure": "loss", "figure-seconds": "seconds", "figure-losses": "losses", "figure-utility": "utility"}
 TEXT_KINDS: dict[str, Callable[[Comparison], str]] = {
     "table": lambda found: arms_cells(found).markdown(),
-    "sentences": lambda found: textwrap.fill(
-        " ".join(sentences(found)), 119, break_long_words=False, break_on_hyphens=False
-    ),
+    "sentences": lambda found: _filled(" ".join(sentences(found))),
     "stages": lambda found: stages_cells(found).markdown(),
     "ledger": lambda found: ledger_cells(found).markdown(),
+    "predictions": lambda found: predictions_cells(found).markdown(),
+    "agreement": lambda found: _filled(agreement_sentence(found)),
 }
 KINDS = (*TEXT_KINDS, *FIGURE_KINDS)
 SHOWN = re.compile(rf"\]\([^)\s]*images/results/([^)\s]+)_({'|'.join(FIGURES)})\.png\)")

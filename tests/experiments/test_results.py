@@ -7,7 +7,14 @@ import pytest
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims
 from slop_hf.cost import flops_per_token
 from slop_hf.errors import RunError
-from slop_hf.experiments.predictions import agreement, measured_utility, predictions
+from slop_hf.experiments.predictions import (
+    agreement,
+    agreement_sentence,
+    measured_utility,
+    predictions,
+    predictions_cells,
+    utility_figure,
+)
 from slop_hf.experiments.record import Comparison, Curve, RunResult, StageResult
 from slop_hf.experiments.results import Spread, arm_results, flops_to, iso_loss, rank_correlation
 
@@ -98,7 +105,7 @@ def test_missing_seeds_of_the_reference_leave_the_difference_out():
     assert iso_loss(found, "slop").values == (pytest.approx(0.0),), "of the seeds that both have"
 
 
-def test_predictions_are_the_planners_and_ranks_are_compared():
+def test_predictions_are_the_planners_and_ranks_are_compared(tmp_path):
     f_first = GrowthSchedule(
         SMALL,
         (GrowthStage(("ffn",), SMALL.replace(intermediate_size=64), 100), GrowthStage(("layer",), LARGE, 100)),
@@ -123,6 +130,16 @@ def test_predictions_are_the_planners_and_ranks_are_compared():
     measured = [p.measured_utility.mean for p in predictions(found)]
     assert agreed.utility == rank_correlation([p.utility for p in predictions(found)], measured)
     assert agreement(comparison(*runs[:2])) is None
+    rows = predictions_cells(found).rows
+    assert [row[0] for row in rows] == [p.arm for p in sorted(predictions(found), key=lambda p: -p.utility)]
+    assert agreement_sentence(found).startswith("Over 3 schedules, Spearman's correlation of predicted and measured")
+    assert utility_figure(found, tmp_path / "utility.png") is not None
+
+
+def test_one_schedule_by_several_inits_has_no_ranking(tmp_path):
+    found = comparison(*(result(name, 0, [5.0, 4.0, 2.0]) for name in "abc"))
+    assert math.isnan(agreement(found).utility) and agreement_sentence(found) == ""
+    assert utility_figure(found, tmp_path / "utility.png") is None
 
 
 def test_a_record_without_settings_cannot_be_predicted():

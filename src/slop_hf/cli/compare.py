@@ -55,9 +55,10 @@ def compare(
     """
     from ..experiments.arms import arm_runs, with_trunks  # with torch, which `slop --help` does without
     from ..experiments.config import Experiment
+    from ..experiments.findings import sentences
     from ..experiments.record import collect
-    from ..experiments.running import here, run_experiment
-    from ..experiments.tables import arms_table, ledger_table, sentences
+    from ..experiments.running import here, is_finished, run_experiment
+    from ..experiments.tables import arms_table, ledger_table
     from ..experiments.write import write_comparison
 
     experiment = _chosen(Experiment.from_yaml(config, scale, read_changes(change or [])), arm or [], seeds)
@@ -68,7 +69,8 @@ def compare(
         return
     if not report_only:
         with _progress(quiet=as_json) as progress:
-            task = progress.add_task(experiment.name, total=len(jobs))
+            finished = sum(is_finished(root, job) for job in jobs)
+            task = progress.add_task(experiment.name, total=len(jobs), completed=finished)
 
             def told(job: ArmRun, done: int, count: int) -> None:
                 progress.update(task, completed=done, description=f"{job.name} has finished")

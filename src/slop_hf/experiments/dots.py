@@ -78,6 +78,7 @@ def scatter_figure(
     title: str,
     labels: tuple[str, str],
     log_x: bool = False,
+    source: str = "",
 ) -> Path:
     """Draw measured values against predicted ones, each with its name, and Spearman's correlation in the title.
 
@@ -88,6 +89,7 @@ def scatter_figure(
         path: the PNG file to write, aside and renamed.
         title: what stands before the correlation.
         labels: of the two axes.
+        source: the fingerprint of what it is drawn from, see `write_png`.
         log_x: a logarithmic axis of predictions, which then must be positive.
 
     Returns:
@@ -114,7 +116,7 @@ def scatter_figure(
         rho = f"{correlation:.2f}" if math.isfinite(correlation) else "undefined"
         axes.set_title(f"{title}\nSpearman's ρ = {rho} over {len(names)} points", loc="left", parse_math=False)
         place_labels(axes, list(zip(predicted, measured, strict=True)), [shorten(name, 28) for name in names])
-        return write_png(figure, path)
+        return write_png(figure, path, source=source)
 
 
 def _ended(comparison: Comparison) -> dict[str, Spread]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -13,12 +15,15 @@ from ..cost import flops_per_token
 from ..errors import RunError
 from ..hours import CostModel
 from ..objectives import OBJECTIVES, score
+from ..report.tables import Cells, power, significant
 from ..serialization import parse
 from ..structures import DimsArray, Prices, Structures
 from ..training import RunConfig
 from .arms import model_fields
+from .dots import scatter_figure
 from .record import Comparison, RunResult
 from .results import Spread, rank_correlation
+from .tables import plus_minus
 
 #: Utilities are told in nats for so many FLOPs; ranks do not depend on it.
 UNIT = 1e12
@@ -118,6 +123,67 @@ def agreement(comparison: Comparison) -> Agreement | None:
         utility=rank_correlation([one.utility for one in found], measured),
         products=rank_correlation(small, measured),
         products_and_loss=rank_correlation(small, [-one.loss.mean for one in found]),
+    )
+
+
+def agreement_sentence(comparison: Comparison) -> str:
+    """The agreement in words; empty where there is no ranking to compare."""
+    agreed = agreement(comparison)
+    if agreed is None or not math.isfinite(agreed.utility):
+        return ""
+    return (
+        f"Over {agreed.schedules} schedules, Spearman's correlation of predicted and measured marginal utility is "
+        f"{agreed.utility:.2f}; that of small Π Δparams with large measured utility is {agreed.products:.2f}, with low "
+        f"loss at the end {agreed.products_and_loss:.2f}. Of predicted and run FLOPs, stage by stage, it is "
+        f"{agreed.flops:.4f}."
+    )
+
+
+def predictions_cells(comparison: Comparison) -> Cells:
+    """Predictions beside measurements, a row a schedule, best predicted utility first."""
+    columns = (
+        ("arm", False),
+        ("Π Δparams", True),
+        ("FLOPs predicted", True),
+        ("FLOPs run", True),
+        ("utility predicted", True),
+        ("utility measured", True),
+        ("held-out loss", True),
+    )
+    rows = (
+        (
+            one.arm,
+            power(one.products),
+            f"{one.flops:.4g}",
+            f"{one.measured_flops:.4g}",
+            significant(one.utility),
+            plus_minus(one.measured_utility, 3),
+            plus_minus(one.loss, 4),
+        )
+        for one in sorted(predictions(comparison), key=lambda one: -one.utility)
+    )
+    return Cells(columns, tuple(rows))
+
+
+def utility_figure(comparison: Comparison, path: str | Path) -> Path | None:
+    """Draw measured against predicted marginal utility; None where there is no ranking to compare.
+
+    Args:
+        comparison: with three or more schedules that the planner tells apart.
+        path: the PNG file to write, aside and renamed.
+    """
+    agreed = agreement(comparison)
+    if agreed is None or not math.isfinite(agreed.utility):
+        return None
+    found = predictions(comparison)
+    return scatter_figure(
+        [one.arm for one in found],
+        [one.utility for one in found],
+        [one.measured_utility.mean for one in found],
+        path,
+        title="Marginal utility of schedules",
+        labels=("predicted by the scaling law (nats for 1e12 FLOPs)", "measured, mean over seeds"),
+        source=comparison.fingerprint,
     )
 
 

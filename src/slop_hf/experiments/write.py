@@ -11,6 +11,7 @@ from ..serialization import write_text
 from .dots import losses_figure
 from .figures import loss_figure
 from .findings import sentences
+from .predictions import agreement_sentence, predictions_cells, utility_figure
 from .record import Comparison
 from .tables import arms_cells, ledger_cells, stages_cells
 
@@ -51,6 +52,12 @@ FIGURES = {
         "A dot a seed, a bar at their mean, and the mean ± the sample standard deviation on the right. The dashed "
         "line and its band are the mean and the range of the arm that the others are set beside.",
         losses_figure,
+    ),
+    "utility": ComparisonFigure(
+        "Predicted and measured marginal utility",
+        "Σ Δloss / ΔFLOPs over the growth stages of each schedule (Eq. 2 of the SLOP paper, losses in place of "
+        "perplexities, FLOPs in place of hours).",
+        utility_figure,
     ),
 }
 
@@ -115,13 +122,15 @@ def comparison_markdown(comparison: Comparison, figures: list[str]) -> str:
     ]
     for name in figures:
         parts += [figure_markdown(name, f"{name}.png"), FIGURES[name].caption]
+    if told := agreement_sentence(comparison):
+        parts += ["## The planner's ranking", told, predictions_cells(comparison).markdown()]
     if comparison.runs:
         parts += ["## Stages", "Losses are means over seeds.", stages_cells(comparison).markdown()]
     if comparison.ledger:
         parts += ["## What it cost", "Everything counted once.", ledger_cells(comparison).markdown()]
     around = [comparison.device, *(f"{name} {version}" for name, version in comparison.versions.items())]
-    if told := ", ".join(part for part in around if part):
-        parts.append(f"Run on {told}." if comparison.device else f"Run with {told}.")
+    if made := ", ".join(part for part in around if part):
+        parts.append(f"Run on {made}." if comparison.device else f"Run with {made}.")
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
