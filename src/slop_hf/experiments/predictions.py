@@ -133,8 +133,8 @@ def agreement_sentence(comparison: Comparison) -> str:
         return ""
     return (
         f"Over {agreed.schedules} schedules, Spearman's correlation of predicted and measured marginal utility is "
-        f"{agreed.utility:.2f}; that of small Π Δparams with large measured utility is {agreed.products:.2f}, with low "
-        f"loss at the end {agreed.products_and_loss:.2f}. Of predicted and run FLOPs, stage by stage, it is "
+        f"{agreed.utility:.2f}; that of small Π Δparams with large measured utility is {agreed.products:.2f}, with "
+        f"low loss at the end {agreed.products_and_loss:.2f}. Of predicted and run FLOPs, stage by stage, it is "
         f"{agreed.flops:.4f}."
     )
 
