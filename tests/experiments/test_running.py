@@ -116,6 +116,20 @@ def test_an_interrupted_experiment_goes_on(experiment, trained, tmp_path, monkey
     run_experiment(experiment, again, told=lambda *_: pytest.fail("all had finished"))
 
 
+def test_a_signal_to_stop_is_one_for_the_whole_experiment(experiment, tmp_path, monkeypatch):
+    """The trainer saves its state and comes back; the next run must not begin then."""
+
+    class Stopped:
+        def train(self, **_):
+            begun.append(self)
+
+    begun = []
+    monkeypatch.setattr(running, "build_trainer", lambda *_: Stopped())
+    with pytest.raises(RunError, match="was stopped by a signal, its state saved; run the same command again"):
+        run_experiment(experiment, tmp_path / "out")
+    assert len(begun) == 1
+
+
 def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_path):
     jobs, root = trained
     beside = tmp_path / "beside"

@@ -82,12 +82,18 @@ def run_experiment(
 
 
 def train_job(job: ArmRun, root: Path) -> None:
-    """Train one run to its end, from where it or its trunk has come to."""
+    """Train one run to its end, from where it or its trunk has come to.
+
+    Raises:
+        RunError: where training was stopped by a signal, which goes for the whole experiment.
+    """
     run = RunDirectory(root / job.place)
     if not run.exists and job.parent is not None:
         branch(root, job, job.parent)
     with beside(root, job, LOG_FILE).open("a") as log, _written_to(log):
         build_trainer(job.config, run.path).train(resume_from_checkpoint=RunDirectory(run.path).exists)
+    if not is_finished(root, job):
+        raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to go on")
 
 
 def branch(root: Path, job: ArmRun, place: Path) -> None:
