@@ -52,7 +52,7 @@ def run_of(
     dice = random.Random(f"{name} {seed} {budget}")
     schedule = schedule_of(name, stages, budget * FLOPS)
     end = loss - 0.35 * math.log(budget) + dice.gauss(0, noise)
-    results, curve, flops, seconds = [], ([], [], []), 0.0, 0.0
+    results, curve, flops, seconds = [], ([], [], [], []), 0.0, 0.0
     for number, (dims, tokens) in enumerate(zip(schedule.structures, schedule.tokens, strict=True)):
         spent = tokens * flops_per_token(dims, CONFIG, 128)
         took = spent / SPEED * dice.uniform(0.95, 1.05)
@@ -60,13 +60,14 @@ def run_of(
             at = (flops + spent * point / 10) / (budget * FLOPS)
             jump = 0.4 * math.exp(-point) if number else 0.0
             value = end + 0.6 * (1 - at) + 4 * math.exp(-12 * at) - 4 * math.exp(-12) + jump + dice.gauss(0, 0.002)
-            for column, x in zip(curve, (flops + spent * point / 10, seconds + took * point / 10, value), strict=True):
+            entry = (number, flops + spent * point / 10, seconds + took * point / 10, value)
+            for column, x in zip(curve, entry, strict=True):
                 column.append(x)
         flops, seconds = flops + spent, seconds + took
         parameters = count_parameters(dims, CONFIG)
-        grown = {"eval_loss_after_growth": curve[2][-11]} if number else {}
+        grown = {"eval_loss_after_growth": curve[3][-11]} if number else {}
         name_of = schedule.stage_name(number)
-        results.append(StageResult(name_of, dims, parameters, tokens, spent, took, curve[2][-1], **grown))
+        results.append(StageResult(name_of, dims, parameters, tokens, spent, took, curve[3][-1], **grown))
     return RunResult(name, budget, seed, schedule, tuple(results), Curve(*map(tuple, curve)))
 
 

@@ -17,6 +17,7 @@ from slop_hf.errors import RunError
 from slop_hf.experiments import dots, figures
 from slop_hf.experiments.dots import losses_figure, scatter_figure
 from slop_hf.experiments.figures import loss_figure
+from slop_hf.experiments.record import Curve
 from slop_hf.experiments.results import iso_loss
 from slop_hf.report import drawing
 
@@ -91,8 +92,8 @@ def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
 def test_seeds_that_logged_other_moments_share_what_both_have(tmp_path, drawn):
     found = comparison(2, 2)
     first = found.runs[0]
-    short = replace(first, curve=type(first.curve)(*(column[5:] for column in (
-        first.curve.flops, first.curve.seconds, first.curve.losses))))  # fmt: skip
+    columns = (first.curve.stages, first.curve.flops, first.curve.seconds, first.curve.losses)
+    short = replace(first, curve=Curve(*(column[5:] for column in columns)))
     loss_figure(replace(found, runs=(short, *found.runs[1:])), tmp_path / "loss.png")
     assert len(drawn[0].axes[0].lines[0].get_xdata()) == len(first.curve.flops) - 5
 
@@ -101,6 +102,12 @@ def test_the_axis_leaves_out_the_first_descent(tmp_path, drawn):
     loss_figure(comparison(), tmp_path / "loss.png")
     low, high = drawn[0].axes[0].get_ylim()
     assert 3.0 < low < 3.2 and 3.9 < high < 4.5
+
+
+def test_one_order_of_growth_is_not_told_of_every_arm(tmp_path, drawn):
+    loss_figure(comparison(["slop", "msg", "from-scratch"], 1), tmp_path / "loss.png")
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend[:3] == ["slop", "from-scratch", "msg"]
 
 
 def test_without_a_reference_there_is_no_goal(tmp_path, drawn):
@@ -124,6 +131,8 @@ def test_final_losses_are_dots(tmp_path, drawn, seeds):
         sorted(run.eval_loss for run in found.of(arm)) for arm in found.arms
     ]
     assert [text.get_text() for text in axes.get_yticklabels()] == list(found.arms)
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == ["grown", "not grown", *(["mean of seeds"] if seeds > 1 else []), "mean of from-scratch"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first arm is on top"
     assert inked(path, drawing.RUN_COLOURS[1]) > 0 and overlapping(drawn[0]) == []
 
@@ -140,7 +149,7 @@ def test_a_diverged_arm_does_not_spoil_the_figures(tmp_path):
         replace(
             run,
             stages=(*run.stages[:-1], replace(run.stages[-1], eval_loss=float("nan"))),
-            curve=replace(run.curve, flops=(), seconds=(), losses=()),
+            curve=Curve((), (), (), ()),
         )
         if run.arm == "slop"
         else run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -50,13 +50,13 @@ def losses_figure(comparison: Comparison, path: str | Path) -> Path | None:
     with rc_context(STYLE):
         figure = new_figure(WIDTH, 1.3 + 0.3 * len(ended))
         axes = figure.add_subplot()
-        beside = baseline(comparison)
-        if beside in ended:
+        beside = against if (against := baseline(comparison)) in ended else None
+        if beside is not None:
             axes.axvspan(ended[beside].low, ended[beside].high, color="0.92", linewidth=0)
             axes.axvline(ended[beside].mean, zorder=1, **GOAL)
-        for row, (arm, spread) in enumerate(ended.items()):
-            grown = comparison.of(arm, full_budget(comparison, arm))[0].schedule.stages
-            _draw_row(axes, row, spread, GROWN if grown else NOT_GROWN)
+        colours = [GROWN if _grows(comparison, arm) else NOT_GROWN for arm in ended]
+        for row, (spread, colour) in enumerate(zip(ended.values(), colours, strict=True)):
+            _draw_row(axes, row, spread, colour)
         axes.set_yticks(range(len(ended)), [shorten(arm, 40) for arm in ended])
         for text in axes.get_yticklabels():
             text.set_parse_math(False)
@@ -65,7 +65,8 @@ def losses_figure(comparison: Comparison, path: str | Path) -> Path | None:
         axes.set_xlabel("held-out loss (nats/token)")
         grid(axes, "x")
         axes.set_title("Held-out loss at the end", loc="left")
-        legend_below(figure, _losses_entries(beside if beside in ended else None, ended), letters=96)
+        seeds = max(len(spread.values) for spread in ended.values())
+        legend_below(figure, _entries(colours, seeds, beside), letters=96)
         return write_png(figure, path, source=comparison.fingerprint)
 
 
@@ -126,6 +127,10 @@ def _ended(comparison: Comparison) -> dict[str, Spread]:
     return {arm: Spread(tuple(values)) for arm, values in losses.items() if values}
 
 
+def _grows(comparison: Comparison, arm: str) -> bool:
+    return any(run.schedule.stages for run in comparison.runs if run.arm == arm)
+
+
 def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
     axes.plot(spread.values, [row] * len(spread.values), "o", color=colour, markersize=5.5, alpha=0.6, zorder=3)
     axes.plot([spread.mean] * 2, [row - 0.32, row + 0.32], color=dark(colour), linewidth=2, zorder=4)
@@ -133,10 +138,11 @@ def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
     axes.annotate(plus_minus(spread, 4), (1, row), (8, 0), va="center", fontsize=8, **where)
 
 
-def _losses_entries(beside: str | None, ended: Mapping[str, Spread]) -> list[tuple[str, Line2D]]:
-    entries = [
-        ("grown", Line2D([], [], color=GROWN, marker="o", linestyle="none")),
-        ("not grown", Line2D([], [], color=NOT_GROWN, marker="o", linestyle="none")),
-        ("mean of seeds", Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=2, linestyle="none")),
-    ]
+def _entries(drawn: Collection[str], seeds: int, beside: str | None) -> list[tuple[str, Line2D]]:
+    """What the marks mean, of those that are drawn."""
+    kinds = (("grown", GROWN), ("not grown", NOT_GROWN))
+    entries = [(kind, Line2D([], [], color=at, marker="o", linestyle="none")) for kind, at in kinds if at in drawn]
+    if seeds > 1:
+        bar = Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=2, linestyle="none")
+        entries.append(("mean of seeds", bar))
     return [*entries, (f"mean of {shorten(beside, 28)}", Line2D([], [], **GOAL))] if beside else entries

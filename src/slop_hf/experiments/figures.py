@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +27,7 @@ from ..report.drawing import (
     write_png,
 )
 from .record import Comparison, RunResult
-from .results import Spread, full_budget
+from .results import Spread, full_budget, reached
 
 #: What training is measured by.
 Against = Literal["flops", "seconds"]
@@ -56,7 +55,6 @@ _REACHED: dict[str, Any] = {
     "markerfacecolor": "white",
     "markeredgewidth": 1.6,
 }
-_ROUNDING = 1e-6  # of sums of FLOPs
 GOAL: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": (0, (6, 3))}
 
 
@@ -135,8 +133,8 @@ def _arms(comparison: Comparison, against: Against) -> list[_Arm]:
 
 
 def _curve(runs: Sequence[RunResult], against: Against) -> list[_Point]:
-    """The moments that all seeds have, by FLOPs; at a growth there are two, before and after."""
-    tracks = [dict(_moments(run, against)) for run in runs]
+    """The moments that all seeds have, by stage and FLOPs; at a growth there are two, before and after."""
+    tracks = [_track(run, against) for run in runs]
     shared = [moment for moment in tracks[0] if all(moment in track for track in tracks)]
     return [
         _Point(
@@ -148,22 +146,17 @@ def _curve(runs: Sequence[RunResult], against: Against) -> list[_Point]:
     ]
 
 
-def _moments(run: RunResult, against: Against) -> Iterator[tuple[tuple[float, int], tuple[float, float]]]:
-    """Of each held-out loss: its FLOPs and how many come before it at the same; where it is drawn, and the loss."""
-    seen: Counter[float] = Counter()
-    for flops, x, loss in zip(run.curve.flops, getattr(run.curve, against), run.curve.losses, strict=True):
-        yield (flops, seen[flops]), (x, loss)
-        seen[flops] += 1
+def _track(run: RunResult, against: Against) -> dict[tuple[int, float], tuple[float, float]]:
+    """Where each held-out loss of a run is drawn, and what it is, by its stage and FLOPs."""
+    curve = run.curve
+    places = zip(getattr(curve, against), curve.losses, strict=True)
+    return dict(zip(zip(curve.stages, curve.flops, strict=True), places, strict=True))
 
 
-def _is_settled(run: RunResult, flops: float, before: int) -> bool:
+def _is_settled(run: RunResult, stage: int, flops: float) -> bool:
     """Whether a run is past its first descent, and a stage past the one that follows a growth."""
-    begun = 0.0
-    for stage in run.stages:
-        if flops <= begun + stage.flops * (1 + _ROUNDING):
-            return before == 0 and flops >= begun + DESCENT * (stage.flops if begun else run.flops)
-        begun += stage.flops
-    return True
+    begun = sum(one.flops for one in run.stages[:stage])
+    return flops >= begun + DESCENT * (run.stages[stage].flops if stage else run.flops)
 
 
 def _end(runs: Sequence[RunResult], against: Against) -> _Point:
@@ -180,18 +173,14 @@ def _growths(arm: _Arm, against: Against) -> list[tuple[float, float]]:
     return found
 
 
-def _reached(comparison: Comparison, arm: str, against: Against) -> float | None:
-    """What an arm takes to the reference's final loss, the mean over seeds; None where some seed does not get there.
-
-    As `results.iso_loss` has it: at the first evaluation at or below the loss that the reference has with that seed,
-    in a run of any budget.
-    """
+def _takes(comparison: Comparison, arm: str, against: Against) -> float | None:
+    """What an arm takes to the reference's final loss, as `results.iso_loss` has it, the mean over seeds."""
     goals = {run.seed: run.eval_loss for run in comparison.of(comparison.reference or "")}
-    first: dict[int, list[float]] = {run.seed: [] for run in comparison.runs if run.arm == arm and run.seed in goals}
-    for run in comparison.runs:
-        if run.arm == arm and run.seed in goals:
-            pairs = zip(getattr(run.curve, against), run.curve.losses, strict=True)
-            first[run.seed] += [x for x, loss in pairs if loss <= goals[run.seed]][:1]
+    runs = [run for run in comparison.runs if run.arm == arm and run.seed in goals]
+    first: dict[int, list[float]] = {run.seed: [] for run in runs}
+    for run in runs:
+        if (place := reached(run, goals[run.seed])) is not None:
+            first[run.seed].append(getattr(run.curve, against)[place])
     return fmean(map(min, first.values())) if first and all(first.values()) else None
 
 
@@ -220,14 +209,14 @@ def _draw_goal(
         return []
     end = _end(comparison.of(reference.name), against)
     axes.axhline(end.loss.mean, zorder=1.5, **GOAL)
-    takes = [(_reached(comparison, arm.name, against), arm) for arm in arms if arm is not reference]
-    reached = [(x, arm) for x, arm in takes if x is not None]
-    for x, arm in reached:
+    takes = [(_takes(comparison, arm.name, against), arm) for arm in arms if arm is not reference]
+    there = [(x, arm) for x, arm in takes if x is not None]
+    for x, arm in there:
         axes.plot([x / scale], [end.loss.mean], color=arm.style["color"], zorder=6, **_REACHED)
     entries = [(f"final loss of {shorten(reference.name, 28)}", Line2D([], [], **GOAL))]
-    if reached:
+    if there:
         entries.append(("reached by an arm", Line2D([], [], color="0.35", **_REACHED)))
-        x, first = min(reached, key=lambda pair: pair[0])
+        x, first = min(there, key=lambda pair: pair[0])
         _tell_saving(axes, first, x, end, scale, against)
     return entries
 
@@ -262,12 +251,14 @@ def _axis(most: float, against: Against) -> tuple[float, str]:
 
 
 def _arm_entries(arms: Sequence[_Arm]) -> list[tuple[str, Line2D]]:
-    """The arms in the legend, with the order of their growth."""
+    """The arms in the legend, with the order of their growth where that tells two of them apart."""
+    sequences = [arm.runs[0].schedule.sequence for arm in arms]
+    grown = [sequence for sequence in sequences if sequence]
+    alike = len(grown) > 1 and len({*grown}) == 1
     entries = []
-    for arm in arms:
-        sequence = arm.runs[0].schedule.sequence
+    for arm, sequence in zip(arms, sequences, strict=True):
         name = shorten(arm.name, 32)
-        label = f"{name} ({sequence})" if sequence and sequence != arm.name else name
+        label = f"{name} ({sequence})" if sequence and sequence != arm.name and not alike else name
         entries.append((label, Line2D([], [], **{**arm.style, "linewidth": 2.4})))
     return entries
 

@@ -160,9 +160,15 @@ def flops_to(run: RunResult, loss: float) -> float:
     Losses of the smaller structures on the way do not count. Where growth is evaluated, the target has its first loss
     right after the last growth.
     """
-    points = zip(run.curve.stages, run.curve.flops, run.curve.losses, strict=True)
+    place = reached(run, loss)
+    return math.inf if place is None else run.curve.flops[place]
+
+
+def reached(run: RunResult, loss: float) -> int | None:
+    """Which entry of a run's curve is the first of the target's at or below a loss; None where there is none."""
+    points = enumerate(zip(run.curve.stages, run.curve.losses, strict=True))
     last = len(run.stages) - 1
-    return next((flops for stage, flops, reached in points if stage == last and reached <= loss), math.inf)
+    return next((place for place, (stage, value) in points if stage == last and value <= loss), None)
 
 
 def is_below(arm: Spread, other: Spread) -> bool:
