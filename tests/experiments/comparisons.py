@@ -13,6 +13,7 @@ from slop_hf.experiments.record import Comparison, Cost, Curve, RunResult, Stage
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
 CONFIG = {"model_type": "llama", "vocab_size": 512}
+RUN = {"model": {"model_type": "llama"}, "data": {"vocab_size": 512, "block_size": 128}}
 FLOPS = 5e12
 SPEED = 2e10  # FLOPs a second
 INITIAL = ModelDims(24, 64, 3, 3)
@@ -100,6 +101,7 @@ def comparison(
             Cost("trunks", 2, 1_000_000, 3e11, 99.5),
         ),
         "reference": "from-scratch" if any(arm[0] == "from-scratch" for arm in chosen) else None,
+        "settings": {"run": RUN},
         "versions": {"slop-hf": "0.1.0", "torch": "2.8.0"},
         "device": "two CPU cores",
     }

@@ -7,6 +7,7 @@
 | `running` | trains them, on one device or several; what runs have in common is trained once |
 | `record` | `Comparison`: all that was measured, with the ledger of what it cost |
 | `results` | iso-loss savings, losses at equal FLOPs, spreads over seeds, rank correlations |
+| `predictions` | what the planner predicted, beside what was measured |
 | `tables`, `findings`, `figures`, `dots`, `write` | how a reader gets to see it |
 | `probe` | short trial training that re-ranks what a planner answered |
 """

@@ -80,8 +80,8 @@ GLOSSARY = {
 def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     """Write what came out of an experiment, for programs and for readers.
 
-    Leaves `comparison.json` (the record), `comparison.md` (what was found, tables, figures) and the figures
-    `loss.png`, `seconds.png` and `losses.png`; each is written aside and renamed.
+    Leaves `comparison.json` (the record), `comparison.md` (what was found, tables, figures) and those of `FIGURES`
+    that there is something to draw for; each is written aside and renamed.
 
     Args:
         comparison: what was measured.
