@@ -40,7 +40,7 @@ def test_arms_are_run_and_compared(tiny_experiment, output_of, out, tmp_path):
     record = Comparison.load(tmp_path / "tiny.json")
     assert record == Comparison.load(out / "comparison.json") and not record.missing
     assert record.device and record.settings["run"]["data"]["block_size"] == 32
-    # The first arm had trained all of its stages itself, so that the trunk which the second begins with was paid twice.
+    # The first arm had trained all of its stages itself, so that what the second begins with was paid twice.
     assert [run.inherited for run in record.runs] == [0, 3, 0, 0]
     assert sum(cost.flops for cost in record.ledger) == pytest.approx(sum(run.flops for run in record.runs))
 
