@@ -171,6 +171,10 @@ def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
 
 def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
     """The planner's answer that the arm asks for; a control's is the best."""
+    if arm.order is None and isinstance(arm.target, str):
+        initial = experiment.structure(arm.initial)
+        if experiment.structure(arm.target) == initial:
+            return GrowthSchedule(initial)
     planner = planner_of(experiment, arm)
     rank = arm.plan if isinstance(arm.plan, int) else 1
     all_of_them = arm.plan == "worst" or arm.order is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ..training import RunConfig
 #: What all arms of a comparison spend alike: training FLOPs, or tokens.
 Equal = Literal["flops", "tokens"]
 _WAYS = ("plan", "order", "control", "schedule")
+_OF_RUN = "run."
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,20 @@ class ArmConfig:
         schedule: a schedule in place, or the path of its file; its tokens are shares of the budget.
         about: what to tell of the arm, in a few words.
         initial: the name of the structure that it begins with, or what is spelled out, `48,128,3,3`.
-        target: the same for the end; a planner may choose among several.
+        target: the same for the end; a planner may choose among several. The initial structure, for a model that is
+            not grown.
         operators: dimensions that the planner grows in stages of their own; those of `order` where that is given.
         planner: more arguments of `SlopPlanner`, such as `objective` or `mode`.
         space: more arguments of `ConfigSpace`, such as `hidden_multiple`.
-        shares: of the tokens, for each stage, the initial model's first; or `utility`. Default: the paper's.
+        shares: of the tokens, for each stage, the initial model's first; or `utility`. Default: the paper's. Those of
+            a control arm are of the plan that it is a control to.
         budgets: multiples of the scale's budget that it is run at, each a run of its own with a whole
             learning-rate schedule.
-        training: training arguments that it changes, such as `learning_rate` or `growth_init`.
+        training: training arguments that it changes, such as `learning_rate` or `growth_init`; not the seeds.
         seeds: in place of the scale's.
 
     Raises:
-        RunError: where there is not exactly one way, or an unknown name.
+        RunError: where there is not exactly one way, an unknown name, or a number that means nothing.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -84,12 +88,15 @@ class ScaleConfig:
     """How large an experiment is.
 
     Args:
-        run: a run without a schedule (model, data, training), in place or the path of its file.
+        run: what all runs have in common (model, data, training), in place or the path of a run's file, whose schedule
+            does not count.
         structures: by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
         flops: training FLOPs of each run; or
         tokens: training tokens of each run.
         seeds: each arm is run once with each.
         arms: those that are run at this scale; empty, all.
+        budgets: by arm, multiples in place of the arm's own.
+        model: fields of the model that all arms change of the run's, such as `model_type`.
         training: training arguments that all arms change of the run's.
 
     Raises:
@@ -104,6 +111,8 @@ class ScaleConfig:
     tokens: float | None = None
     seeds: tuple[int, ...] = (0,)
     arms: tuple[str, ...] = ()
+    budgets: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,7 +147,7 @@ class ExperimentConfig:
         printed: what the paper prints of an arm, by arm and column, to be set beside what is measured.
 
     Raises:
-        RunError: for a reference or a scale's arm that is none.
+        RunError: for a reference or an arm of a scale that is none.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -151,7 +160,8 @@ class ExperimentConfig:
     printed: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        named = [self.reference, *self.printed, *(arm for scale in self.scales.values() for arm in scale.arms)]
+        of_scales = [arm for scale in self.scales.values() for arm in (*scale.arms, *scale.budgets)]
+        named = [self.reference, *self.printed, *of_scales]
         for name in named:
             if name is not None and name not in self.arms:
                 raise RunError(f"there is no arm {name!r}; the arms are {', '.join(self.arms)}")
@@ -192,16 +202,19 @@ class Experiment:
         Args:
             path: of its file; files that it names are looked for beside it.
             scale: which; may be left out where there is one only.
-            overrides: values by dotted key, such as `{"scales.nano.flops": 1e12, "arms.slop.seeds": [0]}`.
+            overrides: values by dotted key, such as `{"scales.nano.flops": 1e12, "arms.slop.seeds": [0]}`; keys that
+                begin with `run.` are of what all runs have in common, `{"run.data.source": "texts/"}`.
 
         Raises:
             RunError: naming the file and the key at fault.
         """
-        path = Path(path)
+        path, overrides = Path(path), overrides or {}
+        of_run = {key.removeprefix(_OF_RUN): value for key, value in overrides.items() if key.startswith(_OF_RUN)}
+        of_all = {key: value for key, value in overrides.items() if not key.startswith(_OF_RUN)}
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
             raise RunError(f"{path}: expected a mapping with the keys title, arms and scales")
-        change(content, overrides or {}, where=str(path), error=RunError)
+        change(content, of_all, where=str(path), error=RunError)
         config = parse(ExperimentConfig, content, where=str(path), error=RunError)
         if scale is None and len(config.scales) == 1:
             scale = next(iter(config.scales))
@@ -210,7 +223,11 @@ class Experiment:
                 f"{path}: choose a scale of {', '.join(config.scales)}" + (f", not {scale!r}" if scale else "")
             )
         sizes = config.scales[scale]
-        arms = {name: arm for name, arm in config.arms.items() if not sizes.arms or name in sizes.arms}
+        arms = {
+            name: dataclasses.replace(arm, budgets=sizes.budgets.get(name, arm.budgets))
+            for name, arm in config.arms.items()
+            if not sizes.arms or name in sizes.arms
+        }
         scratch = [name for name, arm in arms.items() if arm.control == "from_scratch"]
         reference = config.reference or next(iter(scratch), None)
         return cls(
@@ -220,7 +237,7 @@ class Experiment:
             about=config.about,
             arms={name: _beside(arm, path) for name, arm in arms.items()},
             sizes=sizes,
-            run=_run_of(sizes, path),
+            run=_run_of(sizes, path, of_run),
             reference=reference if reference in arms else None,
             printed=config.printed,
         )
@@ -243,9 +260,13 @@ def _beside(arm: ArmConfig, path: Path) -> ArmConfig:
     return dataclasses.replace(arm, schedule=str(path.parent / arm.schedule)) if isinstance(arm.schedule, str) else arm
 
 
-def _run_of(sizes: ScaleConfig, path: Path) -> RunConfig:
+def _run_of(sizes: ScaleConfig, path: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    sections = {"model": sizes.model, "training": sizes.training}
+    of_scale = {f"{section}.{name}": value for section, own in sections.items() for name, value in own.items()}
+    changes = {**of_scale, **overrides}
     if isinstance(sizes.run, str):
-        run = RunConfig.from_yaml(path.parent / sizes.run)
-    else:
-        run = parse(RunConfig, sizes.run, where=f"{path}: run", error=RunError)
-    return dataclasses.replace(run, training={**run.training, **sizes.training})
+        return RunConfig.from_yaml(path.parent / sizes.run, changes)
+    where = f"{path}: run"
+    content = copy.deepcopy(sizes.run)
+    change(content, changes, where=where, error=RunError)
+    return parse(RunConfig, content, where=where, error=RunError)
