@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..baselines import ARMS, at_equal_flops
+from ..cost import count_parameters, flops_per_token
 from ..errors import PlanError, RunError, SlopError
 from ..operators import OPERATORS
 from ..planner import SlopPlanner
 from ..schedule import GrowthSchedule
 from ..serialization import digest, plain
 from ..space import ConfigSpace
+from ..tokens import utility_shares
 from ..training import RunConfig
 from ..training.arguments import PER_STAGE
 from ..training.checks import with_inits
+from ..training.config import known_vocab_size
 from .config import ArmConfig, Experiment
 
 RUNS, TRUNKS = "runs", "trunks"
@@ -146,7 +149,7 @@ def model_fields(run: RunConfig) -> dict[str, Any]:
     """What growth leaves alone, as `cost` and the planner take it."""
     if "pretrained" in run.model:
         raise RunError("experiments begin with random weights, so that seeds differ in them; leave `pretrained` out")
-    return {"model_type": "llama", "vocab_size": run.data.vocab_size, **run.model}
+    return {"model_type": "llama", "vocab_size": known_vocab_size(run), **run.model}
 
 
 def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
@@ -178,14 +181,16 @@ def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
     planner = planner_of(experiment, arm)
     rank = arm.plan if isinstance(arm.plan, int) else 1
     all_of_them = arm.plan == "worst" or arm.order is not None
+    if all_of_them and planner.mode != "once":
+        raise PlanError(f"a worst schedule, or one of an order, is one of mode 'once', not {planner.mode!r}; give a rank")
     tokens = experiment.sizes.tokens or 1e9  # objectives that need tokens rank by proportions of them
     count = _ALL_ORDERS * len(planner.space.targets or (None,)) if all_of_them else rank
     found = planner.plan(count, tokens=tokens)
     if arm.order is not None:
         for schedule in found:
-            if schedule.sequence == arm.order:
+            if _order_of(schedule) == arm.order:
                 return schedule
-        raise PlanError(f"no schedule of the order {arm.order}; there are {', '.join(one.sequence for one in found)}")
+        raise PlanError(f"no schedule of the order {arm.order}; there are {', '.join(map(_order_of, found))}")
     if arm.plan == "worst":
         return found[-1]
     if len(found) < rank:
@@ -193,12 +198,18 @@ def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
     return found[rank - 1]
 
 
+def _order_of(schedule: GrowthSchedule) -> str:
+    """The dimensions that have stages of their own, in letters; `sequence` tells of those that follow, too."""
+    return "-".join(OPERATORS[stage.operators[0]].letter for stage in schedule)
+
+
 def _utility_shares(experiment: Experiment, arm: ArmConfig, schedule: GrowthSchedule, spend: float) -> Sequence[float]:
     """Shares by equal marginal utility at about the tokens that the budget buys."""
     about = sum(spending(experiment, schedule, None, spend).tokens)
-    sequence = schedule.sequence
-    found = planner_of(experiment, arm).plan(_ALL_ORDERS, tokens=float(about), sharing="utility")
-    return next(one.tokens for one in found if one.sequence == sequence and one.target == schedule.target)
+    config, length = model_fields(experiment.run), experiment.run.data.block_size
+    params = [count_parameters(dims, config) for dims in schedule.structures]
+    prices = [flops_per_token(dims, config, length) for dims in schedule.structures]
+    return utility_shares(about, params, prices, law=planner_of(experiment, arm).law)
 
 
 def _shares_in(schedule: GrowthSchedule) -> Sequence[float] | None:
