@@ -21,6 +21,7 @@ from ..training import RunConfig
 Equal = Literal["flops", "tokens"]
 _WAYS = ("plan", "order", "control", "schedule")
 _OF_RUN = "run."
+_SEEDS = {"seed", "data_seed", "growth_seed"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class ArmConfig:
             raise RunError(f"order must be letters of {', '.join(sorted(letters))} such as l-f-h, got {self.order!r}")
         if not self.budgets or min(self.budgets) <= 0 or len(set(self.budgets)) < len(self.budgets):
             raise RunError(f"budgets must be different positive multiples, got {list(self.budgets)}")
+        if isinstance(self.shares, tuple) and (min(self.shares, default=0) < 0 or not sum(self.shares) > 0):
+            raise RunError(f"shares must be 0 or more, and not all of them 0, got {list(self.shares)}")
+        if seeds := sorted(_SEEDS & set(self.training)):
+            raise RunError(f"training names {', '.join(seeds)}, which follow from an arm's seeds: give `seeds`")
 
 
 @dataclass(frozen=True)
