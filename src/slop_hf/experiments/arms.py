@@ -182,7 +182,7 @@ def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
     rank = arm.plan if isinstance(arm.plan, int) else 1
     all_of_them = arm.plan == "worst" or arm.order is not None
     if all_of_them and planner.mode != "once":
-        raise PlanError(f"a worst schedule, or one of an order, is one of mode 'once', not {planner.mode!r}; give a rank")
+        raise PlanError(f"orders, and a worst one, are those of mode 'once', not {planner.mode!r}: give a rank")
     tokens = experiment.sizes.tokens or 1e9  # objectives that need tokens rank by proportions of them
     count = _ALL_ORDERS * len(planner.space.targets or (None,)) if all_of_them else rank
     found = planner.plan(count, tokens=tokens)

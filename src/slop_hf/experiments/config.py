@@ -124,7 +124,7 @@ class ScaleConfig:
         if (self.flops is None) == (self.tokens is None):
             raise RunError("a scale needs either flops or tokens, which all its runs spend alike")
         if not (self.flops or self.tokens or 0) > 0:
-            raise RunError(f"a budget must be positive, got {self.flops or self.tokens}")
+            raise RunError(f"a budget must be positive, got {self.budget:g}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"seeds must be one or more different numbers, got {list(self.seeds)}")
 
