@@ -157,7 +157,7 @@ def test_utility_shares_are_the_planners(make):
 
 def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
     monkeypatch.setattr("slop_hf.training.config.load_tokenizer", lambda name: range(777))
-    experiment = make({"slop": {"plan": "best"}}, changes={"data.tokenizer": "some/tokenizer"})
+    experiment = make({"slop": {"plan": "best"}}, run=RUN | {"data": {**RUN["data"], "tokenizer": "a/tokenizer"}})
     assert model_fields(experiment.run)["vocab_size"] == 777
     assert model_fields(make({"slop": {"plan": "best"}}).run)["vocab_size"] == 300
 
@@ -185,7 +185,7 @@ def test_utility_shares_and_pretrained_models_are_refused_where_they_mean_nothin
     with pytest.raises(RunError, match="shares 'utility' are the planner's"):
         arm_runs(make({"one": {"schedule": given, "shares": "utility"}}))
     with pytest.raises(RunError, match="experiments begin with random weights"):
-        arm_runs(make({"one": {"plan": "best"}}, changes={"model.pretrained": "some/model"}))
+        arm_runs(make({"one": {"plan": "best"}}, model={"pretrained": "some/model"}))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------------

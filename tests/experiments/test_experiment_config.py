@@ -86,14 +86,15 @@ def test_a_scale_leaves_out_arms_and_has_its_own_budgets(read):
 def test_a_run_may_be_a_file_and_be_changed_in_places(read, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "common.yaml").write_text(yaml.safe_dump(RUN))
-    changes = {"model.model_type": "gpt_neox", "data.vocab_size": 400}
+    changes = {"model": {"model_type": "gpt_neox"}, "training": {"warmup_steps": 5, "logging_steps": 3}}
     for run in ("runs/common.yaml", RUN):
-        scales = {"tiny": SCALE | {"run": run, "changes": changes}}
-        found = read(scales=scales, overrides={"run.data.vocab_size": 500, "scales.tiny.flops": 2e9})
+        scales = {"tiny": SCALE | {"run": run} | changes}
+        overrides = {"run.data.vocab_size": 500, "run.training.logging_steps": 4, "scales.tiny.flops": 2e9}
+        found = read(scales=scales, overrides=overrides)
         assert found.run.model == {"model_type": "gpt_neox"}
+        assert found.run.training == {"learning_rate": 1e-3, "warmup_steps": 5, "logging_steps": 4}
         assert (found.run.data.vocab_size, found.run.data.block_size) == (500, 32)
         assert found.sizes.budget == 2e9
-    assert RUN["data"]["vocab_size"] == 300
     with pytest.raises(RunError, match=r"common\.yaml: unknown key 'data\.vocab'"):
         read(scales={"tiny": SCALE | {"run": "runs/common.yaml"}}, overrides={"run.data.vocab": 1})
 
