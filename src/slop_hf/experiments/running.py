@@ -20,7 +20,7 @@ import torch
 from ..data import prepare_data
 from ..errors import RunError, SlopError
 from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
-from ..serialization import to_yaml, write_text, written_aside
+from ..serialization import read_yaml, read_yaml_text, to_yaml, write_text, written_aside
 from ..training import build_trainer, preview_run
 from .arms import CONFIG_FILE, LOG_FILE, TRUNK_FILE, ArmRun, arm_runs, beside, with_trunks
 from .config import Experiment
@@ -142,7 +142,9 @@ def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
     """
     for job in jobs:
         path = beside(root, job, CONFIG_FILE)
-        if path.exists() and RunDirectory(root / job.place).exists and path.read_text() != to_yaml(job.config):
+        if not (path.exists() and RunDirectory(root / job.place).exists):
+            continue
+        if read_yaml(path, error=RunError) != read_yaml_text(to_yaml(job.config)):
             raise RunError(
                 f"{root / job.place} was begun with other settings than the experiment now has (see {path.name} "
                 "there); choose another output directory, or remove that run"
