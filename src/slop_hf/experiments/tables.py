@@ -107,10 +107,10 @@ def ledger_cells(comparison: Comparison) -> Cells:
 
 
 def arms_table(comparison: Comparison) -> Table:
-    """`arms_cells` for the terminal, without what is too wide for it: `rich.print(arms_table(comparison))`."""
-    cells, equal = arms_cells(comparison), {"flops": "FLOPs"}.get(comparison.equal, comparison.equal)
-    left_out = {_ABOUT, "seeds", "marginal utility", equal}
-    kept = [number for number, (heading, _) in enumerate(cells.columns) if heading not in left_out]
+    """`arms_cells` for the terminal, as much as fits 80 columns: `rich.print(arms_table(comparison))`."""
+    cells, unequal = arms_cells(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
+    wanted = ("arm", "grows", "budget", unequal, "held-out loss", "FLOPs saved")
+    kept = [number for number, (name, _) in enumerate(cells.columns) if name in wanted or name.startswith("loss −")]
     rows = tuple(tuple(row[number] for number in kept) for row in cells.rows)
     narrow = Cells(tuple(cells.columns[number] for number in kept), rows)
     return _for_terminal(narrow, f"{comparison.title} · {comparison.scale}")
