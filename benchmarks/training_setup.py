@@ -94,6 +94,8 @@ def arguments(output: str | Path, *, slop: bool = True, **changes: Any) -> Train
         "dataloader_pin_memory": torch.cuda.is_available(),
         **changes,
     }
+    if slop:
+        settings["carry_optimizer_state"] = True  # the most that can cross a boundary
     logging.set_verbosity_error()
     return (SlopTrainingArguments if slop else TrainingArguments)(**settings)
 

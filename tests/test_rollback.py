@@ -219,6 +219,7 @@ def train(path, schedule=SCHEDULE, **settings):
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
+        carry_optimizer_state=True,
         **settings,
     )
     trainer = SlopTrainer(

@@ -49,6 +49,7 @@ def arguments(output_dir: Path, **settings: Any) -> SlopTrainingArguments:
         "dataloader_pin_memory": False,
         "use_cpu": True,
         "learning_rate": 1e-2,
+        "carry_optimizer_state": True,
         "report_to": "none",
     }
     return SlopTrainingArguments(**{**defaults, **settings})

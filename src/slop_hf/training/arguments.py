@@ -93,8 +93,11 @@ class SlopTrainingArguments(TrainingArguments):
         },
     )
     carry_optimizer_state: bool = field(
-        default=True,
-        metadata={"help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew."},
+        default=False,
+        metadata={
+            "help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew, which ended lower "
+            "in our experiments (docs/results.md)."
+        },
     )
     eval_before_growth: bool = field(default=True, metadata={"help": "Evaluate at the end of each stage."})
     eval_after_growth: bool = field(default=True, metadata={"help": "Evaluate right after each growth."})
