@@ -16,7 +16,7 @@ from slop_hf.experiments.predictions import (
     utility_figure,
 )
 from slop_hf.experiments.record import Comparison, Curve, RunResult, StageResult
-from slop_hf.experiments.results import Spread, arm_results, flops_to, iso_loss, rank_correlation
+from slop_hf.experiments.results import Spread, arm_results, cost_to, iso_loss, rank_correlation
 
 SMALL, DEEP, LARGE = ModelDims(16, 32, 2, 2), ModelDims(16, 32, 4, 2), ModelDims(16, 64, 4, 2)
 SCHEDULE = GrowthSchedule(SMALL, (GrowthStage(("layer",), DEEP, 100), GrowthStage(("ffn",), LARGE, 100)), 250)
@@ -60,18 +60,27 @@ def test_the_saving_is_read_at_the_first_evaluation_that_reaches_the_references_
 def test_a_model_that_has_not_grown_to_its_end_has_not_reached_the_references_loss():
     """The question is what the target costs: a smaller model with that loss is another thing."""
     entered = [(0, 30.0, 2.9), (1, 60.0, 2.8), (2, 60.0, 3.5), (2, 80.0, 2.9)]
-    assert flops_to(result("slop", 0, [2.9, 2.8, 2.6], curve=entered), 3.0) == 80.0
+    assert cost_to([result("slop", 0, [2.9, 2.8, 2.6], curve=entered)], 3.0) == 80.0
     kept = [(0, 30.0, 3.5), (1, 60.0, 2.9), (2, 60.0, 2.9), (2, 80.0, 2.8)]
-    assert flops_to(result("slop", 0, [3.5, 2.9, 2.8], curve=kept), 3.0) == 60.0, (
+    assert cost_to([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 3.0) == 60.0, (
         "right after growth the target is there"
     )
-    assert flops_to(result("slop", 0, [3.5, 2.9, 2.8], curve=kept), 2.0) == math.inf
+    assert cost_to([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 2.0) == math.inf
 
 
 def test_a_shorter_run_with_its_own_schedule_may_get_there_first():
     short = result("slop", 0, [5.0, 4.0, 2.9], budget=0.5)
     found = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 4.0, 2.5]), short)
     assert iso_loss(found, "slop").values == (pytest.approx(0.5),)
+
+
+def test_between_two_budgets_the_ends_lie_on_a_line_over_the_logarithm():
+    short, whole = result("slop", 0, [5.0, 4.0, 3.2], budget=0.5), result("slop", 0, [5.0, 4.0, 2.8])
+    found = comparison(scratch(0, 3.0), whole, short)
+    assert iso_loss(found, "slop").values == (pytest.approx(1 - 0.5**0.5),)
+    assert cost_to([short, whole], 2.8) == pytest.approx(100.0), "an end that was measured counts as it is"
+    assert cost_to([short, whole], 2.7) == math.inf, "nothing is read beyond the budgets that were run"
+    assert cost_to([short], 3.0) == math.inf
 
 
 def test_an_arm_that_misses_the_loss_with_one_seed_saves_nothing():

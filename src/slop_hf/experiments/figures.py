@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..report.drawing import (
     write_png,
 )
 from .record import Comparison, RunResult
-from .results import Spread, full_budget, reached
+from .results import Spread, cost_to, full_budget
 
 #: What training is measured by.
 Against = Literal["flops", "seconds"]
@@ -176,12 +177,12 @@ def _growths(arm: _Arm, against: Against) -> list[tuple[float, float]]:
 def _takes(comparison: Comparison, arm: str, against: Against) -> float | None:
     """What an arm takes to the reference's final loss, as `results.iso_loss` has it, the mean over seeds."""
     goals = {run.seed: run.eval_loss for run in comparison.of(comparison.reference or "")}
-    runs = [run for run in comparison.runs if run.arm == arm and run.seed in goals]
-    first: dict[int, list[float]] = {run.seed: [] for run in runs}
-    for run in runs:
-        if (place := reached(run, goals[run.seed])) is not None:
-            first[run.seed].append(getattr(run.curve, against)[place])
-    return fmean(map(min, first.values())) if first and all(first.values()) else None
+    by_seed: dict[int, list[RunResult]] = {}
+    for run in comparison.runs:
+        if run.arm == arm and run.seed in goals:
+            by_seed.setdefault(run.seed, []).append(run)
+    costs = [cost_to(runs, goals[seed], against) for seed, runs in by_seed.items()]
+    return fmean(costs) if costs and max(costs) < math.inf else None
 
 
 def _draw_arm(axes: Axes, arm: _Arm, scale: float, against: Against, zorder: float) -> None:

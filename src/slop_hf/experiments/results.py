@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from ..errors import RunError
 from ..records import perplexity
@@ -132,9 +134,8 @@ def full_budget(comparison: Comparison, arm: str) -> float:
 def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
     """How much less compute an arm takes to the reference's final loss: `1 - FLOPs / the reference's FLOPs`, by seed.
 
-    The loss is the reference's at the end of its run at budget 1 with the same seed. An arm gets there at the target's
-    first evaluation, in a run of any of its budgets, that is at or below it (`flops_to`); nothing is read between
-    evaluations. Most runs get there with their learning rate still high, which counts against them.
+    The loss is the reference's at the end of its run at budget 1 with the same seed; `cost_to` says when an arm
+    is there.
 
     Returns:
         None without a reference, or where some seed of the arm never gets there.
@@ -149,19 +150,33 @@ def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
     saved: list[float | None] = []
     for seed in seeds:
         runs = [run for run in comparison.runs if run.arm == arm and run.seed == seed]
-        reached = min((flops_to(run, goals[seed].eval_loss) for run in runs), default=math.inf)
-        saved.append(1 - reached / goals[seed].flops if reached < math.inf else None)
+        cost = cost_to(runs, goals[seed].eval_loss)
+        saved.append(1 - cost / goals[seed].flops if cost < math.inf else None)
     return Spread.of(saved)
 
 
-def flops_to(run: RunResult, loss: float) -> float:
-    """FLOPs of a run up to the target's first held-out loss at or below one; infinite where there is none.
+def cost_to(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seconds"] = "flops") -> float:
+    """The least that an arm takes to a loss, of its runs with one seed; infinite where none gets there.
 
-    Losses of the smaller structures on the way do not count. Where growth is evaluated, the target has its first loss
-    right after the last growth.
+    A run gets there at its target's first evaluation at or below the loss: losses of smaller structures on the way do
+    not count, and nothing is read between evaluations. Within a run the learning rate is mostly still high then, which
+    counts against an arm. Where it has been run at several budgets, each with a whole learning-rate schedule, a run of
+    a budget between two of them counts too, its end taken to lie on the straight line between theirs, over the
+    logarithm of the cost. Nothing is read beyond the budgets that were run.
+
+    Args:
+        runs: of one arm and seed, at different budgets.
+        loss: held-out, to be reached.
+        unit: what is counted.
     """
-    place = reached(run, loss)
-    return math.inf if place is None else run.curve.flops[place]
+    places = ((run, reached(run, loss)) for run in runs)
+    costs = [getattr(run.curve, unit)[place] for run, place in places if place is not None]
+    for less, more in pairwise(sorted(runs, key=lambda run: run.budget)):
+        if less.eval_loss > loss >= more.eval_loss:
+            share = (less.eval_loss - loss) / (less.eval_loss - more.eval_loss)
+            first, last = getattr(less, unit), getattr(more, unit)
+            costs.append(first * (last / first) ** share)
+    return min(costs, default=math.inf)
 
 
 def reached(run: RunResult, loss: float) -> int | None:

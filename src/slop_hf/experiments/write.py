@@ -71,8 +71,8 @@ GLOSSARY = {
     "held-out loss": "in nats a token at the end, the mean over seeds ± the sample standard deviation.",
     "ppl": "perplexity, exp of the loss, likewise.",
     "FLOPs saved": "1 − FLOPs to the reference's final loss / the reference's FLOPs: the mean over seeds, and the "
-    "lowest to the highest, in percent. An arm gets there at its first evaluation at or below that loss, in a run of "
-    "any of its budgets.",
+    "lowest to the highest, in percent. An arm gets there at its target's first evaluation at or below that loss; "
+    "where it was run at several budgets, also on the line between the ends of two of its runs, over log FLOPs.",
     "marginal utility": "Eq. 2 of the SLOP paper, in perplexity a device hour.",
 }
 
