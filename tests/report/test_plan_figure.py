@@ -17,6 +17,7 @@ from slop_hf.dims import ModelDims
 from slop_hf.errors import PlanError
 from slop_hf.operators import operators_between
 from slop_hf.report import plan_figure as module
+from slop_hf.report.drawing import power_of_ten
 from slop_hf.report.plan_figure import plan_figure
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
@@ -170,7 +171,7 @@ def test_steps_stand_at_their_flops_and_parameters():
     assert left.get_yscale() == "log"
     most = max(one.flops(config, 512) for one in [*PLANS, *(arm for _, arm in ARMS)])
     scale = 10.0 ** int(f"{most:e}".split("e")[1])
-    assert left.get_xlabel() == rf"training FLOPs ($\times 10^{{{int(f'{most:e}'.split('e')[1])}}}$)"
+    assert left.get_xlabel() == f"training FLOPs{power_of_ten(most)[1]}"
     for gid, schedule in [("plan-2", PLANS[1]), *((f"arm-{n}", arm) for n, (_, arm) in enumerate(ARMS, start=1))]:
         xs, ys = line(left, gid).get_data()
         assert xs[-1] * scale == pytest.approx(schedule.flops(config, 512))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -62,6 +63,7 @@ def model_card(
     return str(ModelCard(text))
 
 
+@cache
 def _template():  # type: ignore[no-untyped-def]  # jinja2 is loose about what it gives
     environment = Environment(
         loader=PackageLoader(__package__),

@@ -5,7 +5,6 @@ Drawn on matplotlib's objects, so that no state of pyplot is touched and no disp
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,9 +41,9 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "text.usetex": False,
     "figure.facecolor": "white",
-    "savefig.facecolor": "white",
 }
 _SIDES = 8  # of a point, on which its label may stand
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 DESCENT = 0.2  # share of the initial stage in which a new model falls from ln(vocabulary)
 
 
@@ -124,13 +123,15 @@ def legend_below(where: Figure | SubFigure, entries: Sequence[tuple[str, Line2D]
 
 
 def power_of_ten(most: float) -> tuple[float, str]:
-    r"""The power of ten that an axis up to some number is counted in, and how its label says so.
+    """The power of ten that an axis up to some number is counted in, and how its label says so.
+
+    In plain letters: matplotlib takes a tenth of a second to learn how formulas are read.
 
     >>> power_of_ten(4.2e12), power_of_ten(0)
-    ((1000000000000.0, ' ($\\times 10^{12}$)'), (1.0, ''))
+    ((1000000000000.0, ' (× 10¹²)'), (1.0, ''))
     """
     exponent = math.floor(math.log10(most)) if most > 0 else 0
-    return 10.0**exponent, rf" ($\times 10^{{{exponent}}}$)" if exponent else ""
+    return 10.0**exponent, f" (× 10{str(exponent).translate(_SUPERSCRIPT)})" if exponent else ""
 
 
 def shorten(name: str, length: int) -> str:
@@ -152,7 +153,7 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
     """
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
-    figure.draw_without_rendering()
+    lay_out(figure)
     pixels = figure.dpi / POINTS_PER_INCH
     taken = [Bbox.from_extents(*(at - 4 * pixels), *(at + 4 * pixels)) for at in axes.transData.transform(points)]
     for point, name in zip(points, names, strict=True):
@@ -189,13 +190,17 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def lay_out(figure: Figure) -> None:
+    """Give everything its place, so that it can be asked where it will stand; nothing is drawn yet."""
+    figure.get_layout_engine().execute(figure)
+
+
 def write_png(figure: Figure, path: str | Path, *, source: str = "") -> Path:
     """Write a figure aside and rename it into place; `source`, what it was drawn from, goes into its metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Source": source} if source else None)
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(buffer.getvalue())
+    # `savefig` would draw twice, once for the layout alone; and a file is packed while other threads go on.
+    figure.canvas.print_png(aside, metadata={"Source": source} if source else None)
     aside.replace(path)
     return path

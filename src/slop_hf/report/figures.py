@@ -21,6 +21,7 @@ from .drawing import (
     WIDTH,
     DrawnRun,
     dark,
+    lay_out,
     new_figure,
     power_of_ten,
     read_runs,
@@ -233,9 +234,11 @@ def _draw_flags(axes: Axes, flags: Sequence[tuple[float, str, str, int]], runs: 
     From right to left, each label hangs like a flag to the right of its mast, in the lowest row where it touches
     neither another label nor another mast.
     """
+    if not flags:
+        return 0
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
-    figure.draw_without_rendering()
+    lay_out(figure)
     ends: list[float] = []  # where the free space of each row ends, in pixels
     for x, label, colour, number in sorted(flags, key=lambda flag: (flag[0], flag[3]), reverse=True):
         text = axes.annotate(

@@ -28,7 +28,7 @@ from ..cost import DEFAULT_CONFIG, count_parameters, flops_per_token
 from ..dims import ModelDims
 from ..errors import PlanError
 from ..schedule import GrowthSchedule
-from .drawing import DPI, POINTS_PER_INCH, STYLE
+from .drawing import DPI, POINTS_PER_INCH, STYLE, power_of_ten
 from .tables import count
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -128,8 +128,8 @@ def plan_figure(
         raise PlanError("no schedules to draw; give at least one, such as `SlopPlanner.plan` returns")
     everything = [*schedules, *(schedule for _, schedule in arms)]
     budgets = [schedule.flops(config, sequence_length) for schedule in everything]
-    exponent = math.floor(math.log10(max(budgets))) if all(budgets) else None
-    paths = [_path(schedule, config, sequence_length, exponent) for schedule in everything]
+    scale, unit = power_of_ten(max(budgets)) if all(budgets) else (None, None)
+    paths = [_path(schedule, config, sequence_length, scale) for schedule in everything]
     with rc_context(STYLE):
         figure = Figure(figsize=SIZE, dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.1))
         FigureCanvasAgg(figure)
@@ -137,7 +137,7 @@ def plan_figure(
         if title:
             figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
         named = [(name, arm) for (name, _), arm in zip(arms, paths[len(schedules) :], strict=True)]
-        _draw_paths(left, paths[: len(schedules)], named, exponent)
+        _draw_paths(left, paths[: len(schedules)], named, unit)
         _draw_structures(right, schedules)
         _separate(figure)
         if path is not None:
@@ -145,17 +145,15 @@ def plan_figure(
     return figure
 
 
-def _path(schedule: GrowthSchedule, config: Any, sequence_length: int, exponent: int | None) -> _Path:
-    edges = [-0.5 if exponent is None else 0.0]
+def _path(schedule: GrowthSchedule, config: Any, sequence_length: int, scale: float | None) -> _Path:
+    edges = [-0.5 if scale is None else 0.0]
     for dims, tokens in zip(schedule.structures, schedule.tokens, strict=True):
         flops = flops_per_token(dims, config, sequence_length) * tokens
-        edges.append(edges[-1] + (1 if exponent is None else flops / 10.0**exponent))
+        edges.append(edges[-1] + (1 if scale is None else flops / scale))
     return _Path(schedule, tuple(edges), tuple(count_parameters(dims, config) for dims in schedule.structures))
 
 
-def _draw_paths(
-    panel: SubFigure, plans: Sequence[_Path], arms: Sequence[tuple[str, _Path]], exponent: int | None
-) -> None:
+def _draw_paths(panel: SubFigure, plans: Sequence[_Path], arms: Sequence[tuple[str, _Path]], unit: str | None) -> None:
     axes = panel.add_subplot()
     for rank, plan in reversed(list(enumerate(plans[1:], start=2))):
         style = {"color": _grey(rank, len(plans)), "zorder": 2 - rank / 1000}
@@ -183,11 +181,11 @@ def _draw_paths(
     start, stop = plans[0].edges[0], max(one.end[0] for one in every)
     margin = 0.015 * (stop - start)
     axes.set_xlim(start - margin, stop + margin)
-    if exponent is None:
+    if unit is None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("stage (0: the initial model)")
     else:
-        axes.set_xlabel("training FLOPs" + (rf" ($\times 10^{{{exponent}}}$)" if exponent else ""))
+        axes.set_xlabel(f"training FLOPs{unit}")
     axes.set_ylabel("parameters in training")
     best = enumerate(plans[:MAX_LABELS], start=1)
     _label_ends(axes, [(*plan.end, _rank_label(rank, plan.schedule), rank) for rank, plan in best])
