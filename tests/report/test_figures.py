@@ -9,6 +9,7 @@ from itertools import combinations
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Annotation
 from report_runs import GROWN, OTHER_ORDER, SCRATCH
@@ -45,6 +46,14 @@ def test_figure_shows_every_run(make_run, tmp_path, draw):
     assert inked(path, drawing.RUN_COLOURS[4]) == 0
     assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_figure_is_drawn_once(make_run, tmp_path, monkeypatch):
+    """Drawing holds Python's lock, and a run that publishes its stages trains meanwhile."""
+    draw, drawn = Figure.draw, []
+    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: drawn.append(figure) or draw(figure, renderer))
+    loss_figure([make_run()], tmp_path / "loss.png")
+    assert len(drawn) == 1
 
 
 def test_losses_stand_at_their_flops(make_run, tmp_path, drawn):

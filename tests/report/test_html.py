@@ -82,7 +82,7 @@ def test_page_is_titled_and_in_order(full_runs, text_only):
     ]  # fmt: skip
     assert page.all("html") == [{"lang": "en"}]
     assert "width=device-width" in str(page.all("meta"))
-    assert len(page.all("table")) == 1 + 4 * 3
+    assert len(page.all("table")) == 2 + 4 * 3
     assert all(heading["scope"] in ("row", "col") for heading in page.all("th"))
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,17 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ..errors import RunError
-from ..records import EvalRecord, RunDirectory
+from ..records import RunDirectory
 from .drawing import RUN_COLOURS, STYLE, WIDTH, DrawnRun, new_figure, read_runs, run_legend, shorten, write_png
-from .results import AFTER_GROWTH, setting
-
-#: Metrics that stand for a task, best known first; then whatever else is the better the larger.
-HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
-
-#: Metrics that are the better the smaller: no length on a radar.
-SMALLER_IS_BETTER = frozenset(
-    ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ppl", "loss", "eval_loss", "brier_score")
-)
+from .scores import ScoreKey, headline_scores, labels_of, shared_keys
 
 #: Operators that change the heads and nothing else.
 HEAD_OPERATORS = frozenset(("mha", "head_dim"))
@@ -40,20 +32,12 @@ LEAST_SCHEDULES = 3  # two have one correlation, which needs no figure
 LEAST_STAGES = 3  # through two stage times there is always a line, and the correlation is 1
 
 
-class _Key(NamedTuple):
-    """What a score measures; two of one key can be compared."""
-
-    task: str
-    setting: str
-    metric: str
-
-
 @dataclass(frozen=True)
 class _Scored:
     """A finished run with what its target scored, headline metrics first."""
 
     run: DrawnRun
-    scores: dict[_Key, float]
+    scores: dict[ScoreKey, float]
 
 
 def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
@@ -61,9 +45,8 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
 
     Every axis runs from 0 at the centre to the best of these runs at the rim, printed beside it. Finished runs with
     evaluations of their last stage are drawn; a task counts where all of them have it, with as many examples shown
-    and the same limit, and by one metric (`HEADLINE_METRICS`); `mmlu_anatomy` counts as a part of `mmlu`, where that
-    is there. The paper says neither how its axes are scaled nor
-    which metrics they show.
+    and the same limit, and by one metric (`scores.HEADLINE_METRICS`); `mmlu_anatomy` counts as a part of `mmlu`, where
+    that is there. The paper says neither how its axes are scaled nor which metrics they show.
 
     Args:
         runs: runs with a finished stage each.
@@ -76,7 +59,7 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
         RunError: for no runs, one given twice, a directory that is no run, or a file that holds no evaluations.
     """
     scored = [one for one in _scored(read_runs(runs), runs) if one.scores]
-    tasks = [key for key in _shared(scored) if max(one.scores[key] for one in scored) > 0]
+    tasks = [key for key in shared_keys([one.scores for one in scored]) if max(one.scores[key] for one in scored) > 0]
     if len(scored) < 2 or len(tasks) < LEAST_TASKS:
         return None
     best = [max(one.scores[key] for one in scored) for key in tasks]
@@ -89,7 +72,7 @@ def radar_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
             closed = [*angles, angles[0]], [*lengths, lengths[0]]
             axes.plot(*closed, color=one.run.colour, linewidth=1.6, marker="o", markersize=4, zorder=3 - number / 100)
         rims = [f"{key.metric} {top:.3g}" for key, top in zip(tasks, best, strict=True)]
-        _radar_axes(axes, angles, [f"{name}\n{rim}" for name, rim in zip(_labels(tasks), rims, strict=True)])
+        _radar_axes(axes, angles, [f"{name}\n{rim}" for name, rim in zip(labels_of(tasks), rims, strict=True)])
         figure.suptitle("Downstream tasks", x=0.01, ha="left", fontsize=10, fontweight="bold")
         run_legend(figure, [one.run for one in scored], letters=48)
         return write_png(figure, path)
@@ -185,7 +168,7 @@ def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     scored = {id(one.run): one for one in _scored(found, runs) if one.scores}
     families = [[scored[id(run)] for run in group if id(run) in scored] for group in groups]
     family = max(families, key=len)
-    tasks = _shared(family) if len(family) > 1 else []
+    tasks = shared_keys([one.scores for one in family]) if len(family) > 1 else []
     with rc_context(STYLE):
         figure = new_figure(WIDTH if tasks else 6.4, 4.0)
         left, *right = figure.subplots(1, 2 if tasks else 1, squeeze=False).ravel()
@@ -198,42 +181,10 @@ def heads_figure(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
 def _scored(found: Iterable[DrawnRun], runs: Iterable[RunDirectory]) -> list[_Scored]:
     """Finished runs with the headline scores of their targets."""
     return [
-        _Scored(drawn, _headlines(run.evaluations(len(drawn.records) - 1)))
+        _Scored(drawn, headline_scores(run.evaluations(len(drawn.records) - 1)))
         for drawn, run in zip(found, runs, strict=True)
         if run.is_finished
     ]
-
-
-def _headlines(evaluations: Iterable[EvalRecord]) -> dict[_Key, float]:
-    """All scores that a larger value makes better, the headline metrics first."""
-    scores = {
-        _Key(one.task, setting(one), metric): value
-        for one in evaluations
-        if one.when != AFTER_GROWTH
-        for metric, value in one.metrics.items()
-        if metric not in SMALLER_IS_BETTER and math.isfinite(value)
-    }
-    rank = {metric: place for place, metric in enumerate(HEADLINE_METRICS)}
-    return dict(sorted(scores.items(), key=lambda item: rank.get(item[0].metric, len(rank))))
-
-
-def _shared(scored: Sequence[_Scored]) -> list[_Key]:
-    """The tasks that all runs have, by name, each with the first metric that all have.
-
-    One that is named after another, as `mmlu_anatomy` is after `mmlu`, is part of it.
-    """
-    shared: dict[tuple[str, str], _Key] = {}
-    for key in scored[0].scores if scored else ():
-        if all(key in one.scores for one in scored):
-            shared.setdefault((key.task, key.setting), key)
-    names = {key.task for key in shared.values()}
-    return sorted(key for key in shared.values() if not any(key.task.startswith(f"{name}_") for name in names))
-
-
-def _labels(keys: Sequence[_Key]) -> list[str]:
-    """The names of tasks, with their settings where these alone tell two of them apart."""
-    tasks = [key.task for key in keys]
-    return [key.task if tasks.count(key.task) == 1 else f"{key.task} ({key.setting})" for key in keys]
 
 
 def _radar_axes(axes: Axes, angles: Sequence[float], labels: Sequence[str]) -> None:
@@ -313,9 +264,9 @@ def _draw_perplexities(axes: Axes, groups: Sequence[Sequence[DrawnRun]]) -> None
         axes.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
 
 
-def _draw_scores(axes: Axes, family: Sequence[_Scored], tasks: Sequence[_Key]) -> None:
+def _draw_scores(axes: Axes, family: Sequence[_Scored], tasks: Sequence[ScoreKey]) -> None:
     heads = [_heads(one.run) for one in family]
-    for number, (key, name) in enumerate(zip(tasks, _labels(tasks), strict=True)):
+    for number, (key, name) in enumerate(zip(tasks, labels_of(tasks), strict=True)):
         axes.plot(
             heads,
             [one.scores[key] for one in family],

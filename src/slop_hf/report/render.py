@@ -46,6 +46,12 @@ FIGURES = {
     ),
 }
 
+#: What the table of runs × tasks shows.
+SCORES = (
+    "What each run's last stage scored on downstream tasks, ± the standard error; a dash where it was not scored so. "
+    "The results of every stage, with examples shown and limits, follow under each run."
+)
+
 #: Headings of columns, and what stands under them.
 GLOSSARY = (
     (
@@ -139,7 +145,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
     Args:
         template: its file, `report.md.j2` or `report.html.j2`.
-        content: `title`, `runs`, `comparison` and `figures`.
+        content: `title`, `runs`, `comparison`, `scores` and `figures`.
     """
     runs = content["runs"]
     glossary = [
@@ -155,4 +161,4 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(content, glossary=glossary)
+    return environment.get_template(template).render(content, glossary=glossary, scores_caption=SCORES)

@@ -31,7 +31,7 @@ def results_cells(records: Sequence[StageRecord], evaluations: Sequence[Sequence
     if not columns:
         return None
     by_column = [
-        {(one.task, setting(one), metric): _score(one, metric) for one in part for metric in one.metrics}
+        {(one.task, setting(one), metric): score_text(one, metric) for one in part for metric in one.metrics}
         for _, part in columns
     ]
     rows = [
@@ -92,7 +92,7 @@ def setting(record: EvalRecord) -> str:
     return ", ".join(shots + ([f"limit {record.limit}"] if record.limit is not None else []))
 
 
-def _score(record: EvalRecord, metric: str) -> str:
+def score_text(record: EvalRecord, metric: str) -> str:
     """A score with four places below one, fewer above: shares and perplexities alike."""
     value, error = record.metrics[metric], record.stderr.get(metric)
     places = 4 if abs(value) < 10 else 2

@@ -73,7 +73,7 @@ def comparison_cells(summaries: Iterable[RunSummary]) -> Cells:
     """Runs side by side, one row a run; for training from scratch, dashes stand for the schedule."""
     rows = (
         (
-            run.name if run.finished else f"{run.name} ({run.stages} of {run.planned_stages} stages)",
+            row_name(run),
             str(run.target),
             run.sequence or NOTHING,
             power(run.delta_params),
@@ -87,6 +87,11 @@ def comparison_cells(summaries: Iterable[RunSummary]) -> Cells:
         for run in summaries
     )
     return Cells(COMPARISON_COLUMNS, tuple(rows))
+
+
+def row_name(run: RunSummary) -> str:
+    """What a run's row is headed by: its name, and how far it has come where it is unfinished."""
+    return run.name if run.finished else f"{run.name} ({run.stages} of {run.planned_stages} stages)"
 
 
 def comparison_markdown(summaries: Iterable[RunSummary]) -> str:

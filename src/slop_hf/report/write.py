@@ -16,6 +16,7 @@ from .comparisons import correlation_figure, heads_figure, radar_figure
 from .figures import loss_figure, path_figure
 from .render import DrawnFigure, render
 from .results import data_cells, held_out_cells, results_cells
+from .scores import scores_cells
 from .summary import RunSummary, run_names, summarise
 from .tables import comparison_cells, count, decimals, significant, stage_cells
 
@@ -41,9 +42,9 @@ def write_report(
     Writes `report.md` (tables, figures, how to load each stage), `report.html` (the same in one file that opens
     offline), `report.json` (summaries, stage records, evaluations) and the figures: `loss.png` and `path.png`, and
     where the runs carry what they show, `radar.png` (downstream scores), `correlation.png` (training times) and
-    `heads.png` (numbers of attention heads). All runs are read before anything is written, and each file is written
-    aside and renamed. Runs of the same name are told apart by their parent directories; unfinished ones are reported
-    with the stages they have, and marked.
+    `heads.png` (numbers of attention heads). Of several runs that were evaluated there is a table of runs × tasks too.
+    All runs are read before anything is written, and each file is written aside and renamed. Runs of the same name are
+    told apart by their parent directories; unfinished ones are reported with the stages they have, and marked.
 
     Args:
         runs: run directories.
@@ -74,6 +75,7 @@ def write_report(
         "title": parts[0].summary.name if len(parts) == 1 else f"Comparison of {len(parts)} runs",
         "runs": [_section(part, target) for part in parts],
         "comparison": comparison_cells(part.summary for part in parts),
+        "scores": scores_cells([part.summary for part in parts], [part.evaluations[-1] for part in parts]),
         "figures": _draw(found, target),
     }
     values = [{"summary": one.summary, "stages": one.stages, **_evaluated(one)} for one in parts]
