@@ -1,4 +1,4 @@
-"""A small run to publish."""
+"""A small run to publish, and where programs of their own find the Hub."""
 
 import yaml
 
@@ -42,3 +42,14 @@ def write_config(directory):
     }
     (directory / "run.yaml").write_text(yaml.safe_dump(run))
     return directory / "run.yaml"
+
+
+def online(hub, tmp_path):
+    """What a program of its own needs in its environment in order to see the test's Hub."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(tmp_path / "hf-home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }

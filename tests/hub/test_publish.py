@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
-from published_runs import QUICK
+from published_runs import QUICK, online
 from safetensors.torch import load_file
 from server import READ_TOKEN
 
@@ -234,16 +234,6 @@ def test_a_plan_tells_files_and_sizes_and_sends_nothing(finished, hub):
     assert plan.branches == (STAGES[2], "main") and plan.sizes.keys() == FILES - {".gitattributes"}
     assert plan.sizes["model.safetensors"] == (run / STAGES[2] / "model.safetensors").stat().st_size
     assert len(load_file(plan.content["model.safetensors"])) and not hub.requests
-
-
-def online(hub, tmp_path):
-    return {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": hub.token,
-        "HF_HOME": str(tmp_path / "hf-home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
 
 
 def python(code, environment):
