@@ -137,11 +137,13 @@ def test_results_that_come_later_are_published_then(finished, hub, api, tmp_path
     run = shutil.copytree(finished[0], tmp_path / "run")
     publish(run, api)
     scored = {"task": "arc_easy", "metrics": {"acc": 0.25}, "stderr": {"acc": 0.01}, "documents": 100}
+    scored["harness"] = "lm-eval 0.4.13"
     (run / STAGES[1] / EVAL_FILE).write_text(json.dumps([scored]))
     told = publish(run, api)
     assert [one.is_new for one in told] == [False, True, False, False]
     card = ModelCard(hub.repos[REPO].files(STAGES[1])["README.md"].decode())
-    assert [(one.dataset_name, one.metric_value) for one in card.data.eval_results] == [("arc_easy", 0.25)]
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_value, result.source_name) == ("arc_easy", 0.25, "lm-eval 0.4.13")
     assert "| arc_easy | acc | 0.250 | 0.0100 | – | 100 |" in card.text
 
 

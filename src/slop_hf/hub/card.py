@@ -14,6 +14,8 @@ from ..report.tables import NOTHING, count, decimals, significant, stage_markdow
 from .lineage import GROWTH_FILE, PublishedGrowth
 
 TAGS = ["slop-hf", "model-growth"]
+#: Where what scored a model is found, by its name: the Hub names no source without its address.
+SOURCES = {"lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness"}
 
 
 def model_card(
@@ -89,6 +91,7 @@ def _eval_results(growth: PublishedGrowth) -> Iterator[EvalResult]:
     """Results in the Hub's format: those of the trained stage, or at least its perplexity."""
     at_end = [one for one in growth.evaluations if one.when == "end"]
     for one in at_end:
+        source = SOURCES.get(one.harness.partition(" ")[0])
         for metric, value in one.metrics.items():
             if math.isfinite(value):
                 yield EvalResult(
@@ -98,7 +101,8 @@ def _eval_results(growth: PublishedGrowth) -> Iterator[EvalResult]:
                     metric_type=metric,
                     metric_value=value,
                     dataset_args=None if one.num_fewshot is None else {"num_few_shot": one.num_fewshot},
-                    source_name=one.harness or None,
+                    source_name=one.harness if source else None,
+                    source_url=source,
                 )
     perplexity = growth.record.perplexity
     if not at_end and perplexity is not None and math.isfinite(perplexity):
