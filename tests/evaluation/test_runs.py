@@ -1,5 +1,6 @@
 """Scores of a run's stages, beside the stages, against what the trainer measured itself."""
 
+import re
 import shutil
 
 import pytest
@@ -121,6 +122,40 @@ def test_unknown_tasks_are_refused_before_training():
     pytest.importorskip("lm_eval")
     with pytest.raises(EvaluationError, match="no task 'pika'"):
         EvaluateStages(EvalSettings(tasks="pika"))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["evaluation.tasks=[perplexity, pika]"], "no task 'pika'"),
+        (["evaluation.tasks=perplexity", "evaluation.limit=0"], "limit must be a whole number of at least 1, got 0"),
+        (["evaluation.tasks=piqa", "evaluation.datasets=nowhere"], "datasets .*nowhere: no such directory"),
+        (["evaluation.task=piqa"], "unknown key 'evaluation.task'"),
+        (["evaluation.limit=10"], "missing key 'evaluation.tasks'"),
+        (["evaluation=piqa"], "evaluation: "),
+        (["evaluation.tasks=perplexity", "data.held_out=0"], "no block of the data is held out"),
+    ],
+)
+def test_what_a_run_cannot_be_scored_on_is_refused_before_it_trains(config, error_of, tmp_path, changes, said):
+    if "pika" in said:
+        pytest.importorskip("lm_eval")
+    settings = [part for change in changes for part in ("--set", change)]
+    assert re.search(said, error_of("train", config, "-o", tmp_path / "run", *settings))
+    assert not RunDirectory(tmp_path / "run").exists
+    # Data may take hours to tokenize: only what they have to be known for comes after them.
+    assert (tmp_path / "cache").exists() is ("held out" in said)
+
+
+def test_a_run_that_names_no_tasks_is_not_scored(config):
+    assert EvaluateStages.of_run(RunConfig.from_yaml(config)) is None
+
+
+def test_tasks_of_a_run_and_its_own_held_out_text(config, datasets_dir):
+    asked = {"tasks": ["perplexity", "piqa"], "limit": 3, "datasets": str(datasets_dir), "after_growth": True}
+    found = EvaluateStages.of_run(RunConfig.from_yaml(config, {"evaluation": asked}))
+    assert found.after_growth and (found.settings.tasks, found.settings.limit) == (("perplexity", "piqa"), 3)
+    held_out = HeldOut.of_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
+    assert found.settings.held_out.fingerprint == held_out.fingerprint
 
 
 def test_perplexity_of_texts_and_tasks_together(run, settings, datasets_dir):

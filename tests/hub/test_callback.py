@@ -1,5 +1,6 @@
 """Stages published while a run trains: training neither waits for the Hub nor fails by it."""
 
+import json
 import logging
 import shutil
 import threading
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from slop_hf import PublishCallback, RunConfig, RunDirectory, build_trainer, publish_run
 from slop_hf.errors import HubError, RunError
+from slop_hf.report.tables import significant
+from slop_hf.training.callbacks import StageCallback
 
 REPO = "tester/grown"
 STAGES = ["stage-0-initial", "stage-1-layer", "stage-2-ffn"]
@@ -52,6 +55,44 @@ def test_a_run_is_published_while_it_trains_over_a_failing_hub(finished, hub, tm
     files = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
     sent = [content for one in hub.repos[REPO].commits.values() for content in one.values()]
     assert hub.token not in said and not any(hub.token.encode() in content for content in files + sent)
+
+
+def test_what_a_stage_scores_in_training_is_published_with_it(finished, hub, tmp_path, output_of):
+    _, config = finished
+    asked = {
+        "training.push_to_hub": "true",
+        "training.hub_model_id": REPO,
+        "evaluation.tasks": "perplexity",
+        "evaluation.after_growth": "true",
+    }
+    changes = [part for name, value in asked.items() for part in ("--set", f"{name}={value}")]
+    told = output_of("train", config, "-o", tmp_path / "run", *changes)
+    assert f"published to {REPO}: {', '.join(STAGES)}" in told
+    assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
+    for number, name in enumerate([*STAGES, "main"]):
+        files = hub.repos[REPO].files(name)
+        scored = json.loads(files["growth.json"])["evaluations"]
+        assert [(one["task"], one["when"]) for one in scored] == [
+            ("perplexity", when) for when in (["after_growth", "end"] if number else ["end"])
+        ]
+        assert f"| perplexity | perplexity | {significant(scored[-1]['metrics']['perplexity'])} |" in (
+            files["README.md"].decode()
+        )
+
+
+def test_who_publishes_hears_of_a_stage_last(finished, tmp_path):
+    heard = []
+
+    class Listener(StageCallback):
+        def __init__(self, publishes):
+            self.publishes = publishes
+
+        def on_stage_written(self, run, stage, ranks):
+            heard.append((stage, self.publishes))
+
+    run_config = RunConfig.from_yaml(finished[1])
+    build_trainer(run_config, tmp_path / "run", callbacks=[Listener(True), Listener(False)]).train()
+    assert heard == [(0, False), (0, True), (1, False), (1, True), (2, False), (2, True)]
 
 
 def test_what_could_not_be_sent_is_kept_and_sent_later(finished, hub, api, tmp_path):

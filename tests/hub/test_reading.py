@@ -124,6 +124,20 @@ def test_slop_publish_plans_publishes_and_repeats(finished, hub, output_of, erro
     assert "is not a run" in error_of("publish", tmp_path, "--to", REPO)
 
 
+def test_slop_publish_sends_what_was_scored_since(finished, hub, output_of, tmp_path):
+    run, config = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+
+    def sent():
+        return [row["is_new"] for row in json.loads(output_of("publish", run, "--to", REPO, "--json"))]
+
+    assert sent() == [True, True, True, True]
+    output_of("eval", run, "--tasks", "perplexity", "--data", config, "--stage", 2, "--limit", 2)
+    assert sent() == [False, False, True, True], "the last stage and main, which is the same"
+    (scored,) = json.loads(hub.repos[REPO].files("main")["growth.json"])["evaluations"]
+    assert (scored["task"], scored["limit"]) == ("perplexity", 2)
+    assert sent() == [False, False, False, False]
+
+
 def test_a_moved_run_is_the_same_run(published, finished, api, tmp_path):
     moved = shutil.copytree(finished[0], tmp_path / "moved")
     assert not publish_stage(moved, 0, REPO, api=api)[0].is_new

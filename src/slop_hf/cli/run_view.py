@@ -73,7 +73,8 @@ def show_preview(
 def train_run(
     config: RunConfig, output: Path, *, scratch: bool = False, resume: bool = False, stage: FetchedStage | None = None
 ) -> None:
-    """Train a run, publishing its stages where Trainer's argument `push_to_hub` asks for it.
+    """Train a run, scoring its stages as its section `evaluation` says, and publishing them where Trainer's argument
+    `push_to_hub` asks for it; what they have scored by then is published with them.
 
     Args:
         scratch: as for `build_trainer`.
@@ -81,14 +82,18 @@ def train_run(
         stage: the published one that it begins with.
 
     Raises:
-        SlopError: for what cannot run; that a stage could not be published is only told.
+        SlopError: for what cannot run; that a stage could not be scored or published is only told.
     """
     resume = resume and RunDirectory(output).exists  # asked before any rank begins one
     publishing = _publishing(config, stage)
-    from ..training.launch import launched  # with torch
+    from ..evaluation.runs import EvaluateStages, check_evaluation  # with torch
+    from ..training.launch import launched
 
     with launched():
+        check_evaluation(config)
         trainer = slop_hf.build_trainer(config, output, scratch=scratch, callbacks=publishing)
+        if (evaluating := EvaluateStages.of_run(config)) is not None:
+            trainer.add_callback(evaluating)
         if stage is not None and trainer.is_world_process_zero() and not RunDirectory(output).exists:
             stage.origin.save(RunDirectory(output))
         trainer.train(resume_from_checkpoint=resume)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers.utils import logging
 
+from ..data import prepare_data
 from ..errors import RunError
 from ..growth import grow_checkpoint
 from ..records import RECORD_FILE, EvalRecord, RunDirectory, StageRecord
 from ..report.summary import marginal_utility
 from ..training.callbacks import StageCallback
+from ..training.config import RunConfig, StageEvaluation
 from ..training.launch import no_zero_init
 from ..training.ranks import Ranks
+from .held_out import HeldOut
 from .scoring import Subject, check_tasks, launched_ranks, score_all
 from .settings import EvalSettings
-from .tasks import PERPLEXITY
+from .tasks import PERPLEXITY, task_names
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +97,21 @@ class EvaluateStages(StageCallback):
         check_tasks(settings)
         self.settings, self.after_growth = settings, after_growth
 
+    @classmethod
+    def of_run(cls, config: RunConfig) -> EvaluateStages | None:
+        """The callback that a run's section `evaluation` asks for, None where it asks for none.
+
+        Perplexity is measured on the held-out part of the run's own data, which are prepared if they are not.
+
+        Raises:
+            EvaluationError: as for `check_evaluation`, and where no block of the data is held out.
+        """
+        if config.evaluation is None:
+            return None
+        wanted = PERPLEXITY in task_names(config.evaluation.tasks)
+        held_out = HeldOut.of_corpus(prepare_data(config.data)) if wanted else None
+        return cls(_settings_of(config.evaluation, held_out), after_growth=config.evaluation.after_growth)
+
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
         """Score a stage."""
         try:
@@ -105,6 +123,22 @@ class EvaluateStages(StageCallback):
             logger.warning(f"stage {stage} was not evaluated ({caught}); {again} does it later")
         finally:
             ranks.wait()
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Refuse a section `evaluation` that names unknown tasks or settings, before the run's data are prepared.
+
+    Raises:
+        EvaluationError: saying what is wrong with it.
+    """
+    if config.evaluation is not None:
+        check_tasks(_settings_of(config.evaluation, HeldOut({}, None, "")))  # the text does not matter yet
+
+
+def _settings_of(asked: StageEvaluation, held_out: HeldOut | None) -> EvalSettings:
+    given = asdict(asked)
+    del given["after_growth"]
+    return EvalSettings(**given, held_out=held_out)
 
 
 def _evaluate_stage(

@@ -50,7 +50,7 @@ class PublishCallback(StageCallback):
         HubError: for an unknown strategy.
     """
 
-    publishes = True  # by which SlopTrainer sees that somebody sees to `push_to_hub`
+    publishes = True  # `SlopTrainer` lets others finish with a stage first, and sees that `push_to_hub` is seen to
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -33,7 +33,14 @@ class StageEnd(TrainerCallback):
 
 
 class StageCallback(TrainerCallback):
-    """A callback that `SlopTrainer` also tells when a stage lies on disk."""
+    """A callback that `SlopTrainer` also tells when a stage lies on disk.
+
+    Args:
+        publishes: whether it sends stages away. Such callbacks are told after the others, whose results they send too,
+            in whatever order they were attached.
+    """
+
+    publishes: ClassVar[bool] = False
 
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
         """Called on all ranks when a finished stage has been written, before the next one is grown from it.

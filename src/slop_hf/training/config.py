@@ -35,8 +35,30 @@ from .trainer import SlopTrainer
 
 
 @dataclass(frozen=True)
+class StageEvaluation:
+    """What each stage of a run is scored on when it has been written; `evaluation.runs` does it.
+
+    Args:
+        tasks: `paper`, `perplexity`, or tasks of lm-eval; several with commas or as a list.
+        limit, num_fewshot, batch_size, device, include_path, datasets: as for `EvalSettings`.
+        after_growth: score each grown model also as it was before it was trained.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    tasks: str | tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = "auto"
+    device: str | None = None
+    include_path: str | None = None
+    datasets: str | None = None
+    after_growth: bool = False
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """A run: schedule, model, data and training arguments.
+    """A run: schedule, model, data and training arguments, and what its stages are scored on.
 
     Args:
         schedule: the growth schedule, in place, or the path of its file.
@@ -45,6 +67,8 @@ class RunConfig:
             `pretrained` say what is expected of it, so that a preview need not look it up.
         data: the corpus and how it is cut.
         training: fields of `SlopTrainingArguments`.
+        evaluation: what each stage is scored on while the run trains; None, nothing. `slop train` and
+            `recipes/grow_1b.py` see to it; beside `build_trainer`, attach `EvaluateStages.of_run(config)`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -53,6 +77,7 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
+    evaluation: StageEvaluation | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -67,7 +92,7 @@ class RunConfig:
         """
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
-            raise RunError(f"{path}: expected a mapping with the keys schedule, model, data and training")
+            raise RunError(f"{path}: expected a mapping with keys such as schedule, model, data and training")
         change(content, overrides or {}, where=str(path), error=RunError)
         if isinstance(content.get("schedule"), str):
             content["schedule"] = str(Path(path).parent / content["schedule"])

@@ -286,9 +286,9 @@ class SlopTrainer(StageTrainer):
         states = self._setup.states(self)
         save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
         self._drop_optimizer_state(span.number - 1)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, StageCallback):
-                callback.on_stage_written(self.run, span.number, self.ranks)
+        told = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
+        for callback in sorted(told, key=lambda callback: callback.publishes):
+            callback.on_stage_written(self.run, span.number, self.ranks)
 
     def _continue_curves(self, position: Position) -> None:
         if self.ranks.is_first:
