@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ _ALL_ORDERS = math.factorial(len(OPERATORS))
 #: Training arguments that matter only once a model has been grown.
 _OF_GROWTH = ("carry_optimizer_state", "rewarm_steps", "growth_noise", "eval_after_growth", "growth_seed")
 #: Growth seeds of one run are `growth_seed + stage`: those of different runs must not meet.
-_SEEDS_APART = 1000
+SEEDS_APART = 1000
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _shares_in(schedule: GrowthSchedule) -> Sequence[float] | None:
 
 def _run_config(experiment: Experiment, arm: ArmConfig, schedule: GrowthSchedule, seed: int) -> RunConfig:
     """The run of an arm with a seed: what all have in common, then the arm's changes, then what seeds decide."""
-    seeds = {"seed": seed, "data_seed": seed, "growth_seed": seed * _SEEDS_APART}
+    seeds = {"seed": seed, "data_seed": seed, "growth_seed": seed * SEEDS_APART}
     training = {**experiment.run.training, **arm.training, **seeds}
     schedule = with_inits(schedule, training.pop("growth_init", None))  # where two runs that share stages may differ
     return dataclasses.replace(experiment.run, training=training, schedule=schedule)
@@ -250,19 +250,28 @@ def _beginnings(run: ArmRun) -> Iterator[tuple[int, str]]:
     if run.config.training.get("lr_span") == "run":
         return
     for length in range(1, len(run.schedule.structures)):
+        if not any(run.schedule.tokens[:length]):
+            continue  # a pretrained model: there is nothing to train once
         yield length, digest(plain(_beginning(run, length)))
 
 
 def _beginning(run: ArmRun, length: int) -> RunConfig:
     """The first stages of a run, and no setting that does not reach them."""
-    schedule, training = run.schedule, dict(run.config.training)
-    for name in PER_STAGE:
-        if isinstance(training.get(name), (list, tuple)) and len(training[name]) > 1:
-            training[name] = list(training[name][:length])
+    schedule, training = run.schedule, of_first_stages(run.config.training, length)
     if length == 1:
         training = {name: value for name, value in training.items() if name not in _OF_GROWTH}
     first = GrowthSchedule(schedule.initial, schedule.stages[: length - 1], schedule.initial_tokens)
     return dataclasses.replace(run.config, training=training, schedule=first)
+
+
+def of_first_stages(training: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Training arguments with those that are given stage by stage cut to the first so many.
+
+    >>> of_first_stages({"stage_learning_rates": [3e-3, 2e-3, 1e-3], "batch_tokens": [64]}, 2)
+    {'stage_learning_rates': [0.003, 0.002], 'batch_tokens': [64]}
+    """
+    by_stage = {name: training[name] for name in PER_STAGE if isinstance(training.get(name), (list, tuple))}
+    return {**training, **{name: list(values[:count]) for name, values in by_stage.items()}}
 
 
 def _longest_only(shared: dict[str, list[tuple[int, ArmRun]]]) -> dict[str, list[tuple[int, ArmRun]]]:

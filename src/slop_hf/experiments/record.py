@@ -233,27 +233,10 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     Raises:
         RunError: where a run has no held-out losses.
     """
-    finished = [(job, RunDirectory(root / job.place)) for job in jobs]
-    finished = [(job, run) for job, run in finished if run.exists and run.is_finished]
-    runs, costs = [], []
-    for what, of_arms in (("runs", True), ("trunks", False)):
-        paid: list[StageRecord] = []
-        chosen = [(job, run) for job, run in finished if bool(job.arm) is of_arms]
-        for job, run in chosen:
-            inherited = _inherited(root, job)
-            paid += run.records()[inherited:]
-            if of_arms:
-                runs.append(_result(job, run, inherited))
-        costs.append(
-            Cost(
-                what,
-                len(chosen),
-                sum(record.tokens for record in paid),
-                sum(record.flops for record in paid),
-                round(sum(record.seconds * record.devices for record in paid), 1),
-            )
-        )
-    done = {job.place for job, _ in finished}
+    finished = [job for job in jobs if (run := RunDirectory(root / job.place)).exists and run.is_finished]
+    of_arms, trunks = [job for job in finished if job.arm], [job for job in finished if not job.arm]
+    ledger = cost_of("runs", of_arms, root), cost_of("trunks", trunks, root)
+    done = {job.place for job in finished}
     return Comparison(
         name=experiment.name,
         scale=experiment.scale,
@@ -262,8 +245,8 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
         equal=experiment.sizes.equal,
         budget=experiment.sizes.budget,
         arms={name: arm.about for name, arm in experiment.arms.items()},
-        runs=tuple(runs),
-        ledger=tuple(cost for cost in costs if cost.count),
+        runs=tuple(run_result(job, root) for job in of_arms),
+        ledger=tuple(cost for cost in ledger if cost.count),
         reference=experiment.reference,
         missing=tuple(job.name for job in jobs if job.arm and job.place not in done),
         printed=experiment.printed,
@@ -276,6 +259,24 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     )
 
 
+def cost_of(what: str, jobs: Sequence[ArmRun], root: Path) -> Cost:
+    """What some finished runs have cost, stages that they took over from a trunk left out.
+
+    Args:
+        what: to call them.
+        jobs: the runs.
+        root: the directory that their places are in.
+    """
+    paid = [record for job in jobs for record in RunDirectory(root / job.place).records()[_inherited(root, job) :]]
+    return Cost(
+        what,
+        len(jobs),
+        sum(record.tokens for record in paid),
+        sum(record.flops for record in paid),
+        round(sum(record.seconds * record.devices for record in paid), 1),
+    )
+
+
 def _inherited(root: Path, job: ArmRun) -> int:
     """How many stages the run took over from a trunk when it began, whatever trunks there are now."""
     from .arms import TRUNK_FILE, beside
@@ -284,7 +285,17 @@ def _inherited(root: Path, job: ArmRun) -> int:
     return RunDirectory(root / path.read_text().strip()).finished_stages if path.exists() else 0
 
 
-def _result(job: ArmRun, run: RunDirectory, inherited: int) -> RunResult:
+def run_result(job: ArmRun, root: Path) -> RunResult:
+    """What a finished run came to.
+
+    Args:
+        job: the run.
+        root: the directory that its place is in.
+
+    Raises:
+        RunError: where it has no held-out losses.
+    """
+    run = RunDirectory(root / job.place)
     records = run.records()
     for record in records:
         if record.eval_loss is None:
@@ -303,7 +314,8 @@ def _result(job: ArmRun, run: RunDirectory, inherited: int) -> RunResult:
         )
         for record in records
     )
-    return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, _curve(run, records), inherited)
+    curve = _curve(run, records)
+    return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, curve, _inherited(root, job))
 
 
 def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:

@@ -20,6 +20,7 @@ import torch
 from ..data import prepare_data
 from ..errors import RunError, SlopError
 from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
+from ..schedule import GrowthSchedule
 from ..serialization import read_yaml, read_yaml_text, to_yaml, write_text, written_aside
 from ..training import build_trainer, preview_run
 from .arms import CONFIG_FILE, LOG_FILE, TRUNK_FILE, ArmRun, arm_runs, beside, with_trunks
@@ -53,8 +54,30 @@ def run_experiment(
     Raises:
         SlopError: for what cannot be run, before anything is; and where a run fails, once those beside it have ended.
     """
-    root = Path(root)
     jobs = sorted(with_trunks(arm_runs(experiment)), key=lambda job: job.seed)  # all arms of a seed, then the next
+    run_jobs(jobs, root, devices=devices, workers=workers, told=told)
+    return jobs
+
+
+def run_jobs(
+    jobs: Sequence[ArmRun],
+    root: str | Path,
+    *,
+    devices: Sequence[str] = (),
+    workers: int = 1,
+    told: Told | None = None,
+) -> None:
+    """Train those of some runs that have not finished, in their order; those that were interrupted go on.
+
+    Args:
+        jobs: runs on the same data, each after the trunk that it begins with.
+        root: the directory that their places are in.
+        devices, workers, told: as in `run_experiment`.
+
+    Raises:
+        SlopError: as in `run_experiment`.
+    """
+    root = Path(root)
     check_same_runs(jobs, root)
     waiting = [job for job in jobs if not is_finished(root, job)]
     for job in waiting:
@@ -63,7 +86,7 @@ def run_experiment(
     for job in jobs:
         write_text(beside(root, job, CONFIG_FILE), to_yaml(job.config))
     if waiting:
-        prepare_data(experiment.run.data)  # once, and not in every worker
+        prepare_data(waiting[0].config.data)  # once, and not in every worker
     done = len(jobs) - len(waiting)
 
     def tell(job: ArmRun) -> None:
@@ -78,7 +101,6 @@ def run_experiment(
         for job in waiting:
             train_job(job, root)
             tell(job)
-    return jobs
 
 
 def train_job(job: ArmRun, root: Path) -> None:
@@ -110,15 +132,27 @@ def branch(root: Path, job: ArmRun, place: Path) -> None:
     trunk, run = RunDirectory(root / place), RunDirectory(root / job.place)
     if not (trunk.exists and trunk.is_finished):
         raise RunError(f"{trunk.path} has not finished; {run.path} cannot begin with it")
-    facts = RunFacts.load(trunk)
     write_text(beside(root, job, TRUNK_FILE), f"{place.as_posix()}\n")  # what was not paid for, for the ledger
+    inherit(trunk, run, job.schedule, name="-".join(job.place.parts[1:]))
+
+
+def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *, name: str) -> None:
+    """Begin a run with finished stages of another one; files are linked where the disk can do so.
+
+    Args:
+        source: the other one.
+        run: to begin.
+        schedule: of the run; stages that it has in common with what has finished of the source are taken over.
+        name: what its run id begins with.
+    """
+    facts = RunFacts.load(source)
+    finished = source.schedule.stage_names[: source.finished_stages]
     with written_aside(run.path) as aside:
-        for name in trunk.schedule.stage_names:
-            shutil.copytree(trunk.path / name, aside / name, copy_function=_link)
+        for _, stage in zip(schedule.stage_names, finished, strict=False):
+            shutil.copytree(source.path / stage, aside / stage, copy_function=_link)
         if facts is not None:
-            name = "-".join(job.place.parts[1:])
             replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(aside))
-        job.schedule.to_yaml(aside / SCHEDULE_FILE)
+        schedule.to_yaml(aside / SCHEDULE_FILE)
 
 
 def is_finished(root: Path, job: ArmRun) -> bool:
