@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +29,15 @@ from .tokens import PAPER_INITIAL_SHARE
 Mode = Literal["once", "repeated", "joint"]
 Sharing = Literal["paper", "utility"]
 Path = tuple[ModelDims, ...]
+
+
+class ScheduleProbe(Protocol):
+    """What a planner may have its schedules tried by, such as `experiments.probe.Probe`."""
+
+    def __call__(self, schedules: Sequence[GrowthSchedule], /) -> Sequence[GrowthSchedule]:
+        """The same schedules in the order of what was measured, best first; their scores may tell it."""
+        ...
+
 
 #: Up to so many targets may have a grid each, where the boxes to them are small beside the box around all of them.
 _MAX_ALONE = 64
@@ -149,6 +158,7 @@ class SlopPlanner:
         initial_share: float = PAPER_INITIAL_SHARE,
         already_seen: float = 0.0,
         sharing: Sharing = "paper",
+        probe: ScheduleProbe | None = None,
     ) -> list[GrowthSchedule]:
         """The best schedules, best first, all different.
 
@@ -163,6 +173,8 @@ class SlopPlanner:
             already_seen: tokens that the initial model was trained on before.
             sharing: "utility" shares the tokens of the schedules found out once more, by equal marginal utility
                 (`tokens.utility_shares`); they were ranked with the paper's shares.
+            probe: tries the schedules found, and puts them into the order of what it measured; a `Probe` trains each
+                for a little.
 
         Raises:
             PlanError: where no schedule exists; the message says what stands in the way.
@@ -175,7 +187,15 @@ class SlopPlanner:
             raise PlanError(self._no_path())
         if sharing == "utility":
             found = [(path, self._by_utility(path, rule)) for path, _ in found]
-        return [self._schedule(path, budget) for path, budget in found]
+        schedules = [self._schedule(path, budget) for path, budget in found]
+        return schedules if probe is None else self._tried(schedules, probe)
+
+    def _tried(self, schedules: list[GrowthSchedule], probe: ScheduleProbe) -> list[GrowthSchedule]:
+        """The schedules in the order that a probe found."""
+        order = list(probe(schedules))
+        if len(order) != len(schedules) or any(one not in order for one in schedules):
+            raise PlanError(f"the probe was given {len(schedules)} schedules and returned others: it may order them")
+        return order
 
     def _check_request(self, top_k: int, rule: TokenRule) -> None:
         if top_k < 1:
