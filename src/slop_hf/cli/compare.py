@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import RunError
 from ..serialization import plain
 from .run_view import read_changes
+from .shared import listed, progress_bar, read_seeds
 
 if TYPE_CHECKING:
     from ..experiments.arms import ArmRun
@@ -68,14 +68,14 @@ def compare(
         _show_runs(experiment, jobs, as_json=as_json)
         return
     if not report_only:
-        with _progress(quiet=as_json) as progress:
+        with progress_bar(quiet=as_json) as progress:
             finished = sum(is_finished(root, job) for job in jobs)
             task = progress.add_task(experiment.name, total=len(jobs), completed=finished)
 
             def told(job: ArmRun, done: int, count: int) -> None:
                 progress.update(task, completed=done, description=f"{job.name} has finished")
 
-            run_experiment(experiment, root, devices=_listed(devices), workers=workers, told=told)
+            run_experiment(experiment, root, devices=listed(devices), workers=workers, told=told)
     comparison = collect(experiment, jobs, root, here())
     directory = write_comparison(comparison, root)
     if record is not None:
@@ -99,23 +99,10 @@ def _chosen(experiment: Experiment, arms: list[str], seeds: str | None) -> Exper
     kept = {name: arm for name, arm in experiment.arms.items() if not arms or name in arms}
     sizes = experiment.sizes
     if seeds is not None:
-        try:
-            numbers = tuple(int(seed) for seed in _listed(seeds))
-        except ValueError:
-            raise RunError(f"--seeds must be whole numbers such as 0,1,2, got {seeds!r}") from None
-        sizes = dataclasses.replace(sizes, seeds=numbers)
+        sizes = dataclasses.replace(sizes, seeds=read_seeds(seeds))
         kept = {name: dataclasses.replace(one, seeds=None) for name, one in kept.items()}
     reference = experiment.reference if experiment.reference in kept else None
     return dataclasses.replace(experiment, arms=kept, sizes=sizes, reference=reference)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _progress(*, quiet: bool) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
 def _show_runs(experiment: Experiment, jobs: list[ArmRun], *, as_json: bool) -> None:
