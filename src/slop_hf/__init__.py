@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation.runs import evaluate_run as evaluate_run
     from .evaluation.scoring import evaluate_model as evaluate_model
     from .evaluation.settings import EvalSettings as EvalSettings
+    from .experiments.probe import Probe as Probe
     from .explanation import explain as explain
     from .growth import GrowthReceipt as GrowthReceipt
     from .growth import checkpoint_directory as checkpoint_directory
@@ -66,6 +67,7 @@ _HOMES = {
     "MemoryLimit": "memory",
     "Mixture": "data",
     "ModelDims": "dims",
+    "Probe": "experiments.probe",
     "PublishCallback": "hub.callback",
     "RunConfig": "training",
     "RunDirectory": "records",

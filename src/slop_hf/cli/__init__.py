@@ -1,4 +1,4 @@
-"""The `slop` command: plan, grow, data, train, compare, publish, rollback, eval, report,
+"""The `slop` command: plan, probe, grow, data, train, compare, publish, rollback, eval, report,
 reproduce, calibrate.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
@@ -18,6 +18,7 @@ from .data import data
 from .evaluate import HELP, evaluate
 from .grow import grow
 from .plan import plan
+from .probe import probe
 from .publish import publish
 from .report import report
 from .reproduce import reproduce
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(plan)
+app.command()(probe)
 app.command()(grow)
 app.add_typer(data, name="data")
 app.command()(train)

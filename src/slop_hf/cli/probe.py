@@ -1,0 +1,229 @@
+"""`slop probe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import slop_hf
+
+from ..errors import RunError
+from ..objectives import OBJECTIVES
+from ..schedule import GrowthSchedule
+from ..serialization import plain
+from .run_view import read_changes
+from .shared import listed, progress_bar, read_seeds
+
+if TYPE_CHECKING:
+    from ..experiments.arms import ArmRun
+    from ..experiments.candidates import Candidate, Start
+    from ..experiments.probe import PlannedTrial
+    from ..experiments.probe_report import ProbeReport
+    from ..experiments.results import Spread
+    from ..training import RunConfig
+
+_WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output"
+
+
+def _option(panel: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+def probe(
+    config: Annotated[Path, typer.Argument(help="The run as YAML, as for `slop train`.")],
+    output: Annotated[Path, _option(_OUTPUT, "--output", "-o", help="Directory of the trials and of probe.json.")],
+    schedule: Annotated[
+        Path | None, _option(_WHAT, "--schedule", "-s", help="A schedule in place of the config's, or of --from's.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        _option(_WHAT, "--from", help="Go on from a finished stage, RUN[@STAGE]; default, a new initial model."),
+    ] = None,
+    top_k: Annotated[
+        int | None, _option(_WHAT, "--top-k", "-k", help="Try the planner's best so many schedules. Default: 5.")
+    ] = None,
+    objective: Annotated[
+        str, _option(_WHAT, help=f"What the planner ranks those by: {', '.join(OBJECTIVES)}.")
+    ] = "delta_params",
+    inits: Annotated[
+        str | None, _option(_WHAT, help="Or inits of the next stage, such as random,preserving,copy.")
+    ] = None,
+    next_stages: Annotated[
+        str | None, _option(_WHAT, "--next", help="Or stages that could come next, such as layer,ffn,hidden.")
+    ] = None,
+    lag: Annotated[float | None, _option(_TRIAL, help="Try the next stage alone, for so many tokens.")] = None,
+    share: Annotated[
+        float | None, _option(_TRIAL, help="Try every stage, for this share of its tokens. Default: 0.1.")
+    ] = None,
+    initial_tokens: Annotated[
+        float | None, _option(_TRIAL, help="Tokens of the initial model first. Default: as --share or --lag say.")
+    ] = None,
+    by: Annotated[
+        str, _option(_TRIAL, help="What decides: utility (loss a FLOP), utility_per_hour (Eq. 2) or loss.")
+    ] = "utility",
+    seeds: Annotated[str, _option(_TRIAL, help="Try each candidate once with each.")] = "0",
+    change: Annotated[
+        list[str] | None, _option(_TRIAL, "--set", help="Change a value: --set training.learning_rate=1e-3")
+    ] = None,
+    workers: Annotated[int, _option(_HARDWARE, help="Trials at a time on CPUs, each with its share of cores.")] = 1,
+    devices: Annotated[str, _option(_HARDWARE, help="CUDA devices to spread trials over, such as 0,1,2,3.")] = "",
+    write_schedule: Annotated[
+        Path | None, _option(_OUTPUT, help="Write the schedule of the best candidate here, for `slop train`.")
+    ] = None,
+    dry_run: Annotated[
+        bool, _option(_OUTPUT, "--dry-run", help="Print candidates, tokens and FLOPs, and train nothing.")
+    ] = False,
+    as_json: Annotated[bool, _option(_OUTPUT, "--json", help="Print the report (or the trials) as JSON.")] = False,
+) -> None:
+    """Train candidates for a little, and rank them by what was measured.
+
+    Candidates are the planner's best ways from the schedule's beginning to its end, or inits of its next stage, or
+    dimensions that could grow next. All begin with the same weights, from --from or from an initial model that is
+    trained once; held-out loss is measured right after growth and after the trial. What trials have in common is
+    trained once. Killed and run again it goes on.
+
+    Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
+    """
+    from ..experiments.candidates import Start  # with torch, which `slop --help` does without
+
+    start = None if source is None else Start.of(source)
+    run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change or []))
+    candidates = _candidates(run, _schedule(run, schedule, start), start, top_k, objective, inits, next_stages)
+    trial = slop_hf.Probe(
+        run,
+        output,
+        lag=_whole(lag, "--lag"),
+        share=share,
+        start=start,
+        initial_tokens=_whole(initial_tokens, "--initial-tokens"),
+        by=by,  # type: ignore[arg-type]
+        seeds=read_seeds(seeds),
+        devices=listed(devices),
+        workers=workers,
+    )
+    if dry_run:
+        planned = trial.preview(candidates)
+        print(json.dumps(plain(planned), indent=2)) if as_json else _show_trials(planned, len(candidates))
+        return
+    with progress_bar(quiet=as_json) as progress:
+        task = progress.add_task(output.name, total=None)
+
+        def told(job: ArmRun, done: int, count: int) -> None:
+            progress.update(task, total=count, completed=done, description=f"{job.name} has finished")
+
+        report = dataclasses.replace(trial, told=told).run(candidates)
+    if write_schedule is not None:
+        report.best.schedule.to_yaml(write_schedule)
+    if as_json:
+        print(json.dumps(plain(report), indent=2))
+        return
+    _show(report, output, without_optimizer=start is not None and not start.keeps_optimizer)
+    if write_schedule is not None:
+        print(f"the schedule of {report.best.name} written to {write_schedule}")
+
+
+def _schedule(run: RunConfig, path: Path | None, start: Start | None) -> GrowthSchedule:
+    """The schedule that candidates are to lead to the end of."""
+    if path is not None:
+        return GrowthSchedule.from_yaml(path)
+    return run.read_schedule() if start is None or run.schedule is not None else start.run.schedule
+
+
+def _candidates(
+    run: RunConfig,
+    schedule: GrowthSchedule,
+    start: Start | None,
+    top_k: int | None,
+    objective: str,
+    inits: str | None,
+    next_stages: str | None,
+) -> list[Candidate]:
+    from ..experiments.candidates import init_candidates, next_candidates, planned
+
+    if sum(given is not None for given in (top_k, inits, next_stages)) > 1:
+        raise RunError("give one of --top-k, --inits and --next: a probe compares candidates of one kind")
+    if inits is not None:
+        return init_candidates(schedule, listed(inits), start)
+    if next_stages is not None:
+        return next_candidates(schedule, listed(next_stages), start)
+    return planned(run, schedule, 5 if top_k is None else top_k, start, objective=objective)
+
+
+def _whole(value: float | None, option: str) -> int | None:
+    """A number of tokens, which may be written as 2e6."""
+    if value is not None and value != int(value):
+        raise RunError(f"{option} must be a whole number of tokens, got {value:g}")
+    return None if value is None else int(value)
+
+
+def _show_trials(trials: Sequence[PlannedTrial], candidates: int) -> None:
+    """What would be trained, a row a run."""
+    table = Table(box=SIMPLE, title=f"Trials of {candidates} candidates", pad_edge=False, collapse_padding=True)
+    table.add_column("of", no_wrap=True)
+    table.add_column("trains")
+    for heading in ("tokens", "FLOPs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for trial in trials:
+        table.add_row(trial.name, ", ".join(trial.stages), f"{trial.tokens:,}", f"{trial.flops:.3g}")
+    table.add_section()
+    tokens, flops = sum(trial.tokens for trial in trials), sum(trial.flops for trial in trials)
+    table.add_row("sum", "", f"{tokens:,}", f"{flops:.3g}")
+    Console().print(table)
+
+
+def _show(report: ProbeReport, output: Path, *, without_optimizer: bool) -> None:
+    """Candidates in the measured order, and what is to be said of it."""
+    ranked = any(one.rank is not None for one in report.results)
+    table = Table(
+        box=SIMPLE,
+        collapse_padding=True,
+        title=f"Tried for {report.length} from {report.start}, loss {_number(report.best.start_loss, 4)}",
+        caption=f"held-out losses in nats a token; ranked by {report.by}, best first",
+    )
+    table.add_column("", justify="right")
+    table.add_column("candidate", no_wrap=True)
+    headings = "planned as", "at growth", "after", "nats / 1e12 FLOPs", "perplexity / hour", "FLOPs"
+    for heading in headings[0 if ranked else 1 :]:
+        table.add_column(heading, justify="right")
+    for place, one in enumerate(report.results, 1):
+        hourly = "" if one.utility_per_hour is None else _number(one.utility_per_hour)
+        numbers = _number(one.loss_at_growth, 4), _number(one.loss, 4), _number(one.utility), hourly
+        planned = (str(one.rank),) if ranked else ()
+        table.add_row(str(place), one.name, *planned, *numbers, f"{one.flops:.3g}")
+    console = Console()
+    console.print(table)
+    for sentence in _sentences(report):
+        console.print(sentence, highlight=False)
+    if without_optimizer:
+        console.print("AdamW's state at the start is gone: all trials began with a new one.", highlight=False)
+    print(f"{output / 'probe.json'} holds all that was measured")
+
+
+def _sentences(report: ProbeReport) -> list[str]:
+    """What the numbers say."""
+    found = []
+    if report.order_agreement is not None:
+        found.append(f"Rank correlation of the planner's order with the measured one: {report.order_agreement:.2f}.")
+    if report.growth_agreement is not None:
+        found.append(f"Of the losses right after growth with it: {report.growth_agreement:.2f}.")
+    if report.lost:
+        found.append(f"Too short a trial to tell: the loss is not yet below the start's in {', '.join(report.lost)}.")
+    cost = report.cost
+    found.append(
+        f"The probe cost {cost.tokens:,} tokens, {cost.flops:.3g} FLOPs and {cost.seconds / 3600:.3g} device hours."
+    )
+    return found
+
+
+def _number(spread: Spread, digits: int | None = None) -> str:
+    """A mean over seeds, and how far they lie from it."""
+    form = ".3g" if digits is None else f".{digits}f"
+    return f"{spread.mean:{form}}" + ("" if spread.deviation is None else f" ± {spread.deviation:.2g}")
