@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ..experiments.arms import ArmRun
     from ..experiments.candidates import Candidate, Start
     from ..experiments.probe import PlannedTrial
-    from ..experiments.probe_report import ProbeReport
-    from ..experiments.results import Spread
     from ..training import RunConfig
 
 _WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output"
@@ -93,6 +91,7 @@ def probe(
     Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
     """
     from ..experiments.candidates import Start  # with torch, which `slop --help` does without
+    from ..experiments.probe_table import probe_sentences, probe_table
 
     start = None if source is None else Start.of(source)
     run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change or []))
@@ -110,8 +109,7 @@ def probe(
         workers=workers,
     )
     if dry_run:
-        planned = trial.preview(candidates)
-        print(json.dumps(plain(planned), indent=2)) if as_json else _show_trials(planned, len(candidates))
+        _show_trials(trial.preview(candidates), len(candidates), as_json=as_json)
         return
     with progress_bar(quiet=as_json) as progress:
         task = progress.add_task(output.name, total=None)
@@ -125,9 +123,14 @@ def probe(
     if as_json:
         print(json.dumps(plain(report), indent=2))
         return
-    _show(report, output, without_optimizer=start is not None and not start.keeps_optimizer)
-    if write_schedule is not None:
-        print(f"the schedule of {report.best.name} written to {write_schedule}")
+    console = Console()
+    console.print(probe_table(report))
+    for sentence in probe_sentences(report):
+        console.print(sentence)
+    if start is not None and not start.keeps_optimizer:
+        console.print("AdamW's state at the start is gone: every trial began a new one.")
+    written = "" if write_schedule is None else f"; {write_schedule}, the schedule of {report.best.name}"
+    print(f"{output / 'probe.json'}, all that was measured{written}")
 
 
 def _schedule(run: RunConfig, path: Path | None, start: Start | None) -> GrowthSchedule:
@@ -164,8 +167,11 @@ def _whole(value: float | None, option: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _show_trials(trials: Sequence[PlannedTrial], candidates: int) -> None:
+def _show_trials(trials: Sequence[PlannedTrial], candidates: int, *, as_json: bool) -> None:
     """What would be trained, a row a run."""
+    if as_json:
+        print(json.dumps(plain(trials), indent=2))
+        return
     table = Table(box=SIMPLE, title=f"Trials of {candidates} candidates", pad_edge=False, collapse_padding=True)
     table.add_column("of", no_wrap=True)
     table.add_column("trains")
@@ -177,53 +183,3 @@ def _show_trials(trials: Sequence[PlannedTrial], candidates: int) -> None:
     tokens, flops = sum(trial.tokens for trial in trials), sum(trial.flops for trial in trials)
     table.add_row("sum", "", f"{tokens:,}", f"{flops:.3g}")
     Console().print(table)
-
-
-def _show(report: ProbeReport, output: Path, *, without_optimizer: bool) -> None:
-    """Candidates in the measured order, and what is to be said of it."""
-    ranked = any(one.rank is not None for one in report.results)
-    table = Table(
-        box=SIMPLE,
-        collapse_padding=True,
-        title=f"Tried for {report.length} from {report.start}, loss {_number(report.best.start_loss, 4)}",
-        caption=f"held-out losses in nats a token; ranked by {report.by}, best first",
-    )
-    table.add_column("", justify="right")
-    table.add_column("candidate", no_wrap=True)
-    headings = "planned as", "at growth", "after", "nats / 1e12 FLOPs", "perplexity / hour", "FLOPs"
-    for heading in headings[0 if ranked else 1 :]:
-        table.add_column(heading, justify="right")
-    for place, one in enumerate(report.results, 1):
-        hourly = "" if one.utility_per_hour is None else _number(one.utility_per_hour)
-        numbers = _number(one.loss_at_growth, 4), _number(one.loss, 4), _number(one.utility), hourly
-        planned = (str(one.rank),) if ranked else ()
-        table.add_row(str(place), one.name, *planned, *numbers, f"{one.flops:.3g}")
-    console = Console()
-    console.print(table)
-    for sentence in _sentences(report):
-        console.print(sentence, highlight=False)
-    if without_optimizer:
-        console.print("AdamW's state at the start is gone: all trials began with a new one.", highlight=False)
-    print(f"{output / 'probe.json'} holds all that was measured")
-
-
-def _sentences(report: ProbeReport) -> list[str]:
-    """What the numbers say."""
-    found = []
-    if report.order_agreement is not None:
-        found.append(f"Rank correlation of the planner's order with the measured one: {report.order_agreement:.2f}.")
-    if report.growth_agreement is not None:
-        found.append(f"Of the losses right after growth with it: {report.growth_agreement:.2f}.")
-    if report.lost:
-        found.append(f"Too short a trial to tell: the loss is not yet below the start's in {', '.join(report.lost)}.")
-    cost = report.cost
-    found.append(
-        f"The probe cost {cost.tokens:,} tokens, {cost.flops:.3g} FLOPs and {cost.seconds / 3600:.3g} device hours."
-    )
-    return found
-
-
-def _number(spread: Spread, digits: int | None = None) -> str:
-    """A mean over seeds, and how far they lie from it."""
-    form = ".3g" if digits is None else f".{digits}f"
-    return f"{spread.mean:{form}}" + ("" if spread.deviation is None else f" ± {spread.deviation:.2g}")

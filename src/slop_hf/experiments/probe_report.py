@@ -14,7 +14,7 @@ from ..errors import RunError
 from ..schedule import GrowthSchedule
 from ..serialization import parse, to_json, write_text
 from .candidates import Candidate
-from .predictions import measured_utility
+from .predictions import LEAST, measured_utility
 from .record import Cost, RunResult
 from .results import Spread, rank_correlation
 
@@ -109,7 +109,7 @@ class ProbeReport:
         start: where candidates part, in words.
         cost: what was paid for, everything counted once; an entry for the ledger of a comparison.
         order_agreement: Spearman's correlation of the order that the candidates came in with the measured one; 1 is
-            perfect agreement, None where they came in no order or are all alike.
+            perfect agreement. None where they came in no order, are all alike, or are fewer than three.
         growth_agreement: the same of their losses right after growth.
         versions: of slop_hf, transformers and torch.
         device: what it ran on.
@@ -185,5 +185,7 @@ def _loss_at_growth(trial: RunResult) -> float:
 
 
 def _correlation(values: Sequence[float], places: Sequence[float]) -> float | None:
+    if len(values) < LEAST:
+        return None
     found = rank_correlation(values, places)
     return found if math.isfinite(found) else None

@@ -113,17 +113,27 @@ def arms_table(comparison: Comparison) -> Table:
     kept = [number for number, (name, _) in enumerate(cells.columns) if name in wanted or name.startswith("loss −")]
     rows = tuple(tuple(row[number] for number in kept) for row in cells.rows)
     narrow = Cells(tuple(cells.columns[number] for number in kept), rows)
-    return _for_terminal(narrow, f"{comparison.title} · {comparison.scale}")
+    return for_terminal(narrow, f"{comparison.title} · {comparison.scale}")
 
 
 def stages_table(comparison: Comparison) -> Table:
     """`stages_cells` for the terminal."""
-    return _for_terminal(stages_cells(comparison), "Stages, means over seeds")
+    return for_terminal(stages_cells(comparison), "Stages, means over seeds")
 
 
 def ledger_table(comparison: Comparison) -> Table:
     """`ledger_cells` for the terminal."""
-    return _for_terminal(ledger_cells(comparison), "What it cost")
+    return for_terminal(ledger_cells(comparison), "What it cost")
+
+
+def for_terminal(cells: Cells, title: str) -> Table:
+    """Cells as a table for the terminal."""
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for heading, right in cells.columns:
+        table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
+    for row in cells.rows:
+        table.add_row(*map(Text, row))  # Text takes a name such as `run[1]` as it is, a string would be markup
+    return table
 
 
 def plus_minus(spread: Spread, places: int) -> str:
@@ -162,12 +172,3 @@ def _saved(comparison: Comparison, one: ArmResult) -> str:
 def _printed(comparison: Comparison, column: str, one: ArmResult) -> str:
     value = comparison.printed.get(one.arm, {}).get(column)
     return NOTHING if value is None or one.budget != full_budget(comparison, one.arm) else f"{value:,.10g}"
-
-
-def _for_terminal(cells: Cells, title: str) -> Table:
-    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
-    for heading, right in cells.columns:
-        table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
-    for row in cells.rows:
-        table.add_row(*map(Text, row))  # Text takes a name such as `run[1]` as it is, a string would be markup
-    return table
