@@ -231,3 +231,12 @@ def test_bad_requests():
         planner.plan()
     with pytest.raises(PlanError, match="top_k must be at least 1"):
         planner.plan(0, tokens=1e9)
+
+
+def test_a_probe_decides_the_order_of_what_is_found():
+    planner = SlopPlanner(INITIAL, ConfigSpace(targets=[paper_target(2816, 7680, 8)]))
+    found = planner.plan(3)
+    assert planner.plan(3, probe=lambda schedules: schedules[::-1]) == found[::-1]
+    for wrong in (lambda schedules: schedules[1:], lambda schedules: [schedules[0]] * 3):
+        with pytest.raises(PlanError, match="given 3 schedules and returned others"):
+            planner.plan(3, probe=wrong)
