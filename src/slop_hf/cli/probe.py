@@ -108,14 +108,15 @@ def probe(
         devices=listed(devices),
         workers=workers,
     )
+    trials = trial.preview(candidates)  # refuses what cannot be tried, before a bar is there
     if dry_run:
-        _show_trials(trial.preview(candidates), len(candidates), as_json=as_json)
+        _show_trials(trials, len(candidates), as_json=as_json)
         return
     with progress_bar(quiet=as_json) as progress:
-        task = progress.add_task(output.name, total=None)
+        task = progress.add_task(output.name, total=len(trials))
 
         def told(job: ArmRun, done: int, count: int) -> None:
-            progress.update(task, total=count, completed=done, description=f"{job.name} has finished")
+            progress.update(task, completed=done, description=f"{job.name} has finished")
 
         report = dataclasses.replace(trial, told=told).run(candidates)
     if write_schedule is not None:
