@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .evaluation.runs import evaluate_run as evaluate_run
     from .evaluation.scoring import evaluate_model as evaluate_model
     from .evaluation.settings import EvalSettings as EvalSettings
+    from .experiments.comparing import compare_arms as compare_arms
+    from .experiments.config import Experiment as Experiment
     from .experiments.probe import Probe as Probe
+    from .experiments.record import Comparison as Comparison
     from .explanation import explain as explain
     from .growth import GrowthReceipt as GrowthReceipt
     from .growth import checkpoint_directory as checkpoint_directory
@@ -56,11 +59,13 @@ if TYPE_CHECKING:
     from .training import preview_run as preview_run
 
 _HOMES = {
+    "Comparison": "experiments.record",
     "ConfigSpace": "space",
     "CostModel": "hours",
     "DataConfig": "data",
     "EvalSettings": "evaluation.settings",
     "EvaluateStages": "evaluation.runs",
+    "Experiment": "experiments.config",
     "GrowthReceipt": "growth",
     "GrowthSchedule": "schedule",
     "GrowthStage": "schedule",
@@ -81,6 +86,7 @@ _HOMES = {
     "build_trainer": "training",
     "calibrate": "training",
     "checkpoint_directory": "growth",
+    "compare_arms": "experiments.comparing",
     "comparison_table": "report",
     "continued": "hub.reading",
     "evaluate_model": "evaluation.scoring",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -173,3 +174,19 @@ def test_each_run_can_be_launched_by_itself(trained):
     job = named(jobs, "from-scratch, seed 0")
     config = (root / job.place).parent / "seed-0.run.yaml"
     assert json.loads(json.dumps(yaml.safe_load(config.read_text())))["schedule"]["initial"]["hidden_size"] == 32
+
+
+def test_probes_are_in_the_ledger(experiment, trained, tmp_path):
+    jobs, root = trained
+    before = collect(experiment, jobs, root)
+    for name, flops in (("orders", 3e6), ("inits", 1e6)):
+        (root / "probes" / name).mkdir(parents=True)
+        cost = {"what": "probes", "count": 2, "tokens": 100, "flops": flops, "seconds": 1.5}
+        (root / "probes" / name / "probe.json").write_text(json.dumps({"cost": cost}))
+    *others, probes = collect(experiment, jobs, root).ledger
+    assert tuple(others) == before.ledger
+    assert (probes.what, probes.count, probes.tokens, probes.flops, probes.seconds) == ("probes", 4, 200, 4e6, 3.0)
+    (root / "probes/inits/probe.json").write_text("{}")
+    with pytest.raises(RunError, match="no report of `slop probe`"):
+        collect(experiment, jobs, root)
+    shutil.rmtree(root / "probes")

@@ -12,6 +12,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+import slop_hf
+
 from ..errors import RunError
 from ..serialization import plain
 from .run_view import read_changes
@@ -54,30 +56,26 @@ def compare(
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
     from ..experiments.arms import arm_runs, with_trunks  # with torch, which `slop --help` does without
-    from ..experiments.config import Experiment
     from ..experiments.findings import sentences
-    from ..experiments.record import collect
-    from ..experiments.running import here, is_finished, run_experiment
+    from ..experiments.running import is_finished
     from ..experiments.tables import arms_table, ledger_table
-    from ..experiments.write import write_comparison
 
-    experiment = _chosen(Experiment.from_yaml(config, scale, read_changes(change or [])), arm or [], seeds)
+    experiment = _chosen(slop_hf.Experiment.from_yaml(config, scale, read_changes(change or [])), arm or [], seeds)
     root = output or Path("runs", f"{experiment.name}-{experiment.scale}")
     jobs = with_trunks(arm_runs(experiment))
     if dry_run:
         _show_runs(experiment, jobs, as_json=as_json)
         return
-    if not report_only:
-        with progress_bar(quiet=as_json) as progress:
-            finished = sum(is_finished(root, job) for job in jobs)
-            task = progress.add_task(experiment.name, total=len(jobs), completed=finished)
+    with progress_bar(quiet=as_json or report_only) as progress:
+        finished = sum(is_finished(root, job) for job in jobs)
+        task = progress.add_task(experiment.name, total=len(jobs), completed=finished)
 
-            def told(job: ArmRun, done: int, count: int) -> None:
-                progress.update(task, completed=done, description=f"{job.name} has finished")
+        def told(job: ArmRun, done: int, count: int) -> None:
+            progress.update(task, completed=done, description=f"{job.name} has finished")
 
-            run_experiment(experiment, root, devices=listed(devices), workers=workers, told=told)
-    comparison = collect(experiment, jobs, root, here())
-    directory = write_comparison(comparison, root)
+        comparison = slop_hf.compare_arms(
+            experiment, root, devices=listed(devices), workers=workers, told=told, train=not report_only
+        )
     if record is not None:
         comparison.save(record)
     if as_json:
@@ -88,7 +86,7 @@ def compare(
     console.print(ledger_table(comparison))
     for sentence in sentences(comparison):
         console.print(sentence)
-    print(f"{directory / 'comparison.md'}, beside it figures and comparison.json" + (f"; {record}" if record else ""))
+    print(f"{root / 'comparison.md'}, beside it figures and comparison.json" + (f"; {record}" if record else ""))
 
 
 def _chosen(experiment: Experiment, arms: list[str], seeds: str | None) -> Experiment:

@@ -23,10 +23,9 @@ from ..training.checks import with_inits
 from .arms import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, of_first_stages, with_trunks
 from .candidates import Candidate, Start, first_stage, schedule_candidates
 from .probe_report import CandidateResult, ProbeReport, RankBy
-from .record import Cost, RunResult, cost_of, run_result
+from .record import PROBE_FILE, Cost, RunResult, cost_of, run_result
 from .running import Told, here, inherit, run_jobs
 
-PROBE_FILE = "probe.json"
 #: Share of its tokens that each stage is tried for where neither share nor lag is given.
 DEFAULT_SHARE = 0.1
 

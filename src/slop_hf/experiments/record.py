@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # a record is read, and figures are drawn, without torch
     from .config import Experiment
 
 HELD_OUT = "eval_loss"
+#: Where a comparison looks for probes, and the name of their reports.
+PROBES, PROBE_FILE = "probes", "probe.json"
 #: Digits of measured losses and seconds in the record: below them is noise.
 _DIGITS = 6
 
@@ -227,7 +229,7 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     Args:
         experiment: that was run.
         jobs: its runs with their trunks, as `with_trunks` gives them.
-        root: the comparison's directory.
+        root: the comparison's directory; probes in `probes/` there are in the ledger.
         device: what it ran on.
 
     Raises:
@@ -235,7 +237,7 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     """
     finished = [job for job in jobs if (run := RunDirectory(root / job.place)).exists and run.is_finished]
     of_arms, trunks = [job for job in finished if job.arm], [job for job in finished if not job.arm]
-    ledger = cost_of("runs", of_arms, root), cost_of("trunks", trunks, root)
+    ledger = cost_of("runs", of_arms, root), cost_of("trunks", trunks, root), _probed(root)
     done = {job.place for job in finished}
     return Comparison(
         name=experiment.name,
@@ -274,6 +276,27 @@ def cost_of(what: str, jobs: Sequence[ArmRun], root: Path) -> Cost:
         sum(record.tokens for record in paid),
         sum(record.flops for record in paid),
         round(sum(record.seconds * record.devices for record in paid), 1),
+    )
+
+
+def _probed(root: Path) -> Cost:
+    """What the probes have cost whose directories lie in the comparison's `probes/`.
+
+    Raises:
+        RunError: for a report of one that is none.
+    """
+    costs = []
+    for path in sorted((root / PROBES).rglob(PROBE_FILE)):
+        try:
+            costs.append(parse(Cost, json.loads(path.read_text(encoding="utf-8"))["cost"], where=f"{path}: cost"))
+        except (ValueError, KeyError, TypeError) as caught:
+            raise RunError(f"{path} is no report of `slop probe`: {caught}") from None
+    return Cost(
+        "probes",
+        sum(cost.count for cost in costs),
+        sum(cost.tokens for cost in costs),
+        sum(cost.flops for cost in costs),
+        sum(cost.seconds for cost in costs),
     )
 
 
