@@ -49,7 +49,7 @@ def _lowest(comparison: Comparison, found: Sequence[ArmResult]) -> str:
     if not others:
         return f"At equal {spend} only {_named(best.arm)} has finished: {loss}."
     sentence = f"At equal {spend}, {_named(best.arm)} ends lowest of {len(found)} arms: {loss}"
-    if _is_single(found):
+    if _is_single(found[:2]):
         return (
             f"{sentence}, {_apart(best, others[0])} below {_named(others[0].arm)}; with one seed, that may be chance."
         )
