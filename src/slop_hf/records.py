@@ -26,13 +26,14 @@ from typing import Any, ClassVar
 from .dims import ModelDims
 from .errors import RunError
 from .schedule import GrowthSchedule
-from .serialization import parse, to_json, write_text
+from .serialization import parse, read_json, to_json, write_text
 
 SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
 RUN_FILE = "run.json"
 EVAL_FILE = "evaluations.json"
+_INCOMPLETE = "the stage is not complete"
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
@@ -146,7 +147,7 @@ class StageRecord:
         Raises:
             RunError: where the file is not one.
         """
-        return parse(cls, _read_json(Path(path)), where=str(path), error=RunError)
+        return parse(cls, read_json(path, missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ class RunDirectory:
         path = self.stage_dir(number) / EVAL_FILE
         if not path.exists():
             return []
-        return parse(list[EvalRecord], _read_json(path), where=str(path), error=RunError)
+        return parse(
+            list[EvalRecord], read_json(path, missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError
+        )
 
     def add_evaluations(self, number: int, records: Sequence[EvalRecord]) -> Path:
         """Write what a finished stage scored beside what it scored before.
@@ -268,7 +271,8 @@ class RunDirectory:
         """
         if not self.finished_stages:
             return []
-        return list(_read_json(self.stage_dir(self.finished_stages - 1) / STATE_FILE)["log_history"])
+        path = self.stage_dir(self.finished_stages - 1) / STATE_FILE
+        return list(read_json(path, missing=_INCOMPLETE, error=RunError)["log_history"])
 
 
 @dataclass(frozen=True)
@@ -340,12 +344,3 @@ class RunFacts:
                 f"{run.path} was begun with other documents, or other weights of its mixture; "
                 "resume with the same data, or choose another output directory"
             )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; the stage is not complete") from None
-    except json.JSONDecodeError as caught:
-        raise RunError(f"{path}: not valid JSON ({caught})") from None

@@ -111,6 +111,22 @@ def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopErro
         raise error(f"{path}: not valid YAML ({' '.join(str(caught).split())})") from None
 
 
+def read_json(path: str | os.PathLike[str], *, missing: str, error: type[SlopError] = SlopError) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: of the file.
+        missing: what to say where there is none.
+        error: the class of error to raise.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file; {missing}") from None
+    except ValueError as caught:
+        raise error(f"{path}: not valid JSON ({caught})") from None
+
+
 def read_yaml_text(text: str) -> Any:
     """What a YAML text says; numbers such as `65e9` are numbers."""
     return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds no Python objects

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import RunError
 from ..schedule import GrowthSchedule
-from ..serialization import parse, to_json, write_text
+from ..serialization import parse, read_json, to_json, write_text
 from .candidates import Candidate
 from .predictions import LEAST, measured_utility
 from .record import Cost, RunResult
@@ -169,12 +168,7 @@ class ProbeReport:
         Raises:
             RunError: where the file is none.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(f"{path}: no such file; `slop probe` writes one") from None
-        except ValueError as caught:
-            raise RunError(f"{path}: not valid JSON ({caught})") from None
+        content = read_json(path, missing="`slop probe` writes one", error=RunError)
         return parse(cls, content, where=str(path), error=RunError)
 
 

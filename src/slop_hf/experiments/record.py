@@ -14,7 +14,7 @@ from ..errors import RunError
 from ..records import RunDirectory, StageRecord, perplexity
 from ..report.summary import marginal_utility
 from ..schedule import GrowthSchedule
-from ..serialization import digest, parse, plain, to_json, versions, write_text
+from ..serialization import digest, parse, plain, read_json, to_json, versions, write_text
 
 if TYPE_CHECKING:  # a record is read, and figures are drawn, without torch
     from .arms import ArmRun
@@ -214,12 +214,7 @@ class Comparison:
         Raises:
             RunError: where the file is none.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(f"{path}: no such file; `slop compare` writes one") from None
-        except ValueError as caught:
-            raise RunError(f"{path}: not valid JSON ({caught})") from None
+        content = read_json(path, missing="`slop compare` writes one", error=RunError)
         return parse(cls, content, where=str(path), error=RunError)
 
 
