@@ -13,7 +13,8 @@ from slop_hf.experiments.config import Experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "recipes" / "experiments"
 TABLES = {int(path.stem.removeprefix("table")): path for path in EXPERIMENTS.glob("table*.yaml")}
-PATHS = [*(TABLES[number] for number in sorted(TABLES)), *sorted(EXPERIMENTS.glob("studies/*.yaml"))]
+STUDIES = sorted({*EXPERIMENTS.glob("*.yaml"), *EXPERIMENTS.glob("studies/*.yaml")} - set(TABLES.values()))
+PATHS = [*(TABLES[number] for number in sorted(TABLES)), *STUDIES]
 SCALES = [(path, scale) for path in PATHS for scale in yaml.safe_load(path.read_text())["scales"]]
 
 
@@ -127,9 +128,9 @@ def test_the_place_and_number_of_heads():
 def test_the_readme_tells_what_each_takes():
     text = (EXPERIMENTS / "README.md").read_text()
     assert "`studies/*.yaml`" in text
-    for path in TABLES.values():
-        row = next(line for line in text.splitlines() if line.startswith(f"| `{path.name}`"))
-        for scale in ("nano", "micro", "paper"):
+    for path, scale in SCALES:
+        if path.parent == EXPERIMENTS:
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{path.name}`"))
             experiment, jobs = runs_of(path, scale)
             by_place = {job.place: run_flops(experiment, job) for job in jobs}
             paid = sum(by_place[job.place] - by_place.get(job.parent, 0) for job in jobs)
