@@ -65,6 +65,7 @@ class Agreement:
         utility: predicted and measured marginal utility.
         products: small Π Δparams and large measured utility.
         products_and_loss: small Π Δparams and low loss at the end.
+        utility_and_loss: large measured utility and low loss at the end.
     """
 
     schedules: int
@@ -72,6 +73,7 @@ class Agreement:
     utility: float
     products: float
     products_and_loss: float
+    utility_and_loss: float
 
 
 def predictions(comparison: Comparison) -> list[Prediction]:
@@ -116,13 +118,14 @@ def agreement(comparison: Comparison) -> Agreement | None:
     if len(found) < LEAST:
         return None
     measured = [one.measured_utility.mean for one in found]
-    small = [-one.products for one in found]
+    small, low = [-one.products for one in found], [-one.loss.mean for one in found]
     return Agreement(
         schedules=len(found),
         flops=rank_correlation(*_stage_flops(comparison, [one.arm for one in found])),
         utility=rank_correlation([one.utility for one in found], measured),
         products=rank_correlation(small, measured),
-        products_and_loss=rank_correlation(small, [-one.loss.mean for one in found]),
+        products_and_loss=rank_correlation(small, low),
+        utility_and_loss=rank_correlation(measured, low),
     )
 
 
@@ -135,7 +138,8 @@ def agreement_sentence(comparison: Comparison) -> str:
         f"Over {agreed.schedules} schedules, Spearman's correlation of predicted and measured marginal utility is "
         f"{agreed.utility:.2f}; that of small Π Δparams with large measured utility is {agreed.products:.2f}, with "
         f"low loss at the end {agreed.products_and_loss:.2f}. Of predicted and run FLOPs, stage by stage, it is "
-        f"{agreed.flops:.4f}."
+        f"{agreed.flops:.4f}. Large measured utility and low loss at the end go together by "
+        f"{agreed.utility_and_loss:.2f}."
     )
 
 
