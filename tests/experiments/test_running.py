@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from slop_hf import RunDirectory
@@ -129,6 +130,14 @@ def test_a_signal_to_stop_is_one_for_the_whole_experiment(experiment, tmp_path, 
     with pytest.raises(RunError, match="was stopped by a signal, its state saved; run the same command again"):
         run_experiment(experiment, tmp_path / "out")
     assert len(begun) == 1
+
+
+def test_a_directory_has_one_that_trains_in_it(experiment, tmp_path):
+    root = tmp_path / "out"
+    root.mkdir()
+    with FileLock(root / ".training.lock"), pytest.raises(RunError, match="another process trains the runs in"):
+        run_experiment(experiment, root)
+    assert not list(root.rglob("stage-*"))
 
 
 def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_path):

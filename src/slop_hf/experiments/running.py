@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..data import prepare_data
 from ..errors import RunError, SlopError
@@ -83,6 +84,18 @@ def run_jobs(
     for job in waiting:
         if not RunDirectory(root / job.place).exists:
             _previewed(job, root)
+    with _alone_in(root):
+        _train(jobs, waiting, root, devices, workers, told)
+
+
+def _train(
+    jobs: Sequence[ArmRun],
+    waiting: Sequence[ArmRun],
+    root: Path,
+    devices: Sequence[str],
+    workers: int,
+    told: Told | None,
+) -> None:
     for job in jobs:
         write_text(beside(root, job, CONFIG_FILE), to_yaml(job.config))
     if waiting:
@@ -101,6 +114,23 @@ def run_jobs(
         for job in waiting:
             train_job(job, root)
             tell(job)
+
+
+@contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Two that trained the same runs would write into the same checkpoints."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".training.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"another process trains the runs in {root}; wait for it, or choose another directory"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def train_job(job: ArmRun, root: Path) -> None:
