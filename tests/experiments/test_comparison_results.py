@@ -151,6 +151,13 @@ def test_one_schedule_by_several_inits_has_no_ranking(tmp_path):
     assert utility_figure(found, tmp_path / "utility.png") is None
 
 
+def test_schedules_are_compared_on_the_seeds_that_all_have():
+    runs = [result(name, 0, [5.0, 4.0, 2.0]) for name in "ab"] + [result("a", 1, [5.0, 4.0, 3.0])]
+    assert [one.loss for one in predictions(comparison(*runs))] == [Spread((2.0,)), Spread((2.0,))]
+    apart = [result("a", 1, [5.0, 4.0, 3.0]), result("b", 0, [5.0, 4.0, 2.0])]
+    assert [one.loss for one in predictions(comparison(*apart))] == [Spread((3.0,)), Spread((2.0,))]
+
+
 def test_a_record_without_settings_cannot_be_predicted():
     with pytest.raises(RunError, match="does not hold the run's settings"):
         predictions(comparison(result("slop", 0, [5, 4, 3]), settings={}))

@@ -79,15 +79,21 @@ class Agreement:
 def predictions(comparison: Comparison) -> list[Prediction]:
     """One for each arm that grows a model and trains every stage of it, at the whole budget, in the order of arms.
 
+    Over the seeds that all of these arms have; over an arm's own where there is none.
+
     Eq. 2 of the paper, with losses in place of perplexities and FLOPs in place of hours, which go with them
     (`docs/reproduction.md`) and which other work on the machine does not touch.
     """
     run = _run_of(comparison)
     prices = Prices(model_fields(run), run.data.block_size, _PER_FLOP)
+    grown = {arm: [run for run in comparison.of(arm) if _grows(run)] for arm in comparison.arms}
+    seeds = [{run.seed for run in runs} for runs in grown.values() if runs]
+    shared = set.intersection(*seeds) if seeds else set()
     found = []
-    for arm in comparison.arms:
-        runs = comparison.of(arm)
-        if not runs or not runs[0].schedule.stages or not all(runs[0].schedule.tokens[1:]):
+    for arm, all_runs in grown.items():
+        # Seeds move losses more than orders do: schedules are compared on those that all of them have.
+        runs = [run for run in all_runs if run.seed in shared] or all_runs
+        if not runs:
             continue
         schedule = runs[0].schedule
         structures = Structures(DimsArray.of(schedule.structures)[np.newaxis], prices)
@@ -104,6 +110,11 @@ def predictions(comparison: Comparison) -> list[Prediction]:
             )
         )
     return found
+
+
+def _grows(run: RunResult) -> bool:
+    """Whether it grows a model, and trains every stage."""
+    return bool(run.schedule.stages) and all(run.schedule.tokens[1:])
 
 
 def measured_utility(run: RunResult) -> float:
