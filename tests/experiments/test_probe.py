@@ -59,6 +59,7 @@ def config(tmp_path_factory):
             "learning_rate": 1e-2,
             "use_cpu": True,
             "disable_tqdm": True,
+            "carry_optimizer_state": True,
             "keep_optimizer_states": True,
             "seed": 0,
         },
@@ -259,6 +260,14 @@ def test_next_stages_grow_one_dimension_each(config):
     assert set(trials.values()) == {(5 * STEP, 5 * STEP)}
     with pytest.raises(RunError, match="head_dim has nothing to grow"):
         next_candidates(SCHEDULE, ["layer", "head_dim"])
+
+
+def test_what_follows_hidden_gets_no_stage_of_its_own(config):
+    wide = SMALL.replace(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4)
+    stages = GrowthStage(("hidden", "ffn", "mha"), wide, STEP), GrowthStage(("layer",), LARGE, STEP)
+    schedule = GrowthSchedule(SMALL, stages, STEP)
+    assert {one.name for one in planned(config, schedule, 9)} == {"hf-l", "l-hf"}
+    assert next_candidates(schedule, ["layer", "hidden"])[1].schedule.target == wide
 
 
 def test_inits_are_of_the_next_stage_alone(config):

@@ -128,7 +128,7 @@ def probe(
     console.print(probe_table(report))
     for sentence in probe_sentences(report):
         console.print(sentence)
-    if start is not None and not start.keeps_optimizer:
+    if start is not None and run.training.get("carry_optimizer_state") and not start.keeps_optimizer:
         console.print("AdamW's state at the start is gone: every trial began a new one.")
     written = "" if write_schedule is None else f"; {write_schedule}, the schedule of {report.best.name}"
     print(f"{output / 'probe.json'}, all that was measured{written}")

@@ -244,8 +244,9 @@ def first_stage(start: Start | None) -> int:
 
 
 def _own_operators(stages: Sequence[GrowthStage]) -> tuple[str, ...]:
-    """The dimensions that have stages of their own; heads that grow with hidden have none."""
-    return tuple(dict.fromkeys(name for stage in stages for name in stage.label.split("-")))
+    """The dimensions that have stages of their own; what grows with hidden, which leads, has none."""
+    leads = (("hidden",) if stage.operators[0] == "hidden" else stage.label.split("-") for stage in stages)
+    return tuple(dict.fromkeys(name for names in leads for name in names))
 
 
 def _grown(dims: ModelDims, target: ModelDims, operators: Sequence[str]) -> ModelDims:
