@@ -69,9 +69,7 @@ class Setting:
 
 def measure(setting: Setting, repetitions: int) -> Record:
     """Runs by turns, each in a process of its own, and the Hub in this one."""
-    with LocalHub() as hub:
-        contenders = {"publishing": partial(published_run, hub, setting), "alone": partial(one_run, setting)}
-        runs = alternate(contenders, repetitions)
+    runs = alternate({"publishing": partial(published_run, setting), "alone": partial(one_run, setting)}, repetitions)
     found: Record = {what: {name: [one[what] for one in several] for name, several in runs.items()} for what in TIMES}
     found["publishing_thread_cpu_seconds"] = [one["thread_seconds"] for one in runs["publishing"]]
     return {
@@ -101,16 +99,19 @@ def compare(found: Record) -> Record:
     return {"median_seconds": medians, "pair_ratios": pairs, "ratios": ratios, "goals": goals}
 
 
-def published_run(hub: LocalHub, setting: Setting) -> Record:
+def published_run(setting: Setting) -> Record:
     """A run that publishes to a Hub that fails now and then.
+
+    The Hub is a new one each time: one that has the weights of an earlier run would be sent none.
 
     Raises:
         RuntimeError: where a stage has not arrived, or not exactly once.
     """
-    repo_id = f"{USER}/run-{len(hub.repos)}"
-    for failure in FAILURES:
-        hub.fail(*failure)
-    found = one_run(setting, repo_id, {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token})
+    repo_id = f"{USER}/run"
+    with LocalHub() as hub:
+        for failure in FAILURES:
+            hub.fail(*failure)
+        found = one_run(setting, repo_id, {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token})
     arrived = [branch for branch, _ in hub.repos[repo_id].messages]
     unused = [failure[0].pattern for failure in hub.failures if failure[2]]
     if arrived != [*found["stages"], "main"] or unused:
