@@ -129,7 +129,7 @@ def test_train_resume_and_report(config, tmp_path, output_of, error_of):
         ("data.block_size=64", "above the model's max_position_embeddings 32"),
         ("schedule=null", "the run has no schedule"),
         ("schedule.stages=[]", None),
-        ("training.optim=adafactor", "keeps a state that cannot be grown"),
+        ("training={optim: adafactor, carry_optimizer_state: true}", "keeps a state that cannot be grown"),
         ("training.learning_rate=fast", "training.learning_rate: Input should be a valid number"),
         ("training", "expected key=value"),
     ],

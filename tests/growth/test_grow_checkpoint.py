@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -397,8 +398,12 @@ def test_an_interrupt_leaves_nothing(sharded, tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(checkpoint, "grow_parameter", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64, threads=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64, threads=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert in_the_open(tmp_path) == ["source"] and len(made) < 10
 
 

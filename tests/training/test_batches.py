@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.data.order import BlockOrder
 from slop_hf.errors import RunError
+from slop_hf.training.arguments import PER_STAGE
 from slop_hf.training.batches import Batches, blocks_per_step, keep_last, per_stage, stage_batches
 
 #: Three stages of four steps.
@@ -20,7 +21,7 @@ SHORT = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:2]).with_shares([TOKEN
 
 def settings(**given):
     """The arguments that batches depend on, at their defaults."""
-    defaults = {"batch_tokens": None, "stage_batch_sizes": None}
+    defaults = dict.fromkeys(PER_STAGE)
     return SimpleNamespace(**{**defaults, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **given})
 
 
@@ -110,9 +111,9 @@ def test_batches_follow_the_number_of_devices():
 
 
 def test_the_last_stages_values_alone():
-    args = settings(batch_tokens=[64, 128], stage_batch_sizes=None)
+    args = settings(batch_tokens=[64, 128], stage_learning_rates=[1e-2, 1e-3])
     keep_last(args)
-    assert (args.batch_tokens, args.stage_batch_sizes) == ([128], None)
+    assert (args.batch_tokens, args.stage_batch_sizes, args.stage_learning_rates) == ([128], None, [1e-3])
 
 
 # ---- In a run --------------------------------------------------------------------------------------------------
