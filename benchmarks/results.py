@@ -16,7 +16,6 @@ shows are drawn, once for each record.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -33,7 +32,7 @@ from slop_hf.experiments.predictions import agreement_sentence, predictions_cell
 from slop_hf.experiments.record import Comparison
 from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
 from slop_hf.experiments.write import FIGURES, figure_markdown
-from slop_hf.serialization import write_text
+from slop_hf.serialization import read_json, write_text
 
 ROOT = Path(__file__).parents[1]
 RECORDS, IMAGES = "benchmarks/results", "docs/images/results"
@@ -78,10 +77,7 @@ def read_records(root: Path) -> dict[str, Comparison]:
     """
     found = {}
     for path in sorted((root / RECORDS).glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as caught:
-            raise RunError(f"{path}: not valid JSON ({caught})") from None
+        content = read_json(path, missing="take the record again", error=RunError)
         if isinstance(content, dict) and {"scale", "equal", "arms"} <= content.keys():  # benchmarks have none of these
             found[path.stem] = Comparison.load(path)
     return found

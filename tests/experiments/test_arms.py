@@ -61,7 +61,7 @@ def test_an_arm_takes_the_planners_answer_of_its_rank(schedule_of, planned):
     assert len(planned) == 6
     for plan, place in {"best": 0, 1: 0, 2: 1, 6: 5, "worst": -1}.items():
         assert schedule_of({"plan": plan}).structures == planned[place].structures
-    with pytest.raises(PlanError, match="the planner has 6 schedules, not 7"):
+    with pytest.raises(PlanError, match="the planner has 6 schedules: `plan` must be at most that, got 7"):
         schedule_of({"plan": 7})
 
 

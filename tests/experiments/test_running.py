@@ -5,11 +5,10 @@ import json
 import shutil
 
 import pytest
-import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from slop_hf import RunDirectory
+from slop_hf import RunConfig, RunDirectory
 from slop_hf.errors import RunError
 from slop_hf.experiments import running
 from slop_hf.experiments.arms import arm_runs, run_flops, with_trunks
@@ -181,8 +180,7 @@ def test_what_cannot_run_is_refused_before_anything_is_trained(experiment, tmp_p
 def test_each_run_can_be_launched_by_itself(trained):
     jobs, root = trained
     job = named(jobs, "from-scratch, seed 0")
-    config = (root / job.place).parent / "seed-0.run.yaml"
-    assert json.loads(json.dumps(yaml.safe_load(config.read_text())))["schedule"]["initial"]["hidden_size"] == 32
+    assert RunConfig.from_yaml((root / job.place).parent / "seed-0.run.yaml") == job.config
 
 
 def test_probes_are_in_the_ledger(experiment, trained, tmp_path):

@@ -1,5 +1,4 @@
-"""The `slop` command: plan, probe, grow, data, train, compare, publish, rollback, eval, report,
-reproduce, calibrate.
+"""The `slop` command, and what it consists of.
 
 Commands parse, call and print. They reach the library through the lazy names of `slop_hf`, so that `slop plan` loads
 no torch.

@@ -51,7 +51,7 @@ def compare(
     Every arm is run once with each seed, beginnings that runs share only once. Leaves a table, figures of loss against
     FLOPs and seconds, and `comparison.json` with all that was measured and what it cost. Killed and run again it goes
     on; runs that have finished are not trained again. The config of each run lies beside it, for a launch of its own:
-    `accelerate launch recipes/grow_1b.py --config runs/…/seed-0.run.yaml -o runs/…/seed-0`.
+    `accelerate launch recipes/grow_1b.py --config runs/…/seed-0.run.yaml --output-dir runs/…/seed-0`.
 
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """

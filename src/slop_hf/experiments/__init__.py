@@ -9,6 +9,7 @@
 | `results` | iso-loss savings, losses at equal FLOPs, spreads over seeds, rank correlations |
 | `predictions` | what the planner predicted, beside what was measured |
 | `tables`, `findings`, `figures`, `dots`, `write` | how a reader gets to see it |
+| `comparing` | `compare_arms`: all of that, from runs to figures |
 | `candidates` | what a probe may choose among: schedules, inits of a stage, stages that could come next |
 | `probe` | `Probe`: short trial training that puts candidates into the order of what was measured |
 | `probe_report`, `probe_table` | what came out of it, as one JSON file; as a table and sentences |

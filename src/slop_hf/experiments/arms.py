@@ -128,6 +128,9 @@ def spending(
         schedule: its tokens do not count.
         shares: of the tokens, for each stage, the initial model's first; None, the paper's 2.5 : 1 : 1 : …
         spend: the budget.
+
+    Raises:
+        RunError: for shares that are not one for each stage.
     """
     parts = [float(share) for share in shares or schedule.with_tokens(1e9).tokens]
     if len(parts) != len(schedule.structures):
@@ -146,14 +149,22 @@ def run_flops(experiment: Experiment, run: ArmRun) -> float:
 
 
 def model_fields(run: RunConfig) -> dict[str, Any]:
-    """What growth leaves alone, as `cost` and the planner take it."""
+    """What growth leaves alone, as `cost` and the planner take it.
+
+    Raises:
+        RunError: for a run that begins with a pretrained model.
+    """
     if "pretrained" in run.model:
         raise RunError("experiments begin with random weights, so that seeds differ in them; leave `pretrained` out")
     return {"model_type": "llama", "vocab_size": known_vocab_size(run), **run.model}
 
 
 def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
-    """The planner that answers for an arm."""
+    """The planner that answers for an arm.
+
+    Raises:
+        SlopError: for a structure that the scale does not have, and arguments that the planner refuses.
+    """
     names = (arm.target,) if isinstance(arm.target, str) else arm.target
     operators = arm.operators
     if arm.order is not None:
@@ -194,7 +205,7 @@ def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
     if arm.plan == "worst":
         return found[-1]
     if len(found) < rank:
-        raise PlanError(f"the planner has {len(found)} schedules, not {rank}")
+        raise PlanError(f"the planner has {len(found)} schedules: `plan` must be at most that, got {rank}")
     return found[rank - 1]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from .arms import arm_runs, with_trunks
 from .config import Experiment
 from .record import Comparison, collect
-from .running import Told, here, run_experiment
+from .running import Told, machine_name, run_experiment
 from .write import write_comparison
 
 
@@ -37,6 +37,6 @@ def compare_arms(
     """
     if train:
         run_experiment(experiment, root, devices=devices, workers=workers, told=told)
-    comparison = collect(experiment, with_trunks(arm_runs(experiment)), Path(root), here())
+    comparison = collect(experiment, with_trunks(arm_runs(experiment)), Path(root), machine_name())
     write_comparison(comparison, root)
     return comparison

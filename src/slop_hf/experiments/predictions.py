@@ -83,6 +83,9 @@ def predictions(comparison: Comparison) -> list[Prediction]:
 
     Eq. 2 of the paper, with losses in place of perplexities and FLOPs in place of hours, which go with them
     (`docs/reproduction.md`) and which other work on the machine does not touch.
+
+    Raises:
+        RunError: for a record that does not hold the run's settings.
     """
     run = _run_of(comparison)
     prices = Prices(model_fields(run), run.data.block_size, _PER_FLOP)
@@ -124,7 +127,11 @@ def measured_utility(run: RunResult) -> float:
 
 
 def agreement(comparison: Comparison) -> Agreement | None:
-    """How well the planner's ranks agree with what was measured; None for fewer than three schedules."""
+    """How well the planner's ranks agree with what was measured; None for fewer than three schedules.
+
+    Raises:
+        RunError: as `predictions`.
+    """
     found = predictions(comparison)
     if len(found) < LEAST:
         return None
@@ -210,7 +217,7 @@ def _stage_flops(comparison: Comparison, arms: Sequence[str]) -> tuple[list[floa
     for arm in arms:
         one = comparison.of(arm)[0]
         for dims, tokens, stage in zip(one.schedule.structures, one.schedule.tokens, one.stages, strict=True):
-            predicted.append(float(np.asarray(flops_per_token(dims, fields, length))) * tokens)
+            predicted.append(float(flops_per_token(dims, fields, length)) * tokens)
             measured.append(stage.flops)
     return predicted, measured
 

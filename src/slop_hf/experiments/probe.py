@@ -24,7 +24,7 @@ from .arms import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, of_first_stages, wi
 from .candidates import Candidate, Start, first_stage, schedule_candidates
 from .probe_report import CandidateResult, ProbeReport, RankBy
 from .record import PROBE_FILE, Cost, RunResult, cost_of, run_result
-from .running import Told, here, inherit, run_jobs
+from .running import Told, inherit, machine_name, run_jobs
 
 #: Share of its tokens that each stage is tried for where neither share nor lag is given.
 DEFAULT_SHARE = 0.1
@@ -143,7 +143,7 @@ class Probe:
             start="the initial model" if self._start is None else self._start.name,
             cost=self._cost(jobs, root),
             versions=versions(),
-            device=here(),
+            device=machine_name(),
         )
         report.save(root / PROBE_FILE)
         return report

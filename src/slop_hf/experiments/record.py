@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -282,10 +281,10 @@ def _probed(root: Path) -> Cost:
     """
     costs = []
     for path in sorted((root / PROBES).rglob(PROBE_FILE)):
-        try:
-            costs.append(parse(Cost, json.loads(path.read_text(encoding="utf-8"))["cost"], where=f"{path}: cost"))
-        except (ValueError, KeyError, TypeError) as caught:
-            raise RunError(f"{path} is no report of `slop probe`: {caught}") from None
+        report = read_json(path, missing="run `slop probe` again", error=RunError)
+        if not isinstance(report, dict) or "cost" not in report:
+            raise RunError(f"{path} is no report of `slop probe`: it does not say what it cost; move it out of there")
+        costs.append(parse(Cost, report["cost"], where=f"{path}: cost", error=RunError))
     return Cost(
         "probes",
         sum(cost.count for cost in costs),
@@ -315,25 +314,26 @@ def run_result(job: ArmRun, root: Path) -> RunResult:
     """
     run = RunDirectory(root / job.place)
     records = run.records()
-    for record in records:
-        if record.eval_loss is None:
-            raise RunError(f"{run.path}: {record.name} has no held-out loss; set `held_out` in the scale's data")
-    stages = tuple(
-        StageResult(
-            name=record.name,
-            dims=record.dims,
-            parameters=record.parameters,
-            tokens=record.tokens,
-            flops=record.flops,
-            seconds=round(record.seconds, 2),
-            eval_loss=round(record.eval_loss or math.nan, _DIGITS),
-            eval_loss_after_growth=_rounded(record.eval_loss_after_growth),
-            devices=record.devices,
-        )
-        for record in records
-    )
+    stages = tuple(_stage_result(run, record) for record in records)
     curve = _curve(run, records)
     return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, curve, _inherited(root, job))
+
+
+def _stage_result(run: RunDirectory, record: StageRecord) -> StageResult:
+    if record.eval_loss is None:
+        raise RunError(f"{run.path}: {record.name} has no held-out loss; set `held_out` in the scale's data")
+    after_growth = record.eval_loss_after_growth
+    return StageResult(
+        name=record.name,
+        dims=record.dims,
+        parameters=record.parameters,
+        tokens=record.tokens,
+        flops=record.flops,
+        seconds=round(record.seconds, 2),
+        eval_loss=round(record.eval_loss, _DIGITS),
+        eval_loss_after_growth=None if after_growth is None else round(after_growth, _DIGITS),
+        devices=record.devices,
+    )
 
 
 def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
@@ -350,10 +350,6 @@ def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
         seconds.append(round(before + done * record.seconds, 2))
         losses.append(round(entry[HELD_OUT], _DIGITS))
     return Curve(tuple(stages), tuple(flops), tuple(seconds), tuple(losses))
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, _DIGITS)
 
 
 def _compact(text: str) -> str:

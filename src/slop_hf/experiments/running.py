@@ -96,6 +96,7 @@ def _train(
     workers: int,
     told: Told | None,
 ) -> None:
+    """Write the config of every job beside its place, and train those that are waiting."""
     for job in jobs:
         write_text(beside(root, job, CONFIG_FILE), to_yaml(job.config))
     if waiting:
@@ -191,8 +192,8 @@ def is_finished(root: Path, job: ArmRun) -> bool:
     return run.exists and run.is_finished
 
 
-def here() -> str:
-    """What runs are trained on in this process, for a record: the GPU's name, or the number of CPU cores."""
+def machine_name() -> str:
+    """What this process trains on, for a record: the GPU's name, or the number of CPU cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"

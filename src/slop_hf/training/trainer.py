@@ -51,7 +51,7 @@ logger = logging.get_logger(__name__)
 
 
 class SlopTrainer(StageTrainer):
-    """Trains a model through a growth schedule: each stage for its tokens, weights and AdamW's moments grown between.
+    """Trains a model through a growth schedule: each stage for its tokens, the weights grown between.
 
     It is a `transformers.Trainer`: callbacks, `report_to`, `compute_metrics` and `processing_class` work as they do
     there, and `on_train_begin` and `on_train_end` come once a stage. `state.global_step`, the log history and every
