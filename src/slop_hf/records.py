@@ -100,6 +100,7 @@ class StageRecord:
         data_fingerprint: of all of it, "" where the data has none; and `data_seed`, of its order.
         init: the inits of the growth, by operator.
         growth_seed: the seed that new entries were drawn with.
+        growth_noise: on copies, as a share of `initializer_range`; None in records of earlier releases.
         versions: of slop_hf, transformers and torch.
     """
 
@@ -129,6 +130,7 @@ class StageRecord:
     data_seed: int | None = None
     init: dict[str, str] = field(default_factory=dict)
     growth_seed: int | None = None
+    growth_noise: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -6,13 +6,24 @@ import shutil
 import pytest
 import torch
 from benchmark_data import TEXTS
+from transformers import AutoModelForCausalLM
 
-from slop_hf import EvalSettings, EvaluateStages, RunConfig, RunDirectory, build_trainer, evaluate_run, prepare_data
+from slop_hf import (
+    EvalSettings,
+    EvaluateStages,
+    RunConfig,
+    RunDirectory,
+    build_trainer,
+    evaluate_run,
+    grow_model,
+    prepare_data,
+)
 from slop_hf.data import load_tokenizer
 from slop_hf.errors import EvaluationError, RunError
 from slop_hf.evaluation import runs
 from slop_hf.evaluation.held_out import HeldOut
 from slop_hf.evaluation.runs import utility_of
+from slop_hf.growth import weights_hash
 from slop_hf.records import EVAL_FILE, EvalRecord
 from slop_hf.report import summarise
 
@@ -38,7 +49,7 @@ def train(config):
     """Train a run of three stages with a callback."""
 
     def run(callback, path):
-        changes = {"growth_init": {"layer": "interleave"}, "growth_seed": 7}
+        changes = {"growth_init": {"layer": "interleave", "ffn": "copy"}, "growth_seed": 7, "growth_noise": 2.0}
         overrides = {f"training.{key}": one for key, one in changes.items()}
         run_config = RunConfig.from_yaml(config, {"model.max_position_embeddings": 128, **overrides})
         build_trainer(run_config, path, callbacks=[callback]).train()
@@ -75,6 +86,16 @@ def test_stages_have_the_losses_that_training_measured(run, settings):
     after = {path for path in run.path.rglob("*") if path.is_file()}
     assert after - set(before) == {run.stage_dir(number) / EVAL_FILE for number in range(3)}
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_what_is_scored_after_growth_has_the_bits_that_training_began_with(run):
+    for number, record in enumerate(run.records()[1:], start=1):
+        small = AutoModelForCausalLM.from_pretrained(run.stage_dir(number - 1), dtype="auto")
+        drawn = {"seed": record.growth_seed, "noise": record.growth_noise}
+        grown = grow_model(small, record.operators[0], record.dims, init=record.init, **drawn)
+        scored = next(one for one in run.evaluations(number) if one.when == "after_growth")
+        assert scored.weights_hash == weights_hash(grown.named_parameters())
+        assert drawn == {"seed": 7 + number, "noise": 2.0}
 
 
 def test_other_records_are_kept(run, settings):

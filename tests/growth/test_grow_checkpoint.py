@@ -487,9 +487,10 @@ def test_receipt_of_a_chain_names_every_init(source, tmp_path):
         GrowthStage(("layer",), ModelDims(32, 48, 3, 4)),
         GrowthStage(("layer",), ModelDims(32, 48, 4, 4), init="preserving"),
     ]
-    receipt = grow_checkpoint(source, tmp_path / "grown", stages)
+    receipt = grow_checkpoint(source, tmp_path / "grown", stages, seed=3, noise=0.5)
     assert isinstance(receipt, GrowthReceipt) and not receipt.preserves
     assert receipt.operators == ("layer",) and receipt.inits == {"layer": "stack, preserving"}
+    assert (receipt.seed, receipt.noise) == (3, 0.5)
 
 
 def test_verify_measures_and_refuses(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..data import prepare_data
 from ..errors import RunError
 from ..growth import grow_checkpoint
+from ..growth.plan import DEFAULT_NOISE
 from ..records import RECORD_FILE, EvalRecord, RunDirectory, StageRecord
 from ..report.summary import marginal_utility
 from ..training.callbacks import StageCallback
@@ -170,7 +171,9 @@ def _grown(run: RunDirectory, number: int, ranks: Ranks) -> Iterator[Path]:
     with ranks.together():
         if ranks.is_first:
             shutil.rmtree(target, ignore_errors=True)  # what a killed run left
-            grow_checkpoint(run.stage_dir(number - 1), target, stage, seed=record.growth_seed or 0, progress=False)
+            noise = DEFAULT_NOISE if record.growth_noise is None else record.growth_noise
+            seed = record.growth_seed or 0
+            grow_checkpoint(run.stage_dir(number - 1), target, stage, seed=seed, noise=noise, progress=False)
     try:
         yield target
         ranks.wait()

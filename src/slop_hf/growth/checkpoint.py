@@ -140,6 +140,7 @@ def _receipt(
         operators=plan.operators,
         inits=plan.inits,
         seed=seed,
+        noise=plan.growths[0].noise,
         source_dims=plan.old,
         dims=plan.new,
         source_parameters=count_parameters(plan.old, plan.growths[0].source_config),

@@ -55,6 +55,7 @@ class GrowthReceipt:
         operators: what grew.
         inits: the init of each operator.
         seed: of the random entries.
+        noise: on copies, as a share of `initializer_range`; None in receipts of earlier releases.
         source_dims, dims: structures before and after.
         source_parameters, parameters: true numbers of parameters before and after.
         seconds: wall-clock seconds, reading and writing included.
@@ -78,6 +79,7 @@ class GrowthReceipt:
     parameters: int
     seconds: float
     versions: dict[str, str]
+    noise: float | None = None
     preserves: bool = False
     source_hash: str | None = None
     bytes_written: int | None = None

@@ -48,6 +48,7 @@ def stage_record(
     seconds: float,
     devices: int,
     growth_seed: int,
+    growth_noise: float,
     data: tuple[ConsumedTokens, ...],
     facts: RunFacts,
 ) -> StageRecord:
@@ -59,7 +60,7 @@ def stage_record(
         metrics: of the evaluation at its end; empty without held-out data.
         seconds: of training.
         devices: processes that shared the work.
-        growth_seed: of the growth at its beginning.
+        growth_seed, growth_noise: of the growth at its beginning.
         data: what was trained on, by source.
         facts: of the run.
     """
@@ -92,6 +93,7 @@ def stage_record(
         data_seed=facts.data_seed,
         init=resolve_inits(span.growth.operators, span.growth.init) if span.growth else {},
         growth_seed=growth_seed if span.growth else None,
+        growth_noise=growth_noise if span.growth else None,
         versions=versions(),
     )
 

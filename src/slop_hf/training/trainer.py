@@ -281,8 +281,8 @@ class SlopTrainer(StageTrainer):
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
         seed, size = self.facts.data_seed, self.facts.block_size
         data = consumed(self.blocks, seed, size, span.first_block, span.blocks)
-        devices, growth_seed = self.ranks.count, self._growth_seed(span)
-        record = stage_record(span, history, metrics, seconds, devices, growth_seed, data, self.facts)
+        devices, growth_seed, noise = self.ranks.count, self._growth_seed(span), self.args.growth_noise
+        record = stage_record(span, history, metrics, seconds, devices, growth_seed, noise, data, self.facts)
         states = self._setup.states(self)
         save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
         self._drop_optimizer_state(span.number - 1)
