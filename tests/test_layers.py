@@ -22,7 +22,7 @@ MAX_LINES = 400
 
 # Row -> the modules and subpackages in it. A module may import from its own row and from the rows above.
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "dims", "serialization", "failures"),
+    "words": ("errors", "addresses", "dims", "serialization", "failures"),
     "facts": ("operators", "architectures", "cost", "memory", "hours", "devices", "scaling", "paper"),
     "values": ("tokens", "budget", "structures", "schedule", "space", "records", "rollback", "baselines"),
     "decide": ("objectives", "rules", "graph", "grid", "corners", "planner", "explanation", "reproduction"),

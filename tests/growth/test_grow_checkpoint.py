@@ -328,14 +328,15 @@ def test_requests_that_cannot_be(source, tmp_path, monkeypatch):
 def test_from_the_hub(source, tmp_path, monkeypatch):
     asked = {}
 
-    def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
-        asked[repo_id] = allow_patterns, ignore_patterns
+    def snapshot_download(repo_id, *, revision, allow_patterns, ignore_patterns):
+        asked[repo_id, revision] = allow_patterns, ignore_patterns
         return str(source)
 
     monkeypatch.setattr(checkpoint_plan, "snapshot_download", snapshot_download)
-    receipt = grow_checkpoint("someone/small", tmp_path / "grown", "ffn", 64)
-    allowed, ignored = asked["someone/small"]
-    assert receipt.source == "someone/small" and "model*.safetensors" in allowed and {"*.bin", "*.py"} <= {*ignored}
+    receipt = grow_checkpoint("someone/small@step1000", tmp_path / "grown", "ffn", 64)
+    allowed, ignored = asked["someone/small", "step1000"]
+    assert receipt.source == "someone/small@step1000"
+    assert "model*.safetensors" in allowed and {"*.bin", "*.py"} <= {*ignored}
 
 
 def test_a_full_disk(source, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[tuple[str, str]] = field(default_factory=list)  # branch and title of every commit that was sent
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch, files, title=None):
         oid = hashlib.sha1(f"{branch} {len(self.commits)}".encode()).hexdigest()
@@ -37,7 +38,8 @@ class Repo:
         return oid
 
     def resolve(self, revision):
-        return self.branches.get(revision) or (revision if revision in self.commits else None)
+        named = {**self.tags, **self.branches}
+        return named.get(revision) or (revision if revision in self.commits else None)
 
     def files(self, revision):
         return self.commits[self.resolve(revision)]
@@ -194,6 +196,15 @@ class _Handler(BaseHTTPRequestHandler):
                 repo.branches[name] = repo.resolve(start)
                 self.answer(200, {})
 
+    def tag(self, repo_id, revision):
+        if repo := self.revision(repo_id, revision, writing=True):
+            name = json.loads(self.body)["tag"]
+            if name in repo.tags:
+                self.answer(409, {"error": "Tag reference exists already"})
+            else:
+                repo.tags[name] = repo.resolve(revision)
+                self.answer(200, {})
+
     def preupload(self, repo_id, revision):
         if self.revision(repo_id, revision, writing=True):
             files = [
@@ -247,10 +258,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refs(self, repo_id):
         if repo := self.repo_for(repo_id, writing=False):
-            branches = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in repo.branches.items()
-            ]
-            self.answer(200, {"branches": branches, "converts": [], "tags": []})
+            branches, tags = (
+                [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in found.items()]
+                for kind, found in (("heads", repo.branches), ("tags", repo.tags))
+            )
+            self.answer(200, {"branches": branches, "converts": [], "tags": tags})
 
     def tree(self, repo_id, revision):
         if repo := self.revision(repo_id, revision):
@@ -290,6 +302,7 @@ _ROUTES = [
     ("POST /api/validate-yaml", _Handler.validate_yaml),
     ("POST /api/repos/create", _Handler.create),
     (rf"POST /api/models/{_REPO}/branch/(.+)", _Handler.branch),
+    (rf"POST /api/models/{_REPO}/tag/(.+)", _Handler.tag),
     (rf"POST /api/models/{_REPO}/preupload/(.+)", _Handler.preupload),
     (rf"POST /api/models/{_REPO}/commit/(.+)", _Handler.commit),
     (rf"POST /{_REPO}.git/info/lfs/objects/batch", _Handler.lfs_batch),

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from published_runs import QUICK
 from server import READ_TOKEN
 
-from slop_hf import RunDirectory, fetch_stage, publish_run, publish_stage
+from slop_hf import GrowthSchedule, RunDirectory, fetch_stage, publish_run, publish_stage
 from slop_hf.errors import HubError
 
 REPO = "tester/grown"
@@ -136,6 +136,43 @@ def test_slop_publish_sends_what_was_scored_since(finished, hub, output_of, tmp_
     (scored,) = json.loads(hub.repos[REPO].files("main")["growth.json"])["evaluations"]
     assert (scored["task"], scored["limit"]) == ("perplexity", 2)
     assert sent() == [False, False, False, False]
+
+
+def test_a_tag_and_a_commit_are_revisions_too(published, finished, hub, api, tmp_path, output_of, error_of):
+    commit = hub.repos[REPO].branches["stage-1-layer"]
+    api.create_tag(REPO, tag="v1", revision="stage-1-layer")
+    publish_stage(finished[0], 1, REPO, api=api)  # a tag stays where it is, and disturbs nobody
+    for revision in ("v1", commit):
+        stage = fetch_stage(f"{REPO}@{revision}", api)
+        assert (stage.growth.revision, stage.origin.parent.revision) == ("stage-1-layer", revision)
+    assert "it has main, stage-0-initial, stage-1-layer, stage-2-ffn, v1" in error_of(
+        "train", finished[1], "--from", f"{REPO}@v2", "-o", tmp_path / "more"
+    )
+
+
+def test_a_revision_is_scored_grown_and_trained_on_by_its_address(published, finished, tmp_path, output_of, error_of):
+    run, config = finished
+    address, asked = f"{REPO}@stage-1-layer", ("--tasks", "perplexity", "--data", config, "--json", "--cache-dir")
+    scored = json.loads(output_of("eval", address, *asked, tmp_path / "one"))
+    of_run = json.loads(output_of("eval", run, "--stage", 1, *asked, tmp_path / "other"))
+    assert scored["evaluations"] == of_run["stages"][0]["evaluations"]
+
+    output_of("grow", address, "-o", tmp_path / "grown", "--intermediate-size", 48)
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["num_hidden_layers"] == 3
+
+    rest = GrowthSchedule(RunDirectory(run).schedule.structures[1], RunDirectory(run).schedule.stages[1:])
+    rest.to_yaml(tmp_path / "rest.yaml")
+    given = {"data.tokenizer": address, "model.pretrained": address}
+    published_as = {"training.push_to_hub": "true", "training.hub_model_id": "tester/more"}
+    changes = [part for name, value in (given | published_as).items() for part in ("--set", f"{name}={value}")]
+    output_of("train", config, "--schedule", tmp_path / "rest.yaml", "-o", tmp_path / "more", *changes)
+    begun = tmp_path / "more/stage-0-initial/model.safetensors"
+    assert begun.read_bytes() == (run / "stage-1-layer/model.safetensors").read_bytes()
+    card = ModelCard(published.repos["tester/more"].files("main")["README.md"].decode())
+    assert card.data.base_model == REPO
+
+    told = error_of("eval", f"{REPO}@stage-9", *asked, tmp_path / "one")
+    assert f"{REPO}@stage-9 is not a directory" in told and "from the Hub: Invalid rev id: stage-9" in told
 
 
 def test_a_moved_run_is_the_same_run(published, finished, api, tmp_path):

@@ -50,7 +50,7 @@ def calibrate(
     ] = None,
     target: Annotated[str | None, typer.Option(help="The largest of those sizes.")] = None,
     destination: Annotated[
-        str | None, typer.Option("--to", help="Take it from a model directory, a config.json or a Hub id.")
+        str | None, typer.Option("--to", help="Take it from a model directory, a config.json or a Hub id[@revision].")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to time, of each structure; their median counts.")] = 10,
     warmup_steps: Annotated[int, typer.Option(help="Steps before those, not counted.")] = 3,

@@ -56,7 +56,7 @@ Examples:
 
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run's directory; or a model's, or its Hub id.")
+        str, typer.Argument(metavar="RUN|MODEL", help="A run's directory; or a model's, or its Hub id[@revision].")
     ],
     tasks: Annotated[str, typer.Option(help="paper, perplexity, or tasks of lm-eval, parted by commas.")] = PAPER,
     limit: Annotated[int | None, typer.Option(help="Score the first so many documents of a task only.")] = None,

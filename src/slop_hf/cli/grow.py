@@ -18,7 +18,7 @@ from ..schedule import GrowthSchedule, GrowthStage
 
 
 def grow(
-    source: Annotated[str, typer.Argument(help="Directory of the model to grow, or its id on the Hub.")],
+    source: Annotated[str, typer.Argument(help="Directory of the model to grow, or its Hub id[@revision].")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the grown model; it must not exist.")],
     hidden_size: Annotated[int | None, typer.Option(help="New hidden size.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="New ffn size.")] = None,

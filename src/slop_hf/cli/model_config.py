@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from ..addresses import Address
 from ..dims import ModelDims
 from ..errors import PlanError
 
 _CARRIED_OVER = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
@@ -29,8 +28,8 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
     try:
         if path.is_dir():
             path = path / "config.json"
-        elif not path.exists() and _HUB_ID.fullmatch(source):
-            path = _from_hub(source)
+        elif not path.exists() and (address := Address.find(source)) is not None:
+            path = _from_hub(address)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as caught:
         reason = str(caught).strip().partition("\n")[0]
@@ -40,7 +39,7 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
     return ModelDims.from_config(found), {name: found[name] for name in _CARRIED_OVER if name in found}
 
 
-def _from_hub(address: str) -> Path:
-    from ..hub.access import Address, fetch_file  # the Hub's client is not needed for files
+def _from_hub(address: Address) -> Path:
+    from ..hub.access import fetch_file  # the Hub's client is not needed for files
 
-    return fetch_file(Address.parse(address), "config.json")
+    return fetch_file(address, "config.json")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 import slop_hf
 
+from ..addresses import Address
 from ..errors import RunError
 from ..memory import MemoryEstimate, training_memory
 from ..records import RunDirectory
@@ -107,8 +108,10 @@ def _publishing(config: RunConfig, stage: FetchedStage | None) -> list[PublishCa
     if not config.training.get("push_to_hub"):
         return []
     begun_with = config.model.get("pretrained")
-    is_local = begun_with is None or stage is not None or Path(begun_with).exists()
-    return [slop_hf.PublishCallback.from_arguments(config.training, base_model=None if is_local else begun_with)]
+    base_model = None  # a directory is none; a run that begins with a published stage knows its repository
+    if begun_with is not None and stage is None and not Path(begun_with).exists():
+        base_model = Address.parse(begun_with).repo_id
+    return [slop_hf.PublishCallback.from_arguments(config.training, base_model=base_model)]
 
 
 def show_outcome(output: Path, *, as_json: bool = False) -> None:

@@ -144,7 +144,7 @@ class DataConfig:
     Args:
         source, split, text_column, format, max_documents: of the one source, as for `Source`.
         mixture: the sources with their weights, in place, or the path of their file.
-        tokenizer: a local folder or Hub id; None trains one on the training documents.
+        tokenizer: a local folder or Hub id[@revision]; None trains one on the training documents.
         tokenizer_kind: of the one to train: `"bpe"`, byte-level, or `"sentencepiece"`, SentencePiece's BPE.
         vocab_size: of the one to train, at least 257 (the bytes and the end of text).
         block_size: tokens in a training example.

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ..addresses import located
 from ..errors import DataError
 from .config import TokenizerKind, check_vocab_size
 
@@ -182,7 +183,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         DataError: if it cannot be loaded, has no Rust implementation or no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(**located(name))
     except Exception as caught:  # transformers, tokenizers, the Hub and the network: their errors share no base
         reason = str(caught).strip().partition("\n")[0] or type(caught).__name__
         raise DataError(

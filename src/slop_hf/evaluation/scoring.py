@@ -53,7 +53,7 @@ def evaluate_model(
     model, and they share the documents.
 
     Args:
-        model: a directory or Hub id; or a model, which is scored on the device that it is on.
+        model: a directory or Hub id[@revision]; or a model, which is scored on the device that it is on.
         tasks: "paper" (`PAPER_TASKS`: PIQA, HellaSwag, BBH, LAMBADA, GSM8K), "perplexity", or any tasks and groups of
             lm-eval.
         limit, batch_size, num_fewshot, device, cache_dir, held_out, include_path, datasets: as for `EvalSettings`.
@@ -84,7 +84,7 @@ class Subject:
     """A model to score; it is loaded only when something has to be.
 
     Args:
-        model: a directory, a Hub id, or a model.
+        model: a directory, a Hub id[@revision], or a model.
         device: to load it to; None, a GPU if there is one.
         tokenizer: None, that in the directory.
 

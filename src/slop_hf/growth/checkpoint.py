@@ -64,7 +64,7 @@ def grow_checkpoint(
     is removed by the next.
 
     Args:
-        source: a local directory or a Hub id.
+        source: a local directory or a Hub id[@revision].
         target: a directory that does not exist yet.
         operator: as for `grow_model`; or several `GrowthStage`s, which follow one another in one pass over the data.
             The weights are then those of `grow_model` once for each stage, with `seed`, `seed + 1` and so on.

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from ..addresses import Address
 from ..cost import count_parameters
 from ..dims import ModelDims
 from ..errors import GrowthError
@@ -222,16 +223,26 @@ def plan_checkpoint_growth(
 def checkpoint_directory(source: str | Path) -> Path:
     """The directory of a checkpoint; one on the Hub is fetched into the cache, without pickles or code.
 
+    Args:
+        source: a directory; or a Hub id, also with a revision (`user/name@stage-1-layer`).
+
     Raises:
         GrowthError: for what is neither a directory nor a model that could be fetched.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    address = None if path.exists() or isinstance(source, Path) else Address.find(source)
+    if address is None:
         raise GrowthError(f"{source} is not a model directory: there is no such directory")
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_FROM_HUB), ignore_patterns=["*.bin", "*.py"]))
+        fetched = snapshot_download(
+            address.repo_id,
+            revision=address.revision,
+            allow_patterns=list(_FROM_HUB),
+            ignore_patterns=["*.bin", "*.py"],
+        )
+        return Path(fetched)
     except (OSError, ValueError) as caught:
         raise GrowthError(
             f"{source} is not a directory, and no model of that name could be fetched from the Hub: "
@@ -355,4 +366,5 @@ def _size(nbytes: float) -> str:
 
 
 def _first_line(caught: Exception) -> str:
-    return next(iter(str(caught).strip().splitlines()), type(caught).__name__)
+    said = getattr(caught, "server_message", None) or str(caught)  # of the Hub's errors the first line is a status
+    return next(iter(said.strip().splitlines()), type(caught).__name__)

@@ -1,8 +1,7 @@
-"""Addresses on the Hub, failures of its in words, and trying again."""
+"""The Hub's failures in words, and trying again."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,52 +20,18 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..addresses import Address
 from ..errors import HubError, SlopError
 from ..failures import is_transient, reason_of, seconds_to_wait, status_of
 
 T = TypeVar("T")
 
-MAIN = "main"
-_ADDRESS = re.compile(r"(?P<repo_id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _CONFLICTS = frozenset({409, 412})  # somebody else has committed meanwhile; looking again tells what
 
 
 class HubUnreachable(HubError):
     """Nothing can be read or written at present."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """A revision of a repository.
-
-    Args:
-        repo_id: such as `user/name`.
-        revision: a branch, a tag or a commit.
-
-    >>> Address.parse("user/name@stage-2-ffn")
-    Address(repo_id='user/name', revision='stage-2-ffn')
-    >>> str(Address.parse("user/name"))
-    'user/name@main'
-    """
-
-    repo_id: str
-    revision: str = MAIN
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """Read `user/name` or `user/name@revision`.
-
-        Raises:
-            HubError: for anything else.
-        """
-        found = _ADDRESS.fullmatch(text)
-        if found is None:
-            raise HubError(f"{text!r} is no address on the Hub; expected user/name, or user/name@revision")
-        return cls(found["repo_id"], found["revision"] or MAIN)
-
-    def __str__(self) -> str:
-        return f"{self.repo_id}@{self.revision}"
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
+from ..addresses import Address
 from ..errors import HubError, RunError
 from ..records import RunDirectory
-from .access import Address, Retries
+from .access import Retries
 from .lineage import GROWTH_FILE, PublishedGrowth
 from .revision import Revision, check_finished, plan_revision
 
@@ -67,27 +68,36 @@ def publish_stage(
     return publisher.publish(number)
 
 
-def publish_run(run_dir: RunDirectory | str | Path, repo_id: str, **options: object) -> Iterator[Published]:
-    """Publish all finished stages of a run, in order, as `publish_stage` does; each is told of when it is there.
+def publish_run(
+    run_dir: RunDirectory | str | Path, repo_id: str, *, stages: Sequence[int] | None = None, **options: object
+) -> Iterator[Published]:
+    """Publish finished stages of a run, in order, as `publish_stage` does; each is told of when it is there.
+
+    Args:
+        run_dir, repo_id, options: as for `publish_stage`.
+        stages: their numbers; None, all that have finished.
 
     Raises:
         RunError: where there is no run, or no finished stage.
         HubError: as for `publish_stage`.
     """
     publisher = Publisher(run_dir, repo_id, **options)  # type: ignore[arg-type]
-    for number in finished_numbers(publisher.run):
+    for number in stages_to_publish(publisher.run, stages):
         yield from publisher.publish(number)
 
 
-def finished_numbers(run: RunDirectory) -> range:
-    """The numbers of a run's finished stages.
+def stages_to_publish(run: RunDirectory, stages: Sequence[int] | None = None) -> Sequence[int]:
+    """The numbers of the stages that are asked for, or of all that have finished.
 
     Raises:
-        RunError: where there are none.
+        RunError: where there is no run, or a stage has not finished.
     """
     if run.schedule and not run.finished_stages:
         raise RunError(f"{run.path} has no finished stage to publish; let `slop train` finish its first one")
-    return range(run.finished_stages)
+    chosen = range(run.finished_stages) if stages is None else stages
+    for number in chosen:
+        check_finished(run, number)  # before anything is sent
+    return chosen
 
 
 class Publisher:

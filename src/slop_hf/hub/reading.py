@@ -7,11 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..addresses import Address
 from ..errors import GrowthError, HubError
 from ..growth import stored_weights_hash
 from ..schedule import GrowthSchedule
 from ..training.config import RunConfig
-from .access import Address, explained, fetch_file
+from .access import explained, fetch_file
 from .lineage import GROWTH_FILE, Origin, Parent, PublishedGrowth
 
 

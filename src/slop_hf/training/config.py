@@ -19,11 +19,13 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..addresses import located
 from ..baselines import from_scratch
 from ..data import Corpus, DataConfig, documents, load_tokenizer, prepare_data
 from ..data.sources import local_files
 from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
+from ..growth import checkpoint_directory
 from ..records import RunDirectory
 from ..schedule import GrowthSchedule
 from ..serialization import change, parse, read_yaml
@@ -63,8 +65,8 @@ class RunConfig:
     Args:
         schedule: the growth schedule, in place, or the path of its file.
         model: fields of the initial model's config that growth leaves alone, such as `tie_word_embeddings`
-            (`model_type` is `llama` unless given); or `pretrained`, a directory or Hub id to begin with. Fields beside
-            `pretrained` say what is expected of it, so that a preview need not look it up.
+            (`model_type` is `llama` unless given); or `pretrained`, a directory or Hub id[@revision] to begin with.
+            Fields beside `pretrained` say what is expected of it, so that a preview need not look it up.
         data: the corpus and how it is cut.
         training: fields of `SlopTrainingArguments`.
         evaluation: what each stage is scored on while the run trains; None, nothing. `slop train` and
@@ -153,7 +155,7 @@ class RunConfig:
         pretrained = settings.pop("pretrained", None)
         try:
             if pretrained is not None and not (as_described and settings):
-                found = AutoConfig.from_pretrained(pretrained)
+                found = AutoConfig.from_pretrained(**located(pretrained))
                 for name, value in settings.items():
                     if getattr(found, name, None) != value:
                         raise RunError(
@@ -268,13 +270,21 @@ def _arm(config: RunConfig, scratch: bool) -> GrowthSchedule:
     return from_scratch(schedule, model_config, config.data.block_size)
 
 
+def _pretrained_model(source: str) -> PreTrainedModel:
+    try:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(checkpoint_directory(source), dtype="auto"))
+    except OSError as caught:
+        reason = str(caught).strip().partition("\n")[0]
+        raise RunError(f"model.pretrained {source} cannot be loaded ({reason}); it has to have safetensors") from None
+
+
 def _initial_model(
     config: RunConfig, schedule: GrowthSchedule, corpus: Corpus, seed: int, *, scratch: bool
 ) -> PreTrainedModel:
     model_config = config.model_config(schedule.initial, len(corpus.tokenizer))
     pretrained = config.model.get("pretrained")
     if pretrained is not None and not scratch:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(pretrained, dtype="auto"))
+        return _pretrained_model(pretrained)
     model_config = schedule.initial.to_config(model_config)  # a pretrained one's, where its target begins from scratch
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model_config, name, getattr(corpus.tokenizer, name))

@@ -21,7 +21,7 @@ on the batch size: no mean of batches is taken.
 _INPUTS = """
 Args:
     data (list of str): the texts.
-    model_id (str): a directory or Hub id of a causal language model with its tokenizer.
+    model_id (str): a directory or Hub id[@revision] of a causal language model with its tokenizer.
     block_size (int): tokens of a block; default, as many as the model reads, 2048 at most.
     batch_size (int or "auto"): blocks at a time.
     device (str): default, a GPU if there is one.
