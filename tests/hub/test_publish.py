@@ -173,7 +173,7 @@ def test_what_cannot_be_published_is_refused_in_words(finished, hub, api, tmp_pa
     with pytest.raises(RunError, match="is not a run"):
         publish(tmp_path, api)
     with pytest.raises(RunError, match="no finished stage 7: give one from 0 to 2"):
-        publish_stage(run, 7, REPO, api=api)
+        publish(run, api, stages=[0, 7])
     empty = tmp_path / "empty"
     RunDirectory(run).schedule.to_yaml(empty / "schedule.yaml")
     with pytest.raises(RunError, match="no finished stage to publish"):

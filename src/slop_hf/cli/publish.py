@@ -10,7 +10,6 @@ import typer
 
 import slop_hf
 
-from ..errors import RunError
 from ..records import RunDirectory
 
 
@@ -38,25 +37,23 @@ def publish(
     Example: `slop publish runs/tiny --to user/tiny --dry-run`
     """
     found = RunDirectory(run)
-    numbers = stage or list(range(found.finished_stages if found.schedule else 0))
-    if not numbers:
-        raise RunError(f"{run} has no finished stage to publish; let `slop train` finish its first one")
     if dry_run:
-        _show_plan(found, numbers, to, as_json=as_json)
+        _show_plan(found, stage, to, as_json=as_json)
         return
     rows = []
-    for number in numbers:
-        for one in slop_hf.publish_stage(found, number, to, private=not public, base_model=base_model):
-            rows.append({"address": str(one.address), "is_new": one.is_new, "bytes": one.nbytes})
-            if not as_json:
-                print(f"{one.address}: {_size(one.nbytes) if one.is_new else 'was there'}")
+    for one in slop_hf.publish_run(found, to, stages=stage, private=not public, base_model=base_model):
+        rows.append({"address": str(one.address), "is_new": one.is_new, "bytes": one.nbytes})
+        if not as_json:
+            print(f"{one.address}: {_size(one.nbytes) if one.is_new else 'was there'}")
     if as_json:
         print(json.dumps(rows, indent=2))
 
 
-def _show_plan(run: RunDirectory, numbers: list[int], to: str, *, as_json: bool) -> None:
+def _show_plan(run: RunDirectory, stages: list[int] | None, to: str, *, as_json: bool) -> None:
+    from ..hub.publish import stages_to_publish  # with torch
+
     rows: list[dict[str, Any]] = []
-    for number in numbers:
+    for number in stages_to_publish(run, stages):
         plan = slop_hf.plan_revision(run, number, to)
         rows += [{"address": f"{to}@{branch}", "files": plan.sizes} for branch in plan.branches]
     if as_json:
