@@ -70,6 +70,7 @@ def test_growth_json_and_the_card_tell_where_a_stage_comes_from(finished, hub, a
     assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]
     for needed in (f'revision="{STAGES[1]}"', "AutoTokenizer", "loss.png", f"slop train RUN.yaml --from {REPO}@"):
         assert needed in card.text
+    assert "here in the order layer, ffn." in card.text
     assert "stage-2-ffn comes after it in the run's schedule" in card.text
     assert card.text.count("\n| 0 |") == card.text.count("\n| 1 |") == 1 and "\n| 2 |" not in card.text
 

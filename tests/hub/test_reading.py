@@ -135,6 +135,10 @@ def test_slop_publish_sends_what_was_scored_since(finished, hub, output_of, tmp_
     assert sent() == [False, False, True, True], "the last stage and main, which is the same"
     (scored,) = json.loads(hub.repos[REPO].files("main")["growth.json"])["evaluations"]
     assert (scored["task"], scored["limit"]) == ("perplexity", 2)
+    results = ModelCard(hub.repos[REPO].files("main")["README.md"].decode()).data.eval_results
+    assert [(one.dataset_type, one.metric_type, one.metric_value) for one in results] == [
+        ("held-out", metric, scored["metrics"][metric]) for metric in ("perplexity", "loss")
+    ]
     assert sent() == [False, False, False, False]
 
 

@@ -9,11 +9,13 @@ from functools import cache
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..evaluation.tasks import PERPLEXITY
 from ..records import EvalRecord
 from ..report.tables import NOTHING, count, decimals, significant, stage_markdown
 from .lineage import GROWTH_FILE, PublishedGrowth
 
 TAGS = ["slop-hf", "model-growth"]
+HELD_OUT = "held-out"  # what stands for a data set where perplexity was measured
 #: Where what scored a model is found, by its name: the Hub names no source without its address.
 SOURCES = {"lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness"}
 
@@ -53,6 +55,7 @@ def model_card(
         growth_file=GROWTH_FILE,
         record=record,
         total_tokens=sum(one.tokens for one in (*growth.ancestors, record)),
+        order=", ".join(" and ".join(stage.operators) for stage in growth.schedule.stages),
         is_last=record.stage == len(growth.schedule.stages),
         earlier=len(growth.ancestors) - record.stage,
         base_model=base_model,
@@ -96,8 +99,8 @@ def _eval_results(growth: PublishedGrowth) -> Iterator[EvalResult]:
             if math.isfinite(value):
                 yield EvalResult(
                     task_type="text-generation",
-                    dataset_type=one.task,
-                    dataset_name=one.task,
+                    dataset_type=HELD_OUT if one.task == PERPLEXITY else one.task,
+                    dataset_name="held-out text" if one.task == PERPLEXITY else one.task,
                     metric_type=metric,
                     metric_value=value,
                     dataset_args=None if one.num_fewshot is None else {"num_few_shot": one.num_fewshot},
@@ -108,7 +111,7 @@ def _eval_results(growth: PublishedGrowth) -> Iterator[EvalResult]:
     if not at_end and perplexity is not None and math.isfinite(perplexity):
         yield EvalResult(
             task_type="text-generation",
-            dataset_type="held-out",
+            dataset_type=HELD_OUT,
             dataset_name="held-out part of the training data",
             metric_type="perplexity",
             metric_value=perplexity,
