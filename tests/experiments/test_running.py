@@ -9,7 +9,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from slop_hf import RunConfig, RunDirectory
-from slop_hf.errors import RunError
+from slop_hf.errors import EvaluationError, RunError
 from slop_hf.experiments import running
 from slop_hf.experiments.arms import arm_runs, run_flops, with_trunks
 from slop_hf.experiments.config import Experiment
@@ -181,6 +181,22 @@ def test_each_run_can_be_launched_by_itself(trained):
     jobs, root = trained
     job = named(jobs, "from-scratch, seed 0")
     assert RunConfig.from_yaml((root / job.place).parent / "seed-0.run.yaml") == job.config
+
+
+def test_what_runs_are_to_be_scored_on_they_are(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+    asked = {f"run.evaluation.{name}": value for name, value in {"tasks": "perplexity", "after_growth": True}.items()}
+    found = Experiment.from_yaml(tiny_experiment, overrides=asked)
+    jobs = run_experiment(dataclasses.replace(found, arms={"slop": found.arms["slop"]}), tmp_path / "out")
+    run = RunDirectory(tmp_path / "out" / named(jobs, "slop, seed 0").place)
+    for record in run.records():
+        *grown, end = run.evaluations(record.stage)
+        assert end.metrics["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
+        assert [one.when for one in grown] == ["after_growth"] * (record.stage > 0)
+    none = Experiment.from_yaml(tiny_experiment, overrides={**asked, "run.evaluation.limit": 0})
+    with pytest.raises(EvaluationError, match="seed 0: limit must be a whole number of at least 1, got 0"):
+        run_experiment(none, tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("stage-*"))
 
 
 def test_probes_are_in_the_ledger(experiment, trained, tmp_path):

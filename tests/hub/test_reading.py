@@ -179,6 +179,14 @@ def test_a_revision_is_scored_grown_and_trained_on_by_its_address(published, fin
     assert f"{REPO}@stage-9 is not a directory" in told and "from the Hub: Invalid rev id: stage-9" in told
 
 
+def test_no_pickle_is_fetched_to_begin_with(finished, hub, tmp_path, error_of):
+    config = (finished[0] / "stage-0-initial/config.json").read_bytes()
+    hub.make("tester/old").commit("main", {"config.json": config, "pytorch_model.bin": b"a pickle"})
+    told = error_of("train", finished[1], "-o", tmp_path / "run", "--set", "model={pretrained: tester/old}")
+    assert "model.pretrained tester/old cannot be loaded" in told and "it has to have safetensors" in told
+    assert not any("pytorch_model.bin" in request for request in hub.requests) and not (tmp_path / "run").exists()
+
+
 def test_a_moved_run_is_the_same_run(published, finished, api, tmp_path):
     moved = shutil.copytree(finished[0], tmp_path / "moved")
     assert not publish_stage(moved, 0, REPO, api=api)[0].is_new

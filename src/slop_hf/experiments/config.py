@@ -93,8 +93,8 @@ class ScaleConfig:
     """How large an experiment is.
 
     Args:
-        run: what all runs have in common (model, data, training), in place or the path of a run's file, whose schedule
-            does not count.
+        run: what all runs have in common (model, data, training, evaluation), in place or the path of a run's file,
+            whose schedule does not count.
         structures: by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
         flops: training FLOPs of each run; or
         tokens: training tokens of each run.

@@ -57,7 +57,7 @@ class Probe:
     whole learning-rate schedule, as short as the stage.
 
     Args:
-        config: the run: model, data, training; its schedule does not count.
+        config: the run: model, data, training; its schedule and `evaluation` do not count.
         output_dir: where trials and `probe.json` lie.
         lag: try the first stage alone, for so many tokens; or
         share: try every stage, for this share of its tokens. Default: a tenth.
@@ -248,7 +248,7 @@ class Probe:
         training.pop("growth_init", None)  # the trial's stages name theirs, so that those with the same are shared
         key = digest([plain(trial), self._start.key if self._start is not None else ""])
         place = Path(RUNS, f"{trial.sequence}-{key[:8]}", f"seed-{seed}")
-        config = dataclasses.replace(self.config, training=training, schedule=trial)
+        config = dataclasses.replace(self.config, training=training, schedule=trial, evaluation=None)
         return ArmRun(candidate.name, 1.0, seed, config, place)
 
     def _seeds(self, seed: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..data import prepare_data
 from ..errors import RunError, SlopError
+from ..evaluation.runs import EvaluateStages, check_evaluation
 from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from ..serialization import read_yaml, read_yaml_text, to_yaml, write_text, written_aside
@@ -144,7 +145,10 @@ def train_job(job: ArmRun, root: Path) -> None:
     if not run.exists and job.parent is not None:
         branch(root, job, job.parent)
     with beside(root, job, LOG_FILE).open("a") as log, _written_to(log):
-        build_trainer(job.config, run.path).train(resume_from_checkpoint=RunDirectory(run.path).exists)
+        trainer = build_trainer(job.config, run.path)
+        if (evaluating := EvaluateStages.of_run(job.config)) is not None:
+            trainer.add_callback(evaluating)
+        trainer.train(resume_from_checkpoint=RunDirectory(run.path).exists)
     if not is_finished(root, job):
         raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to go on")
 
@@ -220,6 +224,7 @@ def _previewed(job: ArmRun, root: Path) -> None:
     """Refuse now what a run would refuse once it is its turn."""
     try:
         preview_run(job.config, root / job.place)
+        check_evaluation(job.config)
     except SlopError as caught:
         raise type(caught)(f"{job.name}: {caught}") from None
 
