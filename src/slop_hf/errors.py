@@ -37,6 +37,10 @@ class RunError(SlopError):
     """A training run that cannot start or resume, or a run directory that is not one."""
 
 
+class DivergedError(RunError):
+    """A run whose loss or gradients are not finite any more."""
+
+
 class EvaluationError(SlopError):
     """A task or a model that cannot be scored."""
 

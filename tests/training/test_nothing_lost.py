@@ -11,7 +11,7 @@ from runs import SCHEDULE, STEPS, Interrupt, losses, same_weights, small_model, 
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, GrowthStage, RunDirectory
-from slop_hf.errors import GrowthError, RunError
+from slop_hf.errors import DivergedError, GrowthError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,22 @@ def test_sigterm_saves_and_stops(whole, run, step):
         assert run.finished_stages == step // STEPS
     trainer(run.path, save_steps=100).train(resume_from_checkpoint=True)
     assert same_weights(whole, run.path)
+
+
+def test_a_last_step_that_breaks_the_weights_is_seen(run):
+    """No later loss of training tells of it: the held-out one does, before the stage is written."""
+    broken = trainer(run.path)
+    evaluate = broken.evaluate
+
+    def evaluate_broken(*args, **kwargs):
+        if broken.state.global_step == 2 * STEPS:
+            broken.model.model.norm.weight.data[0] = float("nan")
+        return evaluate(*args, **kwargs)
+
+    broken.evaluate = evaluate_broken
+    with pytest.raises(DivergedError, match="the loss is not finite any more"):
+        broken.train(resume_from_checkpoint=True)
+    assert run.finished_stages == 1
 
 
 def test_another_schedule_is_refused(run):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RunError
+from ..errors import DivergedError
 from .ranks import Ranks
 
 
@@ -35,7 +35,7 @@ class Soundness:
             last_good: what can be resumed from.
 
         Raises:
-            RunError: on all ranks.
+            DivergedError: on all ranks.
         """
         fault = None
         if self._unsound is not None and bool(self._unsound.any()):
@@ -46,7 +46,7 @@ class Soundness:
         fault = next((one for one in self._ranks.all_gather(fault) if one is not None), None)
         if fault is not None:
             where = f"the last good state is {last_good}" if last_good else "nothing was saved before"
-            raise RunError(
+            raise DivergedError(
                 f"{fault} is not finite any more; training stops here, {where}. Lower learning_rate, warm up for "
                 "longer (rewarm_steps) or clip gradients at less (max_grad_norm), then resume"
             )

@@ -37,7 +37,7 @@ from .learning_rate import check_scheduler
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .ranks import Ranks
-from .recording import stage_record
+from .recording import HELD_OUT, stage_record
 from .reporting import continue_curves
 from .resuming import Position, begin, resume
 from .saving import save_stage
@@ -279,6 +279,9 @@ class SlopTrainer(StageTrainer):
         seconds = self._pace.stage_seconds
         history = list(self.state.log_history)
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
+        if HELD_OUT in metrics:  # the last step may have been the one
+            self._soundness.watch(torch.tensor(metrics[HELD_OUT]))
+            self._check_soundness()
         seed, size = self.facts.data_seed, self.facts.block_size
         data = consumed(self.blocks, seed, size, span.first_block, span.blocks)
         devices, growth_seed, noise = self.ranks.count, self._growth_seed(span), self.args.growth_noise
