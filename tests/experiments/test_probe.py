@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from slop_hf import ConfigSpace, GrowthSchedule, GrowthStage, ModelDims, Probe, RunDirectory, SlopPlanner
-from slop_hf.errors import RunError, SlopError
+from slop_hf.errors import DivergedError, RunError, SlopError
 from slop_hf.experiments import running
 from slop_hf.experiments.candidates import (
     Candidate,
@@ -88,6 +88,10 @@ def tried(config, candidates, tmp_path_factory):
     probe = Probe(config, tmp_path_factory.mktemp("tried"), share=0.5, by="loss")
     probe.run(candidates)
     return probe
+
+
+def with_rate(config, rate):
+    return dataclasses.replace(config, training={**config.training, "learning_rate": rate})
 
 
 def weights(run, number):
@@ -192,6 +196,26 @@ def test_a_killed_probe_goes_on(config, candidates, tried, tmp_path, monkeypatch
     report = probe.run(candidates)
     assert told == [job.place for job in probe.jobs(candidates)], "what had finished was not trained again"
     assert without_seconds(report) == without_seconds(tried.report)
+
+
+def test_what_diverges_comes_last(config, candidates, tmp_path, monkeypatch):
+    schedules = [one.schedule for one in candidates]
+    wild = schedules[0].sequence
+
+    def diverging(job, root):
+        if job.arm == wild:
+            raise DivergedError("the loss is not finite any more")
+        train_job(job, root)
+
+    monkeypatch.setattr(running, "train_job", diverging)
+    probe = Probe(config, tmp_path, share=0.5, by="loss")
+    found = probe(schedules)
+    assert found[-1] is schedules[0] and {one.sequence for one in found} == {one.sequence for one in schedules}
+    assert probe.report.diverged == (wild,) and wild not in {one.name for one in probe.report.results}
+    assert f"Diverged, and without a place: {wild}." in probe_sentences(probe.report)
+    assert probe.report.cost.count == 2
+    with pytest.raises(RunError, match="the trials of all 3 candidates diverged; lower learning_rate"):
+        Probe(with_rate(config, 1e30), tmp_path / "wild", lag=4 * STEP).run(candidates)
 
 
 # ---- From a finished stage ------------------------------------------------------------------------------------------

@@ -13,9 +13,13 @@ from slop_hf.errors import EvaluationError, RunError
 from slop_hf.experiments import running
 from slop_hf.experiments.arms import arm_runs, run_flops, with_trunks
 from slop_hf.experiments.config import Experiment
+from slop_hf.experiments.findings import sentences
 from slop_hf.experiments.record import Comparison, collect
 from slop_hf.experiments.running import run_experiment, train_job
+from slop_hf.experiments.write import write_comparison
 from slop_hf.training import build_trainer
+
+PRESERVING = {"growth_init": {"hidden": "preserving", "mha": "preserving"}}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,30 @@ def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path)
     with pytest.raises(RunError, match=r"from-scratch ×0\.5, seed 0 failed .*; see .*log\.txt, and run the same"):
         run_experiment(experiment, root, workers=2)
     assert not [name for name in collect(experiment, jobs, root).missing if name.startswith("trunk")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path, workers):
+    """Two arms diverge in the beginning that they share."""
+    wild = {"learning_rate": 1e30}
+    arms = {
+        "wild": dataclasses.replace(experiment.arms["slop"], training=wild),
+        "as wild": dataclasses.replace(experiment.arms["preserving"], training={**PRESERVING, **wild}),
+        "from-scratch": dataclasses.replace(experiment.arms["from-scratch"], budgets=(1.0,)),
+    }
+    found, told = dataclasses.replace(experiment, arms=arms), []
+    jobs = run_experiment(found, tmp_path, workers=workers, told=lambda job, *_: told.append(job.name))
+    assert sorted(told) == sorted(job.name for job in jobs) and len(jobs) == 4
+    comparison = collect(found, jobs, tmp_path)
+    assert comparison.diverged == ("wild, seed 0", "as wild, seed 0") and not comparison.missing
+    assert [run.arm for run in comparison.runs] == ["from-scratch"]
+    assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in sentences(comparison)
+    write_comparison(comparison, tmp_path / "report")
+    run_experiment(found, tmp_path, told=lambda *_: pytest.fail("all have ended"))
+    (note,) = tmp_path.rglob("diverged.txt")
+    assert "is not finite any more; training stops here" in note.read_text()
+    note.unlink()
+    assert len(collect(found, jobs, tmp_path).missing) == 2
 
 
 def test_other_settings_are_refused_where_runs_have_begun(experiment, trained):

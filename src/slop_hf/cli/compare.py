@@ -57,7 +57,7 @@ def compare(
     """
     from ..experiments.arms import arm_runs, with_trunks  # with torch, which `slop --help` does without
     from ..experiments.findings import sentences
-    from ..experiments.running import is_finished
+    from ..experiments.running import ended_places
     from ..experiments.tables import arms_table, ledger_table
 
     experiment = _chosen(slop_hf.Experiment.from_yaml(config, scale, read_changes(change or [])), arm or [], seeds)
@@ -67,11 +67,10 @@ def compare(
         _show_runs(experiment, jobs, as_json=as_json)
         return
     with progress_bar(quiet=as_json or report_only) as progress:
-        finished = sum(is_finished(root, job) for job in jobs)
-        task = progress.add_task(experiment.name, total=len(jobs), completed=finished)
+        task = progress.add_task(experiment.name, total=len(jobs), completed=len(ended_places(jobs, root)))
 
         def told(job: ArmRun, done: int, count: int) -> None:
-            progress.update(task, completed=done, description=f"{job.name} has finished")
+            progress.update(task, completed=done, description=f"{job.name} has ended")
 
         comparison = slop_hf.compare_arms(
             experiment, root, devices=listed(devices), workers=workers, told=told, train=not report_only

@@ -116,7 +116,7 @@ def probe(
         task = progress.add_task(output.name, total=len(trials))
 
         def told(job: ArmRun, done: int, count: int) -> None:
-            progress.update(task, completed=done, description=f"{job.name} has finished")
+            progress.update(task, completed=done, description=f"{job.name} has ended")
 
         report = dataclasses.replace(trial, told=told).run(candidates)
     if write_schedule is not None:

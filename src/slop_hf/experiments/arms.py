@@ -27,6 +27,7 @@ from .config import ArmConfig, Experiment
 RUNS, TRUNKS = "runs", "trunks"
 #: What lies beside a run's directory: its config, what it printed, the trunk that it has begun with.
 CONFIG_FILE, LOG_FILE, TRUNK_FILE = "run.yaml", "log.txt", "trunk"
+DIVERGED_FILE = "diverged.txt"  # in the directory of a run
 #: Of one dimension a stage there are so many orders at most.
 _ALL_ORDERS = math.factorial(len(OPERATORS))
 #: Training arguments that matter only once a model has been grown.
@@ -65,6 +66,20 @@ class ArmRun:
         """What to call it: arm, budget where that is another one, seed."""
         share = f" ×{self.budget:g}" if self.budget != 1 else ""
         return f"{self.arm}{share}, seed {self.seed}" if self.arm else f"trunk {self.place.name[:8]}, seed {self.seed}"
+
+
+def diverged_places(runs: Sequence[ArmRun], root: Path) -> set[Path]:
+    """The places of runs that have diverged, or cannot begin, as their trunk has.
+
+    Args:
+        runs: each after its trunk.
+        root: the directory that their places are in.
+    """
+    found: set[Path] = set()
+    for run in runs:
+        if (root / run.place / DIVERGED_FILE).exists() or run.parent in found:
+            found.add(run.place)
+    return found
 
 
 def beside(root: Path, run: ArmRun, name: str) -> Path:

@@ -26,7 +26,7 @@ def sentences(comparison: Comparison) -> list[str]:
     results = arm_results(dataclasses.replace(comparison, reference=against))
     found = sorted((one for one in results if one.budget == 1), key=_place)
     if not found:
-        return ["No run at the full budget has finished.", *_missing(comparison)]
+        return ["No run at the full budget has finished.", *_left_out(comparison)]
     beside = next((one for one in found if one.arm == against), None)
     grown = [one for one in found if one.sequence]
     told = [_lowest(comparison, found)]
@@ -35,7 +35,7 @@ def sentences(comparison: Comparison) -> list[str]:
         told += [_growth(grown, beside)] if paid else _others([one for one in found if one is not beside], beside)
     if comparison.reference is not None and comparison.of(comparison.reference):
         told += _saving(comparison, [one for one in found if one.arm != comparison.reference])
-    return [*told, _effort(comparison, found), *_missing(comparison)]
+    return [*told, _effort(comparison, found), *_left_out(comparison)]
 
 
 def _lowest(comparison: Comparison, found: Sequence[ArmResult]) -> str:
@@ -127,12 +127,13 @@ def _effort(comparison: Comparison, found: Sequence[ArmResult]) -> str:
     return f"This rests on {seeds} an arm, and on {tokens} tokens per parameter of the target ({count(target)})."
 
 
-def _missing(comparison: Comparison) -> list[str]:
-    names = comparison.missing
-    if not names:
-        return []
-    who = "One run has" if len(names) == 1 else f"{len(names)} runs have"
-    return [f"{who} not finished: {'; '.join(names[:_NAMES])}{'; …' if len(names) > _NAMES else ''}."]
+def _left_out(comparison: Comparison) -> list[str]:
+    told = []
+    for what, names in (("diverged", comparison.diverged), ("not finished", comparison.missing)):
+        if names:
+            who = "One run has" if len(names) == 1 else f"{len(names)} runs have"
+            told.append(f"{who} {what}: {'; '.join(names[:_NAMES])}{'; …' if len(names) > _NAMES else ''}.")
+    return told
 
 
 def _place(one: ArmResult) -> float:

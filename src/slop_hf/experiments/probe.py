@@ -20,7 +20,7 @@ from ..schedule import GrowthSchedule
 from ..serialization import digest, plain, versions
 from ..training import RunConfig, preview_run
 from ..training.checks import with_inits
-from .arms import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, of_first_stages, with_trunks
+from .arms import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, diverged_places, of_first_stages, with_trunks
 from .candidates import Candidate, Start, first_stage, schedule_candidates
 from .probe_report import CandidateResult, ProbeReport, RankBy
 from .record import PROBE_FILE, Cost, RunResult, cost_of, run_result
@@ -114,14 +114,18 @@ class Probe:
     def __call__(self, schedules: Sequence[GrowthSchedule], /) -> list[GrowthSchedule]:
         """Try schedules, best first, and give them back in the measured order with `probe_…` among their scores.
 
+        Those whose trial diverged come last, without.
+
         Args:
             schedules: from the run's initial structure, or from the one at the start.
 
         Raises:
             SlopError: as `run`.
         """
-        report = self.run(schedule_candidates(schedules, self._start))
-        return [one.scored(schedules[one.rank - 1]) for one in report.results if one.rank is not None]
+        candidates = schedule_candidates(schedules, self._start)
+        report = self.run(candidates)
+        lost = [schedule for one, schedule in zip(candidates, schedules, strict=True) if one.name in report.diverged]
+        return [*(one.scored(schedules[one.rank - 1]) for one in report.results if one.rank is not None), *lost]
 
     def run(self, candidates: Sequence[Candidate]) -> ProbeReport:
         """Try candidates; the report is written to `probe.json` too.
@@ -130,15 +134,17 @@ class Probe:
             candidates: two or more that differ in what is tried of them.
 
         Raises:
-            SlopError: for what cannot be tried, before anything is; and where a trial fails.
+            SlopError: for what cannot be tried, before anything is; where a trial fails; and where all diverge.
         """
         root, jobs = Path(self.output_dir), self.jobs(candidates)
         if self._start is not None and not (place := RunDirectory(root / self._start_place)).exists:
             inherit(self._start.run, place, self._start.schedule, name=place.path.name)
         run_jobs(jobs, root, devices=self.devices, workers=self.workers, told=self.told)
+        measured = self._measured(candidates, jobs, root)
         report = ProbeReport.of(
-            [self._result(candidate, root) for candidate in candidates],
+            [self._result(candidate, root) for candidate in measured],
             self.by,
+            diverged=tuple(one.name for one in candidates if one not in measured),
             length=self._length,
             start="the initial model" if self._start is None else self._start.name,
             cost=self._cost(jobs, root),
@@ -274,6 +280,17 @@ class Probe:
 
     # ---- What came out of them ---------------------------------------------------------------------------------
 
+    def _measured(self, candidates: Sequence[Candidate], jobs: Sequence[ArmRun], root: Path) -> list[Candidate]:
+        """Those whose trials have come to an end with every seed."""
+        lost = diverged_places(jobs, root)
+        found = [one for one in candidates if not lost & {self._job(one, seed).place for seed in self.seeds}]
+        if not found:
+            raise RunError(
+                f"the trials of all {len(candidates)} candidates diverged; lower learning_rate, and choose another "
+                "output directory"
+            )
+        return found
+
     def _result(self, candidate: Candidate, root: Path) -> CandidateResult:
         return CandidateResult.of(candidate, [self._grown(self._job(candidate, seed), root) for seed in self.seeds])
 
@@ -283,7 +300,8 @@ class Probe:
         return dataclasses.replace(result, stages=result.stages[first_stage(self._start) - 1 :])
 
     def _cost(self, jobs: Sequence[ArmRun], root: Path) -> Cost:
-        return dataclasses.replace(cost_of("probes", jobs, root), count=sum(bool(job.arm) for job in jobs))
+        begun = [job for job in jobs if RunDirectory(root / job.place).exists]
+        return dataclasses.replace(cost_of("probes", begun, root), count=sum(bool(job.arm) for job in begun))
 
     @property
     def _length(self) -> str:

@@ -107,6 +107,7 @@ class ProbeReport:
         length: how long a trial is, in words.
         start: where candidates part, in words.
         cost: what was paid for, everything counted once; an entry for the ledger of a comparison.
+        diverged: names of candidates without a result, as a trial of theirs came to a loss that is not finite.
         order_agreement: Spearman's correlation of the order that the candidates came in with the measured one; 1 is
             perfect agreement. None where they came in no order, are all alike, or are fewer than three.
         growth_agreement: the same of their losses right after growth.
@@ -121,6 +122,7 @@ class ProbeReport:
     length: str
     start: str
     cost: Cost
+    diverged: tuple[str, ...] = ()
     order_agreement: float | None = None
     growth_agreement: float | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -37,6 +37,8 @@ def probe_sentences(report: ProbeReport) -> list[str]:
     known = {"the planner's order": report.order_agreement, "losses right after growth": report.growth_agreement}
     told = [f"{value:.2f} with {what}" for what, value in known.items() if value is not None]
     found = [f"Rank correlation of the measured order: {', '.join(told)}."] if told else []
+    if report.diverged:
+        found.append(f"Diverged, and without a place: {', '.join(report.diverged)}.")
     if report.lost:
         found.append(
             f"Too short to tell: the loss is not below the one that trials began with in {', '.join(report.lost)}."

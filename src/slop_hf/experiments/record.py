@@ -163,7 +163,7 @@ class Comparison:
         runs: those that have finished, in the order of arms, budgets and seeds.
         ledger: what was paid, everything counted once.
         reference: the arm whose final loss the others are to reach.
-        missing: names of runs that have not finished.
+        missing, diverged: names of runs that have not finished, and of those that never will.
         printed: what the paper prints of an arm, by arm and column.
         settings: the run that all arms have in common, and what each arm changes.
         versions: of slop_hf, transformers and torch.
@@ -183,6 +183,7 @@ class Comparison:
     about: str = ""
     reference: str | None = None
     missing: tuple[str, ...] = ()
+    diverged: tuple[str, ...] = ()
     printed: dict[str, dict[str, float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -229,10 +230,15 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     Raises:
         RunError: where a run has no held-out losses.
     """
-    finished = [job for job in jobs if (run := RunDirectory(root / job.place)).exists and run.is_finished]
-    of_arms, trunks = [job for job in finished if job.arm], [job for job in finished if not job.arm]
-    ledger = cost_of("runs", of_arms, root), cost_of("trunks", trunks, root), _probed(root)
-    done = {job.place for job in finished}
+    from .arms import diverged_places
+
+    begun = [job for job in jobs if RunDirectory(root / job.place).exists]
+    done = {job.place for job in begun if RunDirectory(root / job.place).is_finished}
+    lost = diverged_places(jobs, root)
+    ended = [job for job in begun if job.place in done | lost]
+    runs, trunks = [job for job in ended if job.arm], [job for job in ended if not job.arm]
+    ledger = cost_of("runs", runs, root), cost_of("trunks", trunks, root), _probed(root)
+    left = [job for job in jobs if job.arm and job.place not in done]
     return Comparison(
         name=experiment.name,
         scale=experiment.scale,
@@ -241,10 +247,11 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
         equal=experiment.sizes.equal,
         budget=experiment.sizes.budget,
         arms={name: arm.about for name, arm in experiment.arms.items()},
-        runs=tuple(run_result(job, root) for job in of_arms),
+        runs=tuple(run_result(job, root) for job in runs if job.place in done),
         ledger=tuple(cost for cost in ledger if cost.count),
         reference=experiment.reference,
-        missing=tuple(job.name for job in jobs if job.arm and job.place not in done),
+        missing=tuple(job.name for job in left if job.place not in lost),
+        diverged=tuple(job.name for job in left if job.place in lost),
         printed=experiment.printed,
         settings={
             "run": plain(experiment.run),
@@ -256,7 +263,7 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
 
 
 def cost_of(what: str, jobs: Sequence[ArmRun], root: Path) -> Cost:
-    """What some finished runs have cost, stages that they took over from a trunk left out.
+    """What the finished stages of some runs have cost, those that they took over from a trunk left out.
 
     Args:
         what: to call them.

@@ -19,13 +19,23 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..data import prepare_data
-from ..errors import RunError, SlopError
+from ..errors import DivergedError, RunError, SlopError
 from ..evaluation.runs import EvaluateStages, check_evaluation
 from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from ..serialization import read_yaml, read_yaml_text, to_yaml, write_text, written_aside
 from ..training import build_trainer, preview_run
-from .arms import CONFIG_FILE, LOG_FILE, TRUNK_FILE, ArmRun, arm_runs, beside, with_trunks
+from .arms import (
+    CONFIG_FILE,
+    DIVERGED_FILE,
+    LOG_FILE,
+    TRUNK_FILE,
+    ArmRun,
+    arm_runs,
+    beside,
+    diverged_places,
+    with_trunks,
+)
 from .config import Experiment
 
 Told = Callable[[ArmRun, int, int], None]
@@ -41,14 +51,15 @@ def run_experiment(
 ) -> list[ArmRun]:
     """Train all runs of an experiment that have not finished; those that were interrupted go on.
 
-    Beginnings that runs share are trained once, in `trunks/`.
+    Beginnings that runs share are trained once, in `trunks/`. A run that diverges ends by that, and the others go on;
+    `diverged.txt` in its directory says so, and where that is removed the run goes on from its last good state.
 
     Args:
         experiment: to run.
         root: its directory.
         devices: CUDA devices to spread runs over, a worker for each, such as `("0", "1")`.
         workers: without devices, how many runs at a time; each gets its share of the cores.
-        told: called with a run that has finished, how many have, and how many there are.
+        told: called with a run that has ended, how many have, and how many there are.
 
     Returns:
         the runs with their trunks, in the order of training.
@@ -69,7 +80,7 @@ def run_jobs(
     workers: int = 1,
     told: Told | None = None,
 ) -> None:
-    """Train those of some runs that have not finished, in their order; those that were interrupted go on.
+    """Train those of some runs that have not ended, in their order; those that were interrupted go on.
 
     Args:
         jobs: runs on the same data, each after the trunk that it begins with.
@@ -81,7 +92,8 @@ def run_jobs(
     """
     root = Path(root)
     check_same_runs(jobs, root)
-    waiting = [job for job in jobs if not is_finished(root, job)]
+    done = ended_places(jobs, root)
+    waiting = [job for job in jobs if job.place not in done]
     for job in waiting:
         if not RunDirectory(root / job.place).exists:
             _previewed(job, root)
@@ -112,10 +124,14 @@ def _train(
 
     if devices or workers > 1:
         _run_side_by_side(waiting, root, list(devices) or [""] * workers, tell)
-    else:
-        for job in waiting:
-            train_job(job, root)
-            tell(job)
+        return
+    for job in waiting:
+        if job.place not in diverged_places(jobs, root):  # with its trunk
+            try:
+                train_job(job, root)
+            except DivergedError as caught:
+                _note(job, root, caught)
+        tell(job)
 
 
 @contextmanager
@@ -139,6 +155,7 @@ def train_job(job: ArmRun, root: Path) -> None:
     """Train one run to its end, from where it or its trunk has come to.
 
     Raises:
+        DivergedError: where its loss is not finite any more.
         RunError: where training was stopped by a signal, which goes for the whole experiment.
     """
     run = RunDirectory(root / job.place)
@@ -191,9 +208,18 @@ def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *
 
 
 def is_finished(root: Path, job: ArmRun) -> bool:
-    """Whether a run has ended."""
+    """Whether a run has been trained to its end."""
     run = RunDirectory(root / job.place)
     return run.exists and run.is_finished
+
+
+def ended_places(jobs: Sequence[ArmRun], root: Path) -> set[Path]:
+    """The places of runs of which there is nothing to train any more."""
+    return {job.place for job in jobs if is_finished(root, job)} | diverged_places(jobs, root)
+
+
+def _note(job: ArmRun, root: Path, caught: BaseException) -> None:
+    write_text(root / job.place / DIVERGED_FILE, f"{caught}\n")
 
 
 def machine_name() -> str:
@@ -259,6 +285,12 @@ def _run_side_by_side(jobs: Sequence[ArmRun], root: Path, devices: list[str], te
                 job, caught = running.pop(future), future.exception()
                 if caught is None:
                     tell(job)
+                elif isinstance(caught, DivergedError):
+                    _note(job, root, caught)
+                    lost = diverged_places([job, *waiting], root)
+                    for other in [job, *(one for one in waiting if one.place in lost)]:
+                        tell(other)
+                    waiting = [one for one in waiting if one.place not in lost]
                 else:  # those beside it come to their end
                     failed = failed or _failure(job, root, caught)
     if failed is not None:
