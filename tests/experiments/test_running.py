@@ -145,10 +145,13 @@ def test_a_directory_has_one_that_trains_in_it(experiment, tmp_path):
 
 def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_path):
     jobs, root = trained
-    beside = tmp_path / "beside"
-    told = []
-    run_experiment(experiment, beside, workers=2, told=lambda job, *_: told.append(job))
-    assert len(told) == len(jobs)
+    beside, told = tmp_path / "beside", []
+    more = dataclasses.replace(experiment, arms={**experiment.arms, **wild(experiment)})
+    all_jobs = run_experiment(more, beside, workers=2, told=lambda job, *_: told.append(job))
+    assert (
+        sorted(job.place for job in told) == sorted(job.place for job in all_jobs) and len(all_jobs) == len(jobs) + 3
+    )
+    assert collect(more, all_jobs, beside).diverged == ("wild, seed 0", "as wild, seed 0")
     parent = named(jobs, "slop, seed 0").parent
     places = [job.place for job in told]
     assert places.index(parent) < min(places.index(job.place) for job in jobs if job.parent == parent)
@@ -166,17 +169,19 @@ def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path)
     assert not [name for name in collect(experiment, jobs, root).missing if name.startswith("trunk")]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path, workers):
-    """Two arms diverge in the beginning that they share."""
-    wild = {"learning_rate": 1e30}
-    arms = {
-        "wild": dataclasses.replace(experiment.arms["slop"], training=wild),
-        "as wild": dataclasses.replace(experiment.arms["preserving"], training={**PRESERVING, **wild}),
-        "from-scratch": dataclasses.replace(experiment.arms["from-scratch"], budgets=(1.0,)),
+def wild(experiment):
+    """Two arms that diverge in the beginning that they share."""
+    changes = {"learning_rate": 1e30}
+    return {
+        "wild": dataclasses.replace(experiment.arms["slop"], training=changes),
+        "as wild": dataclasses.replace(experiment.arms["preserving"], training={**PRESERVING, **changes}),
     }
-    found, told = dataclasses.replace(experiment, arms=arms), []
-    jobs = run_experiment(found, tmp_path, workers=workers, told=lambda job, *_: told.append(job.name))
+
+
+def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path):
+    other = dataclasses.replace(experiment.arms["from-scratch"], budgets=(1.0,))
+    found, told = dataclasses.replace(experiment, arms={**wild(experiment), "from-scratch": other}), []
+    jobs = run_experiment(found, tmp_path, told=lambda job, *_: told.append(job.name))
     assert sorted(told) == sorted(job.name for job in jobs) and len(jobs) == 4
     comparison = collect(found, jobs, tmp_path)
     assert comparison.diverged == ("wild, seed 0", "as wild, seed 0") and not comparison.missing
