@@ -148,9 +148,8 @@ def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_pa
     beside, told = tmp_path / "beside", []
     more = dataclasses.replace(experiment, arms={**experiment.arms, **wild(experiment)})
     all_jobs = run_experiment(more, beside, workers=2, told=lambda job, *_: told.append(job))
-    assert (
-        sorted(job.place for job in told) == sorted(job.place for job in all_jobs) and len(all_jobs) == len(jobs) + 3
-    )
+    assert sorted(job.place for job in told) == sorted(job.place for job in all_jobs)
+    assert len(all_jobs) == len(jobs) + 3
     assert collect(more, all_jobs, beside).diverged == ("wild, seed 0", "as wild, seed 0")
     parent = named(jobs, "slop, seed 0").parent
     places = [job.place for job in told]
