@@ -15,7 +15,6 @@ the next stage has something of its own to resume from.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -317,12 +316,9 @@ class RunFacts:
             RunError: for a file that is none.
         """
         path = run.path / RUN_FILE
-        try:
-            return parse(cls, json.loads(path.read_text()), where=str(path), error=RunError)
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except ValueError as caught:
-            raise RunError(f"{path}: not valid JSON ({caught})") from None
+        return parse(cls, read_json(path, missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
 
     def check(self, given: RunFacts, run: RunDirectory) -> None:
         """Refuse to resume with other data.

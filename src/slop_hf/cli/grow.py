@@ -15,6 +15,7 @@ from ..dims import ModelDims
 from ..errors import GrowthError
 from ..operators import operators_between
 from ..schedule import GrowthSchedule, GrowthStage
+from ..serialization import read_json
 
 
 def grow(
@@ -86,13 +87,8 @@ def grow(
 
 
 def _dims(directory: Path) -> ModelDims:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise GrowthError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        return ModelDims.from_config(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as caught:
-        raise GrowthError(f"{path} is not valid JSON ({caught})") from None
+    missing = f"{directory} is not a model directory"
+    return ModelDims.from_config(read_json(directory / "config.json", missing=missing, error=GrowthError))
 
 
 def _stage(directory: Path, old: ModelDims, changes: dict[str, int], init: str | None) -> GrowthStage:

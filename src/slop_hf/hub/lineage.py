@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 from ..errors import HubError
 from ..records import EvalRecord, RunDirectory, StageRecord
 from ..schedule import GrowthSchedule
-from ..serialization import parse, to_json, write_text
+from ..serialization import parse, read_json, to_json, write_text
 
 GROWTH_FILE = "growth.json"
 ORIGIN_FILE = "origin.json"
@@ -114,8 +113,5 @@ class Origin:
 
 
 def _load(cls: Any, path: Path) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as caught:
-        raise HubError(f"{path} cannot be read ({caught}); a stage published by slop-hf has one") from None
+    content = read_json(path, missing="a stage published by slop-hf has one", error=HubError)
     return parse(cls, content, where=str(path), error=HubError)
