@@ -48,8 +48,7 @@ def plan(
         list[str] | None, _option(_START, help="A target structure, like --initial; give it again for more.")
     ] = None,
     destination: Annotated[
-        str | None,
-        _option(_START, "--to", help="The target, from a model directory, a config.json or a Hub id."),
+        str | None, _option(_START, "--to", help="The target, from a model directory, a config.json or a Hub id.")
     ] = None,
     through: Annotated[
         list[str] | None, _option(_START, help="A structure to pass on the way; give it again for more.")
