@@ -1,7 +1,6 @@
 """Several ranks do what one process does: DistributedDataParallel, and DeepSpeed ZeRO-3 on two ranks."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -117,20 +116,16 @@ def test_sharded_files_are_a_stock_checkpoint(sharded):
 
 
 @pytest.mark.deepspeed
-def test_interrupted_under_zero3(alone, sharded, tmp_path):
-    """Resumed on as many ranks it ends with the same bits; in one process, to rounding; and the other way round."""
+def test_interrupted_under_zero3_and_finished_in_one_process(alone, tmp_path):
+    """To rounding; `tests/recipes/test_tiny_recipe.py` sees that as many ranks end with the same bits."""
     path, here = tmp_path / "out", {**SETTINGS, "keep_optimizer_states": True}
     stop = STEPS + 5
     ended = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "interrupt"}, arguments=here)
     assert ended.code != 0 and not (path / "stage-1-layer").exists()
     kept = {one.name for one in RunDirectory(path).running_dir(1).iterdir()}
     assert kept == {f"checkpoint-{STEPS + 1}", f"checkpoint-{STEPS + 4}"}
-    shutil.copytree(path, tmp_path / "in-one-process")
-    ended = launch("zero3", 2, output=path, batch=BATCH // 2, arguments=here)
-    assert ended.code == 0, ended.text[-4000:]
-    assert largest_difference(path, sharded / "out") == 0.0
-    trainer(tmp_path / "in-one-process", model=small_model(dropout=0.0), **SETTINGS).train(resume_from_checkpoint=True)
-    assert largest_difference(tmp_path / "in-one-process", alone) < TOLERANCE
+    trainer(path, model=small_model(dropout=0.0), **SETTINGS).train(resume_from_checkpoint=True)
+    assert largest_difference(path, alone) < TOLERANCE
 
 
 @pytest.mark.deepspeed
