@@ -19,8 +19,6 @@ from slop_hf.experiments.running import run_experiment, train_job
 from slop_hf.experiments.write import write_comparison
 from slop_hf.training import build_trainer
 
-PRESERVING = {"growth_init": {"hidden": "preserving", "mha": "preserving"}}
-
 
 @pytest.fixture(scope="module")
 def experiment(tiny_experiment):
@@ -170,10 +168,10 @@ def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path)
 
 def wild(experiment):
     """Two arms that diverge in the beginning that they share."""
-    changes = {"learning_rate": 1e30}
+    originals = {"wild": experiment.arms["slop"], "as wild": experiment.arms["preserving"]}
     return {
-        "wild": dataclasses.replace(experiment.arms["slop"], training=changes),
-        "as wild": dataclasses.replace(experiment.arms["preserving"], training={**PRESERVING, **changes}),
+        name: dataclasses.replace(arm, training={**arm.training, "learning_rate": 1e30})
+        for name, arm in originals.items()
     }
 
 

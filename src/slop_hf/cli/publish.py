@@ -38,7 +38,7 @@ def publish(
     """
     found = RunDirectory(run)
     if dry_run:
-        _show_plan(found, stage, to, as_json=as_json)
+        _show_plan(found, stage, to, base_model, as_json=as_json)
         return
     rows = []
     for one in slop_hf.publish_run(found, to, stages=stage, private=not public, base_model=base_model):
@@ -49,12 +49,12 @@ def publish(
         print(json.dumps(rows, indent=2))
 
 
-def _show_plan(run: RunDirectory, stages: list[int] | None, to: str, *, as_json: bool) -> None:
+def _show_plan(run: RunDirectory, stages: list[int] | None, to: str, base_model: str | None, *, as_json: bool) -> None:
     from ..hub.publish import stages_to_publish  # with torch
 
     rows: list[dict[str, Any]] = []
     for number in stages_to_publish(run, stages):
-        plan = slop_hf.plan_revision(run, number, to)
+        plan = slop_hf.plan_revision(run, number, to, base_model=base_model)
         rows += [{"address": f"{to}@{branch}", "files": plan.sizes} for branch in plan.branches]
     if as_json:
         print(json.dumps(rows, indent=2))
