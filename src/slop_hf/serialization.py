@@ -118,6 +118,9 @@ def read_json(path: str | os.PathLike[str], *, missing: str, error: type[SlopErr
         path: of the file.
         missing: what to say where there is none.
         error: the class of error to raise.
+
+    Raises:
+        SlopError: of that class, where there is no such file, or it is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

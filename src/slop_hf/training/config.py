@@ -69,7 +69,7 @@ class RunConfig:
             Fields beside `pretrained` say what is expected of it, so that a preview need not look it up.
         data: the corpus and how it is cut.
         training: fields of `SlopTrainingArguments`.
-        evaluation: what each stage is scored on while the run trains; None, nothing. `slop train` and
+        evaluation: what each stage is scored on while the run trains; None, nothing. `slop train`, `slop compare` and
             `recipes/grow_1b.py` see to it; beside `build_trainer`, attach `EvaluateStages.of_run(config)`.
     """
 
