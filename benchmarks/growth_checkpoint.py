@@ -13,7 +13,7 @@ from measuring import Context, Measurement, Record, alternate, goal, measured, m
 from rich.table import Table
 
 from slop_hf import ModelDims, grow_checkpoint
-from slop_hf.cost import weight_bytes
+from slop_hf.cost.flops import weight_bytes
 from slop_hf.growth import plan_growth
 
 BASELINE = "read + write"

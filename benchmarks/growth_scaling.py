@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import LlamaForCausalLM
 
 from slop_hf import ModelDims, grow_model
-from slop_hf.cost import count_parameters, weight_bytes
+from slop_hf.cost.flops import count_parameters, weight_bytes
 from slop_hf.growth import no_progress_bars
 
 SOURCES = {

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost import paper_params
+from slop_hf.cost.flops import paper_params
+from slop_hf.io.serialization import to_json, write_text
 from slop_hf.operators import OPERATORS
-from slop_hf.serialization import to_json, write_text
-from slop_hf.structures import DimsArray
+from slop_hf.planning.structures import DimsArray
 
 INITIAL = ModelDims(768, 2048, 6, 6)
 ALL = ("layer", "mha", "ffn", "hidden")

@@ -20,8 +20,8 @@ from training_setup import Context, growth_record, llama_config
 from training_steps import CONTENDERS, SPEED
 
 from slop_hf import ModelDims
-from slop_hf.cost import count_parameters, flops_per_token
-from slop_hf.devices import peak_flops
+from slop_hf.cost.device_peaks import peak_flops
+from slop_hf.cost.flops import count_parameters, flops_per_token
 
 #: Of the paper's Table 1: the structure before its last growth, by hidden, and the target.
 SOURCE = {"full": ModelDims(768, 7680, 8, 6), "tiny": ModelDims(16, 48, 2, 2)}

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTrainingArguments
-from slop_hf.cost import count_parameters
+from slop_hf.cost.flops import count_parameters
 from slop_hf.training import saving, stage_trainer
 
 #: Tied embeddings and 32,000 words; each target has about twice the parameters. By operator, its structure.

@@ -22,7 +22,7 @@ from training_setup import Context, StepClock, arguments, build, llama_config, r
 from transformers import Trainer, default_data_collator
 
 from slop_hf import GrowthSchedule, ModelDims, SlopTrainer
-from slop_hf.cost import count_parameters
+from slop_hf.cost.flops import count_parameters
 
 DIMS = {"full": ModelDims(256, 704, 4, 4), "tiny": ModelDims(16, 32, 2, 2)}
 VOCAB = {"full": 4096, "tiny": 64}

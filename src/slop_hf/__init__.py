@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .baselines import from_scratch as from_scratch
+    from .cost.hours import CostModel as CostModel
+    from .cost.memory import MemoryLimit as MemoryLimit
+    from .cost.scaling_law import ScalingLaw as ScalingLaw
     from .data import DataConfig as DataConfig
     from .data import Mixture as Mixture
     from .data import Source as Source
@@ -20,11 +23,9 @@ if TYPE_CHECKING:
     from .evaluation.runs import evaluate_run as evaluate_run
     from .evaluation.scoring import evaluate_model as evaluate_model
     from .evaluation.settings import EvalSettings as EvalSettings
-    from .experiments.comparing import compare_arms as compare_arms
     from .experiments.config import Experiment as Experiment
-    from .experiments.probe import Probe as Probe
     from .experiments.record import Comparison as Comparison
-    from .explanation import explain as explain
+    from .experiments.write import compare_arms as compare_arms
     from .growth import GrowthReceipt as GrowthReceipt
     from .growth import checkpoint_directory as checkpoint_directory
     from .growth import grow_adamw_state as grow_adamw_state
@@ -33,24 +34,23 @@ if TYPE_CHECKING:
     from .growth import grow_optimizer_file as grow_optimizer_file
     from .growth import grow_optimizer_state_dict as grow_optimizer_state_dict
     from .growth import plan_checkpoint_growth as plan_checkpoint_growth
-    from .hours import CostModel as CostModel
     from .hub.callback import PublishCallback as PublishCallback
     from .hub.publish import publish_run as publish_run
     from .hub.publish import publish_stage as publish_stage
     from .hub.reading import continued as continued
     from .hub.reading import fetch_stage as fetch_stage
     from .hub.revision import plan_revision as plan_revision
-    from .memory import MemoryLimit as MemoryLimit
-    from .planner import SlopPlanner as SlopPlanner
-    from .records import RunDirectory as RunDirectory
-    from .records import StageRecord as StageRecord
+    from .planning.explain import explain as explain
+    from .planning.planner import SlopPlanner as SlopPlanner
+    from .planning.space import ConfigSpace as ConfigSpace
+    from .probing.probe import Probe as Probe
     from .report import comparison_table as comparison_table
     from .report import summarise as summarise
     from .report import write_report as write_report
-    from .scaling import ScalingLaw as ScalingLaw
+    from .runs.directory import RunDirectory as RunDirectory
+    from .runs.records import StageRecord as StageRecord
     from .schedule import GrowthSchedule as GrowthSchedule
     from .schedule import GrowthStage as GrowthStage
-    from .space import ConfigSpace as ConfigSpace
     from .training import RunConfig as RunConfig
     from .training import SlopTrainer as SlopTrainer
     from .training import SlopTrainingArguments as SlopTrainingArguments
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Comparison": "experiments.record",
-    "ConfigSpace": "space",
-    "CostModel": "hours",
+    "ConfigSpace": "planning.space",
+    "CostModel": "cost.hours",
     "DataConfig": "data",
     "EvalSettings": "evaluation.settings",
     "EvaluateStages": "evaluation.runs",
@@ -69,29 +69,29 @@ _HOMES = {
     "GrowthReceipt": "growth",
     "GrowthSchedule": "schedule",
     "GrowthStage": "schedule",
-    "MemoryLimit": "memory",
+    "MemoryLimit": "cost.memory",
     "Mixture": "data",
     "ModelDims": "dims",
-    "Probe": "experiments.probe",
+    "Probe": "probing.probe",
     "PublishCallback": "hub.callback",
     "RunConfig": "training",
-    "RunDirectory": "records",
-    "ScalingLaw": "scaling",
+    "RunDirectory": "runs.directory",
+    "ScalingLaw": "cost.scaling_law",
     "SlopError": "errors",
-    "SlopPlanner": "planner",
+    "SlopPlanner": "planning.planner",
     "SlopTrainer": "training",
     "SlopTrainingArguments": "training",
     "Source": "data",
-    "StageRecord": "records",
+    "StageRecord": "runs.records",
     "build_trainer": "training",
     "calibrate": "training",
     "checkpoint_directory": "growth",
-    "compare_arms": "experiments.comparing",
+    "compare_arms": "experiments.write",
     "comparison_table": "report",
     "continued": "hub.reading",
     "evaluate_model": "evaluation.scoring",
     "evaluate_run": "evaluation.runs",
-    "explain": "explanation",
+    "explain": "planning.explain",
     "fetch_stage": "hub.reading",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .cost import DEFAULT_CONFIG, flops_per_token
+from .cost.flops import DEFAULT_CONFIG, flops_per_token
 from .dims import ModelDims
 from .errors import GrowthError, ScheduleError
+from .io.serialization import parse, read_yaml, to_yaml, write_text
 from .operators import OPERATORS, operator_named, operators_between
-from .serialization import parse, read_yaml, to_yaml, write_text
-from .tokens import PAPER_INITIAL_SHARE, token_shares
+
+#: The paper trains the initial model on 25B tokens and every stage on 10B (section 4.1).
+PAPER_INITIAL_SHARE = 2.5
+
+
+def token_shares(total: float, stages: int, *, initial_share: float = PAPER_INITIAL_SHARE) -> list[int]:
+    """`total` tokens for the initial model and `stages` growth stages, in whole tokens; the paper's rule.
+
+    >>> token_shares(65e9, 4)
+    [25000000000, 10000000000, 10000000000, 10000000000, 10000000000]
+    """
+    if not (total > 0 and math.isfinite(total)) or not (initial_share >= 0 and math.isfinite(initial_share)):
+        raise ScheduleError(f"tokens must be positive and shares not negative, got {total} and {initial_share}")
+    parts = stages + initial_share
+    if not parts:
+        raise ScheduleError("a schedule without stages trains its initial model: give it a share of the tokens")
+    return [round(total * initial_share / parts)] + [round(total / parts)] * stages
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slop_hf.cost import count_parameters
+from slop_hf.cost.flops import count_parameters
 from slop_hf.growth import plan_growth
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

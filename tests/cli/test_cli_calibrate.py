@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from slop_hf import ModelDims
 from slop_hf.cli import main
 from slop_hf.cli.calibrate import LADDER, structures_between
-from slop_hf.cost import count_parameters, flops_per_token
-from slop_hf.hours import CostModel
+from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.hours import CostModel
 
 SIZES = "16,32,1,2; 128,512,4,4"
 QUICK = ["--vocab-size", 64, "--sequence-length", 32, "--batch-size", 4, "--steps", 2, "--warmup-steps", 1, "--cpu"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from slop_hf.evaluation.tasks import PAPER_TASKS
-from slop_hf.records import RunDirectory
+from slop_hf.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from slop_hf import GrowthSchedule, ModelDims
-from slop_hf.hours import CostModel
+from slop_hf.cost.hours import CostModel
 
 START = ["plan", "--initial", "768,2048,6,6"]
 PLAN = [*START, "--target-params", "1e9"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from slop_hf.dims import ModelDims
-from slop_hf.records import RunDirectory
+from slop_hf.runs.directory import RunDirectory
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
 DEEP = ModelDims(16, 32, 3, 2)

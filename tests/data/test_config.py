@@ -7,7 +7,7 @@ import pytest
 
 from slop_hf.data.config import DataConfig, Mixture, Source
 from slop_hf.errors import DataError
-from slop_hf.serialization import parse, plain, to_yaml
+from slop_hf.io.serialization import parse, plain, to_yaml
 
 TWO = {"web": Source("web/", weight=0.9), "books": Source(["a.txt", "b/"], weight=0.1, format="lines")}
 

@@ -29,7 +29,7 @@ from slop_hf.data import (
 )
 from slop_hf.data.config import ONLY
 from slop_hf.errors import DataError
-from slop_hf.serialization import digest
+from slop_hf.io.serialization import digest
 
 SETTINGS: dict[str, Any] = {"vocab_size": 300, "block_size": 16, "held_out": 0.3}
 WORDS = ["layer", "stage", "grow", "token", "block", "naïve", "☕"]

@@ -19,7 +19,7 @@ from slop_hf.data import retrying
 from slop_hf.data.config import Format, Source
 from slop_hf.data.sources import DocumentStream
 from slop_hf.errors import DataError
-from slop_hf.failures import LONGEST_RETRY_AFTER
+from slop_hf.io.network_errors import LONGEST_RETRY_AFTER
 
 TEXTS = ["first", "zwei ☕", "третий\u2028still", "four " * 50, *(f"document {i}" for i in range(5, 40)), "last"]
 

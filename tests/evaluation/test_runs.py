@@ -24,8 +24,9 @@ from slop_hf.evaluation import runs
 from slop_hf.evaluation.held_out import HeldOut
 from slop_hf.evaluation.runs import utility_of
 from slop_hf.growth import weights_hash
-from slop_hf.records import EVAL_FILE, EvalRecord
 from slop_hf.report import summarise
+from slop_hf.runs.directory import EVAL_FILE
+from slop_hf.runs.records import EvalRecord
 
 
 @pytest.fixture(scope="module")

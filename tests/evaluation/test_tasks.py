@@ -7,7 +7,7 @@ import pytest
 from slop_hf.errors import EvaluationError
 from slop_hf.evaluation import harness
 from slop_hf.evaluation.tasks import PAPER_TASKS, headline, task_names
-from slop_hf.records import EvalRecord
+from slop_hf.runs.records import EvalRecord
 
 PAPER = ("piqa", "hellaswag", "leaderboard_bbh", "lambada_openai", "gsm8k")
 

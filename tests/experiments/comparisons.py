@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from slop_hf.cost import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_parameters, flops_per_token
 from slop_hf.dims import ModelDims
 from slop_hf.experiments.record import Comparison, Cost, Curve, RunResult, StageResult
 from slop_hf.schedule import GrowthSchedule, GrowthStage

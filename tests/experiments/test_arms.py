@@ -9,8 +9,9 @@ import yaml
 from slop_hf import GrowthSchedule
 from slop_hf.baselines import ARMS
 from slop_hf.errors import PlanError, RunError, SlopError
-from slop_hf.experiments.arms import arm_runs, arm_schedule, model_fields, planner_of, run_flops, with_trunks
+from slop_hf.experiments.arms import arm_runs, arm_schedule, model_fields, planner_of, run_flops
 from slop_hf.experiments.config import Experiment
+from slop_hf.experiments.jobs import with_trunks
 
 FLOPS, TOKENS = 3e9, 1e6
 RUN = {

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims
-from slop_hf.cost import flops_per_token
+from slop_hf.cost.flops import flops_per_token
 from slop_hf.errors import RunError
 from slop_hf.experiments.predictions import (
     agreement,

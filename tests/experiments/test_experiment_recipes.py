@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slop_hf import paper, preview_run
-from slop_hf.experiments.arms import arm_runs, run_flops, with_trunks
+from slop_hf import preview_run
+from slop_hf.experiments.arms import arm_runs, run_flops
 from slop_hf.experiments.config import Experiment
+from slop_hf.experiments.jobs import with_trunks
+from slop_hf.paper import tables as paper
 
 EXPERIMENTS = Path(__file__).parents[2] / "recipes" / "experiments"
 TABLES = {int(path.stem.removeprefix("table")): path for path in EXPERIMENTS.glob("table*.yaml")}

@@ -13,7 +13,7 @@ from server import READ_TOKEN
 
 from slop_hf import RunDirectory, plan_revision, publish_run, publish_stage
 from slop_hf.errors import HubError, RunError
-from slop_hf.records import EVAL_FILE
+from slop_hf.runs.directory import EVAL_FILE
 
 REPO = "tester/grown"
 STAGES = ["stage-0-initial", "stage-1-layer", "stage-2-ffn"]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from slop_hf import ConfigSpace, ModelDims, RunConfig, SlopPlanner, paper, preview_run
-from slop_hf.cost import count_parameters
+from slop_hf import ConfigSpace, ModelDims, RunConfig, SlopPlanner, preview_run
+from slop_hf.cost.flops import count_parameters
+from slop_hf.paper import tables as paper
 from slop_hf.training.config import known_vocab_size
 
 ROOT = Path(__file__).parents[2]

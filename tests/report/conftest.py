@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from report_runs import write_run
 
-from slop_hf.records import RunDirectory
+from slop_hf.runs.directory import RunDirectory
 
 
 @pytest.fixture

@@ -10,20 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slop_hf.cost import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_parameters, flops_per_token
 from slop_hf.dims import ModelDims
-from slop_hf.records import (
-    EVAL_FILE,
-    RECORD_FILE,
-    SCHEDULE_FILE,
-    STATE_FILE,
-    ConsumedTokens,
-    EvalRecord,
-    RunDirectory,
-    StageRecord,
-)
+from slop_hf.io.serialization import to_json
+from slop_hf.runs.directory import EVAL_FILE, RECORD_FILE, SCHEDULE_FILE, STATE_FILE, RunDirectory
+from slop_hf.runs.records import ConsumedTokens, EvalRecord, StageRecord
 from slop_hf.schedule import GrowthSchedule, GrowthStage
-from slop_hf.serialization import to_json
 
 CONFIG = {"model_type": "llama", "vocab_size": 512}
 TOKENS_PER_STEP = 4096

@@ -11,9 +11,9 @@ import pytest
 from report_runs import GROWN, INITIAL, OTHER_ORDER, SCRATCH, STEPS, TOKENS_PER_STEP, write_evaluations
 
 from slop_hf.errors import RunError
-from slop_hf.paper import TABLE_1
-from slop_hf.records import EVAL_FILE
+from slop_hf.paper.tables import TABLE_1
 from slop_hf.report import comparisons, correlation_figure, drawing, heads_figure, radar_figure, time_correlation
+from slop_hf.runs.directory import EVAL_FILE
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
 TASKS = {"piqa": 0.6, "boolq": 0.5, "arc": 0.3}

@@ -15,8 +15,8 @@ from matplotlib.text import Annotation
 from report_runs import GROWN, OTHER_ORDER, SCRATCH
 
 from slop_hf.errors import RunError
-from slop_hf.records import STATE_FILE
 from slop_hf.report import drawing, figures, loss_figure, path_figure
+from slop_hf.runs.directory import STATE_FILE
 
 
 @pytest.fixture

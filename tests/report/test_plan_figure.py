@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from slop_hf.cost import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_parameters, flops_per_token
 from slop_hf.dims import ModelDims
 from slop_hf.errors import PlanError
 from slop_hf.operators import operators_between

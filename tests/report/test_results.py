@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from report_runs import write_evaluations, write_sources
 
-from slop_hf.records import EVAL_FILE, EvalRecord
 from slop_hf.report.results import data_cells, held_out_cells, results_cells
+from slop_hf.runs.directory import EVAL_FILE
+from slop_hf.runs.records import EvalRecord
 
 
 @pytest.fixture

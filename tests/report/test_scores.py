@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from report_runs import SCRATCH, write_evaluations
 
-from slop_hf.records import EVAL_FILE, EvalRecord
+from slop_hf.io.serialization import to_json
 from slop_hf.report import summarise, write_report
 from slop_hf.report.scores import scores_cells
-from slop_hf.serialization import to_json
+from slop_hf.runs.directory import EVAL_FILE
+from slop_hf.runs.records import EvalRecord
 
 
 def cells_of(*runs):

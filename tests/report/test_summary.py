@@ -10,10 +10,10 @@ from subprocess import run as run_process
 import pytest
 from report_runs import FFN, GROWN, HIDDEN, INITIAL, LAYER, SCRATCH
 
-from slop_hf.cost import count_parameters
+from slop_hf.cost.flops import count_parameters
 from slop_hf.errors import RunError
-from slop_hf.records import RunDirectory
 from slop_hf.report import marginal_utility, run_names, summarise
+from slop_hf.runs.directory import RunDirectory
 
 
 def test_summary_of_a_grown_run_by_hand(make_run):

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import SCHEDULE, small_model, trainer
 from safetensors.torch import save_file
+from training_runs import SCHEDULE, small_model, trainer
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory

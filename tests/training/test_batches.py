@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from runs import BATCH, BLOCK, SCHEDULE, TOKENS, blocks, small_model, trainer
+from training_runs import BATCH, BLOCK, SCHEDULE, TOKENS, blocks, small_model, trainer
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory

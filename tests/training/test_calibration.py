@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slop_hf import ModelDims
-from slop_hf.cost import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.hours import CostModel
 from slop_hf.errors import ArchitectureError, DataError, PlanError, RunError
-from slop_hf.hours import CostModel
 from slop_hf.training import StepTimes, calibrate, calibration
 
 # So far apart in FLOPs that noise cannot turn their order around.

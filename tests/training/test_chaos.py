@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from launching import kill, largest_difference, launch, start
-from runs import BLOCK, SCHEDULE
+from training_runs import BLOCK, SCHEDULE
 
 from slop_hf import GrowthSchedule, RunDirectory
-from slop_hf.serialization import plain
+from slop_hf.io.serialization import plain
 
 BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
 STEPS = 15

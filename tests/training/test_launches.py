@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from launching import largest_difference, launch, weights
-from runs import BATCH, SCHEDULE, STEPS, small_model, trainer
 from safetensors.torch import load_file
+from training_runs import BATCH, SCHEDULE, STEPS, small_model, trainer
 from transformers import AutoModelForCausalLM
 
 from slop_hf import RunDirectory, grow_model

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 import torch
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, Interrupt, arguments, small_model, trainer
+from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, Interrupt, arguments, small_model, trainer
 from transformers import get_scheduler
 
 from slop_hf import GrowthSchedule, RunDirectory

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, Interrupt, losses, small_model, trainer
+from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, Interrupt, losses, small_model, trainer
 from transformers import PreTrainedTokenizerFast
 
 from slop_hf import RunDirectory

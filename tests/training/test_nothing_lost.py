@@ -7,7 +7,7 @@ import signal
 from itertools import pairwise
 
 import pytest
-from runs import SCHEDULE, STEPS, Interrupt, losses, same_weights, small_model, trainer
+from training_runs import SCHEDULE, STEPS, Interrupt, losses, same_weights, small_model, trainer
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, GrowthStage, RunDirectory
@@ -219,7 +219,7 @@ def test_another_schedule_is_refused(run):
     ("change", "named"), [({"data_seed": 5}, "data_seed 42, not 5"), ({"data": "fewer"}, "blocks 136, not 135")]
 )
 def test_other_data_are_refused(run, change, named):
-    from runs import BATCH, blocks
+    from training_runs import BATCH, blocks
 
     if "data" in change:
         change = {"data": blocks(4 * BATCH * STEPS + 7)}

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from runs import SCHEDULE, TOKENS, Interrupt, arguments, small_model, trainer
 from safetensors.torch import load_file
+from training_runs import SCHEDULE, TOKENS, Interrupt, arguments, small_model, trainer
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory, SlopTrainingArguments, grow_model

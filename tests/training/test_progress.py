@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model, trainer
+from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model, trainer
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from slop_hf import RunDirectory

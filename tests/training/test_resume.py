@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import STEPS, Interrupt, losses, same_weights, trainer
+from training_runs import STEPS, Interrupt, losses, same_weights, trainer
 
 from slop_hf import RunDirectory
 
@@ -84,7 +84,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from runs import trainer
+from training_runs import trainer
 from slop_hf import RunDirectory
 path = Path(sys.argv[1])
 trainer(path, save_steps=2).train(resume_from_checkpoint=RunDirectory(path).exists)

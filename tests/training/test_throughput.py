@@ -1,7 +1,7 @@
 """Speeds and seconds left, to the digit, on a clock that the tests move by hand."""
 
 import pytest
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model
+from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model
 
 from slop_hf import CostModel, GrowthSchedule, ModelDims
 from slop_hf.training.spans import stage_spans

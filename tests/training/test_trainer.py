@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, blocks, small_model, trainer
 from safetensors.torch import load_file
+from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, blocks, small_model, trainer
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
 from slop_hf import GrowthSchedule, ModelDims, RunDirectory, grow_model
-from slop_hf.cost import flops_per_token
+from slop_hf.cost.flops import flops_per_token
 from slop_hf.errors import DataError, RunError
 
 

@@ -17,7 +17,7 @@ New entries are initialised as the plan initialises them, so that arms differ in
 
 from .arms import ARMS, FROM_RANDOM, copies, elle, from_scratch, msg, single_stage, stacking
 from .comparison import Arm, compare, favours_growth
-from .purse import BudgetKind, at_equal_flops
+from .equal_budget import BudgetKind, at_equal_flops
 
 __all__ = [
     "ARMS",

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from ..architectures import architecture_of
-from ..cost import DEFAULT_CONFIG
+from ..cost.flops import DEFAULT_CONFIG
 from ..errors import PlanError
 from ..schedule import GrowthSchedule
-from .part_way import part_way
-from .purse import BudgetKind, Purse, schedule_of
+from .equal_budget import BudgetKind, Purse, schedule_of
+from .intermediate_dims import part_way
 
 _MSG_SHARES = (1, 1, 1, 1, 1, 5)
 _ELLE_SHARES = (25, 8)  # 62,500 steps, then 20,000 in every stage

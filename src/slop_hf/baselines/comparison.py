@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cost import DEFAULT_CONFIG, count_parameters, flops_per_token
-from ..hours import CostModel
-from ..scaling import ScalingLaw
+from ..cost.flops import DEFAULT_CONFIG, count_parameters, flops_per_token
+from ..cost.hours import CostModel
+from ..cost.scaling_law import ScalingLaw
 from ..schedule import GrowthSchedule
 from .arms import ARMS, FROM_RANDOM
-from .purse import Purse
+from .equal_budget import Purse
 
 _PLAN = "plan"
 

@@ -15,11 +15,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..cost import DEFAULT_CONFIG, TRAINING_BYTES_PER_PARAMETER, count_parameters, flops_per_token
+from ..cost.flops import DEFAULT_CONFIG, TRAINING_BYTES_PER_PARAMETER, count_parameters, flops_per_token
+from ..cost.hours import CostModel
 from ..dims import ModelDims
 from ..errors import PlanError
-from ..hours import CostModel
-from ..serialization import plain
+from ..io.serialization import plain
 from .model_config import read_config
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from rich.table import Table
 import slop_hf
 
 from ..errors import RunError
-from ..serialization import plain
+from ..io.serialization import plain
 from .run_view import read_changes
 from .shared import listed, progress_bar, read_seeds
 
 if TYPE_CHECKING:
-    from ..experiments.arms import ArmRun
     from ..experiments.config import Experiment
+    from ..experiments.jobs import ArmRun
 
 
 def compare(
@@ -55,8 +55,9 @@ def compare(
 
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
-    from ..experiments.arms import arm_runs, with_trunks  # with torch, which `slop --help` does without
+    from ..experiments.arms import arm_runs  # with torch, which `slop --help` does without
     from ..experiments.findings import sentences
+    from ..experiments.jobs import with_trunks
     from ..experiments.running import ended_places
     from ..experiments.tables import arms_table, ledger_table
 

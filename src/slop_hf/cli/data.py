@@ -14,8 +14,8 @@ import typer
 import slop_hf
 
 from ..errors import DataError
-from ..serialization import change as change_values
-from ..serialization import parse, read_yaml, written_aside
+from ..io.serialization import change as change_values
+from ..io.serialization import parse, read_yaml, written_aside
 from .data_view import overview, samples_of, show_overview, show_result, show_samples
 from .run_view import read_changes
 

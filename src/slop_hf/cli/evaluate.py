@@ -20,8 +20,9 @@ import slop_hf
 
 from ..errors import EvaluationError
 from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, headline, task_names
-from ..records import EvalRecord, RunDirectory
-from ..serialization import plain
+from ..io.serialization import plain
+from ..runs.directory import RunDirectory
+from ..runs.records import EvalRecord
 from .data import read_data
 
 if TYPE_CHECKING:

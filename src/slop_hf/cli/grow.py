@@ -13,9 +13,9 @@ import slop_hf
 
 from ..dims import ModelDims
 from ..errors import GrowthError
+from ..io.serialization import read_json
 from ..operators import operators_between
 from ..schedule import GrowthSchedule, GrowthStage
-from ..serialization import read_json
 
 
 def grow(

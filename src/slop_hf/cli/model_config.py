@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..addresses import Address
 from ..dims import ModelDims
 from ..errors import PlanError
+from ..io.hub_address import Address
 
 _CARRIED_OVER = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
 

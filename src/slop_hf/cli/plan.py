@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import paper
-from ..cost import DEFAULT_CONFIG
+from ..cost.flops import DEFAULT_CONFIG
+from ..cost.hours import CostModel
+from ..cost.memory import MemoryLimit
 from ..dims import ModelDims
 from ..errors import PlanError
-from ..hours import CostModel
-from ..memory import MemoryLimit
-from ..objectives import OBJECTIVES
+from ..io.serialization import plain
 from ..operators import OPERATORS
-from ..planner import SlopPlanner
-from ..serialization import plain
-from ..space import ConfigSpace
-from ..tokens import PAPER_INITIAL_SHARE
+from ..paper import tables as paper
+from ..planning.objectives import OBJECTIVES
+from ..planning.planner import SlopPlanner
+from ..planning.space import ConfigSpace
+from ..schedule import PAPER_INITIAL_SHARE
 from . import plan_view
 from .model_config import read_config
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..baselines import Arm, compare, favours_growth
-from ..cost import count_parameters
-from ..explanation import Choice, explain
-from ..objectives import OBJECTIVES
-from ..planner import SlopPlanner
+from ..cost.flops import count_parameters
+from ..planning.explain import Choice, explain
+from ..planning.objectives import OBJECTIVES
+from ..planning.planner import SlopPlanner
 from ..schedule import GrowthSchedule
 
 

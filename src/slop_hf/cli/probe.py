@@ -16,16 +16,16 @@ from rich.table import Table
 import slop_hf
 
 from ..errors import RunError
-from ..objectives import OBJECTIVES
+from ..io.serialization import plain
+from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
-from ..serialization import plain
 from .run_view import read_changes
 from .shared import listed, progress_bar, read_seeds
 
 if TYPE_CHECKING:
-    from ..experiments.arms import ArmRun
-    from ..experiments.candidates import Candidate, Start
-    from ..experiments.probe import PlannedTrial
+    from ..experiments.jobs import ArmRun
+    from ..probing.candidates import Candidate, Start
+    from ..probing.probe import PlannedTrial
     from ..training import RunConfig
 
 _WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output"
@@ -90,8 +90,8 @@ def probe(
 
     Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
     """
-    from ..experiments.candidates import Start  # with torch, which `slop --help` does without
-    from ..experiments.probe_table import probe_sentences, probe_table
+    from ..probing.candidates import Start  # with torch, which `slop --help` does without
+    from ..probing.report import probe_sentences, probe_table
 
     start = None if source is None else Start.of(source)
     run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change or []))
@@ -150,7 +150,7 @@ def _candidates(
     inits: str | None,
     next_stages: str | None,
 ) -> list[Candidate]:
-    from ..experiments.candidates import init_candidates, next_candidates, planned
+    from ..probing.candidates import init_candidates, next_candidates, planned
 
     if sum(given is not None for given in (top_k, inits, next_stages)) > 1:
         raise RunError("give one of --top-k, --inits and --next: a probe compares candidates of one kind")

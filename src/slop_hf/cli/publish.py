@@ -10,7 +10,7 @@ import typer
 
 import slop_hf
 
-from ..records import RunDirectory
+from ..runs.directory import RunDirectory
 
 
 def publish(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import slop_hf
 
-from ..records import RunDirectory
+from ..runs.directory import RunDirectory
 
 
 def report(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..records import SCHEDULE_FILE, RunDirectory
-from ..rollback import Rollback, plan_rollback
+from ..runs.directory import SCHEDULE_FILE, RunDirectory
+from ..runs.rollback import Rollback, plan_rollback
 from ..schedule import GrowthSchedule
 
 

@@ -14,11 +14,11 @@ from rich.table import Table
 
 import slop_hf
 
-from ..addresses import Address
+from ..cost.memory import MemoryEstimate, training_memory
 from ..errors import RunError
-from ..memory import MemoryEstimate, training_memory
-from ..records import RunDirectory
-from ..serialization import read_yaml_text
+from ..io.hub_address import Address
+from ..io.serialization import read_yaml_text
+from ..runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from ..hub.callback import PublishCallback

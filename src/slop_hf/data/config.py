@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import DataError
-from ..serialization import parse, read_yaml
+from ..io.serialization import parse, read_yaml
 
 STDLIB = "python-stdlib"
 SMALLEST_VOCAB = 257  # a token for each byte, and the end of text

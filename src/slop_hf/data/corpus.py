@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import DataError
-from ..serialization import digest, parse, plain, read_yaml, to_json, write_text, written_aside
+from ..io.serialization import digest, parse, plain, read_yaml, to_json, write_text, written_aside
 from .config import STDLIB, DataConfig, Source
 from .packing import MixedBlocks, PackedDataset
 from .sources import DocumentStream, documents, local_files

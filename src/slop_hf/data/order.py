@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from ..records import ConsumedTokens
+from ..runs.records import ConsumedTokens
 from .config import ONLY
 
 Ints = npt.NDArray[np.int64]

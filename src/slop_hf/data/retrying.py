@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 from ..errors import DataError
-from ..failures import is_transient, reason_of, seconds_to_wait, status_of
+from ..io.network_errors import is_transient, reason_of, seconds_to_wait, status_of
 
 RETRIES = 8  # attempts without progress
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the one before

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from ..errors import DataError
-from ..failures import is_transient, reason_of
+from ..io.network_errors import is_transient, reason_of
 from .config import STDLIB, Format, Source
 from .formats import File, LocalFile, Texts, format_of, read_texts, text_in
 from .retrying import Patience, RemoteFile

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..addresses import located
 from ..errors import DataError
+from ..io.hub_address import located
 from .config import TokenizerKind, check_vocab_size
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..serialization import digest, write_text
+from ..io.serialization import digest, write_text
 from .config import Source
 from .packing import TokenWriter
 from .sources import DocumentStream, local_bytes

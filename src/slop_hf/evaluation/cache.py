@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..errors import SlopError
-from ..records import EvalRecord
-from ..serialization import digest, parse, read_yaml, to_json, write_text
+from ..io.serialization import digest, parse, read_yaml, to_json, write_text
+from ..runs.records import EvalRecord
 
 
 class ResultCache:

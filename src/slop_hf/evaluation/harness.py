@@ -18,8 +18,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import EvaluationError
-from ..records import EvalRecord
-from ..training.checkpoints import random_state, set_random_state
+from ..runs.records import EvalRecord
+from ..training.random_state import random_state, set_random_state
 from .settings import EvalSettings
 from .tasks import PAPER, PERPLEXITY
 

@@ -16,8 +16,8 @@ from .. import __version__
 from ..data import Corpus
 from ..data.tokenizing import vocabulary_of
 from ..errors import EvaluationError
-from ..records import EvalRecord, perplexity
-from ..serialization import digest
+from ..io.serialization import digest
+from ..runs.records import EvalRecord, perplexity
 from ..training.ranks import Ranks
 from .tasks import PERPLEXITY
 

@@ -14,8 +14,9 @@ from ..data import prepare_data
 from ..errors import RunError
 from ..growth import grow_checkpoint
 from ..growth.plan import DEFAULT_NOISE
-from ..records import RECORD_FILE, EvalRecord, RunDirectory, StageRecord
 from ..report.summary import marginal_utility
+from ..runs.directory import RECORD_FILE, RunDirectory
+from ..runs.records import EvalRecord, StageRecord
 from ..training.callbacks import StageCallback
 from ..training.config import RunConfig, StageEvaluation
 from ..training.launch import no_zero_init

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..data.tokenizing import vocabulary_of
 from ..errors import EvaluationError, GrowthError
 from ..growth import checkpoint_directory, no_progress_bars, stored_weights_hash, weights_hash
-from ..records import EvalRecord, RunDirectory
+from ..runs.directory import RunDirectory
+from ..runs.records import EvalRecord
 from ..training.ranks import Ranks
 from . import harness
 from .cache import ResultCache, digest_of

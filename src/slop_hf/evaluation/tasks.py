@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import EvaluationError
-from ..records import EvalRecord
+from ..runs.records import EvalRecord
 
 #: Stands for `PAPER_TASKS` wherever tasks are named.
 PAPER = "paper"

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 from ..baselines import ARMS
 from ..dims import ModelDims
 from ..errors import RunError
+from ..io.serialization import change, parse, read_yaml
 from ..operators import OPERATORS
 from ..schedule import GrowthSchedule
-from ..serialization import change, parse, read_yaml
 from ..training import RunConfig
 
 #: What all arms of a comparison spend alike: training FLOPs, or tokens.

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..budget import Budget
-from ..cost import flops_per_token
+from ..cost.flops import flops_per_token
+from ..cost.hours import CostModel
 from ..errors import RunError
-from ..hours import CostModel
-from ..objectives import OBJECTIVES, score
+from ..io.serialization import parse
+from ..planning.budget import Budget
+from ..planning.objectives import OBJECTIVES, score
+from ..planning.structures import DimsArray, Prices, Structures
 from ..report.tables import Cells, power, significant
-from ..serialization import parse
-from ..structures import DimsArray, Prices, Structures
 from ..training import RunConfig
 from .arms import model_fields
-from .dots import scatter_figure
+from .final_losses import scatter_figure
 from .record import Comparison, RunResult
 from .results import Spread, rank_correlation
 from .tables import plus_minus

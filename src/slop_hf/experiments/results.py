@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ..errors import RunError
-from ..records import perplexity
+from ..runs.records import perplexity
 from .record import Comparison, RunResult
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,13 @@ from filelock import FileLock, Timeout
 from ..data import prepare_data
 from ..errors import DivergedError, RunError, SlopError
 from ..evaluation.runs import EvaluateStages, check_evaluation
-from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
-from ..schedule import GrowthSchedule
-from ..serialization import read_yaml, read_yaml_text, to_yaml, write_text, written_aside
+from ..io.serialization import read_yaml, read_yaml_text, to_yaml, write_text
+from ..runs.branch import inherit
+from ..runs.directory import RunDirectory
 from ..training import build_trainer, preview_run
-from .arms import (
-    CONFIG_FILE,
-    DIVERGED_FILE,
-    LOG_FILE,
-    TRUNK_FILE,
-    ArmRun,
-    arm_runs,
-    beside,
-    diverged_places,
-    with_trunks,
-)
+from .arms import arm_runs
 from .config import Experiment
+from .jobs import CONFIG_FILE, DIVERGED_FILE, LOG_FILE, TRUNK_FILE, ArmRun, beside, diverged_places, with_trunks
 
 Told = Callable[[ArmRun, int, int], None]
 
@@ -188,25 +176,6 @@ def branch(root: Path, job: ArmRun, place: Path) -> None:
     inherit(trunk, run, job.schedule, name="-".join(job.place.parts[1:]))
 
 
-def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *, name: str) -> None:
-    """Begin a run with finished stages of another one; files are linked where the disk can do so.
-
-    Args:
-        source: the other one.
-        run: to begin.
-        schedule: of the run; stages that it has in common with what has finished of the source are taken over.
-        name: what its run id begins with.
-    """
-    facts = RunFacts.load(source)
-    finished = source.schedule.stage_names[: source.finished_stages]
-    with written_aside(run.path) as aside:
-        for _, stage in zip(schedule.stage_names, finished, strict=False):
-            shutil.copytree(source.path / stage, aside / stage, copy_function=_link)
-        if facts is not None:
-            replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(aside))
-        schedule.to_yaml(aside / SCHEDULE_FILE)
-
-
 def is_finished(root: Path, job: ArmRun) -> bool:
     """Whether a run has been trained to its end."""
     run = RunDirectory(root / job.place)
@@ -253,13 +222,6 @@ def _previewed(job: ArmRun, root: Path) -> None:
         check_evaluation(job.config)
     except SlopError as caught:
         raise type(caught)(f"{job.name}: {caught}") from None
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, target)
 
 
 # ---- Several at a time ---------------------------------------------------------------------------------------------

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..serialization import write_text
-from .dots import losses_figure
-from .figures import loss_figure
+from ..io.serialization import write_text
+from .arms import arm_runs
+from .collect import collect
+from .config import Experiment
+from .final_losses import losses_figure
 from .findings import sentences
+from .jobs import with_trunks
+from .loss_curves import loss_figure
 from .predictions import agreement_sentence, predictions_cells, utility_figure
 from .record import Comparison
+from .running import Told, machine_name, run_experiment
 from .tables import arms_cells, ledger_cells, stages_cells
 
 MARKDOWN_FILE, JSON_FILE = "comparison.md", "comparison.json"
@@ -137,3 +142,33 @@ def comparison_markdown(comparison: Comparison, figures: list[str]) -> str:
 def figure_markdown(name: str, path: str) -> str:
     """A link to a figure of a name in `FIGURES`."""
     return f"![{FIGURES[name].title}]({path})"
+
+
+def compare_arms(
+    experiment: Experiment,
+    root: str | Path,
+    *,
+    devices: Sequence[str] = (),
+    workers: int = 1,
+    told: Told | None = None,
+    train: bool = True,
+) -> Comparison:
+    """Run all arms of an experiment, and write what came out of them into its directory.
+
+    Args:
+        experiment: to run, `Experiment.from_yaml("recipes/experiments/table2.yaml", "nano")`.
+        root: its directory; what lies there is gone on with.
+        devices, workers, told: as in `run_experiment`.
+        train: whether to train what is missing; otherwise what has finished is compared.
+
+    Returns:
+        the comparison, which lies in `root` as `comparison.json` and `comparison.md` beside its figures.
+
+    Raises:
+        SlopError: for what cannot be run, before anything is; and where a run fails.
+    """
+    if train:
+        run_experiment(experiment, root, devices=devices, workers=workers, told=told)
+    comparison = collect(experiment, with_trunks(arm_runs(experiment)), Path(root), machine_name())
+    write_comparison(comparison, root)
+    return comparison

@@ -15,7 +15,7 @@ from .model import build_model, grow_model, grow_weights, no_progress_bars
 from .peft import base_of, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
-from .stream import WEIGHT, StateStream
+from .state_reader import WEIGHT, StateStream
 from .verify import probe_growth, stored_weights_hash, weights_hash
 
 __all__ = [

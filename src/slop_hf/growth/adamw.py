@@ -15,7 +15,7 @@ import torch
 
 from ..architectures import LAYER
 from ..errors import GrowthError
-from ..records import OPTIMIZER_FILE
+from ..runs.directory import OPTIMIZER_FILE
 from .axes import Run
 from .inits import ZERO, Fill
 from .plan import GrowthPlan, ParameterPlan

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..cost import count_parameters
+from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import GrowthError
+from ..io.serialization import versions, write_text, written_aside
 from ..schedule import GrowthStage
-from ..serialization import versions, write_text, written_aside
 from .checkpoint_plan import CheckpointPlan, TensorPlan, plan_checkpoint_growth
 from .plan import DEFAULT_NOISE
 from .receipt import RECEIPT_FILE, GrowthProbe, GrowthReceipt

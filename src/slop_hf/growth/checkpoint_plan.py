@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from ..addresses import Address
-from ..cost import count_parameters
+from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import GrowthError
+from ..io.hub_address import Address
 from ..schedule import GrowthStage
 from .plan import DEFAULT_NOISE, GrowthPlan, ParameterPlan, plan_growth
 from .safetensors_io import FLOATS, Shard, StoredTensor, index_text, plan_shards, read_checkpoint

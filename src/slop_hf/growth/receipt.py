@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..dims import ModelDims
-from ..serialization import to_json
+from ..io.serialization import to_json
 
 RECEIPT_FILE = "growth.json"
 

@@ -12,9 +12,9 @@ from itertools import product
 import torch
 
 from .axes import AxisMap, Run
-from .draws import NormalDraws, chunks
 from .inits import Fill
 from .plan import ParameterPlan
+from .random_entries import NormalDraws, chunks
 
 #: Gives the distribution of a block that the named operators have added (None: a dimension where it is old).
 Filler = Callable[[Sequence[str | None]], Fill]

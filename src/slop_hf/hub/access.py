@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..addresses import Address
 from ..errors import HubError, SlopError
-from ..failures import is_transient, reason_of, seconds_to_wait, status_of
+from ..io.hub_address import Address
+from ..io.network_errors import is_transient, reason_of, seconds_to_wait, status_of
 
 T = TypeVar("T")
 

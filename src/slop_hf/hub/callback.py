@@ -12,8 +12,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import HubError
-from ..failures import reason_of
-from ..records import RunDirectory
+from ..io.network_errors import reason_of
+from ..runs.directory import RunDirectory
 from ..training.callbacks import StageCallback
 from ..training.ranks import Ranks
 from .access import HubUnreachable, Retries

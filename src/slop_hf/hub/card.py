@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..evaluation.tasks import PERPLEXITY
-from ..records import EvalRecord
 from ..report.tables import NOTHING, count, decimals, significant, stage_markdown
+from ..runs.records import EvalRecord
 from .lineage import GROWTH_FILE, PublishedGrowth
 
 TAGS = ["slop-hf", "model-growth"]

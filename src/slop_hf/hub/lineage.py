@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import HubError
-from ..records import EvalRecord, RunDirectory, StageRecord
+from ..io.serialization import parse, read_json, to_json, write_text
+from ..runs.directory import RunDirectory
+from ..runs.records import EvalRecord, StageRecord
 from ..schedule import GrowthSchedule
-from ..serialization import parse, read_json, to_json, write_text
 
 GROWTH_FILE = "growth.json"
 ORIGIN_FILE = "origin.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..addresses import Address
 from ..errors import HubError, RunError
-from ..records import RunDirectory
+from ..io.hub_address import Address
+from ..runs.directory import RunDirectory
 from .access import Retries
 from .lineage import GROWTH_FILE, PublishedGrowth
 from .revision import Revision, check_finished, plan_revision

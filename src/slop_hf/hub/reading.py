@@ -7,9 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..addresses import Address
 from ..errors import GrowthError, HubError
 from ..growth import stored_weights_hash
+from ..io.hub_address import Address
 from ..schedule import GrowthSchedule
 from ..training.config import RunConfig
 from .access import explained, fetch_file

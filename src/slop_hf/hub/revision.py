@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..addresses import MAIN
 from ..errors import HubError, RunError
 from ..growth import stored_weights_hash
-from ..records import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory, RunFacts
+from ..io.hub_address import MAIN
 from ..report.figures import loss_figure
-from ..training.checkpoints import CHECKSUM_FILE, fault_of
+from ..runs.directory import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory, RunFacts
+from ..training.checksums import CHECKSUM_FILE, fault_of
 from ..training.ranks import Ranks
 from .card import model_card
 from .lineage import GROWTH_FILE, Origin, Parent, PublishedGrowth

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ..errors import RunError
-from ..records import RunDirectory
+from ..runs.directory import RunDirectory
 from .drawing import RUN_COLOURS, STYLE, WIDTH, DrawnRun, new_figure, read_runs, run_legend, shorten, write_png
 from .scores import ScoreKey, headline_scores, labels_of, shared_keys
 

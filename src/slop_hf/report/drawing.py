@@ -21,7 +21,8 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, BboxBase
 
 from ..errors import RunError
-from ..records import RunDirectory, StageRecord
+from ..runs.directory import RunDirectory
+from ..runs.records import StageRecord
 from .summary import run_names
 
 #: Okabe and Ito's palette without yellow, then grey: told apart by colour-blind readers, and on white.

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ..records import RunDirectory
+from ..runs.directory import RunDirectory
 from .drawing import (
     POINTS_PER_INCH,
     STYLE,

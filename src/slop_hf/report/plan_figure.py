@@ -24,7 +24,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation
 
-from ..cost import DEFAULT_CONFIG, count_parameters, flops_per_token
+from ..cost.flops import DEFAULT_CONFIG, count_parameters, flops_per_token
 from ..dims import ModelDims
 from ..errors import PlanError
 from ..schedule import GrowthSchedule

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..records import ConsumedTokens, EvalRecord, StageRecord
+from ..runs.records import ConsumedTokens, EvalRecord, StageRecord
 from .tables import NOTHING, Cells, count, decimals
 
 #: `EvalRecord.when` of what was scored right after a growth.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ..records import EvalRecord
+from ..runs.records import EvalRecord
 from .results import AFTER_GROWTH, score_text, setting
 from .summary import RunSummary
 from .tables import NOTHING, Cells, row_name

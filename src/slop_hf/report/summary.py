@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..dims import ModelDims
 from ..errors import RunError
-from ..records import RunDirectory, StageRecord
-from ..serialization import to_json
+from ..io.serialization import to_json
+from ..runs.directory import RunDirectory
+from ..runs.records import StageRecord
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from ..records import StageRecord
+from ..runs.records import StageRecord
 from .summary import RunSummary
 
 #: What a cell holds where there is nothing to tell.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..records import EvalRecord, RunDirectory, StageRecord
-from ..serialization import plain, to_json, write_text
+from ..io.serialization import plain, to_json, write_text
+from ..runs.directory import RunDirectory
+from ..runs.records import EvalRecord, StageRecord
 from .comparisons import correlation_figure, heads_figure, radar_figure
 from .figures import loss_figure, path_figure
 from .render import DrawnFigure, render

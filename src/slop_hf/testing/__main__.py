@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from ..architectures import ARCHITECTURES
-from ..serialization import write_text
+from ..io.serialization import write_text
 from .exactness import exactness_page
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..architectures import architecture_of
-from ..cost import count_parameters
+from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import DimsError, GrowthError
 from ..growth import INITS, GrowthPlan, grow_model, grow_weights, no_progress_bars, plan_growth

@@ -27,11 +27,11 @@ from transformers import (
     set_seed,
 )
 
-from ..cost import DEFAULT_CONFIG, count_parameters, flops_per_token
+from ..cost.flops import DEFAULT_CONFIG, count_parameters, flops_per_token
+from ..cost.hours import CostModel, Measurement
+from ..cost.memory import STATE_BYTES, Precision
 from ..dims import ModelDims
 from ..errors import PlanError, RunError
-from ..hours import CostModel, Measurement
-from ..memory import STATE_BYTES, Precision
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .config import RunConfig

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..records import RunDirectory
+from ..runs.directory import RunDirectory
 from .ranks import Ranks
 
 

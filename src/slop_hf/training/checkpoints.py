@@ -6,33 +6,25 @@ state), and `resume.json`: what else the run needs to go on as if it had never s
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import xxhash
 from transformers.utils import logging
 
 from ..errors import RunError
-from ..records import OPTIMIZER_STEM, RunDirectory
-from ..serialization import write_text
+from ..runs.directory import RunDirectory
+from .checksums import CHECKSUM_FILE, _flush, fault_of
 from .ranks import Ranks
 
 logger = logging.get_logger(__name__)
 
-CHECKSUM_FILE = "checksums.json"
 RESUME_FILE = "resume.json"
 CHECKPOINT = "checkpoint-"
 CORRUPT = "corrupt-"
-_PIECE_BYTES = 2**20
 
 
 @contextmanager
@@ -64,76 +56,6 @@ def written_together(target: Path, ranks: Ranks) -> Iterator[Path]:
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def seal(directory: Path, mine: Iterable[str], ranks: Ranks) -> None:
-    """Write the checksums of a directory's files.
-
-    Args:
-        directory: all ranks see the same.
-        mine: files that this rank has written; the first rank sees to all that no rank names.
-        ranks: of the run.
-    """
-    mine = set(mine)
-    named: set[str] = set().union(*ranks.all_gather(sorted(mine)))
-    sums: dict[str, dict[str, Any]] = {}
-    with ranks.together():
-        if ranks.is_first:
-            rest = {path.name for path in directory.iterdir() if path.is_file()} - named
-            for name in rest:
-                _flush(directory / name)
-            mine |= rest
-        sums = {name: _checksum(directory / name) for name in mine}
-    files = {name: one for part in ranks.all_gather(sums) for name, one in part.items()}
-    with ranks.together():
-        if ranks.is_first:
-            content = {"algorithm": "xxh3_128", "files": dict(sorted(files.items()))}
-            write_text(directory / CHECKSUM_FILE, json.dumps(content, indent=2) + "\n")
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_PIECE_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return {"bytes": path.stat().st_size, "hash": digest.hexdigest()}
-
-
-def fault_of(directory: Path, ranks: Ranks, *, is_stage: bool = False) -> str | None:
-    """What is wrong with a directory's files by its checksums, on all ranks; None if nothing is.
-
-    Args:
-        directory: of a checkpoint, or of a finished stage.
-        ranks: each looks at its share of the files.
-        is_stage: the optimizer's state may be gone, which a finished stage does without.
-    """
-    fault: str | None = None
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
-    except FileNotFoundError:
-        return f"it has no {CHECKSUM_FILE}"
-    except (ValueError, KeyError, TypeError, OSError) as caught:
-        return f"{CHECKSUM_FILE} cannot be read ({type(caught).__name__})"
-    for name in ranks.mine(sorted(files)):
-        path = directory / name
-        if not path.is_file():
-            fault = None if is_stage and name.startswith(OPTIMIZER_STEM) else f"{name} is missing"
-        elif path.stat().st_size != files[name]["bytes"]:
-            fault = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
-        elif _checksum(path) != files[name]:
-            fault = f"{name} does not hold what was written"
-        if fault is not None:
-            break
-    return next((one for one in ranks.all_gather(fault) if one is not None), None)
 
 
 def checkpoints(run: RunDirectory, stage: int) -> list[Path]:
@@ -183,38 +105,6 @@ def rotate(run: RunDirectory, stage: int, keep: int | None) -> None:
         gone = path.with_name(f".{path.name}.removing")
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every random number generator of this process, as JSON."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "torch": _text(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = _text(torch.cuda.get_rng_state())
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put every generator into the state that `random_state` took."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_tensor(state["torch"]))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(_tensor(state["cuda"]))
-
-
-def _text(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def read_resume(checkpoint: Path) -> dict[str, Any]:

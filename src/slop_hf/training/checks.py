@@ -17,7 +17,7 @@ from ..dims import ModelDims
 from ..errors import DataError, RunError
 from ..growth import plan_growth, resolve_inits
 from ..operators import operator_named
-from ..records import RunFacts
+from ..runs.directory import RunFacts
 from ..schedule import GrowthSchedule
 from .spans import StageSpan
 

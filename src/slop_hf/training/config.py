@@ -19,16 +19,16 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..addresses import located
 from ..baselines import from_scratch
 from ..data import Corpus, DataConfig, documents, load_tokenizer, prepare_data
 from ..data.sources import local_files
 from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
 from ..growth import checkpoint_directory
-from ..records import RunDirectory
+from ..io.hub_address import located
+from ..io.serialization import change, parse, read_yaml
+from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
-from ..serialization import change, parse, read_yaml
 from .arguments import PER_STAGE, SlopTrainingArguments
 from .batches import blocks_per_step, keep_last, stage_batches
 from .checks import check_growths, with_inits

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..errors import RunError
 from ..growth import resolve_inits
-from ..records import ConsumedTokens, RunDirectory, RunFacts, StageRecord, perplexity
+from ..io.serialization import versions
+from ..runs.directory import RunDirectory, RunFacts
+from ..runs.records import ConsumedTokens, StageRecord, perplexity
 from ..schedule import GrowthSchedule
-from ..serialization import versions
 from .spans import StageSpan
 
 HELD_OUT = "eval_loss"

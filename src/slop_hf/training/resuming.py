@@ -11,10 +11,11 @@ from typing import NamedTuple
 from transformers.utils import logging
 
 from ..errors import RunError
-from ..records import SCHEDULE_FILE, RunDirectory, RunFacts
+from ..runs.directory import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
-from .checkpoints import check_stage, fault_of, last_good_checkpoint, step_of
+from .checkpoints import check_stage, last_good_checkpoint, step_of
 from .checks import with_inits
+from .checksums import fault_of
 from .ranks import Ranks
 from .recording import check_same_schedule
 from .spans import StageSpan

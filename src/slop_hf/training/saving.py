@@ -12,10 +12,13 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..growth import WEIGHT, no_progress_bars
-from ..records import RECORD_FILE, STATE_FILE, RunDirectory, StageRecord
-from ..serialization import write_text
-from .boundary import leave
-from .checkpoints import CHECKPOINT, RESUME_FILE, random_state, rotate, seal, written_together
+from ..io.serialization import write_text
+from ..runs.directory import RECORD_FILE, STATE_FILE, RunDirectory
+from ..runs.records import StageRecord
+from .checkpoints import CHECKPOINT, RESUME_FILE, rotate, written_together
+from .checksums import seal
+from .random_state import random_state
+from .state_io import leave
 from .states import States
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cost import count_parameters, flops_per_token
+from ..cost.flops import count_parameters, flops_per_token
 from ..dims import ModelDims
 from ..errors import RunError
 from ..schedule import GrowthSchedule, GrowthStage

@@ -15,16 +15,18 @@ from transformers.utils import logging
 
 from ..errors import RunError
 from ..growth import StateStream
-from ..records import RunDirectory, RunFacts, perplexity
+from ..runs.directory import RunDirectory, RunFacts
+from ..runs.records import perplexity
 from .arguments import SlopTrainingArguments
 from .batches import largest_divisor
-from .boundary import enter
-from .checkpoints import checkpoints, set_random_state
+from .checkpoints import checkpoints
+from .divergence import Soundness
 from .learning_rate import restore, stage_scheduler
+from .random_state import set_random_state
 from .ranks import Ranks
 from .saving import keep_callback_states, save_checkpoint
-from .soundness import Soundness
 from .spans import StageSpan
+from .state_io import enter
 from .states import Setup
 from .throughput import Pace
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..devices import peak_flops
-from ..hours import CostModel
+from ..cost.device_peaks import peak_flops
+from ..cost.hours import CostModel
 from .spans import StageSpan
 
 Clock = Callable[[], float]

@@ -11,12 +11,12 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..cost.hours import CostModel
 from ..data.order import BlockOrder, consumed
 from ..data.tokenizing import vocabulary_of
 from ..errors import RunError
 from ..growth import StateStream, no_progress_bars, plan_growth
-from ..hours import CostModel
-from ..records import STATE_FILE, RunDirectory, RunFacts
+from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
 from .batches import blocks_per_step, per_stage, stage_batches
@@ -33,15 +33,15 @@ from .checks import (
     space_warning,
     with_inits,
 )
+from .divergence import Soundness
 from .learning_rate import check_scheduler
+from .loggers import continue_curves
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .ranks import Ranks
 from .recording import HELD_OUT, stage_record
-from .reporting import continue_curves
 from .resuming import Position, begin, resume
 from .saving import save_stage
-from .soundness import Soundness
 from .spans import StageSpan, stage_spans
 from .stage_trainer import StageTrainer
 from .states import Setup, WholeSetup

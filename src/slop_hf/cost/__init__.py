@@ -1,0 +1,1 @@
+"""What a structure costs: parameters, FLOPs, memory, device hours, loss."""

@@ -1,0 +1,87 @@
+"""What a structure costs: parameters, FLOPs and bytes, read off the axis tables.
+
+Every function takes one `ModelDims`, or an object of the same attributes that are numpy arrays (`DimsArray`),
+and then answers for all structures at once. `config` is a transformers config or a dict with at least
+`model_type`, `vocab_size` and, where it is set, `tie_word_embeddings`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..architectures import Parameter, architecture_of, setting
+
+#: The paper's model where nothing else is said: Llama with Llama's SentencePiece vocabulary, not tied.
+DEFAULT_CONFIG: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
+
+#: Bytes of training state in float32 with AdamW: weights, gradients and two moments; activations are not in it.
+TRAINING_BYTES_PER_PARAMETER = 16
+
+
+def paper_params(dims: Any) -> Any:
+    """The parameter count of the paper's objective, `l * (6h^2 + 3hf)`.
+
+    Nothing but weight matrices of the layers: no embedding, norm or bias. The paper does not print the formula;
+    this one reproduces the products of its Tables 1 and 4 to the printed digits.
+
+    >>> from slop_hf import ModelDims
+    >>> paper_params(ModelDims(768, 2048, 6, 6))
+    49545216
+    """
+    hidden = dims.hidden_size
+    return dims.num_hidden_layers * (6 * hidden * hidden + 3 * hidden * dims.intermediate_size)
+
+
+def count_parameters(dims: Any, config: Any = DEFAULT_CONFIG) -> Any:
+    """The true number of parameters, equal to `model.num_parameters()`; tied embeddings count once.
+
+    >>> from slop_hf import ModelDims
+    >>> count_parameters(ModelDims(768, 2048, 6, 6))
+    91629312
+    """
+    sizes = axis_sizes(dims, config)
+    rows = architecture_of(config).rows(config)
+    return sum(_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows)
+
+
+def flops_per_token(dims: Any, config: Any = DEFAULT_CONFIG, sequence_length: int = 2048) -> Any:
+    """Training FLOPs for one token, forward and backward: `6 * (matrix weights + l * q * S)`.
+
+    `q` is the width of the query projection and `S` the sequence length; the second term is causal attention's
+    scores and values, half of the full square. The output projection counts also where it is tied, the embedding
+    look-up never does. Recomputation of activations is not counted. With Llama's vocabulary and S = 2048 the
+    paper's GPU hours are a straight line in this number.
+
+    >>> from slop_hf import ModelDims
+    >>> flops_per_token(ModelDims(768, 2048, 6, 6))
+    458883072
+    """
+    sizes = axis_sizes(dims, config)
+    rows = [row for row in architecture_of(config).rows(config, tied=True) if row.kind == "projection"]
+    weights = sum(_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows)
+    return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
+
+
+def weight_bytes(dims: Any, config: Any = DEFAULT_CONFIG, bytes_per_parameter: int = 4) -> Any:
+    """Bytes of the weights alone; 4 a parameter in float32, 2 in bfloat16."""
+    return count_parameters(dims, config) * bytes_per_parameter
+
+
+def axis_sizes(dims: Any, config: Any = DEFAULT_CONFIG) -> dict[str, Any]:
+    """The size of every axis of the family's table."""
+    return {
+        "hidden": dims.hidden_size,
+        "ffn": dims.intermediate_size,
+        "query": dims.num_attention_heads * dims.head_dim,
+        "key_value": dims.num_key_value_heads * dims.head_dim,
+        "fused": 3 * dims.num_attention_heads * dims.head_dim,
+        "head_dim": dims.head_dim,
+        "vocab": setting(config, "vocab_size"),
+    }
+
+
+def _numel(row: Parameter, sizes: dict[str, Any]) -> Any:
+    numel = 1
+    for axis in row.axes:
+        numel = numel * sizes[axis]
+    return numel

@@ -1,0 +1,1 @@
+"""Files, YAML and JSON, and addresses on the Hub."""

@@ -1,0 +1,230 @@
+"""What the SLOP paper prints: its structures, products, perplexities and GPU hours, and the cost model they make.
+
+*Model Growth Schedule Learning via Optimal Path (SLOP) for Efficient LLM Pre-Training*, submitted to ICLR 2025,
+withdrawn, anonymous. Products of parameter increments are kept as printed, so that one can tell whether a computed
+one is the same to the printed digits. What the figures mean where the paper does not say is in `docs/reproduction.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from ..cost.flops import flops_per_token
+from ..cost.hours import CostModel, Measurement
+from ..dims import ModelDims
+
+#: Tokens of a training sequence. Not printed; with 2048, and Llama's vocabulary, the hours are a line in the FLOPs.
+SEQUENCE_LENGTH = 2048
+
+#: Training tokens of the initial model, of each stage of growth, and of the whole budget (section 4.1).
+INITIAL_TOKENS, STAGE_TOKENS, TOTAL_TOKENS = 25 * 10**9, 10 * 10**9, 65 * 10**9
+
+#: The structure that Tables 1, 2, 4 and 10 begin with, "100M" (section 4.1).
+INITIAL = ModelDims(768, 2048, 6, 6)
+
+#: The structure that Table 3 begins with. Printed as (1024, 4096, 16, 24), which would be 16 layers and 24 heads; but
+#: its products come out with 24 layers, which also make the "450M" of the text, and 24 does not divide 1024.
+INITIAL_450M = ModelDims(1024, 4096, 24, 16)
+
+
+@dataclass(frozen=True)
+class GrownRun:
+    """One row of Tables 1, 3 and 4: a target grown to in one order.
+
+    Args:
+        target: what it ends with; heads of 128, as in Table 4, where the paper names none.
+        sequence: the order of growth, one letter a stage.
+        product: the product of the parameter increments, as printed.
+        perplexity: at the end.
+        stage_hours: GPU hours of each stage of growth.
+        total_hours: printed as their sum with the initial model's.
+        stage_tokens: training tokens of each stage of growth.
+        recommended: whether the row is the paper's recommendation.
+    """
+
+    target: ModelDims
+    sequence: str
+    product: str
+    perplexity: float
+    stage_hours: tuple[float, ...]
+    total_hours: float
+    stage_tokens: tuple[int, ...] = (STAGE_TOKENS,) * 3
+    recommended: bool = False
+
+    def path(self, initial: ModelDims) -> tuple[ModelDims, ...]:
+        """The structures from `initial` to the target (see `path`)."""
+        return path(initial, self.target, self.sequence)
+
+
+@dataclass(frozen=True)
+class GrowthTable:
+    """One of Tables 1, 3 and 4.
+
+    Args:
+        number: of the table.
+        initial: the structure that all its rows begin with.
+        initial_hours: GPU hours of training it, by the table.
+        runs: its rows.
+    """
+
+    number: int
+    initial: ModelDims
+    initial_hours: float
+    runs: tuple[GrownRun, ...]
+
+    @property
+    def targets(self) -> tuple[ModelDims, ...]:
+        """The different targets, in the order of the rows."""
+        return tuple(dict.fromkeys(run.target for run in self.runs))
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One row of Tables 2 and 10: a way of training to the same target."""
+
+    method: str
+    perplexity: float
+    hours: float
+
+
+def path(initial: ModelDims, target: ModelDims, sequence: str) -> tuple[ModelDims, ...]:
+    """The structures along an order of growth, the initial one first.
+
+    Heads and their size have no letter in the paper's tables, nor has ffn in Table 4: what has none follows `h`.
+    A dimension may shrink, as it does in Table 3; such a path can be priced, not grown.
+
+    >>> [str(dims) for dims in path(INITIAL, ModelDims(1536, 4096, 32, 12), "h-l")]
+    ['(768, 2048, 6, 6)', '(1536, 4096, 6, 12)', '(1536, 4096, 32, 12)']
+    """
+    structures = [initial]
+    for letter in sequence.split("-"):
+        grown = _GROWN_BY[letter] + (_GROWN_BY["f"] if letter == "h" and "f" not in sequence else ())
+        structures.append(structures[-1].replace(**{name: getattr(target, name) for name in grown}))
+    return tuple(structures)
+
+
+_GROWN_BY = {
+    "l": ("num_hidden_layers",),
+    "f": ("intermediate_size",),
+    "h": ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+}
+
+
+def _target(hidden: int, ffn: int, layers: int) -> ModelDims:
+    """A target as the tables name it, with the heads of 128 that Table 4's text gives to its own."""
+    return ModelDims(hidden, ffn, layers, hidden // 128)
+
+
+#: The target of the rows that the paper recommends in Tables 1, 2 and 4.
+TARGET = _target(2816, 7680, 8)
+
+#: Orders of growth from 100M to four structures of about 1B parameters.
+TABLE_1 = GrowthTable(
+    1,
+    INITIAL,
+    34.38,
+    (
+        GrownRun(TARGET, "l-h-f", "6.59E+24", 31.43, (8.65, 27.53, 43.39), 113.94),
+        GrownRun(TARGET, "f-h-l", "4.14E+25", 33.48, (11.21, 34.01, 43.39), 123.09),
+        GrownRun(TARGET, "h-f-l", "1.81E+26", 39.84, (22.12, 34.01, 43.39), 133.89),
+        GrownRun(_target(1280, 3584, 40), "h-f-l", "4.66E+24", 31.1, (10.32, 11.80, 45.22), 101.72),
+        GrownRun(_target(1280, 3584, 40), "l-h-f", "1.65E+26", 38.65, (19.66, 35.39, 45.22), 134.66),
+        GrownRun(_target(1536, 4096, 32), "f-h-l", "4.24E+24", 31.43, (9.14, 14.1, 49.94), 107.62),
+        GrownRun(_target(1536, 4096, 32), "l-h-f", "1.52E+26", 39.85, (16.91, 37.36, 49.94), 138.59),
+        GrownRun(_target(2560, 6912, 10), "f-l-h", "8.53E+24", 32.99, (10.76, 14.01, 44.40), 103.55),
+        GrownRun(_target(2560, 6912, 10), "h-f-l", "1.24E+26", 38.65, (19.66, 29.00, 44.40), 127.44),
+        GrownRun(TARGET, "l-f-h", "1.69E+24", 30.61, (8.65, 12.97, 43.39), 99.39, recommended=True),
+    ),
+)
+
+#: Ways of training to `TARGET`.
+TABLE_2 = {
+    run.method: run
+    for run in (
+        ComparedRun("from scratch", 26.43, 282.01),
+        ComparedRun("single stage", 28.76, 207.92),
+        ComparedRun("MSG", 31.18, 101.96),
+        ComparedRun("ELLE", 30.6, 121.86),
+        ComparedRun("SLOP", 30.61, 99.39),
+    )
+}
+
+#: Orders of growth from 450M.
+TABLE_3 = GrowthTable(
+    3,
+    INITIAL_450M,
+    102.67,
+    (
+        GrownRun(_target(1152, 3072, 50), "f-l-h", "1.59E+17", 35.08, (8.55, 28.02, 44.61), 183.85),
+        GrownRun(_target(1152, 3072, 50), "l-h-f", "1.53E+26", 35.48, (23.10, 37.24, 44.61), 207.62),
+        GrownRun(_target(1152, 3072, 50), "f-h-l", "4.76E+8", 32.2, (8.55, 10.54, 44.61), 166.37, recommended=True),
+        GrownRun(_target(1152, 4608, 40), "h-f-l", "4.71E+24", 33.01, (9.66, 11.87, 45.71), 169.92),
+        GrownRun(_target(1152, 4608, 40), "l-h-f", "5.54E+25", 34.02, (19.66, 29.49, 45.71), 197.54),
+        GrownRun(_target(1152, 4608, 40), "f-h-l", "2.28E+24", 33.01, (9.44, 11.87, 45.71), 169.69, recommended=True),
+    ),
+)
+
+#: Orders of growth in two dimensions, hidden and layer; ffn goes with hidden. That one stage of each row takes 20B
+#: tokens is not printed; its hours are twice those that Table 1 prints for the same structure.
+TABLE_4 = GrowthTable(
+    4,
+    INITIAL,
+    34.38,
+    (
+        GrownRun(TARGET, "h-l", "1.41E+17", 38.65, (68.03, 43.39), 145.8, (2 * STAGE_TOKENS, STAGE_TOKENS)),
+        GrownRun(TARGET, "l-h", "1.38E+16", 38.65, (8.65, 86.77), 139.8, (STAGE_TOKENS, 2 * STAGE_TOKENS), True),
+    ),
+)
+
+#: The target of Table 10, and the order that SLOP takes to it (Table 8, sch3).
+TABLE_10_TARGET, TABLE_10_SEQUENCE = _target(2048, 5632, 16), "l-f-h"
+
+#: Ways of training to `TABLE_10_TARGET`.
+TABLE_10 = {
+    run.method: run
+    for run in (
+        ComparedRun("single stage", 32, 172),
+        ComparedRun("MSG", 36, 119),
+        ComparedRun("ELLE", 34, 114),
+        ComparedRun("SLOP", 34, 108),
+    )
+}
+
+
+def stage_hours(table: GrowthTable, initial: ModelDims | None = None) -> dict[tuple[ModelDims, int], float]:
+    """The GPU hours that a table prints for growth stages, of each structure and number of tokens once.
+
+    Args:
+        table: one of Tables 1, 3 and 4.
+        initial: the structure that the stages are taken to have grown from; by default the table's.
+
+    >>> stage_hours(TABLE_1)[TARGET, STAGE_TOKENS]
+    43.39
+    """
+    return {
+        (dims, tokens): hours
+        for run in table.runs
+        for dims, tokens, hours in zip(
+            run.path(initial or table.initial)[1:], run.stage_tokens, run.stage_hours, strict=True
+        )
+    }
+
+
+@cache
+def cost_model() -> CostModel:
+    """The paper's GPU hours as a function of FLOPs and tokens, fitted to the 30 growth stages of its Table 1.
+
+    A worked example of a cost model, and good for comparing schedules with one another. As a forecast it is far too
+    hopeful: the hours are fewer than one A100 could take (`docs/reproduction.md`). For hours of your own hardware,
+    `slop calibrate` measures it. The initial model's hours are left out, since they are on no line with the others.
+
+    >>> round(cost_model().hours(flops_per_token(TARGET), STAGE_TOKENS), 1)
+    43.1
+    """
+    measurements = [
+        Measurement(str(dims), flops_per_token(dims, sequence_length=SEQUENCE_LENGTH), tokens, hours)
+        for run in TABLE_1.runs
+        for dims, tokens, hours in zip(run.path(INITIAL)[1:], run.stage_tokens, run.stage_hours, strict=True)
+    ]
+    return CostModel.fit(measurements, hardware="A100, by the paper's Table 1")

@@ -1,0 +1,205 @@
+"""`ConfigSpace`: which target structures a planner may choose from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+
+from ..architectures import setting
+from ..cost.flops import DEFAULT_CONFIG, count_parameters, paper_params
+from ..cost.memory import MemoryLimit
+from ..dims import ModelDims
+from ..errors import PlanError
+from .structures import DimsArray
+
+_BOUNDS = (
+    "tensor_parallel",
+    "kv_heads",
+    *(f"{end}_{name}" for end in ("min", "max") for name in ("hidden", "ffn", "heads")),
+)
+
+
+@dataclass(frozen=True)
+class ConfigSpace:
+    """The targets: given, or every structure of about `target_params` parameters that meets the constraints.
+
+    The constraints are those of Section 4.1 of the paper, with bounds on depth and shape: over all structures
+    of a size, the paper's objective is smallest at the deepest or the shallowest ones, so it needs them.
+
+    Args:
+        targets: the structures to choose from, a `DimsArray` where they are very many; excludes `target_params`.
+        target_params: number of parameters N of a target.
+        tolerance: how far a target's parameters may be from N, as a share of it.
+        count: "model" counts every parameter with `config`'s vocabulary, "paper" counts `l * (6h^2 + 3hf)`.
+        config: what growth leaves alone: `model_type`, `vocab_size`, `tie_word_embeddings`; a config or a dict.
+        sequence_length: tokens of a training sequence, for FLOPs.
+        hidden_multiple: hidden sizes are multiples of it.
+        ffn_ratios: ffn sizes as multiples of the hidden size, each rounded up to `ffn_multiple`.
+        ffn_multiple: see there.
+        min_layers, max_layers: bounds on depth.
+        min_aspect, max_aspect: bounds on hidden size / layers.
+        min_hidden, max_hidden, min_ffn, max_ffn, min_heads, max_heads: bounds on a target's sizes; None for none.
+        heads: "follow": a wider model has more heads of the same size; "fixed": as many, of a larger size.
+        kv_heads: key/value heads of a target; by default as many query heads to each as before.
+        tensor_parallel: number of devices that share each matrix: heads, key/value heads and ffn of every structure
+            on the way, and the vocabulary, are multiples of it.
+        memory: what a structure may take on a device; None for any.
+
+    >>> space = ConfigSpace(target_params=1e9)
+    >>> str(space.structures(ModelDims(768, 2048, 6, 6))[0])
+    '(1152, 4608, 42, 9)'
+    """
+
+    targets: Sequence[ModelDims] | DimsArray = ()
+    target_params: float | None = None
+    tolerance: float = 0.05
+    count: Literal["model", "paper"] = "model"
+    config: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_CONFIG))
+    sequence_length: int = 2048
+    hidden_multiple: int = 128
+    ffn_ratios: tuple[Fraction, ...] = (Fraction(8, 3), Fraction(4))
+    ffn_multiple: int = 256
+    min_layers: int = 1
+    max_layers: int = 64
+    min_aspect: float = 24
+    max_aspect: float = 384
+    min_hidden: int | None = None
+    max_hidden: int | None = None
+    min_ffn: int | None = None
+    max_ffn: int | None = None
+    min_heads: int | None = None
+    max_heads: int | None = None
+    heads: Literal["follow", "fixed"] = "follow"
+    kv_heads: int | None = None
+    tensor_parallel: int = 1
+    memory: MemoryLimit | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.targets, DimsArray):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if bool(len(self.targets)) == (self.target_params is not None):
+            raise PlanError("give either targets or target_params, not both and not neither")
+        if self.target_params is not None and not (self.target_params > 0 and math.isfinite(self.target_params)):
+            raise PlanError(f"target_params must be a positive number, got {self.target_params}")
+        if not 0 <= self.tolerance < 1:
+            raise PlanError(f"tolerance must be a share from 0 up to 1, got {self.tolerance}")
+        if self.heads not in ("follow", "fixed"):
+            raise PlanError(f"heads must be 'follow' or 'fixed', got {self.heads!r}")
+        if self.count not in ("model", "paper"):
+            raise PlanError(f"count must be 'model' or 'paper', got {self.count!r}")
+        for name in ("hidden_multiple", "ffn_multiple", "min_layers", "max_layers", "sequence_length", *_BOUNDS):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise PlanError(f"{name} must be at least 1, got {value}")
+        self._check_bounds()
+        if (vocabulary := setting(self.config, "vocab_size")) % self.tensor_parallel:
+            raise PlanError(
+                f"a vocabulary of {vocabulary} cannot be shared by {self.tensor_parallel} devices: pad it to "
+                f"{math.ceil(vocabulary / self.tensor_parallel) * self.tensor_parallel}, or lower tensor_parallel"
+            )
+
+    def _check_bounds(self) -> None:
+        for name in ("layers", "aspect", "hidden", "ffn", "heads"):
+            low, high = f"min_{name}", f"max_{name}"
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and not 0 < least <= most:
+                raise PlanError(f"bounds contradict: {low} {least:g} and {high} {most:g}; the first has to be smaller")
+
+    def allows(self, structures: DimsArray) -> np.ndarray:
+        """Whether growth may pass through structures, and end there: loadable, divisible, and not too large."""
+        return structures.loadable & self.within_limits(structures)
+
+    def within_limits(self, structures: DimsArray) -> np.ndarray:
+        """The same without the question whether they are loadable."""
+        allowed = np.ones(len(structures), dtype=bool)
+        if self.tensor_parallel > 1:
+            for sizes in (
+                structures.num_attention_heads,
+                structures.num_key_value_heads,
+                structures.intermediate_size,
+            ):
+                allowed &= sizes % self.tensor_parallel == 0
+        if self.memory is not None:
+            allowed &= self.memory.fits(structures, self.config, self.sequence_length)
+        return allowed
+
+    def obstacle(self, dims: ModelDims) -> str | None:
+        """What forbids one structure; None where it is allowed."""
+        if bool(self.allows(DimsArray.of([dims]))[0]):
+            return None
+        if self.memory is not None and not bool(self.memory.fits(dims, self.config, self.sequence_length)):
+            return f"{dims} does not fit: {self.memory.explain(dims, self.config, self.sequence_length)}"
+        return (
+            f"heads, key/value heads and ffn of {dims} are not all multiples of tensor_parallel "
+            f"{self.tensor_parallel}; lower it, or choose sizes that are"
+        )
+
+    def structures(self, initial: ModelDims) -> list[ModelDims]:
+        """The targets as a list; see `targets_from`."""
+        targets = self.targets_from(initial)
+        return [targets.at(number) for number in range(len(targets))]
+
+    def targets_from(self, initial: ModelDims) -> DimsArray:
+        """The targets: those given, or those to be grown from `initial` in the order of hidden size, ffn and depth.
+
+        Raises:
+            PlanError: where none is left; it names the nearest.
+        """
+        if isinstance(self.targets, DimsArray):
+            return self.targets
+        if self.targets:
+            return DimsArray.of(self.targets)
+        candidates = self._candidates(initial)
+        counts = count_parameters(candidates, self.config) if self.count == "model" else paper_params(candidates)
+        assert self.target_params is not None
+        off = np.abs(counts / self.target_params - 1)
+        chosen = np.flatnonzero(off <= self.tolerance)
+        if not len(chosen):
+            nearest = ""
+            if len(off):
+                best = int(np.argmin(off))
+                nearest = f"; the nearest is {candidates.at(best)} with {counts[best]:.4g}"
+            raise PlanError(
+                f"no structure grown from {initial} has {self.target_params:.4g} parameters within "
+                f"{self.tolerance:.1%}{nearest}; raise the tolerance or loosen the bounds on layers and shape"
+            )
+        return candidates[chosen]
+
+    def _candidates(self, initial: ModelDims) -> DimsArray:
+        rows = []
+        hidden = (
+            math.ceil(max(initial.hidden_size, self.min_hidden or 1) / self.hidden_multiple) * self.hidden_multiple
+        )
+        while hidden <= min(self.max_aspect * self.max_layers, self.max_hidden or math.inf):
+            low = max(self.min_layers, initial.num_hidden_layers, math.ceil(hidden / self.max_aspect))
+            high = min(self.max_layers, math.floor(hidden / self.min_aspect))
+            if heads := self._heads(initial, hidden):
+                for ratio in self.ffn_ratios:
+                    ffn = math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple
+                    if max(initial.intermediate_size, self.min_ffn or 1) <= ffn <= (self.max_ffn or math.inf):
+                        rows += [(hidden, ffn, layers, *heads) for layers in range(low, high + 1)]
+            hidden += self.hidden_multiple
+        table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 6)
+        candidates = DimsArray(*table.T)
+        return candidates[self.allows(candidates)]
+
+    def _heads(self, initial: ModelDims, hidden: int) -> tuple[int, int, int] | None:
+        """Heads, key/value heads and head size of a target; None where its hidden size allows none."""
+        heads, remainder = initial.num_attention_heads, hidden % initial.num_attention_heads
+        if self.heads == "follow":
+            heads, remainder = divmod(hidden * initial.num_attention_heads, initial.hidden_size)
+        if remainder or not (self.min_heads or 1) <= heads <= (self.max_heads or math.inf):
+            return None
+        kv_heads, remainder = divmod(heads * initial.num_key_value_heads, initial.num_attention_heads)
+        if self.kv_heads is not None:
+            kv_heads, remainder = self.kv_heads, heads % self.kv_heads
+        head_dim = (
+            initial.head_dim
+            if self.heads == "follow"
+            else hidden // heads * initial.head_dim // (initial.hidden_size // initial.num_attention_heads)
+        )
+        return None if remainder or head_dim % 2 else (heads, kv_heads, head_dim)

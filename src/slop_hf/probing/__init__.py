@@ -1,0 +1,1 @@
+"""Short trial training that chooses among schedules."""

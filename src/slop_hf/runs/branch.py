@@ -1,0 +1,38 @@
+"""Starting a run from the finished stages of another one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from dataclasses import replace
+
+from ..io.serialization import written_aside
+from ..schedule import GrowthSchedule
+from .directory import SCHEDULE_FILE, RunDirectory, RunFacts
+
+
+def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *, name: str) -> None:
+    """Begin a run with finished stages of another one; files are linked where the disk can do so.
+
+    Args:
+        source: the other one.
+        run: to begin.
+        schedule: of the run; stages that it has in common with what has finished of the source are taken over.
+        name: what its run id begins with.
+    """
+    facts = RunFacts.load(source)
+    finished = source.schedule.stage_names[: source.finished_stages]
+    with written_aside(run.path) as aside:
+        for _, stage in zip(schedule.stage_names, finished, strict=False):
+            shutil.copytree(source.path / stage, aside / stage, copy_function=_link)
+        if facts is not None:
+            replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(aside))
+        schedule.to_yaml(aside / SCHEDULE_FILE)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)

@@ -1,0 +1,71 @@
+"""Counts against models that transformers builds."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from slop_hf import ModelDims
+from slop_hf.architectures import architecture_of
+from slop_hf.cost.flops import count_parameters, flops_per_token, paper_params, weight_bytes
+from slop_hf.errors import ArchitectureError
+from slop_hf.planning.space import DimsArray
+
+STRUCTURES = [ModelDims(64, 96, 2, 4), ModelDims(96, 200, 3, 6, 2), ModelDims(64, 96, 1, 8, 2, 16)]
+
+
+@pytest.mark.parametrize("dims", STRUCTURES, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_count_equals_the_models(dims, tied, biases):
+    config = dims.to_config(
+        LlamaConfig(vocab_size=130, tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases)
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert count_parameters(dims, config) == model.num_parameters()
+    assert count_parameters(dims, config.to_dict()) == model.num_parameters()
+    assert weight_bytes(dims, config, 2) == 2 * model.num_parameters()
+
+
+def test_table_names_every_parameter_with_its_shape():
+    dims = ModelDims(96, 200, 2, 6, 2)
+    config = dims.to_config(LlamaConfig(vocab_size=130, attention_bias=True, mlp_bias=True))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    from slop_hf.cost.flops import axis_sizes
+
+    sizes = axis_sizes(dims, config)
+    described = {
+        row.name.replace("{layer}", str(layer)): tuple(sizes[axis] for axis in row.axes)
+        for row in architecture_of(config).rows(config)
+        for layer in range(2 if row.in_layer else 1)
+    }
+    assert described == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def test_flops_equal_torchs_count_of_a_step():
+    """torch counts the full square of attention, the formula its causal half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dims, length = ModelDims(96, 256, 3, 6, 2), 64
+    config = dims.to_config(LlamaConfig(vocab_size=130))
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.zeros(2, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    full_attention = 6 * dims.num_hidden_layers * dims.hidden_size * length
+    ours = (flops_per_token(dims, config, length) + full_attention) * tokens.numel()
+    # The first layer's input needs no gradient through the embedding; rotary tables are in torch's count alone.
+    assert counter.get_total_flops() == pytest.approx(ours, rel=5e-3)
+
+
+def test_arrays_answer_like_single_structures():
+    many = DimsArray.of(STRUCTURES)
+    for function in (paper_params, count_parameters, flops_per_token):
+        assert list(function(many)) == [function(dims) for dims in STRUCTURES]
+
+
+def test_unknown_family_names_the_known_ones():
+    with pytest.raises(ArchitectureError, match=r"'gpt_j' \(supported: llama, "):
+        count_parameters(STRUCTURES[0], {"model_type": "gpt_j", "vocab_size": 10})
