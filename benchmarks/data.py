@@ -30,7 +30,8 @@ from slop_hf.data import MixedBlocks, PackedDataset, Source, documents, train_to
 from slop_hf.data.order import BlockOrder
 from slop_hf.data.packing import TokenWriter
 from slop_hf.data.tokenizing import plain_backend, tokenize
-from slop_hf.io.serialization import to_json, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import to_json
 
 OUTPUTS = {"full": ROOT / "benchmarks/results/data.json", "tiny": ROOT / "runs/benchmarks/data.json"}
 TINY_RECIPE = ROOT / "recipes" / "grow_tiny.yaml"

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.models.llama import modeling_llama  # noqa: F401 - imported lazily, it would count as work
 
-from slop_hf.io.serialization import to_json, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import to_json
 
 PARTS = {
     "memory": growth_memory,

@@ -32,7 +32,8 @@ from measuring import (
 from rich.table import Table
 
 from slop_hf import ModelDims
-from slop_hf.io.serialization import to_yaml, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import to_yaml
 
 SOURCES = {"full": ModelDims(1280, 3584, 20, 10), "tiny": ModelDims(64, 128, 2, 4)}
 LAYERS = {"full": 45, "tiny": 5}

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
 from slop_hf.cost.flops import paper_params
-from slop_hf.io.serialization import to_json, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import to_json
 from slop_hf.operators import OPERATORS
 from slop_hf.planning.structures import DimsArray
 

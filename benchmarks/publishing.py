@@ -26,7 +26,8 @@ from training_launch import launch
 
 from slop_hf import PublishCallback, RunConfig, RunDirectory, build_trainer
 from slop_hf.hub.publish import Publisher
-from slop_hf.io.serialization import to_json, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import to_json
 
 sys.path.insert(0, str(ROOT / "tests/hub"))
 

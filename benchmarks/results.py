@@ -32,7 +32,8 @@ from slop_hf.experiments.predictions import agreement_sentence, predictions_cell
 from slop_hf.experiments.record import Comparison
 from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
 from slop_hf.experiments.write import FIGURES, figure_markdown
-from slop_hf.io.serialization import read_json, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import read_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS, IMAGES = "benchmarks/results", "docs/images/results"

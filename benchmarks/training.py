@@ -25,7 +25,8 @@ from measuring import Record, circumstances
 from rich.console import Console
 from training_setup import Context
 
-from slop_hf.io.serialization import to_json, write_text
+from slop_hf.io.files import write_text
+from slop_hf.io.serialization import to_json
 
 PARTS = {
     "steps": training_steps,

@@ -22,8 +22,8 @@ MAX_LINES = 400
 
 # Row -> the modules and folders in it. A module may import from its own row and from the rows above.
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "dims", "operators", "architectures"),
-    "plumbing": ("io",),
+    "plumbing": ("errors", "io"),
+    "words": ("dims", "operators", "architectures"),
     "costs": ("cost",),
     "plans": ("schedule",),
     "decide": ("planning", "baselines", "paper"),

@@ -1,21 +1,51 @@
-"""`ModelDims`: a point in the space of model configurations.
-
-No torch here: a configuration is any object with the attributes of a transformers config, or a dict.
-"""
+"""`ModelDims`: a point in the space of model configurations. `DimsLike`: one such point, or an array of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import DimsError
+from .io.numbers import is_whole_number
+from .io.record import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: The config of a model: a transformers config, or the dict of its `config.json`; no torch needed for either.
+ModelConfig: TypeAlias = "PreTrainedConfig | Mapping[str, Any]"
+#: One integer per structure, shape (structures,).
+IntArray: TypeAlias = npt.NDArray[np.int64]
+#: An int for one structure, an array for many.
+Size = TypeVar("Size", int, IntArray)
+Size_co = TypeVar("Size_co", int, IntArray, covariant=True)
 
 ConfigT = TypeVar("ConfigT")
 
 
+class DimsLike(Protocol[Size_co]):
+    """The sizes of one structure (`ModelDims`), or of many at once (`planning.structures.DimsArray`)."""
+
+    @property
+    def hidden_size(self) -> Size_co: ...
+    @property
+    def intermediate_size(self) -> Size_co: ...
+    @property
+    def num_hidden_layers(self) -> Size_co: ...
+    @property
+    def num_attention_heads(self) -> Size_co: ...
+    @property
+    def num_key_value_heads(self) -> Size_co: ...
+    @property
+    def head_dim(self) -> Size_co: ...
+
+
 @dataclass(frozen=True)
-class ModelDims:
+class ModelDims(Record, error=DimsError):
     """The sizes that growth can change, under the names of the transformers config.
 
     Args:
@@ -35,8 +65,6 @@ class ModelDims:
     >>> str(dims)
     '(768, 2048, 6, 6)'
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     hidden_size: int
     intermediate_size: int
@@ -72,8 +100,9 @@ class ModelDims:
     def _check_positive(self, except_for: str = "") -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != except_for and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if field.name != except_for and not is_whole_number(value, least=1):
                 raise DimsError(f"{field.name} must be a positive whole number, got {value!r}")
+            object.__setattr__(self, field.name, int(value))  # of numpy too: JSON holds none of its integers
 
     def __str__(self) -> str:
         text = f"({self.hidden_size}, {self.intermediate_size}, {self.num_hidden_layers}, {self.num_attention_heads}"
@@ -84,7 +113,7 @@ class ModelDims:
         return text + ")"
 
     @classmethod
-    def from_config(cls, config: Any) -> ModelDims:
+    def from_config(cls, config: ModelConfig) -> ModelDims:
         """The dims of a transformers config (or of the dict in a `config.json`).
 
         >>> ModelDims.from_config({"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,

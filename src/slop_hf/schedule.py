@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from .cost.flops import DEFAULT_CONFIG, flops_per_token
 from .dims import ModelDims
 from .errors import GrowthError, ScheduleError
-from .io.serialization import parse, read_yaml, to_yaml, write_text
+from .io.files import write_text
+from .io.serialization import parse, read_yaml, to_yaml
 from .operators import OPERATORS, operator_named, operators_between
 
 #: The paper trains the initial model on 25B tokens and every stage on 10B (section 4.1).

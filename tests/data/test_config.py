@@ -7,7 +7,7 @@ import pytest
 
 from slop_hf.data.config import DataConfig, Mixture, Source
 from slop_hf.errors import DataError
-from slop_hf.io.serialization import parse, plain, to_yaml
+from slop_hf.io.serialization import parse, to_plain, to_yaml
 
 TWO = {"web": Source("web/", weight=0.9), "books": Source(["a.txt", "b/"], weight=0.1, format="lines")}
 
@@ -137,7 +137,7 @@ def test_the_data_survive_yaml(config: DataConfig) -> None:
     import yaml
 
     assert parse(DataConfig, yaml.safe_load(to_yaml(config)), where="data", error=DataError) == config
-    assert parse(DataConfig, plain(config), where="data", error=DataError) == config
+    assert parse(DataConfig, to_plain(config), where="data", error=DataError) == config
 
 
 def test_a_configuration_is_parsed_strictly() -> None:

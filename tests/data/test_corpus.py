@@ -29,7 +29,7 @@ from slop_hf.data import (
 )
 from slop_hf.data.config import ONLY
 from slop_hf.errors import DataError
-from slop_hf.io.serialization import digest
+from slop_hf.io.serialization import hash_json
 
 SETTINGS: dict[str, Any] = {"vocab_size": 300, "block_size": 16, "held_out": 0.3}
 WORDS = ["layer", "stage", "grow", "token", "block", "naïve", "☕"]
@@ -135,7 +135,7 @@ def test_a_second_call_reads_no_text(config: DataConfig, monkeypatch: pytest.Mon
 def test_what_the_tokens_depend_on_makes_another_cache(config: DataConfig, folder: Path) -> None:
     def keys(config: DataConfig) -> tuple[str, str]:
         (source,) = config.sources.values()
-        return digest(corpus._made_from(source, config.held_out, "v")), corpus._tokenizer_key(config)
+        return hash_json(corpus._made_from(source, config.held_out, "v")), corpus._tokenizer_key(config)
 
     changes = (
         {},

@@ -359,7 +359,7 @@ def test_secrets_stay_out_of_messages(caplog: pytest.LogCaptureFixture) -> None:
     assert "secret" not in str(raised.value)
     with pytest.raises(DataError, match="malformed"):
         DocumentStream(Source("https://localhost:port/a.txt"))
-    assert retrying.reason_of(OSError("Bearer abc hf_abc123 x")) == "Bearer ... hf_ ... x"
+    assert retrying.summarize_error(OSError("Bearer abc hf_abc123 x")) == "Bearer ... hf_ ... x"
 
 
 def test_a_parquet_file_from_a_url_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

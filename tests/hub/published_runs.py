@@ -2,9 +2,9 @@
 
 import yaml
 
-from slop_hf.hub.access import Retries
+from slop_hf.io.retry import RetryPolicy
 
-QUICK = Retries(attempts=5, first_wait=0.01)
+QUICK = RetryPolicy(attempts=5, first_wait=0.01)
 
 
 def write_config(directory):

@@ -10,7 +10,7 @@ from launching import kill, largest_difference, launch, start
 from training_runs import BLOCK, SCHEDULE
 
 from slop_hf import GrowthSchedule, RunDirectory
-from slop_hf.io.serialization import plain
+from slop_hf.io.serialization import to_plain
 
 BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
 STEPS = 15
@@ -24,7 +24,7 @@ SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": SAVE_STEPS}, "dro
 @pytest.fixture(scope="module")
 def schedule(tmp_path_factory):
     """The small run's, with fifteen steps a stage."""
-    content = plain(SCHEDULE)
+    content = to_plain(SCHEDULE)
     content["initial_tokens"] = STEPS * BLOCKS_PER_STEP * BLOCK
     for stage in content["stages"]:
         stage["tokens"] = content["initial_tokens"]

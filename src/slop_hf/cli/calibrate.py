@@ -19,7 +19,7 @@ from ..cost.flops import DEFAULT_CONFIG, TRAINING_BYTES_PER_PARAMETER, count_par
 from ..cost.hours import CostModel
 from ..dims import ModelDims
 from ..errors import PlanError
-from ..io.serialization import plain
+from ..io.serialization import to_plain
 from .model_config import read_config
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _show_preview(rows: Sequence[dict[str, Any]], each: str, as_json: bool) -> N
 def _show(cost_model: CostModel, times: Sequence[StepTimes], output: Path, as_json: bool) -> None:
     rows = _rows(cost_model, times)
     if as_json:
-        answer = {"cost_model": plain(cost_model), "mean_error": cost_model.mean_error, "structures": rows}
+        answer = {"cost_model": to_plain(cost_model), "mean_error": cost_model.mean_error, "structures": rows}
         print(json.dumps(answer, indent=2))
         return
     Console().print(_table(rows, cost_model.hardware))

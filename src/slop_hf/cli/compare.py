@@ -15,7 +15,7 @@ from rich.table import Table
 import slop_hf
 
 from ..errors import RunError
-from ..io.serialization import plain
+from ..io.serialization import to_plain
 from .run_view import read_changes
 from .shared import listed, progress_bar, read_seeds
 
@@ -79,7 +79,7 @@ def compare(
     if record is not None:
         comparison.save(record)
     if as_json:
-        print(json.dumps(plain(comparison), indent=2))
+        print(json.dumps(to_plain(comparison), indent=2))
         return
     console = Console()
     console.print(arms_table(comparison))

@@ -14,8 +14,9 @@ import typer
 import slop_hf
 
 from ..errors import DataError
-from ..io.serialization import change as change_values
-from ..io.serialization import parse, read_yaml, written_aside
+from ..io.files import write_directory
+from ..io.serialization import parse, read_yaml
+from ..io.serialization import set_keys as change_values
 from .data_view import overview, samples_of, show_overview, show_result, show_samples
 from .run_view import read_changes
 
@@ -133,7 +134,7 @@ def train_tokenizer(
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         trained = feed.train_tokenizer(tokenizer_texts(chosen), chosen.vocab_size, chosen.tokenizer_kind)
-        with written_aside(output) as aside:
+        with write_directory(output) as aside:
             trained.save_pretrained(aside)
     if as_json:
         made = {"tokenizer": str(output), "kind": chosen.tokenizer_kind, "vocab_size": len(trained)}

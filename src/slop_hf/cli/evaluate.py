@@ -20,7 +20,7 @@ import slop_hf
 
 from ..errors import EvaluationError
 from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, headline, task_names
-from ..io.serialization import plain
+from ..io.serialization import to_plain
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord
 from .data import read_data
@@ -122,7 +122,7 @@ def evaluate(
     if run.exists:
         _show_run(run, found, settings.tasks, as_json=as_json)
     elif as_json:
-        print(json.dumps({"model": source, "evaluations": plain(records)}, indent=2, ensure_ascii=False))
+        print(json.dumps({"model": source, "evaluations": to_plain(records)}, indent=2, ensure_ascii=False))
     else:
         Console().print(_table({source: records}, settings.tasks))
 
@@ -181,7 +181,7 @@ def _show_run(
     names = {number: run.schedule.stage_name(number) for number in found}
     if as_json:
         stages = [
-            {"stage": number, "name": names[number], "evaluations": plain(records)}
+            {"stage": number, "name": names[number], "evaluations": to_plain(records)}
             for number, records in found.items()
         ]
         print(json.dumps({"run": str(run.path), "stages": stages, "marginal_utility": utility}, indent=2))

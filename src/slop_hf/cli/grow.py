@@ -88,7 +88,7 @@ def grow(
 
 def _dims(directory: Path) -> ModelDims:
     missing = f"{directory} is not a model directory"
-    return ModelDims.from_config(read_json(directory / "config.json", missing=missing, error=GrowthError))
+    return ModelDims.from_config(read_json(directory / "config.json", if_missing=missing, error=GrowthError))
 
 
 def _stage(directory: Path, old: ModelDims, changes: dict[str, int], init: str | None) -> GrowthStage:

@@ -14,7 +14,7 @@ from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
 from ..dims import ModelDims
 from ..errors import PlanError
-from ..io.serialization import plain
+from ..io.serialization import to_plain
 from ..operators import OPERATORS
 from ..paper import tables as paper
 from ..planning.objectives import OBJECTIVES
@@ -195,7 +195,7 @@ def plan(
     )
     _write(answer, output, plot)
     if as_json:
-        print(json.dumps(plain(answer.as_dict()), indent=2))
+        print(json.dumps(to_plain(answer.as_dict()), indent=2))
         return
     plan_view.show(answer)
     for path in (output, plot):

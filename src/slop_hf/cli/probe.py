@@ -16,7 +16,7 @@ from rich.table import Table
 import slop_hf
 
 from ..errors import RunError
-from ..io.serialization import plain
+from ..io.serialization import to_plain
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
 from .run_view import read_changes
@@ -122,7 +122,7 @@ def probe(
     if write_schedule is not None:
         report.best.schedule.to_yaml(write_schedule)
     if as_json:
-        print(json.dumps(plain(report), indent=2))
+        print(json.dumps(to_plain(report), indent=2))
         return
     console = Console()
     console.print(probe_table(report))
@@ -171,7 +171,7 @@ def _whole(value: float | None, option: str) -> int | None:
 def _show_trials(trials: Sequence[PlannedTrial], candidates: int, *, as_json: bool) -> None:
     """What would be trained, a row a run."""
     if as_json:
-        print(json.dumps(plain(trials), indent=2))
+        print(json.dumps(to_plain(trials), indent=2))
         return
     table = Table(box=SIMPLE, title=f"Trials of {candidates} candidates", pad_edge=False, collapse_padding=True)
     table.add_column("of", no_wrap=True)

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import PlanError
-from ..io.serialization import plain, write_text
+from ..io.files import write_text
+from ..io.serialization import to_plain
 from ..paper import reproduction
 from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, reproduction_page, row_cells
 from ..paper.reproduction import Hours, Product
@@ -43,7 +44,7 @@ def reproduce(
     if output is not None:
         write_text(output, reproduction_page())
     if as_json:
-        rows = [plain(row) | {"agrees": row.agrees} for name in names for row in _PARTS[name]()]  # of Hours, computed
+        rows = [to_plain(row) | {"agrees": row.agrees} for name in names for row in _PARTS[name]()]
         print(json.dumps(rows, indent=2))
         return
     for name in names:

@@ -17,7 +17,7 @@ import slop_hf
 from ..cost.memory import MemoryEstimate, training_memory
 from ..errors import RunError
 from ..io.hub_address import Address
-from ..io.serialization import read_yaml_text
+from ..io.serialization import parse_yaml
 from ..runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def read_changes(changes: Sequence[str]) -> dict[str, Any]:
     for key, equals, _ in pairs:
         if not equals:
             raise RunError(f"--set {key}: expected key=value, such as training.learning_rate=1e-3")
-    return {key: read_yaml_text(value) for key, _, value in pairs}
+    return {key: parse_yaml(value) for key, _, value in pairs}
 
 
 def show_preview(

@@ -7,18 +7,21 @@ and then answers for all structures at once. `config` is a transformers config o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from functools import reduce
+from operator import add, mul
 
 from ..architectures import Parameter, architecture_of, setting
+from ..dims import DimsLike, ModelConfig, Size
 
 #: The paper's model where nothing else is said: Llama with Llama's SentencePiece vocabulary, not tied.
-DEFAULT_CONFIG: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
+DEFAULT_CONFIG: ModelConfig = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
 
 #: Bytes of training state in float32 with AdamW: weights, gradients and two moments; activations are not in it.
 TRAINING_BYTES_PER_PARAMETER = 16
 
 
-def paper_params(dims: Any) -> Any:
+def paper_params(dims: DimsLike[Size]) -> Size:
     """The parameter count of the paper's objective, `l * (6h^2 + 3hf)`.
 
     Nothing but weight matrices of the layers: no embedding, norm or bias. The paper does not print the formula;
@@ -32,7 +35,7 @@ def paper_params(dims: Any) -> Any:
     return dims.num_hidden_layers * (6 * hidden * hidden + 3 * hidden * dims.intermediate_size)
 
 
-def count_parameters(dims: Any, config: Any = DEFAULT_CONFIG) -> Any:
+def count_parameters(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> Size:
     """The true number of parameters, equal to `model.num_parameters()`; tied embeddings count once.
 
     >>> from slop_hf import ModelDims
@@ -41,10 +44,10 @@ def count_parameters(dims: Any, config: Any = DEFAULT_CONFIG) -> Any:
     """
     sizes = axis_sizes(dims, config)
     rows = architecture_of(config).rows(config)
-    return sum(_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows)
+    return reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows))
 
 
-def flops_per_token(dims: Any, config: Any = DEFAULT_CONFIG, sequence_length: int = 2048) -> Any:
+def flops_per_token(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, sequence_length: int = 2048) -> Size:
     """Training FLOPs for one token, forward and backward: `6 * (matrix weights + l * q * S)`.
 
     `q` is the width of the query projection and `S` the sequence length; the second term is causal attention's
@@ -58,16 +61,16 @@ def flops_per_token(dims: Any, config: Any = DEFAULT_CONFIG, sequence_length: in
     """
     sizes = axis_sizes(dims, config)
     rows = [row for row in architecture_of(config).rows(config, tied=True) if row.kind == "projection"]
-    weights = sum(_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows)
+    weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows))
     return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
 
 
-def weight_bytes(dims: Any, config: Any = DEFAULT_CONFIG, bytes_per_parameter: int = 4) -> Any:
+def weight_bytes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, bytes_per_parameter: int = 4) -> Size:
     """Bytes of the weights alone; 4 a parameter in float32, 2 in bfloat16."""
     return count_parameters(dims, config) * bytes_per_parameter
 
 
-def axis_sizes(dims: Any, config: Any = DEFAULT_CONFIG) -> dict[str, Any]:
+def axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:
     """The size of every axis of the family's table."""
     return {
         "hidden": dims.hidden_size,
@@ -80,8 +83,5 @@ def axis_sizes(dims: Any, config: Any = DEFAULT_CONFIG) -> dict[str, Any]:
     }
 
 
-def _numel(row: Parameter, sizes: dict[str, Any]) -> Any:
-    numel = 1
-    for axis in row.axes:
-        numel = numel * sizes[axis]
-    return numel
+def _numel(row: Parameter, sizes: Mapping[str, Size]) -> Size:
+    return reduce(mul, (sizes[axis] for axis in row.axes))

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import PlanError
-from ..io.serialization import parse, read_yaml, to_yaml, write_text
+from ..io.files import write_text
+from ..io.serialization import parse, read_yaml, to_yaml
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import DataError
-from ..io.serialization import digest, parse, plain, read_yaml, to_json, write_text, written_aside
+from ..io.files import write_directory, write_text
+from ..io.serialization import hash_json, parse, read_yaml, to_json, to_plain
 from .config import STDLIB, DataConfig, Source
 from .packing import MixedBlocks, PackedDataset
 from .sources import DocumentStream, documents, local_files
@@ -131,7 +132,7 @@ def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
     found = {name: _load(name, folder, config, tokenizer.eos_token_id) for name, folder in folders.items()}
     _check_held_out(config, found)
     content = [vocabulary, *((name, one.fingerprint, config.weights[name]) for name, one in found.items())]
-    return Corpus(tokenizer, found, config.weights, digest(content))
+    return Corpus(tokenizer, found, config.weights, hash_json(content))
 
 
 def cached(config: DataConfig) -> bool:
@@ -163,7 +164,7 @@ def _cache(config: DataConfig) -> Path:
 
 def _folders(config: DataConfig, cache: Path, vocabulary: str) -> dict[str, Path]:
     """Where the tokens of each source are, or will be."""
-    keys = {name: digest(_made_from(one, config.held_out, vocabulary)) for name, one in config.sources.items()}
+    keys = {name: hash_json(_made_from(one, config.held_out, vocabulary)) for name, one in config.sources.items()}
     return {name: cache / "sources" / key for name, key in keys.items()}
 
 
@@ -182,7 +183,7 @@ def _tokenizer(config: DataConfig, cache: Path) -> PreTrainedTokenizerFast:
         with _alone(folder):
             if not folder.is_dir():
                 trained = train_tokenizer(tokenizer_texts(config), config.vocab_size, config.tokenizer_kind)
-                with written_aside(folder) as aside:
+                with write_directory(folder) as aside:
                     trained.save_pretrained(aside)
     try:
         return load_tokenizer(folder)
@@ -210,7 +211,7 @@ def _build(name: str, config: DataConfig, tokenizer: PreTrainedTokenizerFast, fo
         record = _Record(
             documents=sum(writer.documents for writer in writers.values()),
             tokens={part: writer.tokens for part, writer in writers.items()},
-            fingerprint=digest([writer.digest for writer in writers.values()]),
+            fingerprint=hash_json([writer.digest for writer in writers.values()]),
             made_from=made_from,
         )
         write_text(aside / "source.json", to_json(record))
@@ -264,7 +265,7 @@ def _made_from(source: Source, held_out: float, vocabulary: str) -> dict[str, An
 
 
 def _texts_of(source: Source) -> dict[str, Any]:
-    described = {**plain(source), "source": list(source.places)}
+    described = {**to_plain(source), "source": list(source.places)}
     del described["weight"]
     files = [_stamps(place) for place in source.places]
     return {
@@ -277,7 +278,7 @@ def _texts_of(source: Source) -> dict[str, Any]:
 
 def _tokenizer_key(config: DataConfig) -> str:
     texts = [(config.weights[name], _texts_of(source)) for name, source in config.sources.items()]
-    return digest([texts, config.held_out, config.vocab_size, config.tokenizer_kind, TOKENIZER_TRAINING_BYTES])
+    return hash_json([texts, config.held_out, config.vocab_size, config.tokenizer_kind, TOKENIZER_TRAINING_BYTES])
 
 
 def _stamps(place: str) -> list[tuple[str, int, int]] | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from ..errors import DataError
-from ..io.network_errors import reason_of
+from ..io.network_errors import summarize_error
 from .config import Format
 
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -242,5 +242,5 @@ def _faults_of(file: File) -> Iterator[None]:
         raise
     except Exception as caught:  # the system, zlib, lzma and pyarrow: their errors share no base
         raise DataError(
-            f"cannot read {file.name} ({reason_of(caught)}): if it is cut off or damaged, get it again"
+            f"cannot read {file.name} ({summarize_error(caught)}): if it is cut off or damaged, get it again"
         ) from caught

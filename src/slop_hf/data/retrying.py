@@ -22,7 +22,8 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 from ..errors import DataError
-from ..io.network_errors import is_transient, reason_of, seconds_to_wait, status_of
+from ..io.network_errors import find_status, is_transient, summarize_error
+from ..io.retry import RetryPolicy
 
 RETRIES = 8  # attempts without progress
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the one before
@@ -53,13 +54,13 @@ class Patience:
             DataError: at the last attempt.
         """
         self.failures += 1
-        reason = reason_of(caught)
+        reason = summarize_error(caught)
         if self.failures >= RETRIES:
             raise DataError(
                 f"reading {self.what} failed {self.failures} times in a row, the last time with: {reason}; "
                 "check the network, then run it again: it goes on where it stopped"
             ) from caught
-        seconds = seconds_to_wait(self.failures, FIRST_WAIT, LONGEST_WAIT, caught)
+        seconds = RetryPolicy(RETRIES, FIRST_WAIT, LONGEST_WAIT).choose_wait(self.failures, caught)
         logger.warning(
             "reading %s: %s; attempt %d of %d in %.1f s", self.what, reason, self.failures + 1, RETRIES, seconds
         )
@@ -235,6 +236,6 @@ def _refuse(name: str, caught: BaseException) -> NoReturn:
         410: "the file is gone: correct the URL",
     }
     # What InvalidURL says may be a part of a password.
-    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else reason_of(caught)
-    remedy = remedies.get(status_of(caught) or 0, "open the URL in a browser, and correct it")
+    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else summarize_error(caught)
+    remedy = remedies.get(find_status(caught) or 0, "open the URL in a browser, and correct it")
     raise DataError(f"cannot read {name} ({reason}): {remedy}") from None

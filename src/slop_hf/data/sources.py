@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from ..errors import DataError
-from ..io.network_errors import is_transient, reason_of
+from ..io.network_errors import is_transient, summarize_error
 from .config import STDLIB, Format, Source
 from .formats import File, LocalFile, Texts, format_of, read_texts, text_in
 from .retrying import Patience, RemoteFile
@@ -232,8 +232,8 @@ class _HubDataset:
     def _refuse(self, caught: Exception) -> NoReturn:
         raise DataError(
             f"source {self.name!r} is no local path, and the Hub did not give its split {self.source.split!r} "
-            f"({reason_of(caught)}): check the name (owner/name or owner/name:config), the split, `hf auth login`, "
-            "the network and HF_ENDPOINT, or use a local path"
+            f"({summarize_error(caught)}): check the name (owner/name or owner/name:config), the split, "
+            "`hf auth login`, the network and HF_ENDPOINT, or use a local path"
         ) from caught
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import DataError
-from ..io.hub_address import located
+from ..io.hub_address import locate
 from .config import TokenizerKind, check_vocab_size
 
 logger = logging.get_logger(__name__)
@@ -183,7 +183,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         DataError: if it cannot be loaded, has no Rust implementation or no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**located(name))
+        tokenizer = AutoTokenizer.from_pretrained(**locate(name))
     except Exception as caught:  # transformers, tokenizers, the Hub and the network: their errors share no base
         reason = str(caught).strip().partition("\n")[0] or type(caught).__name__
         raise DataError(

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..io.serialization import digest, write_text
+from ..io.files import write_text
+from ..io.serialization import hash_json
 from .config import Source
 from .packing import TokenWriter
 from .sources import DocumentStream, local_bytes
@@ -166,4 +167,4 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> str:
     """A hash of all that a tokenizer's tokens depend on: two with the same give the same tokens."""
     content = json.loads(plain_backend(tokenizer).to_str())
     content["eos"] = tokenizer.eos_token_id
-    return digest(content)
+    return hash_json(content)

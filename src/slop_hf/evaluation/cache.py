@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..errors import SlopError
-from ..io.serialization import digest, parse, read_yaml, to_json, write_text
+from ..io.files import write_text
+from ..io.serialization import hash_json, parse, read_yaml, to_json
 from ..runs.records import EvalRecord
 
 
@@ -40,7 +41,7 @@ class ResultCache:
         write_text(self._path(ingredients), to_json(list(records)))
 
     def _path(self, ingredients: Mapping[str, Any]) -> Path:
-        return self.directory / f"{digest(dict(ingredients))}.json"
+        return self.directory / f"{hash_json(dict(ingredients))}.json"
 
 
 def digest_of(directory: Path) -> str:

@@ -16,7 +16,7 @@ from .. import __version__
 from ..data import Corpus
 from ..data.tokenizing import vocabulary_of
 from ..errors import EvaluationError
-from ..io.serialization import digest
+from ..io.serialization import hash_json
 from ..runs.records import EvalRecord, perplexity
 from ..training.ranks import Ranks
 from .tasks import PERPLEXITY
@@ -59,7 +59,7 @@ class HeldOut:
         shares = math.fsum(corpus.weights[name] for name in parts)
         weights = {name: corpus.weights[name] / shares for name in parts}
         cut = [(part.block_size, part.eos) for part in parts.values()]
-        return cls(parts, weights, digest([corpus.fingerprint, cut]), vocabulary_of(corpus.tokenizer))
+        return cls(parts, weights, hash_json([corpus.fingerprint, cut]), vocabulary_of(corpus.tokenizer))
 
     @classmethod
     def of_texts(cls, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> HeldOut:
@@ -78,7 +78,7 @@ class HeldOut:
                 raise EvaluationError(f"{name} has no text to predict")
             sources[name] = [{"input_ids": block} for block in tokens.split(block_size) if len(block) > 1]
         vocabulary = vocabulary_of(tokenizer)
-        return cls(sources, None, digest([dict(texts), block_size, vocabulary]), vocabulary)
+        return cls(sources, None, hash_json([dict(texts), block_size, vocabulary]), vocabulary)
 
 
 def perplexity_of(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
-from ..io.serialization import parse, plain, read_json, versions
+from ..io.serialization import list_versions, parse, read_json, to_plain
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
 from .config import Experiment
@@ -51,10 +51,10 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
         diverged=tuple(job.name for job in left if job.place in lost),
         printed=experiment.printed,
         settings={
-            "run": plain(experiment.run),
+            "run": to_plain(experiment.run),
             "arms": {name: arm.training for name, arm in experiment.arms.items() if arm.training},
         },
-        versions=versions(),
+        versions=list_versions(),
         device=device,
     )
 
@@ -85,7 +85,7 @@ def _probed(root: Path) -> Cost:
     """
     costs = []
     for path in sorted((root / PROBES).rglob(PROBE_FILE)):
-        report = read_json(path, missing="run `slop probe` again", error=RunError)
+        report = read_json(path, if_missing="run `slop probe` again", error=RunError)
         if not isinstance(report, dict) or "cost" not in report:
             raise RunError(f"{path} is no report of `slop probe`: it does not say what it cost; move it out of there")
         costs.append(parse(Cost, report["cost"], where=f"{path}: cost", error=RunError))

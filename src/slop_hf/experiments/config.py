@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from ..baselines import ARMS
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.serialization import change, parse, read_yaml
+from ..io.serialization import parse, read_yaml, set_keys
 from ..operators import OPERATORS
 from ..schedule import GrowthSchedule
 from ..training import RunConfig
@@ -219,7 +219,7 @@ class Experiment:
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
             raise RunError(f"{path}: expected a mapping with the keys title, arms and scales")
-        change(content, of_all, where=str(path), error=RunError)
+        set_keys(content, of_all, where=str(path), error=RunError)
         config = parse(ExperimentConfig, content, where=str(path), error=RunError)
         if scale is None and len(config.scales) == 1:
             scale = next(iter(config.scales))
@@ -273,5 +273,5 @@ def _run_of(sizes: ScaleConfig, path: Path, overrides: Mapping[str, Any]) -> Run
         return RunConfig.from_yaml(path.parent / sizes.run, changes)
     where = f"{path}: run"
     content = copy.deepcopy(sizes.run)
-    change(content, changes, where=where, error=RunError)
+    set_keys(content, changes, where=where, error=RunError)
     return parse(RunConfig, content, where=where, error=RunError)

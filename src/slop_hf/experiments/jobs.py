@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..io.serialization import digest, plain
+from ..io.serialization import hash_json, to_plain
 from ..schedule import GrowthSchedule
 from ..training import RunConfig
 from ..training.arguments import PER_STAGE
@@ -102,7 +102,7 @@ def _beginnings(run: ArmRun) -> Iterator[tuple[int, str]]:
     for length in range(1, len(run.schedule.structures)):
         if not any(run.schedule.tokens[:length]):
             continue  # a pretrained model: there is nothing to train once
-        yield length, digest(plain(_beginning(run, length)))
+        yield length, hash_json(to_plain(_beginning(run, length)))
 
 
 def _beginning(run: ArmRun, length: int) -> RunConfig:

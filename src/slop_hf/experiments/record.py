@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.serialization import digest, parse, plain, read_json, to_json, write_text
+from ..io.files import write_text
+from ..io.serialization import hash_json, parse, read_json, to_json, to_plain
 from ..report.summary import marginal_utility
 from ..runs.records import perplexity
 from ..schedule import GrowthSchedule
@@ -198,7 +199,7 @@ class Comparison:
     @property
     def fingerprint(self) -> str:
         """A hash of all of it; figures carry it, so that a stale one is told from a fresh one."""
-        return digest(plain(self))
+        return hash_json(to_plain(self))
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, aside and renamed."""
@@ -211,7 +212,7 @@ class Comparison:
         Raises:
             RunError: where the file is none.
         """
-        content = read_json(path, missing="`slop compare` writes one", error=RunError)
+        content = read_json(path, if_missing="`slop compare` writes one", error=RunError)
         return parse(cls, content, where=str(path), error=RunError)
 
 

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from ..data import prepare_data
 from ..errors import DivergedError, RunError, SlopError
 from ..evaluation.runs import EvaluateStages, check_evaluation
-from ..io.serialization import read_yaml, read_yaml_text, to_yaml, write_text
+from ..io.files import write_text
+from ..io.serialization import parse_yaml, read_yaml, to_yaml
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
 from ..training import build_trainer, preview_run
@@ -208,7 +209,7 @@ def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
         path = beside(root, job, CONFIG_FILE)
         if not (path.exists() and RunDirectory(root / job.place).exists):
             continue
-        if read_yaml(path, error=RunError) != read_yaml_text(to_yaml(job.config)):
+        if read_yaml(path, error=RunError) != parse_yaml(to_yaml(job.config)):
             raise RunError(
                 f"{root / job.place} was begun with other settings than the experiment now has (see {path.name} "
                 "there); choose another output directory, or remove that run"

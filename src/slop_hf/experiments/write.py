@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..io.serialization import write_text
+from ..io.files import write_text
 from .arms import arm_runs
 from .collect import collect
 from .config import Experiment

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import GrowthError
-from ..io.serialization import versions, write_text, written_aside
+from ..io.files import write_directory, write_text
+from ..io.serialization import list_versions
 from ..schedule import GrowthStage
 from .checkpoint_plan import CheckpointPlan, TensorPlan, plan_checkpoint_growth
 from .plan import DEFAULT_NOISE
@@ -103,7 +104,7 @@ def grow_checkpoint(
                 "set tie_word_embeddings to false in its config.json, or remove one"
             )
     try:
-        with written_aside(plan.target) as directory:
+        with write_directory(plan.target) as directory:
             source_hash = _write_weights(plan, directory, threads, progress)
             plan.growths[-1].config().save_pretrained(directory)
             for file in plan.carried:
@@ -146,7 +147,7 @@ def _receipt(
         source_parameters=count_parameters(plan.old, plan.growths[0].source_config),
         parameters=plan.parameters,
         seconds=seconds,
-        versions=versions(),
+        versions=list_versions(),
         preserves=all(growth.preserves for growth in plan.growths),
         source_hash=source_hash,
         probe=probe,

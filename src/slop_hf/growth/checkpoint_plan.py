@@ -342,7 +342,7 @@ def _carried(directory: Path) -> tuple[Path, ...]:
 def _free_bytes(target: Path) -> int:
     """Free space on the target's disk; what a killed run has left beside it is removed before it is needed."""
     parent = next(path for path in target.absolute().parents if path.exists())
-    leftover = target.with_name(f".{target.name}.writing")  # as `written_aside` names it
+    leftover = target.with_name(f".{target.name}.writing")  # as `write_directory` names it
     taken = sum(path.stat().st_size for path in leftover.rglob("*") if path.is_file())
     return shutil.disk_usage(parent).free + taken
 

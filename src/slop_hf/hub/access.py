@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +20,8 @@ from huggingface_hub.errors import (
 
 from ..errors import HubError, SlopError
 from ..io.hub_address import Address
-from ..io.network_errors import is_transient, reason_of, seconds_to_wait, status_of
+from ..io.network_errors import find_status, is_transient, summarize_error
+from ..io.retry import RetryPolicy
 
 T = TypeVar("T")
 
@@ -34,40 +33,24 @@ class HubUnreachable(HubError):
     """Nothing can be read or written at present."""
 
 
-@dataclass(frozen=True)
-class Retries:
-    """How often to try what may succeed a little later, with waits that double, or are as long as the Hub asks for.
+def call_hub(action: Callable[[], T], address: Address, doing: str, policy: RetryPolicy | None = None) -> T:
+    """Call a function that talks to the Hub; repeat it after failures that may pass.
 
     Args:
-        attempts: in all.
-        first_wait, longest_wait: in seconds.
+        action: function that can be called any number of times.
+        address: the revision that it reads or writes.
+        doing: description of the action, for messages, such as `writing to`.
+        policy: how often to repeat it.
+
+    Raises:
+        HubError: readable, once it is clear that the action fails.
     """
-
-    attempts: int = 8
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
-
-    def persist(self, action: Callable[[], T], address: Address, doing: str) -> T:
-        """Do it, again after failures that may pass.
-
-        Args:
-            action: may be done any number of times.
-            address: what it is about, and `doing` what is done to it, for messages.
-
-        Raises:
-            HubError: in words, once it is clear that it fails.
-        """
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return action()
-            except SlopError:
-                raise
-            except Exception as caught:
-                if attempt == self.attempts or not _may_pass(caught):
-                    raise explain(caught, address, doing) from None
-                seconds = seconds_to_wait(attempt, self.first_wait, self.longest_wait, caught)
-            time.sleep(seconds)
-        raise AssertionError("attempts must be positive")
+    try:
+        return (policy or RetryPolicy()).call(action, f"{doing} {address}", may_pass=_may_pass)
+    except SlopError:
+        raise
+    except Exception as caught:
+        raise explain(caught, address, doing) from None
 
 
 def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
@@ -100,11 +83,11 @@ def explain(caught: Exception, address: Address, doing: str, api: HfApi | None =
         api: to ask for the revisions that there are.
     """
     root: BaseException = caught  # the client wraps what it was told
-    while status_of(root) is None and root.__cause__ is not None:
+    while find_status(root) is None and root.__cause__ is not None:
         root = root.__cause__
-    status, what, repo = status_of(root), f"{doing} {address}", address.repo_id
+    status, what, repo = find_status(root), f"{doing} {address}", address.repo_id
     if isinstance(caught, HFValidationError):
-        return HubError(f"{repo!r} is no name of a repository: {reason_of(caught)}; give user/name")
+        return HubError(f"{repo!r} is no name of a repository: {summarize_error(caught)}; give user/name")
     if isinstance(caught, RevisionNotFoundError):
         return HubError(f"{repo} has no revision {address.revision!r}{_known_revisions(address, api)}")
     if status == 401 and not isinstance(caught, RepositoryNotFoundError):
@@ -117,15 +100,15 @@ def explain(caught: Exception, address: Address, doing: str, api: HfApi | None =
         return HubError(f"{what}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
     if isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or (status is None and _may_pass(caught)):
         return HubUnreachable(
-            f"{what}: the Hub cannot be reached ({reason_of(root)}); check the network, and HF_HUB_OFFLINE"
+            f"{what}: the Hub cannot be reached ({summarize_error(root)}); check the network, and HF_HUB_OFFLINE"
         )
     if isinstance(caught, EntryNotFoundError):
         return HubError(f"{what}: there is no such file; choose a revision that was published by slop-hf")
-    return HubError(f"{what} failed: {reason_of(root)}; it can be tried again at any time")
+    return HubError(f"{what} failed: {summarize_error(root)}; it can be tried again at any time")
 
 
 def _may_pass(caught: BaseException) -> bool:
-    return is_transient(caught) or status_of(caught) in _CONFLICTS
+    return not isinstance(caught, SlopError) and (is_transient(caught) or find_status(caught) in _CONFLICTS)
 
 
 def _known_revisions(address: Address, api: HfApi | None) -> str:

@@ -12,11 +12,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import HubError
-from ..io.network_errors import reason_of
+from ..io.network_errors import summarize_error
+from ..io.retry import RetryPolicy
 from ..runs.directory import RunDirectory
 from ..training.callbacks import StageCallback
 from ..training.ranks import Ranks
-from .access import HubUnreachable, Retries
+from .access import HubUnreachable
 from .publish import Published, Publisher
 
 logger = logging.get_logger(__name__)
@@ -60,7 +61,7 @@ class PublishCallback(StageCallback):
         base_model: str | None = None,
         strategy: str = "every_save",
         api: HfApi | None = None,
-        retries: Retries | None = None,
+        retries: RetryPolicy | None = None,
         patience: float = 3600.0,
     ) -> None:
         if strategy not in STRATEGIES:
@@ -156,14 +157,14 @@ class PublishCallback(StageCallback):
         try:
             publisher.open()
         except Exception as caught:  # better known now than at the end of a stage; it is tried again then
-            logger.warning(f"stages cannot be published yet: {reason_of(caught)}")
+            logger.warning(f"stages cannot be published yet: {summarize_error(caught)}")
         while True:
             number = self._queue.get()
             try:
                 self.published[number] = publisher.publish(number)
                 self.failed.pop(number, None)
             except Exception as caught:  # whatever it is, training goes on
-                self.failed[number] = reason_of(caught)
+                self.failed[number] = summarize_error(caught)
                 logger.warning(f"could not publish stage {number}: {self.failed[number]}")
                 if isinstance(caught, HubUnreachable):
                     self._give_up(self.failed[number])

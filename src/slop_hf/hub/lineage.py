@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import HubError
-from ..io.serialization import parse, read_json, to_json, write_text
+from ..io.files import write_text
+from ..io.serialization import parse, read_json, to_json
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
 from ..schedule import GrowthSchedule
@@ -114,5 +115,5 @@ class Origin:
 
 
 def _load(cls: Any, path: Path) -> Any:
-    content = read_json(path, missing="a stage published by slop-hf has one", error=HubError)
+    content = read_json(path, if_missing="a stage published by slop-hf has one", error=HubError)
     return parse(cls, content, where=str(path), error=HubError)

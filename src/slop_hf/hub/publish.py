@@ -12,8 +12,9 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from ..errors import HubError, RunError
 from ..io.hub_address import Address
+from ..io.retry import RetryPolicy
 from ..runs.directory import RunDirectory
-from .access import Retries
+from .access import call_hub
 from .lineage import GROWTH_FILE, PublishedGrowth
 from .revision import Revision, check_finished, plan_revision
 
@@ -44,7 +45,7 @@ def publish_stage(
     private: bool = True,
     base_model: str | None = None,
     api: HfApi | None = None,
-    retries: Retries | None = None,
+    retries: RetryPolicy | None = None,
 ) -> tuple[Published, ...]:
     """Publish a finished stage as a branch named like its directory; the last one of a schedule on `main` too.
 
@@ -111,12 +112,12 @@ class Publisher:
         private: bool = True,
         base_model: str | None = None,
         api: HfApi | None = None,
-        retries: Retries | None = None,
+        retries: RetryPolicy | None = None,
     ) -> None:
         self.run = run if isinstance(run, RunDirectory) else RunDirectory(run)
         self.repo_id = repo_id
         self._private, self._base_model = private, base_model
-        self._api, self._retries = api or HfApi(), retries or Retries()
+        self._api, self._retries = api or HfApi(), retries
         self._is_open = False
 
     def open(self) -> None:
@@ -126,7 +127,7 @@ class Publisher:
             def create() -> str:
                 return self._api.create_repo(self.repo_id, private=self._private, exist_ok=True).repo_id
 
-            self.repo_id = self._retries.persist(create, Address(self.repo_id), "creating")
+            self.repo_id = call_hub(create, Address(self.repo_id), "creating", self._retries)
             self._is_open = True
 
     def publish(self, number: int) -> tuple[Published, ...]:
@@ -156,7 +157,7 @@ class Publisher:
             )
             return Published(address, is_new=True, nbytes=nbytes)
 
-        return self._retries.persist(attempt, address, "writing")
+        return call_hub(attempt, address, "writing", self._retries)
 
     def _files(self, branch: str) -> list[str]:
         """What a branch holds; it is made where there is none."""

@@ -1,4 +1,4 @@
-"""`Address`: a revision of a repository on the Hub, as one names it wherever a model is asked for."""
+"""`Address`: a revision of a repository on the Hub, written as `user/name@revision` wherever a model is named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import HubError
 
@@ -19,8 +18,8 @@ class Address:
     """A revision of a repository.
 
     Args:
-        repo_id: such as `user/name`.
-        revision: a branch, a tag or a commit.
+        repo_id: repository, such as `user/name`.
+        revision: branch, tag or commit.
 
     >>> Address.parse("user/name@stage-2-ffn")
     Address(repo_id='user/name', revision='stage-2-ffn')
@@ -33,9 +32,9 @@ class Address:
 
     @classmethod
     def find(cls, text: str) -> Address | None:
-        """Read `user/name` or `user/name@revision`; None for anything else."""
-        found = _ADDRESS.fullmatch(text)
-        return None if found is None else cls(found["repo_id"], found["revision"] or MAIN)
+        """Read `user/name` or `user/name@revision`; return None for anything else."""
+        match = _ADDRESS.fullmatch(text)
+        return None if match is None else cls(match["repo_id"], match["revision"] or MAIN)
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -44,21 +43,21 @@ class Address:
         Raises:
             HubError: for anything else.
         """
-        if (found := cls.find(text)) is None:
-            raise HubError(f"{text!r} is no address on the Hub; expected user/name, or user/name@revision")
-        return found
+        if (address := cls.find(text)) is None:
+            raise HubError(f"{text!r} is not an address on the Hub: expected user/name, or user/name@revision")
+        return address
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.revision}"
 
 
-def located(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `from_pretrained` has to be asked for: a directory that there is, or a repository at a revision.
+def locate(source: str | os.PathLike[str]) -> dict[str, str]:
+    """Return keyword arguments for `from_pretrained`: an existing directory, or a repository at a revision.
 
-    >>> located("user/name@stage-2-ffn")
+    >>> locate("user/name@stage-2-ffn")
     {'pretrained_model_name_or_path': 'user/name', 'revision': 'stage-2-ffn'}
     """
     address = None if Path(source).exists() else Address.find(os.fspath(source))
-    if address is None:  # if it is not there either, `from_pretrained` says so
+    if address is None:  # not on disk either: `from_pretrained` reports it
         return {"pretrained_model_name_or_path": os.fspath(source)}
     return {"pretrained_model_name_or_path": address.repo_id, "revision": address.revision}

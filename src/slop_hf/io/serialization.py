@@ -1,7 +1,6 @@
-"""Reading and writing values: YAML and JSON files to and from frozen dataclasses.
+"""YAML and JSON: reading files into checked dataclasses, and writing values.
 
-pydantic checks types and unknown keys; its errors become one line that names file, key and remedy.
-Files are written aside and renamed, so that a reader finds a whole file or none.
+pydantic checks types and unknown keys; its errors become one line that names the file, the key and the remedy.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +22,9 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import SlopError
 
 T = TypeVar("T")
+
+#: Plain data, as JSON and YAML hold it: nested dicts, lists and scalars.
+Json: TypeAlias = Any
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,117 +38,121 @@ for _first in "0123456789+-":
     )
 
 
-def parse(cls: type[T], data: Any, *, where: str, error: type[SlopError] = SlopError) -> T:
-    """Build a `cls` from plain data (nested dicts, lists, scalars).
+def parse(cls: type[T], content: Json, *, where: str, error: type[SlopError] = SlopError) -> T:
+    """Build a dataclass from plain data.
 
     Args:
-        cls: a dataclass, whose `__pydantic_config__` should forbid unknown keys.
-        data: what a YAML or JSON file held.
-        where: the name of the file or argument, for the error message.
-        error: the class of error to raise.
+        cls: dataclass, whose `__pydantic_config__` should forbid unknown keys.
+        content: content of a YAML or JSON file.
+        where: name of the file or argument, for the error message.
+        error: class of error to raise.
 
     Raises:
-        error: with every fault of `data` on one line each.
+        error: with every fault of the content, separated by semicolons.
     """
     try:
-        return cast(T, _adapter(cast(Any, cls)).validate_python(data))
+        value: T = _make_adapter(cls).validate_python(content)  # type: ignore[arg-type]
     except ValidationError as caught:
-        faults = [_describe(fault, cls) for fault in _without_other_kinds(caught.errors())]
+        faults = [_describe(fault, cls) for fault in _drop_faults_of_paths(caught.errors())]
         raise error(f"{where}: " + "; ".join(faults)) from None
+    return value
 
 
-@cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    """Building one takes longer than reading most files."""
+@cache  # making one takes longer than reading most files
+def _make_adapter(cls: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(cls)
 
 
-def _without_other_kinds(faults: Iterable[Any]) -> list[Any]:
-    """Faults without those that only say that a mapping, which may be a path instead, is none."""
-    kept = [dict(fault) for fault in faults]
-    of_paths = [fault for fault in kept if fault["type"] == "string_type" and fault["loc"][-1:] == ("str",)]
-    if len(of_paths) == len(kept):
-        return kept
-    for other in of_paths:
-        place = len(other["loc"]) - 1
-        kept.remove(other)
-        for fault in kept:
-            if fault["loc"][:place] == other["loc"][:place]:
-                fault["loc"] = (*fault["loc"][:place], *fault["loc"][place + 1 :])
-    return kept
+def _drop_faults_of_paths(faults: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the errors that pydantic adds for the `str` branch of a `Mapping | str` field."""
+    remaining = [dict(fault) for fault in faults]
+    of_strings = [fault for fault in remaining if fault["type"] == "string_type" and fault["loc"][-1:] == ("str",)]
+    if len(of_strings) == len(remaining):
+        return remaining
+    for of_string in of_strings:
+        depth = len(of_string["loc"]) - 1
+        remaining.remove(of_string)
+        for fault in remaining:
+            if fault["loc"][:depth] == of_string["loc"][:depth]:
+                fault["loc"] = (*fault["loc"][:depth], *fault["loc"][depth + 1 :])
+    return remaining
 
 
-def _describe(fault: Any, cls: type) -> str:
+def _describe(fault: Mapping[str, Any], cls: type) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = ", ".join(field.name for field in dataclasses.fields(cls)) if "." not in path else ""
-        return f"unknown key '{path}'" + (f" (known: {known})" if known else "")
+        names = ", ".join(field.name for field in dataclasses.fields(cls)) if "." not in path else ""
+        return f"unknown key '{path}'" + (f" (known: {names})" if names else "")
     if fault["type"].startswith("missing"):
         return f"missing key '{path}'"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{path}: {message}" if path else message
 
 
-def plain(value: Any) -> Any:
-    """The value as dicts, lists and scalars, with fields that are None or empty left out."""
+def to_plain(value: object) -> Json:
+    """Return the value as dicts, lists and scalars, without fields that are None or empty."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: plain(item) for name, item in items if item is not None and item != () and item != {}}
+        return {name: to_plain(item) for name, item in items if item is not None and item != () and item != {}}
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value
 
 
-def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopError) -> Any:
-    """The content of a YAML (or JSON) file; numbers such as `65e9` are numbers."""
+def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopError) -> Json:
+    """Return the content of a YAML (or JSON) file; numbers such as `65e9` are numbers.
+
+    Raises:
+        error: if the file does not exist or is not valid YAML.
+    """
     try:
-        return read_yaml_text(Path(path).read_text(encoding="utf-8"))
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except yaml.YAMLError as caught:
         raise error(f"{path}: not valid YAML ({' '.join(str(caught).split())})") from None
 
 
-def read_json(path: str | os.PathLike[str], *, missing: str, error: type[SlopError] = SlopError) -> Any:
-    """The content of a JSON file.
+def read_json(path: str | os.PathLike[str], *, if_missing: str, error: type[SlopError] = SlopError) -> Json:
+    """Return the content of a JSON file.
 
     Args:
-        path: of the file.
-        missing: what to say where there is none.
-        error: the class of error to raise.
+        path: file to read.
+        if_missing: remedy to add to the message if the file does not exist.
+        error: class of error to raise.
 
     Raises:
-        SlopError: of that class, where there is no such file, or it is not JSON.
+        error: if the file does not exist or is not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error(f"{path}: no such file; {missing}") from None
+        raise error(f"{path}: no such file; {if_missing}") from None
     except ValueError as caught:
         raise error(f"{path}: not valid JSON ({caught})") from None
 
 
-def read_yaml_text(text: str) -> Any:
-    """What a YAML text says; numbers such as `65e9` are numbers."""
+def parse_yaml(text: str) -> Json:
+    """Return the content of a YAML text; numbers such as `65e9` are numbers."""
     return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds no Python objects
 
 
-def change(content: dict[str, Any], overrides: Mapping[str, Any], *, where: str, error: type[SlopError]) -> None:
-    """Put values into what a file held.
+def set_keys(content: dict[str, Any], overrides: Mapping[str, Any], *, where: str, error: type[SlopError]) -> None:
+    """Set values in the content of a file by dotted keys, in place.
 
     Args:
-        content: changed in place.
+        content: nested dicts.
         overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`.
-        where: the name of the file, for the error message.
-        error: the class of error to raise.
+        where: name of the file, for the error message.
+        error: class of error to raise.
 
     Raises:
-        error: for a key that leads through a value which is no section.
+        error: for a key that leads through a value which is not a section.
 
     >>> content = {"a": {"b": 1}}
-    >>> change(content, {"a.c": 2, "d.e": 3}, where="file", error=SlopError)
+    >>> set_keys(content, {"a.c": 2, "d.e": 3}, where="file", error=SlopError)
     >>> content
     {'a': {'b': 1, 'c': 2}, 'd': {'e': 3}}
     """
@@ -162,66 +166,31 @@ def change(content: dict[str, Any], overrides: Mapping[str, Any], *, where: str,
         section[last] = value
 
 
-def digest(value: Any) -> str:
-    """A hash of what JSON can hold, whatever the order of its keys.
+def hash_json(value: Json) -> str:
+    """Return a hash of plain data, whatever the order of its keys.
 
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    >>> hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
     True
     """
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def to_yaml(value: Any) -> str:
-    """A value as YAML text, fields in the order of their declaration."""
-    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=120)
+def to_yaml(value: object) -> str:
+    """Return a value as YAML text, fields in the order of their declaration."""
+    return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True, width=120)
 
 
-def to_json(value: Any) -> str:
-    """A value as indented JSON text."""
-    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+def to_json(value: object) -> str:
+    """Return a value as indented JSON text."""
+    return json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n"
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file aside, flush it to disk and rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    return path
-
-
-@contextmanager
-def written_aside(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A fresh directory to write into, which becomes `target` in one rename when the block ends well.
-
-    A reader finds a whole directory or none. Where the block fails, what it wrote is removed.
-    """
-    target = Path(target)
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        aside.rename(target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that a record depends on."""
-    found = {}
+def list_versions() -> dict[str, str]:
+    """Return the versions of the packages that a record depends on."""
+    list_versions = {}
     for name in ("slop-hf", "transformers", "torch"):
         try:
-            found[name] = version(name)
+            list_versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            list_versions[name] = "not installed"
+    return list_versions

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..dims import ModelDims
 from ..errors import RunError
 from ..growth import resolve_inits
-from ..io.serialization import digest, plain
+from ..io.serialization import hash_json, to_plain
 from ..operators import operator_named, operators_between
 from ..paper import tables as paper
 from ..planning.planner import SlopPlanner
@@ -77,7 +77,7 @@ class Start:
     def key(self) -> str:
         """What tells it from the same stage of a run that was trained otherwise, or once more."""
         facts = self.facts
-        return digest([facts.run_id if facts else "", plain(self.run.records()[: self.stage + 1])])
+        return hash_json([facts.run_id if facts else "", to_plain(self.run.records()[: self.stage + 1])])
 
     @property
     def keeps_optimizer(self) -> bool:

@@ -19,7 +19,7 @@ from ..experiments.collect import cost_of, run_result
 from ..experiments.jobs import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, diverged_places, of_first_stages, with_trunks
 from ..experiments.record import PROBE_FILE, Cost, RunResult
 from ..experiments.running import Told, machine_name, run_jobs
-from ..io.serialization import digest, plain, versions
+from ..io.serialization import hash_json, list_versions, to_plain
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
@@ -150,7 +150,7 @@ class Probe:
             length=self._length,
             start="the initial model" if self._start is None else self._start.name,
             cost=self._cost(jobs, root),
-            versions=versions(),
+            versions=list_versions(),
             device=machine_name(),
         )
         report.save(root / PROBE_FILE)
@@ -254,7 +254,7 @@ class Probe:
         settings = {"eval_before_growth": True, "eval_after_growth": True, "push_to_hub": False}
         training = of_first_stages({**self.config.training, **settings, **self._seeds(seed)}, len(trial.structures))
         training.pop("growth_init", None)  # the trial's stages name theirs, so that those with the same are shared
-        key = digest([plain(trial), self._start.key if self._start is not None else ""])
+        key = hash_json([to_plain(trial), self._start.key if self._start is not None else ""])
         place = Path(RUNS, f"{trial.sequence}-{key[:8]}", f"seed-{seed}")
         config = dataclasses.replace(self.config, training=training, schedule=trial, evaluation=None)
         return ArmRun(candidate.name, 1.0, seed, config, place)

@@ -16,7 +16,8 @@ from ..experiments.predictions import LEAST, measured_utility
 from ..experiments.record import Cost, RunResult
 from ..experiments.results import Spread, rank_correlation
 from ..experiments.tables import for_terminal, plus_minus
-from ..io.serialization import parse, read_json, to_json, write_text
+from ..io.files import write_text
+from ..io.serialization import parse, read_json, to_json
 from ..report.tables import NOTHING, Cells, count, power, significant
 from ..schedule import GrowthSchedule
 from .candidates import Candidate
@@ -174,7 +175,7 @@ class ProbeReport:
         Raises:
             RunError: where the file is none.
         """
-        content = read_json(path, missing="`slop probe` writes one", error=RunError)
+        content = read_json(path, if_missing="`slop probe` writes one", error=RunError)
         return parse(cls, content, where=str(path), error=RunError)
 
 

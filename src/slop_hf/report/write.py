@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..io.serialization import plain, to_json, write_text
+from ..io.files import write_text
+from ..io.serialization import to_json, to_plain
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
 from .comparisons import correlation_figure, heads_figure, radar_figure
@@ -80,7 +81,7 @@ def write_report(
         "figures": _draw(found, target),
     }
     values = [{"summary": one.summary, "stages": one.stages, **_evaluated(one)} for one in parts]
-    write_text(target / JSON_FILE, to_json(_strict(plain({"runs": values}))))
+    write_text(target / JSON_FILE, to_json(_strict(to_plain({"runs": values}))))
     write_text(target / MARKDOWN_FILE, render(f"{MARKDOWN_FILE}.j2", content))
     write_text(target / HTML_FILE, render(f"{HTML_FILE}.j2", content))
     return target

@@ -7,7 +7,7 @@ import secrets
 import shutil
 from dataclasses import replace
 
-from ..io.serialization import written_aside
+from ..io.files import write_directory
 from ..schedule import GrowthSchedule
 from .directory import SCHEDULE_FILE, RunDirectory, RunFacts
 
@@ -23,7 +23,7 @@ def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *
     """
     facts = RunFacts.load(source)
     finished = source.schedule.stage_names[: source.finished_stages]
-    with written_aside(run.path) as aside:
+    with write_directory(run.path) as aside:
         for _, stage in zip(schedule.stage_names, finished, strict=False):
             shutil.copytree(source.path / stage, aside / stage, copy_function=_link)
         if facts is not None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import RunError
-from ..io.serialization import parse, read_json, to_json, write_text
+from ..io.files import write_text
+from ..io.serialization import parse, read_json, to_json
 from ..schedule import GrowthSchedule
 from .records import _INCOMPLETE, EvalRecord, StageRecord
 
@@ -86,7 +87,7 @@ class RunDirectory:
         if not path.exists():
             return []
         return parse(
-            list[EvalRecord], read_json(path, missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError
+            list[EvalRecord], read_json(path, if_missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError
         )
 
     def add_evaluations(self, number: int, records: Sequence[EvalRecord]) -> Path:
@@ -110,7 +111,7 @@ class RunDirectory:
         if not self.finished_stages:
             return []
         path = self.stage_dir(self.finished_stages - 1) / STATE_FILE
-        return list(read_json(path, missing=_INCOMPLETE, error=RunError)["log_history"])
+        return list(read_json(path, if_missing=_INCOMPLETE, error=RunError)["log_history"])
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class RunFacts:
         path = run.path / RUN_FILE
         if not path.exists():
             return None
-        return parse(cls, read_json(path, missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
+        return parse(cls, read_json(path, if_missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
 
     def check(self, given: RunFacts, run: RunDirectory) -> None:
         """Refuse to resume with other data.

@@ -138,7 +138,7 @@ class StageRecord:
         Raises:
             RunError: where the file is not one.
         """
-        return parse(cls, read_json(path, missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
+        return parse(cls, read_json(path, if_missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from ..architectures import ARCHITECTURES
-from ..io.serialization import write_text
+from ..io.files import write_text
 from .exactness import exactness_page
 
 if __name__ == "__main__":

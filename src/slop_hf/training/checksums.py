@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from ..io.serialization import write_text
+from ..io.files import write_text
 from ..runs.directory import OPTIMIZER_STEM
 from .ranks import Ranks
 

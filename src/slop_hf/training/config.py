@@ -25,8 +25,8 @@ from ..data.sources import local_files
 from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
 from ..growth import checkpoint_directory
-from ..io.hub_address import located
-from ..io.serialization import change, parse, read_yaml
+from ..io.hub_address import locate
+from ..io.serialization import parse, read_yaml, set_keys
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
 from .arguments import PER_STAGE, SlopTrainingArguments
@@ -95,7 +95,7 @@ class RunConfig:
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
             raise RunError(f"{path}: expected a mapping with keys such as schedule, model, data and training")
-        change(content, overrides or {}, where=str(path), error=RunError)
+        set_keys(content, overrides or {}, where=str(path), error=RunError)
         if isinstance(content.get("schedule"), str):
             content["schedule"] = str(Path(path).parent / content["schedule"])
         data = content.get("data")
@@ -155,7 +155,7 @@ class RunConfig:
         pretrained = settings.pop("pretrained", None)
         try:
             if pretrained is not None and not (as_described and settings):
-                found = AutoConfig.from_pretrained(**located(pretrained))
+                found = AutoConfig.from_pretrained(**locate(pretrained))
                 for name, value in settings.items():
                     if getattr(found, name, None) != value:
                         raise RunError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..growth import resolve_inits
-from ..io.serialization import versions
+from ..io.serialization import list_versions
 from ..runs.directory import RunDirectory, RunFacts
 from ..runs.records import ConsumedTokens, StageRecord, perplexity
 from ..schedule import GrowthSchedule
@@ -95,7 +95,7 @@ def stage_record(
         init=resolve_inits(span.growth.operators, span.growth.init) if span.growth else {},
         growth_seed=growth_seed if span.growth else None,
         growth_noise=growth_noise if span.growth else None,
-        versions=versions(),
+        versions=list_versions(),
     )
 
 

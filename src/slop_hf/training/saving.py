@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..growth import WEIGHT, no_progress_bars
-from ..io.serialization import write_text
+from ..io.files import write_text
 from ..runs.directory import RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.records import StageRecord
 from .checkpoints import CHECKPOINT, RESUME_FILE, rotate, written_together

@@ -32,7 +32,7 @@ from ..growth.safetensors_io import (
     write_tensor,
 )
 from ..growth.tensors import worker_threads
-from ..io.serialization import write_text
+from ..io.files import write_text
 from .states import MOMENTS, STEP, States
 
 #: Weights and moments that a rank reads and grows at a time.

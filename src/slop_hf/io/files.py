@@ -1,0 +1,71 @@
+"""Atomic writes of files and directories: a reader finds the whole of one or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def make_temporary_path(target: str | os.PathLike[str]) -> Path:
+    """Return the path next to `target` that it is written under until it is complete.
+
+    >>> make_temporary_path("runs/report.md").as_posix()
+    'runs/.report.md.writing'
+    """
+    target = Path(target)
+    return target.with_name(f".{target.name}.writing")
+
+
+@contextmanager
+def write_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write a file under; rename it to `target` when the block ends without an error.
+
+    Missing parent directories are made. If the block fails, the temporary file is removed.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = make_temporary_path(target)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file atomically, in UTF-8, and return its path."""
+    with write_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+@contextmanager
+def write_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty directory to write into; rename it to `target` when the block ends without an error.
+
+    Every file is flushed to disk before the rename. If the block fails, the directory is removed.
+    """
+    target = Path(target)
+    temporary = make_temporary_path(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def flush_to_disk(path: str | os.PathLike[str]) -> None:
+    """Wait until the disk holds what was written to a file."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
