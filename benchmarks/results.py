@@ -27,9 +27,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from slop_hf.errors import RunError
-from slop_hf.experiments.findings import sentences
-from slop_hf.experiments.predictions import agreement_sentence, predictions_cells
-from slop_hf.experiments.record import Comparison
+from slop_hf.experiments.summary_text import sentences
+from slop_hf.experiments.planner_accuracy import agreement_sentence, predictions_cells
+from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
 from slop_hf.experiments.write import FIGURES, figure_markdown
 from slop_hf.io.files import write_text
@@ -78,7 +78,7 @@ def read_records(root: Path) -> dict[str, Comparison]:
     """
     found = {}
     for path in sorted((root / RECORDS).glob("*.json")):
-        content = read_json(path, missing="take the record again", error=RunError)
+        content = read_json(path, if_missing="take the record again", error=RunError)
         if isinstance(content, dict) and {"scale", "equal", "arms"} <= content.keys():  # benchmarks have none of these
             found[path.stem] = Comparison.load(path)
     return found

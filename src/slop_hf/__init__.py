@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .evaluation.scoring import evaluate_model as evaluate_model
     from .evaluation.settings import EvalSettings as EvalSettings
     from .experiments.config import Experiment as Experiment
-    from .experiments.record import Comparison as Comparison
+    from .experiments.comparison import Comparison as Comparison
     from .experiments.write import compare_arms as compare_arms
     from .growth import GrowthReceipt as GrowthReceipt
     from .growth import checkpoint_directory as checkpoint_directory
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .training import preview_run as preview_run
 
 _HOMES = {
-    "Comparison": "experiments.record",
+    "Comparison": "experiments.comparison",
     "ConfigSpace": "planning.space",
     "CostModel": "cost.hours",
     "DataConfig": "data",

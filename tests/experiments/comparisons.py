@@ -9,7 +9,7 @@ from typing import Any
 
 from slop_hf.cost.flops import count_parameters, flops_per_token
 from slop_hf.dims import ModelDims
-from slop_hf.experiments.record import Comparison, Cost, Curve, RunResult, StageResult
+from slop_hf.experiments.comparison import Comparison, Cost, Curve, RunResult, StageResult
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
 CONFIG = {"model_type": "llama", "vocab_size": 512}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slop_hf.experiments.record import Comparison
+from slop_hf.experiments.comparison import Comparison
 
 
 def test_a_dry_run_shows_every_run_and_trains_nothing(tiny_experiment, output_of, tmp_path):

@@ -18,7 +18,7 @@ from slop_hf.experiments import final_losses as dots
 from slop_hf.experiments import loss_curves as figures
 from slop_hf.experiments.final_losses import losses_figure, scatter_figure
 from slop_hf.experiments.loss_curves import loss_figure
-from slop_hf.experiments.record import Curve
+from slop_hf.experiments.comparison import Curve
 from slop_hf.experiments.results import iso_loss
 from slop_hf.report import drawing
 

@@ -7,7 +7,7 @@ import pytest
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims
 from slop_hf.cost.flops import flops_per_token
 from slop_hf.errors import RunError
-from slop_hf.experiments.predictions import (
+from slop_hf.experiments.planner_accuracy import (
     agreement,
     agreement_sentence,
     measured_utility,
@@ -15,7 +15,7 @@ from slop_hf.experiments.predictions import (
     predictions_cells,
     utility_figure,
 )
-from slop_hf.experiments.record import Comparison, Curve, RunResult, StageResult
+from slop_hf.experiments.comparison import Comparison, Curve, RunResult, StageResult
 from slop_hf.experiments.results import Spread, arm_results, cost_to, iso_loss, rank_correlation
 
 SMALL, DEEP, LARGE = ModelDims(16, 32, 2, 2), ModelDims(16, 32, 4, 2), ModelDims(16, 64, 4, 2)

@@ -9,8 +9,8 @@ import pytest
 from comparisons import comparison
 from rich.console import Console
 
-from slop_hf.experiments.findings import sentences
-from slop_hf.experiments.record import Comparison
+from slop_hf.experiments.summary_text import sentences
+from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.results import arm_results
 from slop_hf.experiments.tables import arms_cells, arms_table, ledger_cells, ledger_table, stages_cells, stages_table
 from slop_hf.report.tables import Cells

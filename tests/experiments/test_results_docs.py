@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from comparisons import comparison
 
-from slop_hf.experiments.findings import sentences
+from slop_hf.experiments.summary_text import sentences
 from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ from slop_hf.experiments import running
 from slop_hf.experiments.arms import arm_runs, run_flops
 from slop_hf.experiments.collect import collect
 from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.findings import sentences
+from slop_hf.experiments.summary_text import sentences
 from slop_hf.experiments.jobs import with_trunks
-from slop_hf.experiments.record import Comparison
+from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.running import run_experiment, train_job
 from slop_hf.experiments.write import write_comparison
 from slop_hf.training import build_trainer

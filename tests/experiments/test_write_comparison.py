@@ -6,8 +6,8 @@ import re
 
 from comparisons import comparison
 
-from slop_hf.experiments.findings import sentences
-from slop_hf.experiments.record import Comparison
+from slop_hf.experiments.summary_text import sentences
+from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
 from slop_hf.experiments.write import write_comparison
 

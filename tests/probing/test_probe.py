@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from slop_hf import ConfigSpace, GrowthSchedule, GrowthStage, ModelDims, Probe, RunDirectory, SlopPlanner
 from slop_hf.errors import DivergedError, RunError, SlopError
 from slop_hf.experiments import running
-from slop_hf.experiments.record import Cost
+from slop_hf.experiments.comparison import Cost
 from slop_hf.experiments.results import Spread
 from slop_hf.experiments.running import train_job
 from slop_hf.probing.candidates import (

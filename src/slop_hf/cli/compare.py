@@ -56,7 +56,7 @@ def compare(
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
     from ..experiments.arms import arm_runs  # with torch, which `slop --help` does without
-    from ..experiments.findings import sentences
+    from ..experiments.summary_text import sentences
     from ..experiments.jobs import with_trunks
     from ..experiments.running import ended_places
     from ..experiments.tables import arms_table, ledger_table

@@ -12,7 +12,7 @@ from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
 from .config import Experiment
 from .jobs import ArmRun
-from .record import _DIGITS, HELD_OUT, PROBE_FILE, PROBES, Comparison, Cost, Curve, RunResult, StageResult
+from .comparison import _DIGITS, HELD_OUT, PROBE_FILE, PROBES, Comparison, Cost, Curve, RunResult, StageResult
 
 
 def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: str = "") -> Comparison:

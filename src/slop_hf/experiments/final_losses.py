@@ -24,7 +24,7 @@ from ..report.drawing import (
     write_png,
 )
 from .loss_curves import GOAL
-from .record import Comparison
+from .comparison import Comparison
 from .results import Spread, baseline, full_budget, rank_correlation
 from .tables import plus_minus
 

@@ -27,7 +27,7 @@ from ..report.drawing import (
     shorten,
     write_png,
 )
-from .record import Comparison, RunResult
+from .comparison import Comparison, RunResult
 from .results import Spread, cost_to, full_budget
 
 #: What training is measured by.

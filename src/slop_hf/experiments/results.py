@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..errors import RunError
 from ..runs.records import perplexity
-from .record import Comparison, RunResult
+from .comparison import Comparison, RunResult
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..report.tables import NOTHING, Cells, count, decimals, power, seconds, significant
-from .record import Comparison
+from ..report.tables import Cells
+from ..io.units import NOTHING
+from ..io.units import format_significant
+from ..io.units import format_seconds
+from ..io.units import format_decimals
+from ..io.units import format_power
+from ..io.units import format_count
+from .comparison import Comparison
 from .results import ArmResult, Spread, arm_results, baseline, full_budget
 
 LEDGER_COLUMNS = (("what", False), ("count", True), ("tokens", True), ("FLOPs", True), ("device seconds", True))
@@ -48,9 +54,9 @@ def arms_cells(comparison: Comparison) -> Cells:
         "grows": lambda one: one.sequence or NOTHING,
         "budget": lambda one: f"×{one.budget:g}" if several else NOTHING,
         "seeds": lambda one: str(len(one.seeds)),
-        "tokens": lambda one: count(one.tokens),
-        "FLOPs": lambda one: power(one.flops),
-        "seconds": lambda one: seconds(one.seconds.mean),
+        "tokens": lambda one: format_count(one.tokens),
+        "FLOPs": lambda one: format_power(one.flops),
+        "seconds": lambda one: format_seconds(one.seconds.mean),
         "held-out loss": lambda one: plus_minus(one.loss, 4),
         "ppl": lambda one: plus_minus(one.perplexity, 2),
         f"loss − that of {against}": lambda one: _difference(one, against),
@@ -78,10 +84,10 @@ def stages_cells(comparison: Comparison) -> Cells:
                     "" if number else arm,
                     one.name.removeprefix("stage-").replace("-", " ", 1),
                     str(one.dims),
-                    count(one.parameters),
-                    count(one.tokens),
-                    decimals(after.mean if after else None, 4),
-                    decimals(Spread(tuple(stage.eval_loss for stage in stages)).mean, 4),
+                    format_count(one.parameters),
+                    format_count(one.tokens),
+                    format_decimals(after.mean if after else None, 4),
+                    format_decimals(Spread(tuple(stage.eval_loss for stage in stages)).mean, 4),
                 )
             )
     return Cells(STAGE_COLUMNS, tuple(rows))
@@ -93,16 +99,16 @@ def ledger_cells(comparison: Comparison) -> Cells:
         (
             f"{cost.what} ({PAID_FOR[cost.what]})" if cost.what in PAID_FOR else cost.what,
             f"{cost.count:,}",
-            count(cost.tokens),
-            power(cost.flops),
-            seconds(cost.seconds),
+            format_count(cost.tokens),
+            format_power(cost.flops),
+            format_seconds(cost.seconds),
         )
         for cost in comparison.ledger
     ]
     paid = comparison.ledger
     totals = [sum(getattr(cost, name) for cost in paid) for name in ("count", "tokens", "flops", "seconds")]
     if len(rows) > 1:
-        rows.append(("sum", f"{totals[0]:,}", count(totals[1]), power(totals[2]), seconds(totals[3])))
+        rows.append(("sum", f"{totals[0]:,}", format_count(totals[1]), format_power(totals[2]), format_seconds(totals[3])))
     return Cells(LEDGER_COLUMNS, tuple(rows))
 
 
@@ -145,7 +151,7 @@ def plus_minus(spread: Spread, places: int) -> str:
     if not spread.mean < _MOST:
         return "diverged"
     deviation = spread.deviation
-    return decimals(spread.mean, places) + (f" ± {decimals(deviation, places)}" if deviation is not None else "")
+    return format_decimals(spread.mean, places) + (f" ± {format_decimals(deviation, places)}" if deviation is not None else "")
 
 
 def _difference(one: ArmResult, against: str | None) -> str:
@@ -155,7 +161,7 @@ def _difference(one: ArmResult, against: str | None) -> str:
 
 def _utility(one: ArmResult) -> str:
     spread = one.marginal_utility
-    return significant(spread.mean) if spread is not None and abs(spread.mean) < _MOST else NOTHING
+    return format_significant(spread.mean) if spread is not None and abs(spread.mean) < _MOST else NOTHING
 
 
 def _saved(comparison: Comparison, one: ArmResult) -> str:

@@ -12,11 +12,11 @@ from .arms import arm_runs
 from .collect import collect
 from .config import Experiment
 from .final_losses import losses_figure
-from .findings import sentences
+from .summary_text import sentences
 from .jobs import with_trunks
 from .loss_curves import loss_figure
-from .predictions import agreement_sentence, predictions_cells, utility_figure
-from .record import Comparison
+from .planner_accuracy import agreement_sentence, predictions_cells, utility_figure
+from .comparison import Comparison
 from .running import Told, machine_name, run_experiment
 from .tables import arms_cells, ledger_cells, stages_cells
 

@@ -12,7 +12,7 @@ from ..dims import ModelDims
 from ..errors import RunError
 from ..growth import resolve_inits
 from ..io.serialization import hash_json, to_plain
-from ..operators import operator_named, operators_between
+from ..operators import get_operator, find_operators
 from ..paper import tables as paper
 from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
@@ -229,7 +229,7 @@ def next_candidates(schedule: GrowthSchedule, operators: Sequence[str], start: S
     for name in operators:
         followers = [one for one in ("ffn", "mha", "head_dim") if name == "hidden" and one not in own]
         grown = _grown(dims, whole.target, (name, *followers))
-        leading = operators_between(dims, grown)
+        leading = find_operators(dims, grown)
         if name not in leading:
             raise RunError(f"{name} has nothing to grow from {dims} to {whole.target}; leave it out")
         stage = GrowthStage((name, *(one for one in leading if one != name)), grown, tokens)
@@ -250,5 +250,5 @@ def _own_operators(stages: Sequence[GrowthStage]) -> tuple[str, ...]:
 
 
 def _grown(dims: ModelDims, target: ModelDims, operators: Sequence[str]) -> ModelDims:
-    fields = [name for operator in operators for name in operator_named(operator).fields]
+    fields = [name for operator in operators for name in get_operator(operator).fields]
     return dims.replace(**{name: getattr(target, name) for name in fields})

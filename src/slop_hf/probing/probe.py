@@ -17,7 +17,7 @@ from typing import Any, get_args
 from ..errors import RunError
 from ..experiments.collect import cost_of, run_result
 from ..experiments.jobs import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, diverged_places, of_first_stages, with_trunks
-from ..experiments.record import PROBE_FILE, Cost, RunResult
+from ..experiments.comparison import PROBE_FILE, Cost, RunResult
 from ..experiments.running import Told, machine_name, run_jobs
 from ..io.serialization import hash_json, list_versions, to_plain
 from ..runs.branch import inherit

@@ -12,13 +12,17 @@ from typing import Any, ClassVar, Literal
 from rich.table import Table
 
 from ..errors import RunError
-from ..experiments.predictions import LEAST, measured_utility
-from ..experiments.record import Cost, RunResult
+from ..experiments.planner_accuracy import LEAST, measured_utility
+from ..experiments.comparison import Cost, RunResult
 from ..experiments.results import Spread, rank_correlation
 from ..experiments.tables import for_terminal, plus_minus
 from ..io.files import write_text
 from ..io.serialization import parse, read_json, to_json
-from ..report.tables import NOTHING, Cells, count, power, significant
+from ..report.tables import Cells
+from ..io.units import NOTHING
+from ..io.units import format_significant
+from ..io.units import format_power
+from ..io.units import format_count
 from ..schedule import GrowthSchedule
 from .candidates import Candidate
 
@@ -205,7 +209,7 @@ def probe_cells(report: ProbeReport) -> Cells:
     for place, one in enumerate(report.results, 1):
         planned = (NOTHING if one.rank is None else str(one.rank),) if ranked else ()
         losses = plus_minus(one.loss_at_growth, 4), plus_minus(one.loss, 4)
-        rows.append((str(place), one.name, *planned, *losses, _utility(one, kind), power(one.flops)))
+        rows.append((str(place), one.name, *planned, *losses, _utility(one, kind), format_power(one.flops)))
     return Cells((*columns, *measured), tuple(rows))
 
 
@@ -228,11 +232,11 @@ def probe_sentences(report: ProbeReport) -> list[str]:
             f"Too short to tell: the loss is not below the one that trials began with in {', '.join(report.lost)}."
         )
     cost = report.cost
-    hours = significant(cost.seconds / 3600)
-    found.append(f"It cost {count(cost.tokens)} tokens, {power(cost.flops)} FLOPs, {hours} device hours.")
+    hours = format_significant(cost.seconds / 3600)
+    found.append(f"It cost {format_count(cost.tokens)} tokens, {format_power(cost.flops)} FLOPs, {hours} device hours.")
     return found
 
 
 def _utility(one: CandidateResult, kind: str) -> str:
     spread = one.utility_per_hour if kind == "utility_per_hour" else one.utility
-    return NOTHING if spread is None else significant(spread.mean)
+    return NOTHING if spread is None else format_significant(spread.mean)

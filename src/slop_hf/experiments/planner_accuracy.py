@@ -16,12 +16,14 @@ from ..errors import RunError
 from ..io.serialization import parse
 from ..planning.budget import Budget
 from ..planning.objectives import OBJECTIVES, score
-from ..planning.structures import DimsArray, Prices, Structures
-from ..report.tables import Cells, power, significant
+from ..planning.structures import DimsArray, CostInputs, DimsTable
+from ..report.tables import Cells
+from ..io.units import format_significant
+from ..io.units import format_power
 from ..training import RunConfig
 from .arms import model_fields
 from .final_losses import scatter_figure
-from .record import Comparison, RunResult
+from .comparison import Comparison, RunResult
 from .results import Spread, rank_correlation
 from .tables import plus_minus
 
@@ -88,7 +90,7 @@ def predictions(comparison: Comparison) -> list[Prediction]:
         RunError: for a record that does not hold the run's settings.
     """
     run = _run_of(comparison)
-    prices = Prices(model_fields(run), run.data.block_size, _PER_FLOP)
+    prices = CostInputs(model_fields(run), run.data.block_size, _PER_FLOP)
     grown = {arm: [run for run in comparison.of(arm) if _grows(run)] for arm in comparison.arms}
     seeds = [{run.seed for run in runs} for runs in grown.values() if runs]
     shared = set.intersection(*seeds) if seeds else set()
@@ -99,7 +101,7 @@ def predictions(comparison: Comparison) -> list[Prediction]:
         if not runs:
             continue
         schedule = runs[0].schedule
-        structures = Structures(DimsArray.of(schedule.structures)[np.newaxis], prices)
+        structures = DimsTable(DimsArray.of(schedule.structures)[np.newaxis], prices)
         budget = Budget(schedule.tokens)
         found.append(
             Prediction(
@@ -175,10 +177,10 @@ def predictions_cells(comparison: Comparison) -> Cells:
     rows = (
         (
             one.arm,
-            power(one.products),
+            format_power(one.products),
             f"{one.flops:.4g}",
             f"{one.measured_flops:.4g}",
-            significant(one.utility),
+            format_significant(one.utility),
             plus_minus(one.measured_utility, 3),
             plus_minus(one.loss, 4),
         )

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from ..report.tables import count, power
-from .record import Comparison
+from ..io.units import format_power
+from ..io.units import format_count
+from .comparison import Comparison
 from .results import ArmResult, Spread, arm_results, baseline, is_below
 from .tables import plus_minus
 
@@ -41,9 +42,9 @@ def sentences(comparison: Comparison) -> list[str]:
 def _lowest(comparison: Comparison, found: Sequence[ArmResult]) -> str:
     best, others = found[0], found[1:]
     spend = (
-        f"FLOPs ({power(comparison.budget)})"
+        f"FLOPs ({format_power(comparison.budget)})"
         if comparison.equal == "flops"
-        else f"tokens ({count(comparison.budget)})"
+        else f"tokens ({format_count(comparison.budget)})"
     )
     loss = f"held-out loss {plus_minus(best.loss, 4)} nats a token"
     if not others:
@@ -124,7 +125,7 @@ def _effort(comparison: Comparison, found: Sequence[ArmResult]) -> str:
     tokens = low if low == high else f"{low} ({_named(least)}) to {high} ({_named(most)})"
     fewest, many = min(len(one.seeds) for one in found), max(len(one.seeds) for one in found)
     seeds = "one seed" if many == 1 else f"{many} seeds" if fewest == many else f"{fewest} to {many} seeds"
-    return f"This rests on {seeds} an arm, and on {tokens} tokens per parameter of the target ({count(target)})."
+    return f"This rests on {seeds} an arm, and on {tokens} tokens per parameter of the target ({format_count(target)})."
 
 
 def _left_out(comparison: Comparison) -> list[str]:
