@@ -1,67 +1,55 @@
-"""Train a recipe through its growths, under any launcher; the paper's 1B run unless --config names another.
+"""Train a recipe under any launcher: the paper's 1B run, unless --config names another one.
 
 accelerate launch recipes/grow_1b.py --dry-run                     # what it would do, offline
-accelerate launch recipes/grow_1b.py                               # again with --resume after a kill
+accelerate launch recipes/grow_1b.py                               # the same command with --resume after a kill
 accelerate launch --config_file recipes/accelerate/eight_gpus_zero3.yaml recipes/grow_1b.py
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from slop_hf import RunConfig, SlopError
-from slop_hf.cli.run_view import read_changes, show_outcome, show_preview, train_run
+from slop_hf import RunConfig, SlopError, train_run
+from slop_hf.cli.shared import read_changes, redirect_prints
+from slop_hf.cli.train import show_outcome, show_preview
+from slop_hf.training.launch import launched
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 
 
-def arguments() -> argparse.Namespace:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", type=Path, default=RECIPE, help="the run as YAML: schedule, model, data, training (%(default)s)")
-    add("--output-dir", type=Path, help="directory of the run (runs/ and the name of the config)")
-    add("--resume", action="store_true", help="go on with the run in the output directory, or begin if there is none")
+    add("--config", type=Path, default=RECIPE, help="YAML file of the run (default: %(default)s)")
+    add("--output-dir", type=Path, help="run directory (default: runs/ and the name of the config)")
+    add("--resume", action="store_true", help="resume the run in the output directory, or begin if there is none")
     add("--from-scratch", action="store_true", help="train the target from random weights with the same FLOPs instead")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a value: data.source=texts/ (repeat it)",
-    )
-    add("--dry-run", action="store_true", help="print stages, tokens, FLOPs, steps and memory, and train nothing")
-    add("--devices", type=int, default=1, help="with --dry-run: devices that share the work (%(default)s)")
-    add("--zero-stage", type=int, default=0, help="with --dry-run: the stage of ZeRO, 0 to 3, they use (%(default)s)")
-    add("--json", action="store_true", help="print the stages' records (or the plan) as JSON")
-    options = parser.parse_args()
-    options.output_dir = options.output_dir or Path("runs", options.config.stem)
-    return options
+    add("--set", action="append", metavar="KEY=VALUE", help="change a value: data.source=texts/; repeat it for more")
+    add("--dry-run", action="store_true", help="print stages, tokens, FLOPs, steps and memory; train nothing")
+    add("--devices", type=int, default=1, help="with --dry-run: number of devices (default: %(default)s)")
+    add("--zero-stage", type=int, default=0, help="with --dry-run: ZeRO stage, 0 to 3 (default: %(default)s)")
+    add("--json", action="store_true", help="print the records of the stages, or the plan, as JSON")
+    return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> None:
     config = RunConfig.from_yaml(options.config, read_changes(options.set))
-    output, scratch, is_main = options.output_dir, options.from_scratch, os.environ.get("RANK", "0") == "0"
+    output = options.output_dir or Path("runs", options.config.stem)
+    scratch, as_json = options.from_scratch, options.json
     if options.dry_run:
-        # Under DeepSpeed arguments bring the ranks together, so all of them ask; one prints.
-        with nullcontext() if is_main else redirect_stdout(io.StringIO()):
-            shared = {"devices": options.devices, "zero_stage": options.zero_stage}
-            show_preview(config, output, scratch=scratch, as_json=options.json, **shared)
+        devices, zero_stage = options.devices, options.zero_stage
+        show_preview(config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
-    # What transformers prints while it trains would get into the JSON.
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        train_run(config, output, scratch=scratch, resume=options.resume)
-    if is_main:
-        show_outcome(output, as_json=options.json)
+    with launched(), redirect_prints(as_json=as_json):
+        train_run(config, output, scratch=scratch, resume=options.resume, report=print)
+    show_outcome(output, as_json=as_json)
 
 
 def main() -> None:
     try:
-        run(arguments())
+        run(read_arguments())
     except SlopError as caught:
         print(f"error: {caught}", file=sys.stderr)
         sys.exit(2)

@@ -32,11 +32,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "feed": ("data",),
     "train": ("training",),
     "tell": ("evaluation", "hub", "report", "testing"),
+    "pipeline": ("pipeline",),
     "compare": ("experiments", "probing"),
     "talk": ("cli", "__main__"),
 }
 RANKS = {part: rank for rank, parts in enumerate(ROWS.values()) for part in parts}
-MAY_IMPORT_TORCH = {"grow", "feed", "train", "tell", "compare"}
+MAY_IMPORT_TORCH = {"grow", "feed", "train", "tell", "pipeline", "compare"}
 HEAVY = {"torch", "transformers"}
 
 Sources = Mapping[str, str]  # full module name -> source text; a package is named with its `.__init__`

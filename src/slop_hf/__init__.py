@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .experiments.comparison import Comparison as Comparison
     from .experiments.write import compare_arms as compare_arms
     from .growth import GrowthReceipt as GrowthReceipt
-    from .growth import checkpoint_directory as checkpoint_directory
+    from .growth import find_checkpoint_directory as find_checkpoint_directory
     from .growth import grow_adamw_state as grow_adamw_state
     from .growth import grow_checkpoint as grow_checkpoint
     from .growth import grow_model as grow_model
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from .hub.callback import PublishCallback as PublishCallback
     from .hub.publish import publish_run as publish_run
     from .hub.publish import publish_stage as publish_stage
-    from .hub.reading import continued as continued
-    from .hub.reading import fetch_stage as fetch_stage
+    from .hub.fetch import continue_from as continue_from
+    from .hub.fetch import fetch_stage as fetch_stage
     from .hub.revision import plan_revision as plan_revision
+    from .pipeline import train_run as train_run
     from .planning.explain import explain as explain
     from .planning.planner import SlopPlanner as SlopPlanner
     from .planning.space import ConfigSpace as ConfigSpace
@@ -88,11 +89,11 @@ _HOMES = {
     "checkpoint_directory": "growth",
     "compare_arms": "experiments.write",
     "comparison_table": "report",
-    "continued": "hub.reading",
+    "continued": "hub.fetch",
     "evaluate_model": "evaluation.scoring",
     "evaluate_run": "evaluation.runs",
     "explain": "planning.explain",
-    "fetch_stage": "hub.reading",
+    "fetch_stage": "hub.fetch",
     "from_scratch": "baselines",
     "grow_adamw_state": "growth",
     "grow_checkpoint": "growth",
@@ -106,6 +107,7 @@ _HOMES = {
     "publish_run": "hub.publish",
     "publish_stage": "hub.publish",
     "summarise": "report",
+    "train_run": "pipeline",
     "write_report": "report",
 }
 

@@ -22,7 +22,7 @@ from .publish import publish
 from .report import report
 from .reproduce import reproduce
 from .rollback import rollback
-from .train import train
+from .train import train_command
 
 app = typer.Typer(
     name="slop",
@@ -36,7 +36,7 @@ app.command()(plan)
 app.command()(probe)
 app.command()(grow)
 app.add_typer(data, name="data")
-app.command()(train)
+app.command("train")(train_command)
 app.command()(compare)
 app.command()(publish)
 app.command()(rollback)

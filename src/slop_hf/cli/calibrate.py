@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..cost.flops import DEFAULT_CONFIG, TRAINING_BYTES_PER_PARAMETER, count_parameters, flops_per_token
+from ..cost.flops import DEFAULT_CONFIG, TRAINING_BYTES_PER_PARAMETER, count_parameters, count_flops_per_token
 from ..cost.hours import CostModel
 from ..dims import ModelDims
 from ..errors import PlanError
@@ -184,7 +184,7 @@ def _preview(dims: ModelDims, config: dict[str, Any], batch_size: int, sequence_
     return {
         "structure": str(dims),
         "parameters": parameters,
-        "flops_per_step": flops_per_token(dims, config, sequence_length) * batch_size * sequence_length,
+        "flops_per_step": count_flops_per_token(dims, config, sequence_length) * batch_size * sequence_length,
         "training_state_bytes": parameters * TRAINING_BYTES_PER_PARAMETER,
     }
 

@@ -16,12 +16,11 @@ import slop_hf
 
 from ..errors import RunError
 from ..io.serialization import to_plain
-from .run_view import read_changes
-from .shared import listed, progress_bar, read_seeds
+from .shared import make_progress_bar, read_changes, read_seeds, split_list
 
 if TYPE_CHECKING:
     from ..experiments.config import Experiment
-    from ..experiments.jobs import ArmRun
+    from ..experiments.jobs import Job
 
 
 def compare(
@@ -56,25 +55,25 @@ def compare(
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
     from ..experiments.arms import arm_runs  # with torch, which `slop --help` does without
-    from ..experiments.summary_text import sentences
-    from ..experiments.jobs import with_trunks
+    from ..experiments.jobs import add_shared_prefixes
     from ..experiments.running import ended_places
+    from ..experiments.summary_text import sentences
     from ..experiments.tables import arms_table, ledger_table
 
-    experiment = _chosen(slop_hf.Experiment.from_yaml(config, scale, read_changes(change or [])), arm or [], seeds)
+    experiment = _chosen(slop_hf.Experiment.from_yaml(config, scale, read_changes(change)), arm or [], seeds)
     root = output or Path("runs", f"{experiment.name}-{experiment.scale}")
-    jobs = with_trunks(arm_runs(experiment))
+    jobs = add_shared_prefixes(arm_runs(experiment))
     if dry_run:
         _show_runs(experiment, jobs, as_json=as_json)
         return
-    with progress_bar(quiet=as_json or report_only) as progress:
+    with make_progress_bar(quiet=as_json or report_only) as progress:
         task = progress.add_task(experiment.name, total=len(jobs), completed=len(ended_places(jobs, root)))
 
-        def told(job: ArmRun, done: int, count: int) -> None:
+        def told(job: Job, done: int, count: int) -> None:
             progress.update(task, completed=done, description=f"{job.name} has ended")
 
         comparison = slop_hf.compare_arms(
-            experiment, root, devices=listed(devices), workers=workers, told=told, train=not report_only
+            experiment, root, devices=split_list(devices), workers=workers, told=told, train=not report_only
         )
     if record is not None:
         comparison.save(record)
@@ -103,9 +102,9 @@ def _chosen(experiment: Experiment, arms: list[str], seeds: str | None) -> Exper
     return dataclasses.replace(experiment, arms=kept, sizes=sizes, reference=reference)
 
 
-def _show_runs(experiment: Experiment, jobs: list[ArmRun], *, as_json: bool) -> None:
+def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> None:
     """What would be run, a row a run; a trunk's stages are told with the runs that begin with it, too."""
-    from ..experiments.arms import run_flops
+    from ..experiments.arms import count_job_flops
 
     rows = [
         {
@@ -113,7 +112,7 @@ def _show_runs(experiment: Experiment, jobs: list[ArmRun], *, as_json: bool) -> 
             "sequence": job.schedule.sequence,
             "structures": [str(dims) for dims in job.schedule.structures],
             "tokens": list(job.schedule.tokens),
-            "flops": run_flops(experiment, job),
+            "flops": count_job_flops(experiment, job),
             "begins_with": None if job.parent is None else str(job.parent),
             "place": str(job.place),
         }
@@ -134,8 +133,8 @@ def _show_runs(experiment: Experiment, jobs: list[ArmRun], *, as_json: bool) -> 
     print(f"{len(jobs)} runs, {paid:.3g} FLOPs in all; beginnings that runs share are counted once")
 
 
-def _own_flops(experiment: Experiment, job: ArmRun, jobs: list[ArmRun]) -> float:
-    from ..experiments.arms import run_flops
+def _own_flops(experiment: Experiment, job: Job, jobs: list[Job]) -> float:
+    from ..experiments.arms import count_job_flops
 
     inherited = next((other for other in jobs if other.place == job.parent), None)
-    return run_flops(experiment, job) - (run_flops(experiment, inherited) if inherited else 0.0)
+    return count_job_flops(experiment, job) - (count_job_flops(experiment, inherited) if inherited else 0.0)

@@ -18,7 +18,7 @@ from ..io.files import write_directory
 from ..io.serialization import parse, read_yaml
 from ..io.serialization import set_keys as change_values
 from .data_view import overview, samples_of, show_overview, show_result, show_samples
-from .run_view import read_changes
+from .shared import read_changes
 
 if TYPE_CHECKING:
     from ..data import DataConfig
@@ -57,7 +57,7 @@ def inspect(
 
     `slop data inspect recipes/grow_tiny.yaml --samples 0`
     """
-    chosen = read_data(config, change or [])
+    chosen = read_data(config, change)
     found = overview(chosen)
     texts = samples_of(chosen, samples)
     if as_json:
@@ -86,7 +86,7 @@ def tokenize(
 
     Example: `slop data tokenize recipes/data/local.yaml --set data.cache_dir=tokens`
     """
-    chosen = read_data(config, change or [])
+    chosen = read_data(config, change)
     if tokenizer is not None:
         chosen = dataclasses.replace(chosen, tokenizer=tokenizer)
     found = overview(chosen)
@@ -122,7 +122,7 @@ def train_tokenizer(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not an empty directory: choose another one")
-    chosen = read_data(config, change or [])
+    chosen = read_data(config, change)
     chosen = dataclasses.replace(
         chosen,
         tokenizer=None,
@@ -144,7 +144,7 @@ def train_tokenizer(
     print(f"to use it: data.tokenizer: {output}")
 
 
-def read_data(path: Path, changes: list[str]) -> DataConfig:
+def read_data(path: Path, changes: list[str] | None) -> DataConfig:
     """The data that a mixture's or a run's file describes, with `--set` changes.
 
     Changes of a mixture begin with `sources.`; those that begin with `data.` are for what else a run says of its data,

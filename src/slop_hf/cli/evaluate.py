@@ -19,7 +19,7 @@ from rich.text import Text
 import slop_hf
 
 from ..errors import EvaluationError
-from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, headline, task_names
+from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, find_headline, list_task_names
 from ..io.serialization import to_plain
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord
@@ -96,13 +96,13 @@ def evaluate(
     if not run.exists and (stage or after_growth):
         raise EvaluationError(f"{source} is not a run, and has no stages: leave out --stage and --after-growth")
     if dry_run:
-        _show_plan(source, task_names(tasks), stage, after_growth, as_json=as_json)
+        _show_plan(source, list_task_names(tasks), stage, after_growth, as_json=as_json)
         return
     from ..training.launch import launched  # with torch, which `slop --help` does without
 
     with launched(), redirect_stdout(sys.stderr):  # libraries print into what may be JSON
         settings = slop_hf.EvalSettings(
-            tasks=task_names(tasks),
+            tasks=list_task_names(tasks),
             limit=limit,
             batch_size=_batch_size(batch_size),
             num_fewshot=num_fewshot,
@@ -142,10 +142,10 @@ def _held_out(
     from ..data import load_tokenizer, prepare_data
     from ..evaluation.held_out import HeldOut
     from ..evaluation.runs import stages_to_score
-    from ..evaluation.scoring import Subject
+    from ..evaluation.scoring import EvaluatedModel
 
     run = RunDirectory(source)
-    tokenizer = str(run.stage_dir(stages_to_score(run)[0]) if run.exists else Subject(source).directory)
+    tokenizer = str(run.stage_dir(stages_to_score(run)[0]) if run.exists else EvaluatedModel(source).directory)
     if data is not None:
         config = dataclasses.replace(read_data(data, changes), tokenizer=tokenizer)
         return HeldOut.of_corpus(prepare_data(config))
@@ -175,9 +175,9 @@ def _show_plan(
 def _show_run(
     run: RunDirectory, found: Mapping[int, Sequence[EvalRecord]], tasks: Sequence[str], *, as_json: bool
 ) -> None:
-    from ..evaluation.runs import AFTER_GROWTH, END, utility_of
+    from ..evaluation.runs import AFTER_GROWTH, END, compute_run_utility
 
-    utility = utility_of(run, found)
+    utility = compute_run_utility(run, found)
     names = {number: run.schedule.stage_name(number) for number in found}
     if as_json:
         stages = [
@@ -200,7 +200,7 @@ def _table(rows: Mapping[str, Sequence[EvalRecord]], tasks: Sequence[str]) -> Ta
     """A row for each model, a column for each task with the metric that stands for it."""
     chosen: dict[str, dict[str, tuple[str, float]]] = {}
     for label, records in rows.items():
-        pairs = {record.task: headline(record) for record in records}
+        pairs = {record.task: find_headline(record) for record in records}
         chosen[label] = {task: pair for task, pair in pairs.items() if pair is not None}
     found = {task: None for row in chosen.values() for task in row}
     # A tag of lm-eval stands for tasks and has no score of its own: theirs are shown.

@@ -14,7 +14,7 @@ import slop_hf
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..io.serialization import read_json
-from ..operators import operators_between
+from ..operators import find_operators
 from ..schedule import GrowthSchedule, GrowthStage
 
 
@@ -98,7 +98,7 @@ def _stage(directory: Path, old: ModelDims, changes: dict[str, int], init: str |
     if "num_attention_heads" in changes and old.num_key_value_heads == old.num_attention_heads:
         changes.setdefault("num_key_value_heads", changes["num_attention_heads"])
     new = old.replace(**changes)
-    operators = operators_between(old, new)
+    operators = find_operators(old, new)
     if not operators:
         raise GrowthError(f"nothing to grow: {directory} has {old} already")
     return GrowthStage(operators, new, init=_inits(init))

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..baselines import Arm, compare, favours_growth
+from ..baselines import Arm, compare_at_equal_flops, favours_growth
 from ..cost.flops import count_parameters
 from ..planning.explain import Choice, explain
 from ..planning.objectives import OBJECTIVES
@@ -48,7 +48,7 @@ class Answer:
         space, best = planner.space, schedules[0]
         arms: Sequence[Arm] = ()
         if with_arms:
-            arms = compare(
+            arms = compare_at_equal_flops(
                 best, space.config, space.sequence_length, planner.cost_model, planner.law, already_seen=already_seen
             )
         return cls(planner, schedules, arms, explain(planner, best, already_seen) if explained else ())

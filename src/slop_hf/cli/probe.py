@@ -19,11 +19,10 @@ from ..errors import RunError
 from ..io.serialization import to_plain
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
-from .run_view import read_changes
-from .shared import listed, progress_bar, read_seeds
+from .shared import make_progress_bar, read_changes, read_seeds, split_list
 
 if TYPE_CHECKING:
-    from ..experiments.jobs import ArmRun
+    from ..experiments.jobs import Job
     from ..probing.candidates import Candidate, Start
     from ..probing.probe import PlannedTrial
     from ..training import RunConfig
@@ -94,7 +93,7 @@ def probe(
     from ..probing.report import probe_sentences, probe_table
 
     start = None if source is None else Start.of(source)
-    run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change or []))
+    run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
     candidates = _candidates(run, _schedule(run, schedule, start), start, top_k, objective, inits, next_stages)
     trial = slop_hf.Probe(
         run,
@@ -105,17 +104,17 @@ def probe(
         initial_tokens=_whole(initial_tokens, "--initial-tokens"),
         by=by,  # type: ignore[arg-type]
         seeds=read_seeds(seeds),
-        devices=listed(devices),
+        devices=split_list(devices),
         workers=workers,
     )
     trials = trial.preview(candidates)  # refuses what cannot be tried, before a bar is there
     if dry_run:
         _show_trials(trials, len(candidates), as_json=as_json)
         return
-    with progress_bar(quiet=as_json) as progress:
+    with make_progress_bar(quiet=as_json) as progress:
         task = progress.add_task(output.name, total=len(trials))
 
-        def told(job: ArmRun, done: int, count: int) -> None:
+        def told(job: Job, done: int, count: int) -> None:
             progress.update(task, completed=done, description=f"{job.name} has ended")
 
         report = dataclasses.replace(trial, told=told).run(candidates)
@@ -155,9 +154,9 @@ def _candidates(
     if sum(given is not None for given in (top_k, inits, next_stages)) > 1:
         raise RunError("give one of --top-k, --inits and --next: a probe compares candidates of one kind")
     if inits is not None:
-        return init_candidates(schedule, listed(inits), start)
+        return init_candidates(schedule, split_list(inits), start)
     if next_stages is not None:
-        return next_candidates(schedule, listed(next_stages), start)
+        return next_candidates(schedule, split_list(next_stages), start)
     return planned(run, schedule, 5 if top_k is None else top_k, start, objective=objective)
 
 

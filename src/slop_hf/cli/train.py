@@ -1,64 +1,208 @@
-"""`slop train`."""
+"""`slop train`: the command, its dry run and the summary at its end; `recipes/grow_1b.py` shares the latter two."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext, redirect_stdout
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import slop_hf
 
-from ..schedule import GrowthSchedule
-from .run_view import read_changes, show_outcome, show_preview, train_run
+from ..cost.memory import MemoryEstimate, estimate_training_memory
+from ..io.units import format_bytes
+from ..runs.directory import RunDirectory
+from .shared import is_first_process, print_json, print_table, read_changes, redirect_prints
+
+if TYPE_CHECKING:
+    from ..cost.memory import Precision
+    from ..training import RunConfig, StageSpan
 
 
-def train(
-    config: Annotated[Path, typer.Argument(help="The run as YAML: schedule, model, data, training.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run.")],
+def train_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run: schedule, model, data, training.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")],
     schedule: Annotated[
-        Path | None, typer.Option("--schedule", "-s", help="A schedule made by `slop plan`, in place of the config's.")
+        Path | None, typer.Option("--schedule", "-s", help="Schedule written by `slop plan`; replaces the config's.")
     ] = None,
     scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train the target from random weights with the same FLOPs instead.")
     ] = False,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Begin with a published stage, user/name@stage-2-ffn, and go on as it was to."),
+        typer.Option("--from", help="Start from a published stage (user/name@stage-2-ffn); continue its schedule."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output directory, or begin if there is none.")
+        bool, typer.Option("--resume", help="Resume the run in the output directory, or begin if there is none.")
     ] = False,
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value: --set training.learning_rate=1e-3")
+        list[str] | None, typer.Option("--set", help="Change a value of the config: training.learning_rate=1e-3")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print stages, tokens, FLOPs, steps and memory, and train nothing.")
+        bool, typer.Option("--dry-run", help="Print stages, tokens, FLOPs, steps and memory; train nothing.")
     ] = False,
-    devices: Annotated[int, typer.Option(help="With --dry-run: devices that the memory is counted for.")] = 1,
-    zero_stage: Annotated[int, typer.Option(help="With --dry-run: the stage of ZeRO, 0 to 3, that they use.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the stages' records (or the plan) as JSON.")] = False,
+    devices: Annotated[int, typer.Option(help="With --dry-run: number of devices that share the work.")] = 1,
+    zero_stage: Annotated[int, typer.Option(help="With --dry-run: ZeRO stage, 0 to 3.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records of the stages, or the plan, as JSON.")] = (
+        False
+    ),
 ) -> None:
     """Train a model through a growth schedule.
 
-    Each stage ends as a stock transformers checkpoint, `RUN/stage-1-layer` and so on. A run that was killed goes on
-    with `--resume`, and ends with the weights of a run that was not.
+    Each stage ends as a stock transformers checkpoint: `RUN/stage-1-layer` and so on. If a run is killed, `--resume`
+    continues it; it ends with the same weights as a run without interruption.
 
-    `--from` takes the model and tokenizer of a published stage, and what was left of its schedule unless another is
-    given. `training.push_to_hub=true` publishes each stage when it has finished.
+    `--from` takes the model and the tokenizer of a published stage, and the rest of its schedule unless you give
+    another one. `--set training.push_to_hub=true` publishes each stage when it has finished.
 
     Example: `slop train recipes/grow_tiny.yaml -o runs/tiny`
     """
-    run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change or []))
-    given = None if schedule is None else GrowthSchedule.from_yaml(schedule)
+    run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
+    new_schedule = None if schedule is None else str(schedule)
     stage = None if source is None else slop_hf.fetch_stage(source)
-    run_config = run_config.with_schedule(given) if stage is None else slop_hf.continued(run_config, stage, given)
     if dry_run:
+        if stage is None:
+            run_config = run_config.with_schedule(new_schedule)
+        else:
+            run_config = slop_hf.continued(run_config, stage, new_schedule)
         show_preview(run_config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
-    # What transformers prints while it trains would get into the JSON.
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        train_run(run_config, output, scratch=scratch, resume=resume, stage=stage)
+    from ..training.launch import launched  # with torch, which `slop --help` does without
+
+    with launched(), redirect_prints(as_json=as_json):
+        slop_hf.train_run(
+            run_config,
+            output,
+            schedule=new_schedule,
+            from_stage=stage,
+            scratch=scratch,
+            resume=resume,
+            report=print,
+        )
     show_outcome(output, as_json=as_json)
+
+
+def show_preview(
+    config: RunConfig,
+    output: Path,
+    *,
+    scratch: bool = False,
+    devices: int = 1,
+    zero_stage: int = 0,
+    as_json: bool = False,
+) -> None:
+    """Print, on the first process, what a run would do: one row per stage, and the memory of each device.
+
+    Args:
+        config: the run.
+        output: run directory, which must not hold a run.
+        scratch: as for `train_run`.
+        devices: number of devices that share the work and the memory.
+        zero_stage: ZeRO stage, 0 to 3.
+        as_json: whether to print JSON instead of a table.
+
+    Raises:
+        SlopError: if the run cannot begin.
+    """
+    spans = slop_hf.preview_run(config, output, scratch=scratch, devices=devices)
+    precision, micro_batches, estimates = _estimate_memory(config, spans, devices, zero_stage)
+    if not is_first_process():  # under DeepSpeed all processes make the preview together
+        return
+    if as_json:
+        print_json([_describe(span, memory) for span, memory in zip(spans, estimates, strict=True)])
+        return
+    rows = [
+        (
+            span.name,
+            str(span.dims),
+            *(f"{n:,}" for n in (span.parameters, span.tokens, span.steps)),
+            f"{span.flops:.3g}",
+        )
+        for span in spans
+    ]
+    tokens, flops = sum(span.tokens for span in spans), sum(span.flops for span in spans)
+    largest = max(range(len(spans)), key=lambda number: estimates[number].total)
+    memory = estimates[largest]
+    parts = {"weights": memory.parameters, **dataclasses.asdict(memory)}
+    parts.pop("parameters")
+    sizes = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    settings = f"{devices} device{'s' * (devices > 1)}, ZeRO stage {zero_stage}, micro-batch {micro_batches[largest]}"
+    # Trainer's autocast keeps weights in float32 and casts what it reads; DeepSpeed keeps them in bf16.
+    more = "; autocast without DeepSpeed takes more" if precision == "bf16" and not zero_stage else ""
+    print_table(
+        f"{output} would train",
+        ("stage", "structure"),
+        ("parameters", "tokens", "steps", "FLOPs"),
+        rows,
+        total=("sum", "", "", f"{tokens:,}", f"{spans[-1].end_step:,}", f"{flops:.3g}"),
+        wraps=("structure",),
+        caption=f"memory per device, largest in {spans[largest].name}: {format_bytes(memory.total)} = {sizes} "
+        f"({settings}, {precision}{more})",
+    )
+
+
+def show_outcome(output: Path, *, as_json: bool = False) -> None:
+    """Print, on the first process, the records of a run's finished stages as JSON, or one line about them."""
+    if not is_first_process():
+        return
+    records = RunDirectory(output).records()
+    if as_json:
+        print("[" + ",\n".join(record.to_json().rstrip() for record in records) + "]")
+        return
+    if not records:
+        print(f"{output}: no stage has finished yet")
+        return
+    last = records[-1]
+    quality = f", perplexity {last.perplexity:.2f}" if last.perplexity else ""
+    print(f"{output}: {len(records)} stages, {last.total_tokens:,} tokens, {last.total_flops:.3g} FLOPs{quality}")
+
+
+def _estimate_memory(
+    config: RunConfig, spans: Sequence[StageSpan], devices: int, zero_stage: int
+) -> tuple[Precision, list[int], list[MemoryEstimate[int]]]:
+    """Return the precision of a run, and the micro-batch size and the memory per device of each stage."""
+    from ..training.batches import Batches, resolve_per_stage  # with torch, which `slop --help` does without
+    from ..training.config import known_vocab_size
+
+    defaults = {item.name: item.default for item in dataclasses.fields(slop_hf.SlopTrainingArguments)}
+    settings = {**defaults, **config.training}
+    stage_sizes = settings["stage_batch_sizes"]
+    if isinstance(stage_sizes, list) and len(spans) == 1:  # from scratch: the target alone
+        stage_sizes = stage_sizes[-1:]
+    sizes = resolve_per_stage(stage_sizes, settings["per_device_train_batch_size"], len(spans), "stage_batch_sizes")
+    checkpointing = settings.get("activation_checkpointing")  # the name of newer transformers
+    precision: Precision = "bf16" if settings["bf16"] else "fp32"
+    # A stage without steps has no batch; its memory is shown for a full one.
+    micro_batches = [
+        Batches.share(span.blocks_per_step or size * devices, size, devices).micro_batch_size
+        for span, size in zip(spans, sizes, strict=True)
+    ]
+    model = config.model_config(spans[0].dims, known_vocab_size(config), as_described=True)
+    estimates = [
+        estimate_training_memory(
+            span.dims,
+            model,
+            config.data.block_size,
+            zero_stage=zero_stage,
+            devices=devices,
+            micro_batch_size=micro_batch,
+            checkpointing=bool(settings.get("gradient_checkpointing") if checkpointing is None else checkpointing),
+            precision=precision,
+        )
+        for span, micro_batch in zip(spans, micro_batches, strict=True)
+    ]
+    return precision, micro_batches, estimates
+
+
+def _describe(span: StageSpan, memory: MemoryEstimate[int]) -> dict[str, object]:
+    return {
+        "stage": span.name,
+        "structure": str(span.dims),
+        "parameters": span.parameters,
+        "tokens": span.tokens,
+        "steps": span.steps,
+        "flops": span.flops,
+        "memory_bytes": {**dataclasses.asdict(memory), "total": memory.total},
+    }
