@@ -52,9 +52,9 @@ class ModelDims(Record, error=DimsError):
         hidden_size: width h of the residual stream.
         intermediate_size: width f of the feed-forward network.
         num_hidden_layers: depth l.
-        num_attention_heads: query heads a.
-        num_key_value_heads: key/value heads; default, one for each query head.
-        head_dim: size of a head; default `hidden_size // num_attention_heads`.
+        num_attention_heads: number a of query heads.
+        num_key_value_heads: number of key/value heads; default, one per query head.
+        head_dim: size of a head; default, `hidden_size // num_attention_heads`.
 
     Raises:
         DimsError: for a structure that transformers could not build or reload.
@@ -74,7 +74,7 @@ class ModelDims(Record, error=DimsError):
     head_dim: int = 0
 
     def __post_init__(self) -> None:
-        # A frozen dataclass completes its own defaults through object.__setattr__.
+        # A frozen dataclass sets its own derived defaults through object.__setattr__.
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         self._check_positive(except_for="head_dim")
@@ -114,7 +114,10 @@ class ModelDims(Record, error=DimsError):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> ModelDims:
-        """The dims of a transformers config (or of the dict in a `config.json`).
+        """Return the dims of a transformers config, or of the dict in a `config.json`.
+
+        Raises:
+            DimsError: if a field is missing, or the structure could not be built.
 
         >>> ModelDims.from_config({"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
         ...                        "num_attention_heads": 4, "num_key_value_heads": 2}).head_dim
@@ -124,33 +127,38 @@ class ModelDims(Record, error=DimsError):
         values = {field.name: get(field.name) for field in fields(cls)}
         missing = [name for name, value in values.items() if value is None and name not in _DERIVED]
         if missing:
-            kind = type(config).__name__
-            raise DimsError(f"{kind} has no {', '.join(missing)}: expected a config with Llama's field names")
+            raise DimsError(
+                f"{type(config).__name__} has no {', '.join(missing)}: expected a config with Llama's field names"
+            )
         return cls(**{name: value or 0 for name, value in values.items()})
 
     def to_config(self, base_config: ConfigT, **changes: Any) -> ConfigT:
-        """A new config of `base_config`'s class with these dims and `changes`, everything else as it was.
+        """Return a config of `base_config`'s class with these dims and `changes`, otherwise unchanged.
 
-        It is built by the constructor, so transformers validates it. `head_dim` is always written where the family
-        can hold it, since left implicit it would follow the hidden size silently. Where the depth changes, a pattern
-        of `layer_types` goes on as it began.
+        The constructor builds it, so transformers validates it. `head_dim` is always written if the family has such a
+        field, since left out it would silently follow the hidden size. If the depth changes, the `layer_types` pattern
+        is repeated.
         """
         settings = base_config.to_dict()  # type: ignore[attr-defined]
         grouped = "num_key_value_heads" in settings
-        known = {*settings, "head_dim"} if grouped else set(settings)
-        own: dict[str, Any] = {name: size for name, size in self.as_dict().items() if name in known}
+        fields_of_family = {*settings, "head_dim"} if grouped else set(settings)
+        sizes = {name: size for name, size in self.as_dict().items() if name in fields_of_family}
         types = settings.get("layer_types")
         if types and len(types) != self.num_hidden_layers:
-            own_types = [types[layer % len(types)] for layer in range(self.num_hidden_layers)]
-            changes.setdefault("layer_types", own_types)
-        return type(base_config)(**{**settings, **own, **changes})
+            repeated = [types[layer % len(types)] for layer in range(self.num_hidden_layers)]
+            changes.setdefault("layer_types", repeated)
+        return type(base_config)(**{**settings, **sizes, **changes})
 
     def as_dict(self) -> dict[str, int]:
-        """The fields as config entries."""
+        """Return the fields as config entries."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def replace(self, **changes: int) -> ModelDims:
-        """A copy with some fields changed; `head_dim` and the key/value heads stay as they are."""
+        """Return a copy with some fields changed; `head_dim` and the key/value heads do not follow them.
+
+        Raises:
+            DimsError: for an unknown field, or a structure that could not be built.
+        """
         unknown = sorted(set(changes) - {field.name for field in fields(self)})
         if unknown:
             raise DimsError(f"unknown dimension {', '.join(unknown)}; known: {', '.join(self.as_dict())}")
@@ -158,7 +166,10 @@ class ModelDims(Record, error=DimsError):
 
     @classmethod
     def parse(cls, text: str) -> ModelDims:
-        """Dims from `"hidden,ffn,layers,heads[,kv_heads[,head_dim]]"`, the paper's order.
+        """Read dims written as `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`, the paper's order.
+
+        Raises:
+            DimsError: for any other text, or a structure that could not be built.
 
         >>> ModelDims.parse("768,2048,6,6").num_hidden_layers
         6

@@ -1,12 +1,12 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on; all of them are `ValueError`s.
 
-Every message says what was wrong, what was expected, what was found and what to do about it, in one
-or two lines, and is raised before training or writing begins. All of them are `ValueError`s.
+Every message says what was wrong, what was expected, what was found and what to do about it, in one or two lines. It
+is raised before training or writing begins.
 """
 
 
 class SlopError(ValueError):
-    """Base of every error that slop-hf raises about its input."""
+    """Base of all errors that slop-hf raises about its input."""
 
 
 class DimsError(SlopError):
@@ -18,7 +18,7 @@ class ArchitectureError(SlopError):
 
 
 class ScheduleError(SlopError):
-    """A schedule whose stages do not follow one another, or a malformed schedule file."""
+    """A schedule whose stages do not follow from each other, or a malformed schedule file."""
 
 
 class PlanError(SlopError):
@@ -26,7 +26,7 @@ class PlanError(SlopError):
 
 
 class GrowthError(SlopError):
-    """A growth that cannot be done: unknown operator or init, shrinking, misfit of model and dims."""
+    """An impossible growth: unknown operator or init, shrinking, or dims that do not fit the model."""
 
 
 class DataError(SlopError):
@@ -34,11 +34,11 @@ class DataError(SlopError):
 
 
 class RunError(SlopError):
-    """A training run that cannot start or resume, or a run directory that is not one."""
+    """A training run that cannot start or resume, or a directory that is not a run."""
 
 
 class DivergedError(RunError):
-    """A run whose loss or gradients are not finite any more."""
+    """A run whose loss or gradients are no longer finite."""
 
 
 class EvaluationError(SlopError):
@@ -46,4 +46,4 @@ class EvaluationError(SlopError):
 
 
 class HubError(SlopError):
-    """Something on the Hub that cannot be read or written: no permission, no network, other content than expected."""
+    """A read from or write to the Hub that failed: no permission, no network, or unexpected content."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from slop_hf.cost.device_peaks import _PEAKS, DTYPES, peak_flops
+from slop_hf.cost.device_peaks import _PEAKS, MATMUL_DTYPES, look_up_peak_flops
 
 # As `torch.cuda.get_device_name()` spells them; older drivers leave "NVIDIA" out. Peak in bf16, or fp16 before Ampere.
 NAMES = {
@@ -61,18 +61,18 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_as_torch_spells_them(name):
-    half = "bf16" if peak_flops(name, "bf16") else "fp16"
+    half = "bf16" if look_up_peak_flops(name, "bf16") else "fp16"
     assert half == ("fp16" if name.startswith("Tesla") else "bf16")
-    assert peak_flops(name, half) == NAMES[name]
+    assert look_up_peak_flops(name, half) == NAMES[name]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_other_names_are_unknown(name):
-    assert [peak_flops(name, dtype) for dtype in DTYPES] == [None] * 4
+    assert [look_up_peak_flops(name, dtype) for dtype in MATMUL_DTYPES] == [None] * 4
 
 
 def test_every_row_is_found_by_a_name():
-    known = {tuple(peak_flops(name, dtype) for dtype in DTYPES) for name in NAMES}
+    known = {tuple(look_up_peak_flops(name, dtype) for dtype in MATMUL_DTYPES) for name in NAMES}
     assert known == {tuple(None if peak is None else peak * 1e12 for peak in peaks) for _, peaks in _PEAKS}
 
 
@@ -86,4 +86,4 @@ def test_figures_are_dense_ones():
 
 def test_another_dtype_is_refused():
     with pytest.raises(ValueError, match="bf16, fp16, tf32, fp32, got 'int8'"):
-        peak_flops("NVIDIA H200", "int8")
+        look_up_peak_flops("NVIDIA H200", "int8")

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slop_hf import ModelDims
-from slop_hf.architectures import architecture_of
-from slop_hf.cost.flops import count_parameters, flops_per_token, paper_params, weight_bytes
+from slop_hf.architectures import get_architecture
+from slop_hf.cost.flops import count_parameters, count_flops_per_token, count_paper_params, count_weight_bytes
 from slop_hf.errors import ArchitectureError
 from slop_hf.planning.space import DimsArray
 
@@ -24,7 +24,7 @@ def test_count_equals_the_models(dims, tied, biases):
         model = AutoModelForCausalLM.from_config(config)
     assert count_parameters(dims, config) == model.num_parameters()
     assert count_parameters(dims, config.to_dict()) == model.num_parameters()
-    assert weight_bytes(dims, config, 2) == 2 * model.num_parameters()
+    assert count_weight_bytes(dims, config, 2) == 2 * model.num_parameters()
 
 
 def test_table_names_every_parameter_with_its_shape():
@@ -32,12 +32,12 @@ def test_table_names_every_parameter_with_its_shape():
     config = dims.to_config(LlamaConfig(vocab_size=130, attention_bias=True, mlp_bias=True))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from slop_hf.cost.flops import axis_sizes
+    from slop_hf.cost.flops import compute_axis_sizes
 
-    sizes = axis_sizes(dims, config)
+    sizes = compute_axis_sizes(dims, config)
     described = {
         row.name.replace("{layer}", str(layer)): tuple(sizes[axis] for axis in row.axes)
-        for row in architecture_of(config).rows(config)
+        for row in get_architecture(config).rows(config)
         for layer in range(2 if row.in_layer else 1)
     }
     assert described == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -55,14 +55,14 @@ def test_flops_equal_torchs_count_of_a_step():
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     full_attention = 6 * dims.num_hidden_layers * dims.hidden_size * length
-    ours = (flops_per_token(dims, config, length) + full_attention) * tokens.numel()
+    ours = (count_flops_per_token(dims, config, length) + full_attention) * tokens.numel()
     # The first layer's input needs no gradient through the embedding; rotary tables are in torch's count alone.
     assert counter.get_total_flops() == pytest.approx(ours, rel=5e-3)
 
 
 def test_arrays_answer_like_single_structures():
     many = DimsArray.of(STRUCTURES)
-    for function in (paper_params, count_parameters, flops_per_token):
+    for function in (count_paper_params, count_parameters, count_flops_per_token):
         assert list(function(many)) == [function(dims) for dims in STRUCTURES]
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slop_hf.cost.memory import MemoryEstimate, MemoryLimit, saved_activations, training_memory
+from slop_hf.cost.memory import MemoryEstimate, MemoryLimit, count_saved_activations, estimate_training_memory
 from slop_hf.dims import ModelDims
 from slop_hf.errors import PlanError
 from slop_hf.planning.structures import DimsArray
@@ -121,7 +121,7 @@ def like_a_gpu():
 def test_torch_keeps_what_is_estimated(dims, vocabulary, batch, length, precision, like_a_gpu):
     like_a_gpu(dims, precision)
     model = build(dims, vocabulary, precision)
-    estimate = saved_activations(dims, model.config, length, micro_batch_size=batch, precision=precision)
+    estimate = count_saved_activations(dims, model.config, length, micro_batch_size=batch, precision=precision)
     assert estimate == pytest.approx(kept_for_backward(model, batch, length), rel=0.02)
 
 
@@ -132,7 +132,7 @@ def test_checkpointing_keeps_what_is_estimated(dims, vocabulary, batch, length, 
     # The tables of the rotation are arguments of the layers that are computed again, which the hooks do not see.
     tables = 2 * length * dims.head_dim * DTYPES[precision].itemsize
     kept = kept_for_backward(model, batch, length) + tables
-    estimate = saved_activations(
+    estimate = count_saved_activations(
         dims, model.config, length, micro_batch_size=batch, checkpointing=True, precision=precision
     )
     assert estimate == pytest.approx(kept, rel=0.02)
@@ -144,7 +144,7 @@ def test_checkpointing_keeps_what_is_estimated(dims, vocabulary, batch, length, 
 def test_peak_of_a_step_is_estimated(dims, vocabulary, batch, length, precision, checkpointing, like_a_gpu):
     like_a_gpu(dims, precision)
     model = build(dims, vocabulary, precision, checkpointing=checkpointing)
-    memory = training_memory(
+    memory = estimate_training_memory(
         dims, model.config, length, micro_batch_size=batch, checkpointing=checkpointing, precision=precision
     )
     assert memory.activations == pytest.approx(peak_of_step(model, batch, length), rel=0.05)
@@ -156,7 +156,7 @@ def test_autocast_takes_as_much_more_as_the_docstring_says():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kept = kept_for_backward(model, batch, length)
     more = 10 * dims.hidden_size * dims.num_hidden_layers * batch * length + 2 * model.num_parameters()
-    bf16 = saved_activations(dims, model.config, length, micro_batch_size=batch)
+    bf16 = count_saved_activations(dims, model.config, length, micro_batch_size=batch)
     assert bf16 + more == pytest.approx(kept, rel=0.02)
 
 
@@ -168,17 +168,17 @@ def test_autocast_takes_as_much_more_as_the_docstring_says():
 def test_other_families(family, precision, tolerance):
     dims = ModelDims(64, 256, 3, 4)
     model = build(dims, 200, precision, family)
-    estimate = saved_activations(dims, model.config, 48, micro_batch_size=2, precision=precision)
+    estimate = count_saved_activations(dims, model.config, 48, micro_batch_size=2, precision=precision)
     assert estimate == pytest.approx(kept_for_backward(model, 2, 48), rel=tolerance)
 
 
 def test_state_by_hand():
     assert PARAMETERS == 86592
-    bf16 = training_memory(DIMS, CONFIG, 10)
+    bf16 = estimate_training_memory(DIMS, CONFIG, 10)
     assert (bf16.parameters, bf16.gradients, bf16.optimizer) == (173_184, 173_184, 1_039_104)
-    fp32 = training_memory(DIMS, CONFIG, 10, precision="fp32")
+    fp32 = estimate_training_memory(DIMS, CONFIG, 10, precision="fp32")
     assert (fp32.parameters, fp32.gradients, fp32.optimizer) == (346_368, 346_368, 692_736)
-    tied = training_memory(DIMS, {**CONFIG, "tie_word_embeddings": True}, 10)
+    tied = estimate_training_memory(DIMS, {**CONFIG, "tie_word_embeddings": True}, 10)
     assert tied.parameters == 173_184 - 2 * 130 * 64
 
 
@@ -192,17 +192,17 @@ def test_state_by_hand():
     ],
 )
 def test_zero_shards_state_and_rounds_up(stage, state):
-    memory = training_memory(DIMS, CONFIG, 10, zero_stage=stage, devices=5)
+    memory = estimate_training_memory(DIMS, CONFIG, 10, zero_stage=stage, devices=5)
     assert (memory.parameters, memory.gradients, memory.optimizer) == state
-    assert memory.activations == training_memory(DIMS, CONFIG, 10).activations
+    assert memory.activations == estimate_training_memory(DIMS, CONFIG, 10).activations
 
 
 def test_activations_by_hand():
     """20 tokens: a layer's norms, attention and ffn; the head; the tables of the rotation."""
     layer = 20 * (2 * 8 * 64 + (2 * 4 * 64 + 4 * 4) + 2 * 4 * 96)
     head, logits, tables = 20 * (8 * 64 + 4 * 130), 20 * 4 * 130, 10 * 2 * 2 * 16
-    assert saved_activations(DIMS, CONFIG, 10, micro_batch_size=2) == 2 * layer + head + tables == 114_080
-    memory = training_memory(DIMS, CONFIG, 10, micro_batch_size=2)
+    assert count_saved_activations(DIMS, CONFIG, 10, micro_batch_size=2) == 2 * layer + head + tables == 114_080
+    memory = estimate_training_memory(DIMS, CONFIG, 10, micro_batch_size=2)
     assert memory.activations == 2 * layer + head + 2 * logits + tables == 134_880
     assert memory.total == 173_184 + 173_184 + 1_039_104 + 134_880
 
@@ -210,18 +210,18 @@ def test_activations_by_hand():
 def test_checkpointing_by_hand():
     inputs, tables = 2 * 20 * 2 * 64, 10 * 2 * 2 * 16
     settings = {"micro_batch_size": 2, "checkpointing": True}
-    saved = saved_activations(DIMS, CONFIG, 10, **settings)
+    saved = count_saved_activations(DIMS, CONFIG, 10, **settings)
     assert saved == inputs + 20 * (8 * 64 + 4 * 130) + tables
     # With many words the peak is the loss, with few a layer that is computed again.
-    many = training_memory(DIMS, {**CONFIG, "vocab_size": 5000}, 10, **settings)
+    many = estimate_training_memory(DIMS, {**CONFIG, "vocab_size": 5000}, 10, **settings)
     assert many.activations == inputs + tables + 20 * (8 * 64 + 3 * 4 * 5000)
-    few = training_memory(DIMS, {**CONFIG, "vocab_size": 5}, 10, **settings).activations
+    few = estimate_training_memory(DIMS, {**CONFIG, "vocab_size": 5}, 10, **settings).activations
     assert few > inputs + tables + 20 * (2 * 8 * 64 + (2 * 4 * 64 + 4 * 4) + 2 * 4 * 96)
 
 
 def test_scores_are_kept_in_float32_with_shared_heads_only():
     def growth(dims, precision):
-        one, two = (saved_activations(dims, CONFIG, length, precision=precision) for length in (512, 1024))
+        one, two = (count_saved_activations(dims, CONFIG, length, precision=precision) for length in (512, 1024))
         return two / one
 
     shared = ModelDims(64, 96, 2, 4, 2)
@@ -236,13 +236,13 @@ def test_arrays_answer_like_single_structures(model_type, precision, checkpointi
     config = {"model_type": model_type, "vocab_size": 130}
     settings = {"zero_stage": 2, "devices": 3, "checkpointing": checkpointing, "precision": precision}
     structures = [case[0] for case in CASES]
-    many = training_memory(DimsArray.of(structures), config, 100, **settings)
-    singles = [training_memory(dims, config, 100, **settings) for dims in structures]
+    many = estimate_training_memory(DimsArray.of(structures), config, 100, **settings)
+    singles = [estimate_training_memory(dims, config, 100, **settings) for dims in structures]
     for name in ("parameters", "gradients", "optimizer", "activations", "total"):
         assert [getattr(one, name) for one in singles] == list(getattr(many, name))
         assert all(type(getattr(one, name)) is int for one in singles)
     square = DimsArray.of(structures[:4])[np.arange(4).reshape(2, 2)]
-    assert training_memory(square, config, 100, **settings).total.shape == (2, 2)
+    assert estimate_training_memory(square, config, 100, **settings).total.shape == (2, 2)
     limit = MemoryLimit(sorted(one.total for one in singles)[2], **settings)
     fits = limit.fits(DimsArray.of(structures), config, 100)
     assert fits.dtype == bool
@@ -256,14 +256,17 @@ def test_arrays_answer_like_single_structures(model_type, precision, checkpointi
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),
         ({"zero_stage": -1}, "zero_stage must be 0, 1, 2 or 3, got -1"),
         ({"zero_stage": 1.0}, "zero_stage must be 0, 1, 2 or 3, got 1.0"),
-        ({"devices": 0}, "devices must be a whole number of at least 1, got 0"),
-        ({"devices": True}, "devices must be a whole number of at least 1, got True"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be a whole number of at least 1, got 0"),
+        ({"devices": 0}, "devices must be a whole number, 1 or more, got 0"),
+        ({"devices": True}, "devices must be a whole number, 1 or more, got True"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be a whole number, 1 or more, got 0"),
         ({"precision": "fp16"}, "precision must be 'bf16' or 'fp32', got 'fp16'"),
     ],
 )
 def test_settings_that_training_does_not_know(settings, message):
-    for refused in (lambda: training_memory(DIMS, CONFIG, 10, **settings), lambda: MemoryLimit(1e9, **settings)):
+    for refused in (
+        lambda: estimate_training_memory(DIMS, CONFIG, 10, **settings),
+        lambda: MemoryLimit(1e9, **settings),
+    ):
         with pytest.raises(PlanError) as error:
             refused()
         assert str(error.value) == message
@@ -276,7 +279,7 @@ def test_a_device_has_a_positive_number_of_bytes(room):
 
 
 def test_fits_up_to_the_last_byte():
-    total = training_memory(DIMS, CONFIG, 10).total
+    total = estimate_training_memory(DIMS, CONFIG, 10).total
     assert MemoryLimit(total).fits(DIMS, CONFIG, 10)
     assert not MemoryLimit(total - 1).fits(DIMS, CONFIG, 10)
 
@@ -300,7 +303,7 @@ LLAMA_CONFIG = {"model_type": "llama", "vocab_size": 32000}
         ),
         (
             {"bytes_per_device": 80e9, "zero_stage": 1},
-            "it would not fit even with checkpointing (then 109.2): "
+            "it would not fit even with checkpointing (then 109 GB): "
             "take a smaller structure, shorter sequences or more devices to shard over",
         ),
         (
@@ -320,8 +323,8 @@ def test_explain_names_every_part():
     need = limit.estimate(LLAMA_7B, LLAMA_CONFIG, 2048)
     assert isinstance(need, MemoryEstimate)
     assert explained.startswith(
-        f"needs {need.total / 1e9:.1f} GB a device (parameters 13.5, gradients 13.5, optimizer 80.9, "
-        f"activations {need.activations / 1e9:.1f}), has 72.0; "
+        f"needs {need.total / 1e9:.0f} GB per device (parameters 13.5 GB, gradients 13.5 GB, optimizer 80.9 GB, "
+        f"activations {need.activations / 1e9:.1f} GB), has 72 GB; "
     )
     assert "\n" not in explained
-    assert "has 0.0012; " in MemoryLimit(1.2e6).explain(DIMS, CONFIG, 10)
+    assert "has 1.2 MB; " in MemoryLimit(1.2e6).explain(DIMS, CONFIG, 10)

@@ -1,16 +1,17 @@
-"""Peak speeds of accelerators, as their vendors state them: what `mfu` is a share of."""
+"""Peak speeds of accelerators, as their vendors state them: the denominator of MFU."""
 
 from __future__ import annotations
 
 import re
 
-DTYPES = ("bf16", "fp16", "tf32", "fp32")
+MATMUL_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 
-# Dense matrix products in 1e12 FLOP/s, by DTYPES; None where there is no unit for it, or no figure that we trust.
-# Vendors' data sheets; where those give only twice as much, "with sparsity", half of it. Half precision is with
-# float32 accumulation, as torch multiplies, which is half speed on GeForce cards; theirs and the A6000's figures are
-# from the white papers of GA102, Ada and RTX Blackwell. B200 and GB200: HGX B200 and GB200 NVL72, divided by 8 and 72.
-# Whole names, so that variants with other clocks, and slices of a device (MIG), are unknown and not wrong.
+# Dense matrix products in 1e12 FLOP/s, in the order of MATMUL_DTYPES; None if the device has no unit for the dtype, or
+# there is no figure that we trust. The figures are from vendors' data sheets; half of a figure given only "with
+# sparsity". Half precision accumulates in float32, as torch does, which runs at half speed on GeForce cards. The
+# figures for GeForce and A6000 are from the white papers of GA102, Ada and RTX Blackwell; B200 and GB200 are HGX B200
+# and GB200 NVL72, divided by 8 and 72. Names match as a whole: a variant with other clocks, or a slice of a device
+# (MIG), is unknown rather than wrong.
 _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     (r"V100-SXM2-(16|32)GB", (None, 125.0, None, 15.7)),
     (r"V100-PCIE-(16|32)GB", (None, 112.0, None, 14.0)),
@@ -32,33 +33,32 @@ _PEAKS: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     (r"MI250X", (191.5, 191.5, None, 47.85)),  # half of the card: torch sees each of its two dies as a device
     (r"MI3(00|25)X( OAM| VF)?", (1307.4, 1307.4, 653.7, 163.4)),  # in one piece (SPX); the name is the same in parts
 )
-_VENDOR = re.compile(r"((NVIDIA|AMD|Tesla|GeForce|Instinct) )*")  # drivers of different years differ in these
+_VENDOR = re.compile(r"((NVIDIA|AMD|Tesla|GeForce|Instinct) )*")  # driver versions differ in these
 
 
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Peak of a device's dense matrix products, in FLOP/s.
+def look_up_peak_flops(device_name: str, dtype: str) -> float | None:
+    """Look up the peak speed of a device's dense matrix products, in FLOP/s.
 
     Args:
-        device_name: as `torch.cuda.get_device_name()` spells it.
-        dtype: what the products are computed in: "bf16", "fp16", "tf32" (float32 tensors, where torch is allowed to
-            round them) or "fp32".
+        device_name: name as `torch.cuda.get_device_name()` returns it.
+        dtype: precision of the products: "bf16", "fp16", "tf32" (float32 tensors, if torch may round them) or "fp32".
 
     Returns:
-        None for a device that is not known, such as a CPU, or that does not compute in `dtype`.
+        The peak, or None for an unknown device, such as a CPU, and for a device that does not compute in `dtype`.
 
     Raises:
-        ValueError: for another `dtype`.
+        ValueError: for any other `dtype`.
 
-    >>> f"{peak_flops('NVIDIA H100 80GB HBM3', 'bf16'):.4g}"
+    >>> f"{look_up_peak_flops('NVIDIA H100 80GB HBM3', 'bf16'):.4g}"
     '9.895e+14'
-    >>> print(peak_flops("Tesla T4", "bf16"))
+    >>> print(look_up_peak_flops("Tesla T4", "bf16"))
     None
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in MATMUL_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(MATMUL_DTYPES)}, got {dtype!r}")
     name = _VENDOR.sub("", device_name.strip(), count=1)
     for pattern, peaks in _PEAKS:
         if re.fullmatch(pattern, name):
-            peak = peaks[DTYPES.index(dtype)]
+            peak = peaks[MATMUL_DTYPES.index(dtype)]
             return None if peak is None else peak * 1e12
     return None

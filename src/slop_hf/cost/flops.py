@@ -1,8 +1,8 @@
-"""What a structure costs: parameters, FLOPs and bytes, read off the axis tables.
+"""Parameter counts, FLOPs and bytes of a structure, derived from the axis tables.
 
-Every function takes one `ModelDims`, or an object of the same attributes that are numpy arrays (`DimsArray`),
-and then answers for all structures at once. `config` is a transformers config or a dict with at least
-`model_type`, `vocab_size` and, where it is set, `tie_word_embeddings`.
+Every function takes one structure (`ModelDims`) or many at once (`DimsArray`), and answers with an int or an array.
+`config` is a transformers config, or a dict with at least `model_type`, `vocab_size` and, if it is set,
+`tie_word_embeddings`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Mapping
 from functools import reduce
 from operator import add, mul
 
-from ..architectures import Parameter, architecture_of, setting
+from ..architectures import Parameter, get_architecture, read_setting
 from ..dims import DimsLike, ModelConfig, Size
 
-#: The paper's model where nothing else is said: Llama with Llama's SentencePiece vocabulary, not tied.
+#: The paper's model, and the default: Llama with Llama's SentencePiece vocabulary, untied.
 DEFAULT_CONFIG: ModelConfig = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
 
-#: Bytes of training state in float32 with AdamW: weights, gradients and two moments; activations are not in it.
+#: Bytes of training state in float32 with AdamW: weights, gradients and two moments, without activations.
 TRAINING_BYTES_PER_PARAMETER = 16
 
 
-def paper_params(dims: DimsLike[Size]) -> Size:
-    """The parameter count of the paper's objective, `l * (6h^2 + 3hf)`.
+def count_paper_params(dims: DimsLike[Size]) -> Size:
+    """Count parameters as the paper's objective does: `l * (6h^2 + 3hf)`.
 
-    Nothing but weight matrices of the layers: no embedding, norm or bias. The paper does not print the formula;
-    this one reproduces the products of its Tables 1 and 4 to the printed digits.
+    Only the weight matrices of the layers count: no embedding, norm or bias. The paper does not print the formula;
+    this one reproduces the products in its Tables 1 and 4 to the printed digits.
 
     >>> from slop_hf import ModelDims
-    >>> paper_params(ModelDims(768, 2048, 6, 6))
+    >>> count_paper_params(ModelDims(768, 2048, 6, 6))
     49545216
     """
     hidden = dims.hidden_size
@@ -36,42 +36,46 @@ def paper_params(dims: DimsLike[Size]) -> Size:
 
 
 def count_parameters(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> Size:
-    """The true number of parameters, equal to `model.num_parameters()`; tied embeddings count once.
+    """Count all parameters, as `model.num_parameters()` does; tied embeddings count once.
 
     >>> from slop_hf import ModelDims
     >>> count_parameters(ModelDims(768, 2048, 6, 6))
     91629312
     """
-    sizes = axis_sizes(dims, config)
-    rows = architecture_of(config).rows(config)
+    sizes = compute_axis_sizes(dims, config)
+    rows = get_architecture(config).rows(config)
     return reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows))
 
 
-def flops_per_token(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, sequence_length: int = 2048) -> Size:
-    """Training FLOPs for one token, forward and backward: `6 * (matrix weights + l * q * S)`.
+def count_flops_per_token(
+    dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, sequence_length: int = 2048
+) -> Size:
+    """Count the training FLOPs per token, forward and backward: `6 * (matrix weights + l * q * S)`.
 
-    `q` is the width of the query projection and `S` the sequence length; the second term is causal attention's
-    scores and values, half of the full square. The output projection counts also where it is tied, the embedding
-    look-up never does. Recomputation of activations is not counted. With Llama's vocabulary and S = 2048 the
-    paper's GPU hours are a straight line in this number.
+    `q` is the width of the query projection and `S` the sequence length; the second term is for the scores and values
+    of causal attention, half of the full square. The output projection counts even if it is tied, the embedding
+    look-up never does. Recomputation of activations is not counted. With Llama's vocabulary and S = 2048, the
+    paper's GPU hours are a linear function of this number.
 
     >>> from slop_hf import ModelDims
-    >>> flops_per_token(ModelDims(768, 2048, 6, 6))
+    >>> count_flops_per_token(ModelDims(768, 2048, 6, 6))
     458883072
     """
-    sizes = axis_sizes(dims, config)
-    rows = [row for row in architecture_of(config).rows(config, tied=True) if row.kind == "projection"]
+    sizes = compute_axis_sizes(dims, config)
+    rows = [row for row in get_architecture(config).rows(config, tied=True) if row.kind == "projection"]
     weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows))
     return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
 
 
-def weight_bytes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, bytes_per_parameter: int = 4) -> Size:
-    """Bytes of the weights alone; 4 a parameter in float32, 2 in bfloat16."""
+def count_weight_bytes(
+    dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, bytes_per_parameter: int = 4
+) -> Size:
+    """Count the bytes of the weights alone: 4 per parameter in float32, 2 in bfloat16."""
     return count_parameters(dims, config) * bytes_per_parameter
 
 
-def axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:
-    """The size of every axis of the family's table."""
+def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:
+    """Return the size of every axis in the family's table."""
     return {
         "hidden": dims.hidden_size,
         "ffn": dims.intermediate_size,
@@ -79,7 +83,7 @@ def axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> di
         "key_value": dims.num_key_value_heads * dims.head_dim,
         "fused": 3 * dims.num_attention_heads * dims.head_dim,
         "head_dim": dims.head_dim,
-        "vocab": setting(config, "vocab_size"),
+        "vocab": read_setting(config, "vocab_size"),
     }
 
 

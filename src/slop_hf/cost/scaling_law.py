@@ -1,30 +1,34 @@
-"""`ScalingLaw`: the loss that a model of a size is predicted to have after a number of tokens."""
+"""`ScalingLaw`: the loss predicted for a model of a given size after a given number of tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import PlanError
+from ..io.numbers import is_finite_number
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
     """`loss = irreducible + A / N^alpha + B / D^beta` for N parameters and D tokens (Hoffmann et al. 2022, Eq. 10).
 
-    The loss is a cross-entropy in nats per token. The defaults are those of Besiroglu et al. 2024 (arXiv 2404.10102),
-    who fitted the data of Hoffmann et al. once more and found that the printed constants did not follow from them.
-    Both were measured on models from 44M to 16B parameters, their tokenizer and their text: the law compares
-    schedules, and does not foretell the loss of a run.
+    The loss is a cross-entropy in nats per token. The defaults are from Besiroglu et al. 2024 (arXiv 2404.10102), who
+    refitted the data of Hoffmann et al. and found that the printed constants did not follow from them. Both used
+    models from 44M to 16B parameters, their own tokenizer and text: use the law to rank schedules, not to predict
+    absolute losses.
 
     Args:
-        irreducible: the loss of the text itself.
+        irreducible: entropy of the text, in nats per token.
         params_scale, params_exponent: A and alpha.
         tokens_scale, tokens_exponent: B and beta.
+
+    Raises:
+        PlanError: if a constant is not a positive number (`irreducible` may be 0).
 
     >>> law = ScalingLaw()
     >>> round(float(law.loss(1e9, 20e9)), 3), round(law.tokens_to(1e9, 2.5) / 1e9, 1)
@@ -38,39 +42,38 @@ class ScalingLaw:
     tokens_exponent: float = 0.3658
 
     def __post_init__(self) -> None:
-        constants = vars(self)
-        for name, value in constants.items():
-            if not (math.isfinite(value) and value >= 0 and (value > 0 or name == "irreducible")):
+        for name, value in vars(self).items():
+            if not (is_finite_number(value, least=0) and (value > 0 or name == "irreducible")):
                 raise PlanError(f"{name} of a scaling law must be a positive number, got {value}")
 
-    def floor(self, params: Any) -> Any:
-        """The loss after endless training; of a number of parameters, or of an array of them."""
+    def floor(self, params: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Loss after infinite training, for a number of parameters or an array of them."""
         return self.irreducible + self.params_scale / np.asarray(params, dtype=np.float64) ** self.params_exponent
 
-    def loss(self, params: Any, tokens: Any) -> Any:
-        """The loss after training from random weights; numbers or arrays."""
+    def loss(self, params: npt.ArrayLike, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Loss after training from random weights; for numbers or arrays."""
         return self.floor(params) + self.above_floor(tokens)
 
-    def above_floor(self, tokens: Any) -> Any:
-        """What the loss is above its floor after so many tokens; numbers or arrays."""
-        with np.errstate(divide="ignore"):
+    def above_floor(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Distance of the loss from its floor after training on `tokens` tokens; for a number or an array."""
+        with np.errstate(divide="ignore"):  # infinite without tokens
             return self.tokens_scale / np.asarray(tokens, dtype=np.float64) ** self.tokens_exponent
 
     def tokens_to(self, params: float, loss: float) -> float:
-        """The tokens that training from random weights takes to a loss; infinite where it is never reached."""
+        """Tokens that training from random weights needs to reach a loss; infinite if it never does."""
         above = loss - self.floor(params)
         return float((self.tokens_scale / above) ** (1 / self.tokens_exponent)) if above > 0 else math.inf
 
     def staged_losses(self, params: Sequence[float], tokens: Sequence[float], seen: float = 0.0) -> tuple[float, ...]:
-        """The loss at the end of each stage of a growth schedule.
+        """Loss at the end of each stage of a growth schedule.
 
-        A grown model enters its own curve at the loss that it was grown with, and goes on from there: growth that
-        keeps the function and the training dynamics (Shen et al. 2022, section 3). Growth that does not does worse, so
-        that this is the best that a schedule can hope for.
+        A grown model is assumed to enter its own curve at the loss that it was grown with, and to follow the curve
+        from there: growth that preserves the function and the training dynamics (Shen et al. 2022, section 3). Other
+        growth does worse, so the result is a lower bound.
 
         Args:
-            params: of each stage, the initial model first.
-            tokens: trained on in each.
+            params: parameters in each stage, the initial model first.
+            tokens: tokens trained on in each stage.
             seen: tokens that the initial model was trained on before.
         """
         losses: list[float] = []
@@ -82,19 +85,26 @@ class ScalingLaw:
         return tuple(losses)
 
     def handover_loss(self, params: float, cost: float, larger_params: float, larger_cost: float) -> float:
-        """The loss at which training the larger of two models becomes the better use of the next hour.
+        """Loss at which training the larger of two models becomes the better use of the next hour.
 
-        Above it the smaller one's loss falls faster for what it costs, below it the larger one's: there the marginal
-        utilities are equal. Costs are of a token, in hours or FLOPs alike.
+        Above it, the smaller model's loss falls faster per unit of cost; below it, the larger model's. At this loss
+        their marginal utilities are equal. Costs are per token, both in hours or both in FLOPs.
 
-        With `g = loss - floor`, the loss falls by `beta * B^(-1/beta) * g^(1 + 1/beta)` a token, so that utilities are
-        equal where `g / g_larger = (cost / cost_larger)^(beta / (1 + beta))`.
+        With `g = loss - floor`, the loss falls by `beta * B^(-1/beta) * g^(1 + 1/beta)` per token, so the utilities
+        are equal if `g / g_larger = (cost / cost_larger)^(beta / (1 + beta))`.
+
+        Args:
+            params, cost: parameters and cost per token of the smaller model.
+            larger_params, larger_cost: parameters and cost per token of the larger one.
+
+        Returns:
+            The loss in nats per token; infinite if a token costs the larger model no more.
         """
         ratio = (cost / larger_cost) ** (self.tokens_exponent / (1 + self.tokens_exponent))
-        if ratio >= 1:  # the larger one is no dearer
+        if ratio >= 1:
             return math.inf
         return float((self.floor(params) - ratio * self.floor(larger_params)) / (1 - ratio))
 
 
-#: The constants as Hoffmann et al. 2022 print them.
+#: The constants printed by Hoffmann et al. 2022.
 HOFFMANN = ScalingLaw(1.69, 406.4, 0.34, 410.7, 0.28)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_parameters, count_flops_per_token
 from slop_hf.cost.hours import CostModel, Measurement
 from slop_hf.cost.scaling_law import HOFFMANN, ScalingLaw
-from slop_hf.planning.budget import utility_shares
+from slop_hf.planning.budget import share_tokens_by_utility
 
 LAW = ScalingLaw()
 SIZES = st.floats(1e6, 1e12)
@@ -100,7 +100,7 @@ def test_marginal_utilities_are_equal_at_the_handover(params, factor, dearer):
 def test_utility_shares_are_worth_more_than_their_neighbours(factors, total, seen, train_initial):
     params = np.cumprod([1e8, *factors]).tolist()
     costs = [6.0 * size for size in params]
-    shares = utility_shares(total, params, costs, already_seen=seen, train_initial=train_initial or not seen)
+    shares = share_tokens_by_utility(total, params, costs, already_seen=seen, train_initial=train_initial or not seen)
     assert sum(shares) == pytest.approx(total, rel=1e-9) and min(shares) >= 0
     budget = sum(cost * count for cost, count in zip(costs, shares, strict=True))
     best = LAW.staged_losses(params, shares, seen)[-1]
@@ -123,7 +123,7 @@ def test_scores_by_hand():
     space = ConfigSpace(targets=[target], config=config, sequence_length=64)
     planner = SlopPlanner(ModelDims(64, 128, 2, 4), space, objective="loss_per_hour", cost_model=cost)
     schedule = planner.plan(1, tokens=5.5e6)[0]
-    flops = [flops_per_token(dims, config, 64) for dims in schedule.structures]
+    flops = [count_flops_per_token(dims, config, 64) for dims in schedule.structures]
     hours = [(2e-12 * one + 3e-6) * count for one, count in zip(flops, schedule.tokens, strict=True)]
     assert schedule.tokens == (2_500_000, 1_000_000, 1_000_000, 1_000_000)
     assert schedule.scores["flops"] == pytest.approx(sum(map(math.prod, zip(flops, schedule.tokens, strict=True))))
