@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 from slop_hf import ModelDims
 from slop_hf.cli import main
-from slop_hf.cli.calibrate import LADDER, structures_between
-from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cli.calibrate import LADDER, interpolate_structures
+from slop_hf.cost.flops import count_parameters, count_flops_per_token
 from slop_hf.cost.hours import CostModel
 
 SIZES = "16,32,1,2; 128,512,4,4"
@@ -61,7 +61,7 @@ def test_dry_run(slop, tmp_path):
     rows = json.loads(slop("--dry-run", "--json", "--batch-size", 2)[1])
     first = {
         "parameters": count_parameters(LADDER[0]),
-        "flops_per_step": flops_per_token(LADDER[0], sequence_length=256) * 512,
+        "flops_per_step": count_flops_per_token(LADDER[0], sequence_length=256) * 512,
     }
     assert rows[0].items() >= first.items() and len(rows) == len(LADDER)
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +90,7 @@ def test_sizes_from_the_ends(slop, tmp_path):
     wide.to_config(LlamaConfig(vocab_size=100)).save_pretrained(tmp_path / "large")
     ends = ["--from", "small", "--to", "large/config.json"]
     rows = json.loads(slop(*ends, "--dry-run", "--json")[1])
-    assert [row["structure"] for row in rows] == [str(one) for one in structures_between(dims, wide)]
+    assert [row["structure"] for row in rows] == [str(one) for one in interpolate_structures(dims, wide)]
     assert rows[0]["parameters"] == count_parameters(
         dims, {"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": True}
     )
@@ -107,9 +107,9 @@ def test_sizes_from_the_ends(slop, tmp_path):
         (ModelDims(64, 128, 2, 2), ModelDims(64, 130, 2, 2)),
     ],
 )
-def test_structures_between_rise(smallest, largest):
-    found = structures_between(smallest, largest)
-    flops = [flops_per_token(dims) for dims in found]
+def test_interpolate_structures_rise(smallest, largest):
+    found = interpolate_structures(smallest, largest)
+    flops = [count_flops_per_token(dims) for dims in found]
     assert flops == sorted(flops) and (found[0], found[-1]) == (smallest, largest)
     if flops[-1] > 10 * flops[0]:
         ratios = [after / before for before, after in pairwise(flops)]
@@ -122,8 +122,8 @@ def test_structures_between_rise(smallest, largest):
         (["--structures", "16,32,1,2"], "at least 2 structures"),
         (["--structures", "16,32,1"], "expected hidden,ffn,layers,heads"),
         (["--structures", SIZES, "--target", "16,32,1,2"], "either --structures, or both ends"),
-        (["--initial", "16,32,1,2"], "need both ends: give either --target or --to"),
-        (["--target", "16,32,1,2"], "need both ends: give either --initial or --from"),
+        (["--initial", "16,32,1,2"], "give the largest structure with either --target or --to"),
+        (["--target", "16,32,1,2"], "give the smallest structure with either --initial or --from"),
         (["--initial", "16,32,1,2", "--target", "16,32,1,2"], "at least 2 structures"),
         (["--from", "nowhere"], "--from nowhere: no readable config.json"),
         (["--structures", SIZES, "--steps", 0], "steps must be a whole number, 1 or more"),

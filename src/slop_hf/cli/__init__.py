@@ -11,12 +11,12 @@ import sys
 import typer
 
 from ..errors import SlopError
-from .calibrate import calibrate
+from .calibrate import calibrate_command
 from .compare import compare
-from .data import data
+from .data import data_app
 from .evaluate import HELP, evaluate
 from .grow import grow
-from .plan import plan
+from .plan import plan_command
 from .probe import probe
 from .publish import publish
 from .report import report
@@ -32,10 +32,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(plan)
+app.command("plan")(plan_command)
 app.command()(probe)
 app.command()(grow)
-app.add_typer(data, name="data")
+app.add_typer(data_app, name="data")
 app.command("train")(train_command)
 app.command()(compare)
 app.command()(publish)
@@ -43,7 +43,7 @@ app.command()(rollback)
 app.command("eval", help=HELP)(evaluate)
 app.command()(report)
 app.command()(reproduce)
-app.command()(calibrate)
+app.command("calibrate")(calibrate_command)
 
 
 def main() -> None:

@@ -1,55 +1,57 @@
-"""`slop data`: inspect, tokenize, train-tokenizer."""
+"""`slop data`: the commands inspect, tokenize and train-tokenizer, and their tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
 import slop_hf
 
 from ..errors import DataError
 from ..io.files import write_directory
-from ..io.serialization import parse, read_yaml
-from ..io.serialization import set_keys as change_values
-from .data_view import overview, samples_of, show_overview, show_result, show_samples
-from .shared import read_changes
+from ..io.serialization import Json, parse, read_yaml, set_keys
+from ..io.units import NOTHING, format_bytes, format_count, format_duration
+from .shared import print_json, print_table, read_changes, redirect_prints
 
 if TYPE_CHECKING:
     from ..data import DataConfig
+    from ..data.corpus import SourceTokens
 
-data = typer.Typer(
-    help="Look at training data, tokenize it, and train tokenizers, before a run.",
+data_app = typer.Typer(
+    help="Inspect and tokenize training data, and train tokenizers, before a run.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 
-Config = Annotated[Path, typer.Argument(help="A mixture's file (sources), or a run's (its section data).")]
-Changes = Annotated[
+_Config = Annotated[Path, typer.Argument(help="YAML file of a mixture (sources), or of a run (its section data).")]
+_Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a value: --set data.block_size=512, or --set sources.NAME.max_documents=1000"),
+    typer.Option("--set", help="Change a value: data.block_size=512, or sources.NAME.max_documents=1000"),
 ]
+_QUANTITIES = ("tokens", "documents", "disk_bytes", "seconds")
 
 
-@data.command()
-def inspect(
-    config: Config,
-    samples: Annotated[int, typer.Option(min=0, help="Documents of each source to show, shortened.")] = 1,
-    change: Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+@data_app.command("inspect")
+def inspect_command(
+    config: _Config,
+    samples: Annotated[int, typer.Option(min=0, help="Number of documents to show per source, shortened.")] = 1,
+    change: _Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what a mixture holds, and how long it lasts. Writes nothing.
+    """Show what a mixture holds, and how long it lasts. Nothing is written.
 
-    Tokens, disk and time come from the first 4 MiB of each source, and are marked ~; where all tokens are in the cache
-    they are exact. Datasets on the Hub do not say how large they are, unless `max_documents` does.
+    Tokens, disk space and time are estimated from the first 4 MiB of each source, and marked ~; if all tokens are in
+    the cache, they are exact. The size of a dataset on the Hub is unknown unless `max_documents` is set.
 
-    The scarcest source for its weight decides how many tokens there are before one is read a second time: a run with
-    more tokens than that repeats it.
+    A mixture lasts until one of its sources has been read to its end: a run with more tokens repeats that source.
 
     Examples:
 
@@ -57,101 +59,121 @@ def inspect(
 
     `slop data inspect recipes/grow_tiny.yaml --samples 0`
     """
-    chosen = read_data(config, change)
-    found = overview(chosen)
-    texts = samples_of(chosen, samples)
+    data = read_data(config, change)
+    summary = _summarise(data)
+    texts = _read_samples(data, samples)
     if as_json:
-        print(json.dumps({**found, "samples": texts}, indent=2, ensure_ascii=False))
+        print_json({**summary, "samples": texts})
         return
-    show_overview(found, f"{config}")
-    show_samples(texts)
+    _show_summary(summary, f"{config}")
+    console = Console()
+    for name, documents in texts.items():
+        for number, text in enumerate(documents, start=1):
+            console.rule(Text(f"{name}, document {number}"), align="left")
+            console.print(Text(text), soft_wrap=True)
 
 
-@data.command()
-def tokenize(
-    config: Config,
+@data_app.command("tokenize")
+def tokenize_command(
+    config: _Config,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer's folder or Hub id, in place of the config's.")
+        str | None, typer.Option(help="Directory or Hub id of a tokenizer; replaces the config's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it would take, and write nothing.")] = False,
-    change: Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts (or the cost) as JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cost; write nothing.")] = False,
+    change: _Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts, or the cost, as JSON.")] = False,
 ) -> None:
-    """Tokenize a mixture into the cache, from which runs then begin at once.
+    """Tokenize a mixture into the cache, so that runs begin at once.
 
-    The cost is shown first. Each source is tokenized once and kept by itself: other weights, block sizes and runs use
-    the same tokens. A command that was interrupted goes on where it was when it is called again.
+    The cost is shown first. Each source is tokenized once and cached separately: other weights, block sizes and runs
+    use the same tokens. After an interruption, the same command continues.
 
-    Runs find the tokens if they name the same sources, tokenizer, `held_out` and `cache_dir`.
+    Runs find the tokens if they have the same sources, tokenizer, `held_out` and `cache_dir`.
 
     Example: `slop data tokenize recipes/data/local.yaml --set data.cache_dir=tokens`
     """
-    chosen = read_data(config, change)
+    data = read_data(config, change)
     if tokenizer is not None:
-        chosen = dataclasses.replace(chosen, tokenizer=tokenizer)
-    found = overview(chosen)
+        data = dataclasses.replace(data, tokenizer=tokenizer)
+    summary = _summarise(data)
     if not as_json:
-        show_overview(found, f"{config}")
+        _show_summary(summary, f"{config}")
     if dry_run:
         if as_json:
-            print(json.dumps(found, indent=2, ensure_ascii=False))
+            print_json(summary)
         return
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        corpus = slop_hf.prepare_data(chosen)
-    show_result(corpus, as_json=as_json)
+    with redirect_prints(as_json=as_json):
+        corpus = slop_hf.prepare_data(data)
+    rows: list[dict[str, Json]] = [
+        {
+            "name": name,
+            "weight": corpus.weights[name],
+            "training_tokens": source.train.tokens,
+            "held_out_tokens": source.held_out.tokens,
+            "documents": source.documents,
+            "disk_bytes": _count_disk_bytes(source),
+            "folder": str(source.train.path.parent),
+        }
+        for name, source in corpus.sources.items()
+    ]
+    if as_json:
+        print_json({"sources": rows, "vocab_size": len(corpus.tokenizer), "fingerprint": corpus.fingerprint})
+        return
+    for row in rows:
+        print(
+            f"{row['name']}: {row['training_tokens']:,} training tokens and {row['held_out_tokens']:,} held out, "
+            f"from {row['documents']:,} documents, in {row['folder']}"
+        )
 
 
-@data.command("train-tokenizer")
-def train_tokenizer(
-    config: Config,
+@data_app.command("train-tokenizer")
+def train_tokenizer_command(
+    config: _Config,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, new or empty.")],
     kind: Annotated[
-        str | None, typer.Option(help="'bpe', byte-level, or 'sentencepiece', as LLaMA has. Default: the config's.")
+        str | None, typer.Option(help="'bpe' (byte-level), or 'sentencepiece' as in LLaMA. Default: the config's.")
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Tokens in all. Default: the config's.")] = None,
-    change: Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary size. Default: the config's.")] = None,
+    change: _Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a tokenizer on a mixture: on 64 MiB of its training documents, of each source its share.
+    """Train a tokenizer on a mixture: on 64 MiB of its training documents, shared by the weights of the sources.
 
-    It is saved as transformers saves one, and `AutoTokenizer` loads it. Name its directory as `data.tokenizer` of runs
-    and they share it, whatever data they have. 'sentencepiece' needs `pip install "slop-hf[sentencepiece]"` here, and
-    nothing where the tokenizer is used.
+    It is saved as transformers saves one, and `AutoTokenizer` loads it. Runs whose `data.tokenizer` is its directory
+    share it, whatever their data. 'sentencepiece' needs `pip install "slop-hf[sentencepiece]"` for training only.
 
     Example: `slop data train-tokenizer recipes/data/local.yaml -o tokenizers/local --vocab-size 8192`
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} exists and is not an empty directory: choose another one")
-    chosen = read_data(config, change)
-    chosen = dataclasses.replace(
-        chosen,
+        raise DataError(f"--output {output} exists and is not an empty directory: choose another one")
+    data = read_data(config, change)
+    data = dataclasses.replace(
+        data,
         tokenizer=None,
-        tokenizer_kind=kind or chosen.tokenizer_kind,  # type: ignore[arg-type]
-        vocab_size=chosen.vocab_size if vocab_size is None else vocab_size,
+        tokenizer_kind=kind or data.tokenizer_kind,  # type: ignore[arg-type]
+        vocab_size=data.vocab_size if vocab_size is None else vocab_size,
     )
-    from .. import data as feed  # torch takes seconds
+    from ..data import train_tokenizer  # torch takes seconds
     from ..data.corpus import tokenizer_texts
 
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        trained = feed.train_tokenizer(tokenizer_texts(chosen), chosen.vocab_size, chosen.tokenizer_kind)
-        with write_directory(output) as aside:
-            trained.save_pretrained(aside)
+    with redirect_prints(as_json=as_json), write_directory(output) as directory:
+        tokenizer = train_tokenizer(tokenizer_texts(data), data.vocab_size, data.tokenizer_kind)
+        tokenizer.save_pretrained(directory)
     if as_json:
-        made = {"tokenizer": str(output), "kind": chosen.tokenizer_kind, "vocab_size": len(trained)}
-        print(json.dumps(made, indent=2, ensure_ascii=False))
+        print_json({"tokenizer": str(output), "kind": data.tokenizer_kind, "vocab_size": len(tokenizer)})
         return
-    print(f"{chosen.tokenizer_kind} tokenizer of {len(trained):,} tokens written to {output}")
-    print(f"to use it: data.tokenizer: {output}")
+    print(f"{data.tokenizer_kind} tokenizer of {len(tokenizer):,} tokens written to {output}")
+    print(f"to use it, set data.tokenizer: {output}")
 
 
 def read_data(path: Path, changes: list[str] | None) -> DataConfig:
-    """The data that a mixture's or a run's file describes, with `--set` changes.
+    """Read the data that the file of a mixture or a run describes, with the changes of `--set`.
 
-    Changes of a mixture begin with `sources.`; those that begin with `data.` are for what else a run says of its data,
-    and hold for a mixture's file, too.
+    Keys of a mixture begin with `sources.`. Keys that begin with `data.` are for the other settings of a run's data;
+    they can be set for the file of a mixture, too.
 
     Raises:
-        SlopError: naming the file and the key at fault.
+        SlopError: if a key or a value is wrong, with the name of the file and the key.
     """
     from ..data import DataConfig  # with torch, which `slop --help` does without
 
@@ -159,10 +181,119 @@ def read_data(path: Path, changes: list[str] | None) -> DataConfig:
     overrides = read_changes(changes)
     if not isinstance(content, dict) or "sources" not in content:
         return slop_hf.RunConfig.from_yaml(path, overrides=overrides).data
-    described: dict[str, Any] = {"mixture": content}
-    within = {
-        key.removeprefix("data.") if key.startswith("data.") else f"mixture.{key}": value
-        for key, value in overrides.items()
-    }
-    change_values(described, within, where=str(path), error=DataError)
+    described: dict[str, Json] = {"mixture": content}
+    keys = {key: key.removeprefix("data.") if key.startswith("data.") else f"mixture.{key}" for key in overrides}
+    set_keys(described, {keys[key]: value for key, value in overrides.items()}, where=str(path), error=DataError)
     return parse(DataConfig, described, where=str(path), error=DataError)
+
+
+def _summarise(config: DataConfig) -> dict[str, Json]:
+    """Summarise a mixture: exactly if it is in the cache, otherwise estimated from samples.
+
+    Returns:
+        `sources`, one row each; `total`, the sums of the known quantities; `complete`, whether all are known;
+        `cached`; `tokenizer`, a description; `tokens_before_repeat`, and `scarcest`, the source that repeats first.
+    """
+    from ..data.corpus import cached
+    from ..data.estimate import tokens_before_repeat
+
+    is_cached = cached(config)
+    rows, training_tokens, tokenizer = (_count if is_cached else _estimate)(config)
+    tokens, scarcest = tokens_before_repeat(training_tokens, config.weights) or (None, None)
+    return {
+        "sources": rows,
+        "total": {key: sum(row[key] or 0 for row in rows) for key in _QUANTITIES},
+        "complete": all(row[key] is not None for row in rows for key in _QUANTITIES),
+        "cached": is_cached,
+        "tokenizer": tokenizer,
+        "tokens_before_repeat": tokens,
+        "scarcest": scarcest,
+    }
+
+
+def _count(config: DataConfig) -> tuple[list[dict[str, Json]], Mapping[str, int | None], str]:
+    """Return one row per source of a cached mixture, the training tokens of each, and the tokenizer's description."""
+    corpus = slop_hf.prepare_data(config, progress=False)
+    rows: list[dict[str, Json]] = [
+        {
+            "name": name,
+            "places": list(config.sources[name].places),
+            "weight": config.weights[name],
+            "tokens": source.train.tokens + source.held_out.tokens,
+            "documents": source.documents,
+            "disk_bytes": _count_disk_bytes(source),
+            "seconds": 0,
+        }
+        for name, source in corpus.sources.items()
+    ]
+    training_tokens = {name: source.train.tokens for name, source in corpus.sources.items()}
+    return rows, training_tokens, config.tokenizer or f"its own, of {len(corpus.tokenizer):,} tokens"
+
+
+def _estimate(config: DataConfig) -> tuple[list[dict[str, Json]], Mapping[str, int | None], str]:
+    """Return the same as `_count` for a mixture that is not in the cache, from samples."""
+    from ..data.estimate import estimate
+
+    estimated = estimate(config)
+    rows: list[dict[str, Json]] = [
+        {
+            "name": source.name,
+            "places": list(source.places),
+            "weight": source.weight,
+            **{key: getattr(source, key) for key in _QUANTITIES},
+            "bytes_per_token": source.bytes_per_token,
+        }
+        for source in estimated.sources
+    ]
+    return rows, estimated.training_tokens, estimated.tokenizer
+
+
+def _count_disk_bytes(source: SourceTokens) -> int:
+    return sum(part.path.stat().st_size for part in (source.train, source.held_out))
+
+
+def _read_samples(config: DataConfig, count: int) -> dict[str, list[str]]:
+    """Return the first documents of each source, shortened."""
+    if not count:
+        return {}
+    from ..data.estimate import shortened
+    from ..data.sources import documents
+
+    return {
+        name: [shortened(text) for text in islice(documents(source), count)] for name, source in config.sources.items()
+    }
+
+
+def _show_summary(summary: Mapping[str, Json], title: str) -> None:
+    """Print one row per source, their sum, and how long the mixture lasts."""
+    is_cached, is_complete, tokens = summary["cached"], summary["complete"], summary["tokens_before_repeat"]
+    mark = "" if is_cached else "~"
+
+    def format_quantities(row: Mapping[str, Json], mark: str) -> list[str]:
+        formatters = (*2 * [_format_exactly if is_cached else format_count], format_bytes, format_duration)
+        cells = [form(row[key]) for form, key in zip(formatters, _QUANTITIES, strict=True)]
+        return [cell if cell == NOTHING else f"{mark}{cell}" for cell in cells]
+
+    print_table(
+        escape(title),
+        ("source", "where"),
+        ("weight", "tokens", "documents", "disk", "time"),
+        [
+            (row["name"], escape(", ".join(row["places"])), f"{row['weight']:.2%}", *format_quantities(row, mark))
+            for row in summary["sources"]
+        ],
+        total=("sum", "", "", *format_quantities(summary["total"], mark if is_complete else "> ")),
+        wraps=("where",),
+    )
+    print(f"tokens counted by {summary['tokenizer']}")
+    if tokens is None:
+        print("unknown how many training tokens there are before a source repeats: no source has a known size")
+    else:
+        count = _format_exactly(tokens) if is_cached else format_count(tokens)
+        unknown = "" if is_complete else ", of those with a known size"
+        print(f"{mark}{count} training tokens before a source repeats: {summary['scarcest']} is the first{unknown}")
+    print("all tokens are in the cache" if is_cached else "not all tokens are in the cache")
+
+
+def _format_exactly(count: int) -> str:
+    return f"{count:,}"

@@ -1,45 +1,73 @@
-"""Reading a model's config without transformers, from a file or from the Hub."""
+"""Structures and model configs from command-line options, read without transformers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from ..dims import ModelDims
+from ..cost.flops import DEFAULT_CONFIG
+from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
 from ..io.hub_address import Address
+from ..io.network_errors import get_first_line
 
-_CARRIED_OVER = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
+_KEPT_BY_GROWTH = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
-def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, Any]]:
-    """The structure of a model, and what growth leaves alone.
+def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]:
+    """Read the structure of a model, and the part of its config that growth does not change.
 
     Args:
-        source: a model directory, a `config.json`, or a Hub id, also with a revision (`user/name@stage-1-layer`), of
-            which nothing but the config is fetched.
-        option: that named it, for messages.
+        source: model directory, `config.json`, or Hub id, also with a revision (`user/name@stage-1-layer`), of which
+            only the config is fetched.
+        option: option that names the source, for error messages.
 
     Raises:
-        PlanError: where there is no readable config.
+        PlanError: if there is no readable config.
     """
     path = Path(source).expanduser()
     try:
         if path.is_dir():
             path = path / "config.json"
         elif not path.exists() and (address := Address.find(source)) is not None:
-            path = _from_hub(address)
-        found = json.loads(path.read_text(encoding="utf-8"))
+            path = _fetch_config(address)
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as caught:
-        reason = str(caught).strip().partition("\n")[0]
+        reason = get_first_line(caught)
         raise PlanError(f"{option} {source}: no readable config.json there, nor on the Hub ({reason})") from None
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise PlanError(f"{option} {source}: config.json is not an object of settings")
-    return ModelDims.from_config(found), {name: found[name] for name in _CARRIED_OVER if name in found}
+    return ModelDims.from_config(config), {name: config[name] for name in _KEPT_BY_GROWTH if name in config}
 
 
-def _from_hub(address: Address) -> Path:
+def read_structure(which: str, text: str | None, source: str | None, *options: str) -> ModelDims:
+    """Read a structure that is given as numbers by one option or as a model by another.
+
+    Args:
+        which: adjective for the structure in error messages, such as "initial".
+        text: value of the first option, such as `768,2048,6,6`.
+        source: value of the second option, as for `read_config`.
+        options: names of the two options, for error messages.
+
+    Raises:
+        PlanError: unless exactly one of them is given, and readable.
+    """
+    if text is not None and source is None:
+        return ModelDims.parse(text)
+    if source is not None and text is None:
+        return read_config(source, options[-1])[0]
+    raise PlanError(f"give the {which} structure with either {' or '.join(options)}")
+
+
+def build_config(source: str | None, vocab_size: int | None, *, tied: bool) -> ModelConfig:
+    """Build the model config that `--from`, `--vocab-size` and `--tied` describe; by default that of a small Llama."""
+    config = dict(DEFAULT_CONFIG) if source is None else read_config(source, "--from")[1]
+    config |= {"vocab_size": vocab_size} if vocab_size else {}
+    config |= {"tie_word_embeddings": True} if tied else {}
+    return config
+
+
+def _fetch_config(address: Address) -> Path:
     from ..hub.access import fetch_file  # the Hub's client is not needed for files
 
     return fetch_file(address, "config.json")

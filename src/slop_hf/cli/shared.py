@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -101,9 +101,11 @@ def print_table(
     """
     table = Table(box=SIMPLE, title=title, caption=caption, pad_edge=False, collapse_padding=True)
     for column in (*left, *right):
-        table.add_column(
-            column, justify="left" if column in left else "right", no_wrap=column not in wraps, overflow="fold"
-        )
+        justify: JustifyMethod = "left" if column in left else "right"
+        if column in wraps:
+            table.add_column(column, justify=justify, overflow="fold")
+        else:
+            table.add_column(column, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     if total:

@@ -66,7 +66,7 @@ def train_command(
         if stage is None:
             run_config = run_config.with_schedule(new_schedule)
         else:
-            run_config = slop_hf.continued(run_config, stage, new_schedule)
+            run_config = slop_hf.continue_from(run_config, stage, new_schedule)
         show_preview(run_config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
     from ..training.launch import launched  # with torch, which `slop --help` does without
