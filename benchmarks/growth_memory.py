@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slop_hf import ModelDims, grow_model
-from slop_hf.growth import grow_weights, no_progress_bars, plan_growth
+from slop_hf.growth import grow_weights, hide_progress_bars, plan_growth
 
 SOURCES = {"full": ModelDims(1280, 3584, 20, 10), "tiny": ModelDims(64, 128, 2, 4)}
 #: About twice the parameters by each operator.
@@ -141,14 +141,14 @@ def draw(counts: Sequence[int]) -> list[torch.Tensor]:
 
 def load_and_grow(source: Path, operator: str, new_dims: dict[str, int]) -> None:
     """From files to a grown model with this library."""
-    with no_progress_bars():
+    with hide_progress_bars():
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     grow_model(model, operator, new_dims)
 
 
 def load_and_resize(source: Path, operator: str, new_dims: dict[str, int]) -> None:
     """The same by hand: a new model, and what fits copied into it."""
-    with no_progress_bars():
+    with hide_progress_bars():
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     depth = model.config.num_hidden_layers
     grown = LlamaForCausalLM(plan_growth(model.config, operator, new_dims).config())

@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import LlamaForCausalLM
 
 from slop_hf import ModelDims, grow_model
-from slop_hf.cost.flops import count_parameters, weight_bytes
-from slop_hf.growth import no_progress_bars
+from slop_hf.cost.flops import count_parameters, count_weight_bytes
+from slop_hf.growth import hide_progress_bars
 
 SOURCES = {
     "full": (
@@ -56,7 +56,7 @@ def run_size(dims: ModelDims, vocab: int, context: Context) -> Record:
     config = llama_config(dims, vocab, torch.bfloat16)
     new = doubled(dims, vocab)
     new_dims = {"intermediate_size": new.intermediate_size}
-    source_bytes, target_bytes = (weight_bytes(one, config, 2) for one in (dims, new))
+    source_bytes, target_bytes = (count_weight_bytes(one, config, 2) for one in (dims, new))
     require_space(context.workdir, source_bytes + target_bytes)
     source, target = context.workdir / f"source-{source_bytes}", context.workdir / "target"
     measured(write_checkpoint, source, config)
@@ -109,7 +109,7 @@ def in_process(function: object, *arguments: object) -> Measurement:
 
 def load_and_grow(source: Path, new_dims: dict[str, int]) -> float:
     """Seconds of `grow_model`, once the source is loaded."""
-    with no_progress_bars():
+    with hide_progress_bars():
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     began = time.perf_counter()
     grown = grow_model(model, OPERATOR, new_dims)
@@ -120,7 +120,7 @@ def load_and_grow(source: Path, new_dims: dict[str, int]) -> float:
 
 def copy(source: Path, new_dims: dict[str, int]) -> float:
     """Seconds of a copy of the grown model's weights."""
-    with no_progress_bars():
+    with hide_progress_bars():
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     grown = [weight.detach() for weight in grow_model(model, OPERATOR, new_dims).parameters()]
     began = time.perf_counter()

@@ -1,17 +1,19 @@
-"""Axis tables: for each model family, which axes every parameter lies on, and what it does along them.
+"""Axis tables: for every parameter of a model family, the axis that each of its dimensions lies on.
 
-Growth, parameter counts and FLOPs are all read off these tables, so a new family is a new table.
-Axes and their sizes, from `ModelDims`:
+This is the one description of a family. Growth, parameter counts and FLOPs are all derived from these tables, so
+supporting another family means writing another table; no code changes.
 
-    hidden     h   hidden_size, the residual stream
+The axes and their sizes, as functions of `ModelDims`:
+
+    hidden     h   hidden_size: the residual stream
     ffn        f   intermediate_size
     query      q   num_attention_heads * head_dim
     key_value  k   num_key_value_heads * head_dim
-    fused      3q  query, key and value of one head after the other (GPT-NeoX)
+    fused      3q  query, key and value of one head, then those of the next head (GPT-NeoX)
     head_dim   d   one head
-    vocab      v   vocab_size (growth never changes it)
+    vocab      v   vocab_size; growth never changes it
 
-Weights are stored as `torch.nn.Linear` stores them: (written axis, read axis).
+Weight matrices are listed as `torch.nn.Linear` stores them: (axis that is written, axis that is read).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .dims import ModelConfig
 from .errors import ArchitectureError
 
 Axis = Literal["hidden", "ffn", "query", "key_value", "fused", "head_dim", "vocab"]
@@ -33,55 +36,55 @@ class Parameter:
     """One row of an axis table.
 
     Args:
-        name: its name in the state dict; `{layer}` stands for the index of a decoder layer.
-        axes: the axis of each of its dimensions, outermost first.
-        kind: "projection" for the weights that take part in a matrix product; they read their last axis.
-        when: the config flag that the parameter exists under; None, always.
-        tied_to: the parameter whose storage it shares when `tie_word_embeddings` is set.
-        stored_as: its name in checkpoints (and in models of older releases), where that is another one.
-        closes: whether it is a norm behind a branch, the last thing before the residual stream.
-        part: which of attention's inputs it makes, for the rules of rotary embeddings.
+        name: name in the state dict; `{layer}` stands for the index of a decoder layer.
+        axes: axis of each dimension, outermost first.
+        kind: "projection" for the weights of a matrix product, which read their last axis; the other kinds only write.
+        exists_if: config flag that must be set for the parameter to exist; None if it always exists.
+        tied_to: parameter whose storage this one shares if `tie_word_embeddings` is set.
+        stored_as: name in checkpoints (and in models of older releases), if it differs from `name`.
+        is_post_norm: whether it is the gain of a norm at the end of a branch, just before the residual stream.
+        part: input of the attention that it produces; rotary embeddings treat queries and keys specially.
     """
 
     name: str
     axes: tuple[Axis, ...]
     kind: Kind
-    when: str | None = None
+    exists_if: str | None = None
     tied_to: str | None = None
     stored_as: str | None = None
-    closes: bool = False
+    is_post_norm: bool = False
     part: Literal["query", "key", "value"] | None = None
 
     @property
-    def in_layer(self) -> bool:
-        """Whether every decoder layer has one."""
+    def is_in_layer(self) -> bool:
+        """Whether every decoder layer has this parameter."""
         return LAYER in self.name
 
     @property
-    def reads(self) -> int | None:
-        """The dimension along which it reads; None for what only writes."""
+    def read_dimension(self) -> int | None:
+        """The dimension along which the parameter reads its input; None if it only writes."""
         return len(self.axes) - 1 if self.kind == "projection" else None
 
     def role(self, dimension: int) -> Role:
-        """What it does along a dimension: writes the axis, reads it, or scales it as a norm's gain."""
+        """Return what the parameter does along a dimension: write the axis, read it, or scale it as a norm's gain."""
         if self.kind == "norm":
             return "norm"
-        return "read" if dimension == self.reads else "write"
+        return "read" if dimension == self.read_dimension else "write"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: its `model_type` in transformers, its table, and where it differs from Llama.
+    """A model family: its axis table, and how its forward pass differs from Llama's.
 
     Args:
-        model_type: as in the config.
-        parameters: the rows, in any order.
-        norm: "rms", or "layer" for LayerNorm, which also takes the mean away.
-        norm_eps: the config field of the norms' epsilon.
-        gain_offset: what is added to a stored gain before it is used (Gemma stores gain - 1).
-        scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
-        scale_follows_head_dim: whether attention divides by sqrt(head_dim), not by a field of its own.
-        own_head_dim: whether the config can hold a head_dim other than hidden_size / num_attention_heads.
+        model_type: name of the family in transformers configs.
+        parameters: rows of the table, in any order.
+        norm: "rms" for RMSNorm; "layer" for LayerNorm, which also subtracts the mean.
+        norm_eps: config field that holds the epsilon of the norms.
+        gain_offset: constant added to a stored gain before it is used (Gemma stores gain - 1).
+        scales_embedding: whether embeddings are multiplied by sqrt(hidden_size).
+        scale_follows_head_dim: whether attention scores are divided by sqrt(head_dim), and not by a config field.
+        has_own_head_dim: whether the config can hold a head_dim other than hidden_size / num_attention_heads.
     """
 
     model_type: str
@@ -89,34 +92,35 @@ class Architecture:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: str = "rms_norm_eps"
     gain_offset: float = 0.0
-    scaled_embedding: bool = False
+    scales_embedding: bool = False
     scale_follows_head_dim: bool = True
-    own_head_dim: bool = True
+    has_own_head_dim: bool = True
 
-    def rows(self, config: Any, *, tied: bool = False) -> Iterator[Parameter]:
-        """The parameters that a model with this config (object or dict) has.
+    def rows(self, config: ModelConfig, *, tied: bool = False) -> Iterator[Parameter]:
+        """Yield the rows of the parameters that a model with this config has.
 
         Args:
-            config: a transformers config, or its dict.
-            tied: also yield those that share another's storage (they still take part in a matrix product).
+            config: transformers config, or its dict.
+            tied: whether to include parameters that share another's storage (they take part in a matrix product too).
         """
         for row in self.parameters:
-            is_tied = row.tied_to is not None and setting(config, "tie_word_embeddings", False)
-            if (tied or not is_tied) and (row.when is None or setting(config, row.when, False)):
+            is_tied = row.tied_to is not None and read_setting(config, "tie_word_embeddings", False)
+            exists = row.exists_if is None or read_setting(config, row.exists_if, False)
+            if exists and (tied or not is_tied):
                 yield row
 
-    def live_name(self, name: str) -> str:
-        """The table's name of a parameter that goes by `name` in a checkpoint or an older release."""
+    def canonical_name(self, name: str) -> str:
+        """Return the table's name of a parameter, given its name in a checkpoint or in an older release."""
         return next((row.name for row in self.parameters if row.stored_as == name), name)
 
     @property
-    def norms_heads(self) -> bool:
-        """Whether queries and keys are normalised head by head."""
+    def has_head_norms(self) -> bool:
+        """Whether the queries and keys of each head are normalised."""
         return any(row.kind == "norm" and row.axes == ("head_dim",) for row in self.parameters)
 
 
-def setting(config: Any, name: str, default: Any = None) -> Any:
-    """A field of a transformers config, or of its dict."""
+def read_setting(config: ModelConfig, name: str, default: Any = None) -> Any:
+    """Return a field of a transformers config, or of its dict; `default` if the config has no such field."""
     return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
 
@@ -124,8 +128,8 @@ def _layer(name: str, axes: tuple[Axis, ...], kind: Kind = "projection", **more:
     return Parameter(f"model.layers.{LAYER}.{name}", axes, kind, **more)
 
 
-def _norm(name: str, axis: Axis = "hidden", *, closes: bool = False) -> Parameter:
-    return _layer(f"{name}.weight", (axis,), "norm", closes=closes)
+def _norm(name: str, axis: Axis = "hidden", *, is_post_norm: bool = False) -> Parameter:
+    return _layer(f"{name}.weight", (axis,), "norm", is_post_norm=is_post_norm)
 
 
 _EMBEDDING = Parameter("model.embed_tokens.weight", ("vocab", "hidden"), "embedding")
@@ -146,19 +150,19 @@ _PRE_NORMS = (_norm("input_layernorm"), _norm("post_attention_layernorm"))
 _CORE = (_EMBEDDING, *_ATTENTION, *_GATED_FFN, _FINAL_NORM, _HEAD)
 
 
-def _qkv_biases(when: str | None) -> tuple[Parameter, ...]:
+def _qkv_biases(exists_if: str | None) -> tuple[Parameter, ...]:
     return (
-        _layer("self_attn.q_proj.bias", ("query",), "bias", when=when, part="query"),
-        _layer("self_attn.k_proj.bias", ("key_value",), "bias", when=when, part="key"),
-        _layer("self_attn.v_proj.bias", ("key_value",), "bias", when=when, part="value"),
+        _layer("self_attn.q_proj.bias", ("query",), "bias", exists_if=exists_if, part="query"),
+        _layer("self_attn.k_proj.bias", ("key_value",), "bias", exists_if=exists_if, part="key"),
+        _layer("self_attn.v_proj.bias", ("key_value",), "bias", exists_if=exists_if, part="value"),
     )
 
 
-_OUTPUT_BIAS = _layer("self_attn.o_proj.bias", ("hidden",), "bias", when="attention_bias")
+_OUTPUT_BIAS = _layer("self_attn.o_proj.bias", ("hidden",), "bias", exists_if="attention_bias")
 _FFN_BIASES = (
-    _layer("mlp.gate_proj.bias", ("ffn",), "bias", when="mlp_bias"),
-    _layer("mlp.up_proj.bias", ("ffn",), "bias", when="mlp_bias"),
-    _layer("mlp.down_proj.bias", ("hidden",), "bias", when="mlp_bias"),
+    _layer("mlp.gate_proj.bias", ("ffn",), "bias", exists_if="mlp_bias"),
+    _layer("mlp.up_proj.bias", ("ffn",), "bias", exists_if="mlp_bias"),
+    _layer("mlp.down_proj.bias", ("hidden",), "bias", exists_if="mlp_bias"),
 )
 
 LLAMA = Architecture("llama", (*_CORE, *_PRE_NORMS, *_qkv_biases("attention_bias"), _OUTPUT_BIAS, *_FFN_BIASES))
@@ -184,20 +188,20 @@ GEMMA2 = Architecture(
     (
         *_CORE,
         _norm("input_layernorm"),
-        _norm("post_attention_layernorm", closes=True),
+        _norm("post_attention_layernorm", is_post_norm=True),
         _norm("pre_feedforward_layernorm"),
-        _norm("post_feedforward_layernorm", closes=True),
+        _norm("post_feedforward_layernorm", is_post_norm=True),
         *_qkv_biases("attention_bias"),
         _OUTPUT_BIAS,
     ),
     gain_offset=1.0,
-    scaled_embedding=True,
+    scales_embedding=True,
     scale_follows_head_dim=False,
 )
 
 
-def _neox(name: str, axes: tuple[Axis, ...], kind: Kind = "projection", when: str | None = None) -> Parameter:
-    return Parameter(f"gpt_neox.layers.{LAYER}.{name}", axes, kind, when)
+def _neox(name: str, axes: tuple[Axis, ...], kind: Kind = "projection", exists_if: str | None = None) -> Parameter:
+    return Parameter(f"gpt_neox.layers.{LAYER}.{name}", axes, kind, exists_if)
 
 
 GPT_NEOX = Architecture(
@@ -209,9 +213,9 @@ GPT_NEOX = Architecture(
         _neox("post_attention_layernorm.weight", ("hidden",), "norm"),
         _neox("post_attention_layernorm.bias", ("hidden",), "norm_bias"),
         _neox("attention.query_key_value.weight", ("fused", "hidden")),
-        _neox("attention.query_key_value.bias", ("fused",), "bias", when="attention_bias"),
+        _neox("attention.query_key_value.bias", ("fused",), "bias", exists_if="attention_bias"),
         _neox("attention.dense.weight", ("hidden", "query")),
-        _neox("attention.dense.bias", ("hidden",), "bias", when="attention_bias"),
+        _neox("attention.dense.bias", ("hidden",), "bias", exists_if="attention_bias"),
         _neox("mlp.dense_h_to_4h.weight", ("ffn", "hidden")),
         _neox("mlp.dense_h_to_4h.bias", ("ffn",), "bias"),
         _neox("mlp.dense_4h_to_h.weight", ("hidden", "ffn")),
@@ -228,7 +232,7 @@ GPT_NEOX = Architecture(
     ),
     norm="layer",
     norm_eps="layer_norm_eps",
-    own_head_dim=False,
+    has_own_head_dim=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -236,20 +240,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(config: Any) -> Architecture:
-    """The table of a config's family.
+def get_architecture(config: ModelConfig) -> Architecture:
+    """Return the axis table of a config's family.
 
     Raises:
-        ArchitectureError: for a family without a table.
+        ArchitectureError: if the family has no table.
 
-    >>> architecture_of({"model_type": "llama"}).model_type
+    >>> get_architecture({"model_type": "llama"}).model_type
     'llama'
     """
-    model_type = setting(config, "model_type")
+    model_type = read_setting(config, "model_type")
     if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
         raise ArchitectureError(
-            f"no axis table for model_type {model_type!r} (supported: {known}); "
-            "to add a family, write its table in slop_hf/architectures.py (CONTRIBUTING.md says how)"
+            f"no axis table for model_type {model_type!r} (supported: {', '.join(ARCHITECTURES)}); "
+            "to add a family, write its table in slop_hf/architectures.py (see CONTRIBUTING.md)"
         )
     return ARCHITECTURES[model_type]

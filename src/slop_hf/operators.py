@@ -1,6 +1,6 @@
-"""The growth operators: which config fields each one changes, and its letter in a sequence.
+"""The growth operators: the config fields that each one enlarges, and its letter in a sequence.
 
-Appendix G of the SLOP paper defines the first four; `mha` adds heads of a fixed size. `head_dim` is beyond the paper.
+Appendix G of the SLOP paper defines the first four; `mha` adds heads of a fixed size. `head_dim` is not in the paper.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from .errors import GrowthError
 
 @dataclass(frozen=True)
 class Operator:
-    """One growth operator: name, letter in a sequence such as `l-f-h`, and the config fields that it grows.
+    """One growth operator.
 
-    The first field is the operator's own: an int given as `new_dims` is its new value.
+    Args:
+        name: name in schedules and on the command line.
+        letter: letter in a sequence such as `l-f-h`.
+        fields: config fields that it enlarges; an int given as `new_dims` is the new value of the first one.
     """
 
     name: str
@@ -35,24 +38,24 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-def operator_named(name: str) -> Operator:
-    """The operator of that name.
+def get_operator(name: str) -> Operator:
+    """Return the operator with this name.
 
     Raises:
-        GrowthError: for an unknown name.
+        GrowthError: if the name is unknown.
     """
     if name not in OPERATORS:
         raise GrowthError(f"unknown operator {name!r}; known: {', '.join(OPERATORS)}")
     return OPERATORS[name]
 
 
-def operators_between(old: ModelDims, new: ModelDims) -> tuple[str, ...]:
-    """The operators that lead from `old` to `new` together, in the order of the table.
+def find_operators(old: ModelDims, new: ModelDims) -> tuple[str, ...]:
+    """Return the operators that together lead from `old` to `new`, in the order of the table.
 
     Raises:
-        GrowthError: where a dimension shrinks.
+        GrowthError: if a dimension would shrink.
 
-    >>> operators_between(ModelDims(64, 128, 2, 2), ModelDims(128, 128, 4, 4))
+    >>> find_operators(ModelDims(64, 128, 2, 2), ModelDims(128, 128, 4, 4))
     ('layer', 'mha', 'hidden')
     """
     changed = {name for name, value in new.as_dict().items() if value != old.as_dict()[name]}

@@ -38,7 +38,7 @@ def test_table_names_every_parameter_with_its_shape():
     described = {
         row.name.replace("{layer}", str(layer)): tuple(sizes[axis] for axis in row.axes)
         for row in get_architecture(config).rows(config)
-        for layer in range(2 if row.in_layer else 1)
+        for layer in range(2 if row.is_in_layer else 1)
     }
     assert described == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

@@ -2,41 +2,41 @@ import pytest
 
 from slop_hf import ModelDims
 from slop_hf.errors import GrowthError
-from slop_hf.growth.axes import AxisMap, Run, axis_maps
+from slop_hf.growth.axes import AxisMap, Run, build_axis_maps
 from slop_hf.growth.inits import interleave, resolve_inits, stack
 
 
 def test_new_query_heads_join_their_group():
     """Heads (group, j) of K = 2, g = 1 move to slots group * g' + j of K = 2, g' = 3."""
     old, new = ModelDims(24, 8, 1, 2, 2, 2), ModelDims(24, 8, 1, 6, 2, 2)
-    maps = axis_maps(old, new, {})
+    maps = build_axis_maps(old, new, {})
     assert maps["query"].source == [0, 1, None, None, None, None, 2, 3, None, None, None, None]
     assert maps["key_value"].is_identity
 
 
 def test_new_groups_come_behind():
     old, new = ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 8, 4, 2)
-    maps = axis_maps(old, new, {})
+    maps = build_axis_maps(old, new, {})
     assert maps["query"].source == [*range(8), *[None] * 8]
     assert maps["key_value"].source == [*range(4), *[None] * 4]
 
 
 def test_smaller_groups_share_out_copies_of_their_keys():
     """From 4 query heads on 2 key/value heads to one for each: repeat_interleave, not repeat."""
-    maps = axis_maps(ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 4, 4, 2), {})
+    maps = build_axis_maps(ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 4, 4, 2), {})
     assert maps["query"].is_identity
     assert maps["key_value"].source == [0, 1, 0, 1, 2, 3, 2, 3]
 
 
 def test_groups_cannot_part_otherwise():
     with pytest.raises(GrowthError, match="from 6 to 4 query heads per key/value head"):
-        axis_maps(ModelDims(24, 8, 1, 6, 1, 2), ModelDims(24, 8, 1, 8, 2, 2), {})
+        build_axis_maps(ModelDims(24, 8, 1, 6, 1, 2), ModelDims(24, 8, 1, 8, 2, 2), {})
     with pytest.raises(GrowthError, match="from 4 to 2 query heads"):
-        axis_maps(ModelDims(24, 8, 1, 8, 2, 2), ModelDims(24, 8, 1, 6, 3, 2), {})
+        build_axis_maps(ModelDims(24, 8, 1, 8, 2, 2), ModelDims(24, 8, 1, 6, 3, 2), {})
 
 
 def test_copied_heads_stay_in_groups():
-    maps = axis_maps(ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 8, 2, 2), {"mha": "copy"})
+    maps = build_axis_maps(ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 8, 2, 2), {"mha": "copy"})
     heads = maps["query"].source[::2]
     assert heads == [0, 2, 0, 2, 4, 6, 4, 6]
     assert {run.copies for run in maps["query"].runs} == {2}
@@ -58,16 +58,16 @@ def test_tiles():
 
 def test_pairs_of_rotary_embeddings_stay_pairs():
     old, new = ModelDims(24, 8, 1, 1, 1, 4), ModelDims(24, 8, 1, 1, 1, 12)
-    assert axis_maps(old, new, {"head_dim": "preserving"})["query"].source == [
+    assert build_axis_maps(old, new, {"head_dim": "preserving"})["query"].source == [
         *[0, 1, None, None, None, None],
         *[2, 3, None, None, None, None],
     ]
-    assert axis_maps(old, new, {"head_dim": "spread"})["query"].source == [
+    assert build_axis_maps(old, new, {"head_dim": "spread"})["query"].source == [
         *[0, None, None, 1, None, None],
         *[2, None, None, 3, None, None],
     ]
     with pytest.raises(GrowthError, match="a whole multiple of head_dim 4, got 10"):
-        axis_maps(old, new.replace(head_dim=10), {"head_dim": "spread"})
+        build_axis_maps(old, new.replace(head_dim=10), {"head_dim": "spread"})
 
 
 def test_runs_cover_the_axis_and_are_few():

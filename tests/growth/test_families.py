@@ -14,7 +14,7 @@ from slop_hf import GrowthStage, ModelDims, grow_model
 from slop_hf.architectures import ARCHITECTURES, LLAMA
 from slop_hf.errors import ArchitectureError, GrowthError
 from slop_hf.growth import INITS, inits, plan_growth
-from slop_hf.growth.inits import Fill
+from slop_hf.growth.inits import InitDistribution
 from slop_hf.testing import (
     GQA,
     MHA,
@@ -112,11 +112,11 @@ def test_a_wrong_table_is_found(monkeypatch, changes, operator, message):
 
 
 def zeros(operator, row, role, initializer_range):
-    return Fill(float(role == "norm"), 0.0)
+    return InitDistribution(float(role == "norm"), 0.0)
 
 
 def half(operator, row, role, initializer_range):
-    return Fill(float(role == "norm"), 0.0 if role == "read" else initializer_range)
+    return InitDistribution(float(role == "norm"), 0.0 if role == "read" else initializer_range)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_dead_slots_are_found(monkeypatch):
     """Zeros on both sides of the new slots keep the function, and never learn."""
 
     def dead(operator, row, role, initializer_range):
-        return Fill(0.0, 0.0 if role == "read" or row.name.endswith("gate_proj.weight") else initializer_range)
+        return InitDistribution(0.0, 0.0 if role == "read" or row.name.endswith("gate_proj.weight") else initializer_range)
 
     monkeypatch.setitem(inits.WIDTH_INITS, "preserving", dead)
     with pytest.raises(AssertionError, match=r"new slots of .*mlp.* have no gradient in 3 steps"):

@@ -22,7 +22,7 @@ from transformers import (
 
 from slop_hf import GrowthReceipt, GrowthStage, ModelDims, grow_checkpoint, grow_model, plan_checkpoint_growth
 from slop_hf.errors import GrowthError
-from slop_hf.growth import checkpoint, checkpoint_plan, weights_hash
+from slop_hf.growth import checkpoint, checkpoint_plan, hash_weights
 
 GROWTHS = [
     ("layer", 5, None),
@@ -50,7 +50,7 @@ def test_equals_growth_in_memory(tmp_path, operator, size, init, shards):
     assert_same(tmp_path / "grown", expected)
     assert (tmp_path / "grown" / "model.safetensors").exists() == (shards == "one")
     assert receipt.parameters == expected.num_parameters()
-    assert receipt.source_hash == weights_hash(load(source).named_parameters())
+    assert receipt.source_hash == hash_weights(load(source).named_parameters())
     assert receipt.bytes_written == 4 * receipt.parameters and receipt.peak_memory_bytes > 2**20
     record = json.loads((tmp_path / "grown" / "growth.json").read_text())
     assert record["dims"] == receipt.dims.as_dict() and record["seed"] == 3
@@ -118,7 +118,7 @@ def test_a_chain_equals_growths_in_memory_one_after_the_other(tmp_path, stages, 
     for number, stage in enumerate(stages):
         expected = grow_model(expected, stage, seed=5 + number, noise=0.2)
     assert_same(tmp_path / "grown", expected)
-    assert receipt.dims == stages[-1].dims and receipt.source_hash == weights_hash(load(source).named_parameters())
+    assert receipt.dims == stages[-1].dims and receipt.source_hash == hash_weights(load(source).named_parameters())
 
 
 def test_growths_of_a_chain_draw_different_numbers(source, tmp_path):

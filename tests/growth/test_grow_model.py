@@ -229,6 +229,6 @@ def test_every_old_entry_survives_in_random_structures(data):
 
 
 def _needed(old, new):
-    from slop_hf.operators import operators_between
+    from slop_hf.operators import find_operators
 
-    return operators_between(old, new)
+    return find_operators(old, new)

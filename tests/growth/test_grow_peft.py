@@ -18,7 +18,7 @@ from transformers import (
 
 from slop_hf import ModelDims, grow_model
 from slop_hf.errors import GrowthError
-from slop_hf.growth import base_of, build_model, grow_weights, is_peft_model, plan_growth
+from slop_hf.growth import extract_base_model, build_model, grow_weights, is_peft_model, plan_growth
 
 peft = pytest.importorskip("peft")
 LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
@@ -165,7 +165,7 @@ def test_it_saves_and_loads(operator, init, tmp_path):
     model = adapted(adapters=("one", "two"))
     grown = grow_model(model, operator, {"layer": 5, "hidden": 40, "ffn": 60}[operator], init=init)
     grown.save_pretrained(tmp_path / "adapters")
-    base, weights = base_of(grown)
+    base, weights = extract_base_model(grown)
     stock = type(base)(base.config).double()
     stock.load_state_dict({**stock.state_dict(), **{name: value.detach() for name, value in weights.items()}})
     stock.save_pretrained(tmp_path / "base")
@@ -244,7 +244,7 @@ def test_configs_that_name_layers(settings, init, tmp_path):
 
 
 def build_model_of(grown):
-    base, weights = base_of(grown)
+    base, weights = extract_base_model(grown)
     stock = type(base)(base.config).double()
     stock.load_state_dict({**stock.state_dict(), **{name: value.detach() for name, value in weights.items()}})
     return stock
@@ -284,7 +284,7 @@ def test_adapters_bring_new_slots_to_life():
 )
 def test_refusals(config, message):
     with pytest.raises(GrowthError, match=message):
-        base_of(get_peft_model(base_model(), config))
+        extract_base_model(get_peft_model(base_model(), config))
 
 
 def test_more_refusals(monkeypatch):
@@ -299,11 +299,11 @@ def test_more_refusals(monkeypatch):
     with pytest.raises(GrowthError, match="names layers by number"):
         grow_model(model, "layer", 4)
     with pytest.raises(GrowthError, match="expected a PeftModel, got LlamaForCausalLM"):
-        base_of(base_model())
+        extract_base_model(base_model())
     find_spec = util.find_spec
     monkeypatch.setattr("slop_hf.growth.peft.find_spec", lambda name: None if name == "peft" else find_spec(name))
     with pytest.raises(GrowthError, match=r"takes peft; pip install 'slop-hf\[peft\]'"):
-        base_of(adapted())
+        extract_base_model(adapted())
 
 
 def test_peft_is_not_loaded_to_ask(monkeypatch):

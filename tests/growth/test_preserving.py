@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slop_hf import ModelDims
 from slop_hf.architectures import ARCHITECTURES
 from slop_hf.growth import INITS
-from slop_hf.operators import operators_between
+from slop_hf.operators import find_operators
 from slop_hf.testing import Case, check
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
@@ -25,25 +25,25 @@ def growths(draw):
     table = ARCHITECTURES[family]
     exact = draw(st.sampled_from([True, True, False]))
     kv = draw(st.integers(1, 3))
-    heads = kv * (draw(st.integers(1, 3)) if table.own_head_dim else 1)
+    heads = kv * (draw(st.integers(1, 3)) if table.has_own_head_dim else 1)
     head_dim = 2 * draw(st.integers(2, 4))
-    hidden = heads * (2 * draw(st.integers(1, 4)) if table.own_head_dim else head_dim)
-    if not table.own_head_dim:
+    hidden = heads * (2 * draw(st.integers(1, 4)) if table.has_own_head_dim else head_dim)
+    if not table.has_own_head_dim:
         kv = heads
     layers, ffn = draw(st.integers(1, 3)), draw(st.integers(1, 24))
     old = ModelDims(hidden, ffn, layers, heads, kv, head_dim)
 
     wanted = draw(st.sets(st.sampled_from(list(INITS)), min_size=1))
-    if not table.own_head_dim:
+    if not table.has_own_head_dim:
         wanted -= {"head_dim"}
         wanted |= {"hidden", "mha"} if wanted & {"hidden", "mha"} else set()
     changes = {}
     if "mha" in wanted:
         more_kv = kv + draw(st.integers(0, 2))
-        group = heads // kv + draw(st.integers(0, 2)) if table.own_head_dim else 1
+        group = heads // kv + draw(st.integers(0, 2)) if table.has_own_head_dim else 1
         changes.update(num_attention_heads=more_kv * group, num_key_value_heads=more_kv)
     new_heads = changes.get("num_attention_heads", heads)
-    if not table.own_head_dim:
+    if not table.has_own_head_dim:
         changes["hidden_size"] = new_heads * head_dim
     elif "hidden" in wanted or hidden % new_heads:
         changes["hidden_size"] = new_heads * (-(-hidden // new_heads) + draw(st.integers(0, 3)))
@@ -57,7 +57,7 @@ def growths(draw):
             head_dim * draw(st.integers(2, 3)) if multiple else head_dim + 2 * draw(st.integers(1, 4))
         )
     new = old.replace(**changes)
-    operators = operators_between(old, new)
+    operators = find_operators(old, new)
 
     inits = {}
     tied = draw(st.booleans())
@@ -65,12 +65,12 @@ def growths(draw):
         known = [init for init in INITS[name] if (init in ("preserving", "copy", "spread")) == exact]
         if name == "head_dim" and not multiple and "spread" in known:
             known.remove("spread")
-        if name == "head_dim" and table.norms_heads:
+        if name == "head_dim" and table.has_head_norms:
             known = ["random"]
         if name == "hidden" and table.norm == "layer" and tied and exact:
             known = ["copy"] if new.hidden_size % old.hidden_size == 0 else ["random"]
         inits[name] = draw(st.sampled_from(known))
-    flags = {row.when: draw(st.booleans()) for row in table.parameters if row.when}
+    flags = {row.exists_if: draw(st.booleans()) for row in table.parameters if row.exists_if}
     return Case(family, operators, new, inits, old, tied, draw(st.sampled_from(DTYPES)), flags)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from slop_hf.growth import random_entries as draws
-from slop_hf.growth.random_entries import NormalDraws
+from slop_hf.growth.random_entries import NormalStream
 
 
 def test_they_are_normal():
-    drawn = NormalDraws(0, "a").draw([1000, 1000], 0.0, 1.0).double().flatten()
+    drawn = NormalStream(0, "a").draw([1000, 1000], 0.0, 1.0).double().flatten()
     assert abs(drawn.mean()) < 4 / math.sqrt(drawn.numel())
     assert drawn.std() == pytest.approx(1.0, abs=0.003)
     assert (drawn**4).mean() == pytest.approx(3.0, abs=0.03)
@@ -23,25 +23,25 @@ def test_they_are_normal():
 
 
 def test_mean_and_deviation_are_those_asked_for():
-    drawn = NormalDraws(3, "a").draw([300, 300], 5.0, 0.02)
+    drawn = NormalStream(3, "a").draw([300, 300], 5.0, 0.02)
     assert drawn.dtype == torch.float32
     assert drawn.mean() == pytest.approx(5.0, abs=4 * 0.02 / 300)
     assert drawn.std() == pytest.approx(0.02, rel=0.02)
 
 
 def test_parameters_and_seeds_have_streams_of_their_own():
-    streams = [NormalDraws(seed, name).draw([1000], 0.0, 1.0) for seed in (0, 1) for name in ("a", "b")]
+    streams = [NormalStream(seed, name).draw([1000], 0.0, 1.0) for seed in (0, 1) for name in ("a", "b")]
     correlations = torch.corrcoef(torch.stack(streams)) - torch.eye(4)
     assert correlations.abs().max() < 4 / math.sqrt(1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_strides_and_dtype_change_nothing_but_rounding(dtype, monkeypatch):
-    monkeypatch.setattr(draws, "CHUNK", 50)
+    monkeypatch.setattr(draws, "ENTRIES_PER_CHUNK", 50)
     plain = torch.empty(23, 7)
-    NormalDraws(0, "a").fill(plain, 1.0, 0.1)
+    NormalStream(0, "a").fill(plain, 1.0, 0.1)
     strided = torch.empty(7, 40, dtype=dtype).T[10:33]
-    NormalDraws(0, "a").fill(strided, 1.0, 0.1)
+    NormalStream(0, "a").fill(strided, 1.0, 0.1)
     assert torch.equal(strided, plain.to(dtype))
     assert len(plain.unique()) > 100
 
@@ -49,5 +49,5 @@ def test_strides_and_dtype_change_nothing_but_rounding(dtype, monkeypatch):
 @pytest.mark.parametrize("shape", [[0], [1], [3], [5, 1], [0, 4]])
 def test_shapes_of_few_entries(shape):
     block = torch.empty(shape)
-    NormalDraws(0, "a").fill(block, 0.0, 1.0)
+    NormalStream(0, "a").fill(block, 0.0, 1.0)
     assert block.isfinite().all()

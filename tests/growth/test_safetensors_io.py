@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from slop_hf.errors import GrowthError
 from slop_hf.growth.safetensors_io import (
     create_shard,
-    equal_tensors,
+    are_equal_tensors,
     flush_shard,
-    index_text,
+    format_index,
     plan_shards,
-    read_checkpoint,
+    read_checkpoint_headers,
     read_header,
     read_tensor,
     write_tensor,
@@ -64,12 +64,12 @@ def test_reads_what_the_library_writes(tmp_path):
 
 def test_shards_and_index(tmp_path):
     shards = write(tmp_path, max_shard_size=80)
-    (tmp_path / "model.safetensors.index.json").write_text(index_text(shards))
+    (tmp_path / "model.safetensors.index.json").write_text(format_index(shards))
     assert [shard.file for shard in shards] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    stored = read_checkpoint(tmp_path)
+    stored = read_checkpoint_headers(tmp_path)
     assert all(torch.equal(read_tensor(stored[name]), value) for name, value in TENSORS.items())
     assert load_file(tmp_path / shards[0].file).keys() == {"b.weight"}
-    assert json.loads(index_text(shards))["metadata"] == {"total_parameters": 52, "total_size": 60 + 56 + 16 + 8}
+    assert json.loads(format_index(shards))["metadata"] == {"total_parameters": 52, "total_size": 60 + 56 + 16 + 8}
 
 
 @pytest.mark.parametrize("size", ["5 apples", "5", "-1GB", 0, -5, None, 2.5e9j])
@@ -134,24 +134,24 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 def test_damaged_indexes(tmp_path, index, fault):
     save_file(TENSORS, tmp_path / "model-1.safetensors")
     with pytest.raises(GrowthError, match=r"has shards but no model\.safetensors\.index\.json"):
-        read_checkpoint(tmp_path)
+        read_checkpoint_headers(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(GrowthError, match=fault):
-        read_checkpoint(tmp_path)
+        read_checkpoint_headers(tmp_path)
 
 
 def test_pickles_are_refused(tmp_path):
     with pytest.raises(GrowthError, match="has no weights: expected"):
-        read_checkpoint(tmp_path)
+        read_checkpoint_headers(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(GrowthError, match="save_pretrained it as safetensors first"):
-        read_checkpoint(tmp_path)
+        read_checkpoint_headers(tmp_path)
 
 
 def test_equal_tensors(tmp_path):
     save_file({"a": torch.ones(3), "b": torch.ones(3), "c": torch.zeros(3), "d": torch.ones(3, 1)}, tmp_path / "file")
     header = read_header(tmp_path / "file")
-    assert [equal_tensors(header["a"], header[name]) for name in "bcd"] == [True, False, False]
+    assert [are_equal_tensors(header["a"], header[name]) for name in "bcd"] == [True, False, False]
 
 
 def test_file_systems_that_cannot_reserve(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slop_hf import ModelDims
 from slop_hf.errors import GrowthError
-from slop_hf.growth import build_model, grow_weights, plan_growth, probe_growth, weights_hash
+from slop_hf.growth import build_model, grow_weights, plan_growth, probe_growth, hash_weights
 
 DIMS = ModelDims(48, 64, 2, 4)
 
@@ -50,11 +50,11 @@ def test_copies_are_parted_by_noise_alone():
 
 def test_hash_depends_on_content_alone():
     one, other = (dict(model().named_parameters()) for _ in range(2))
-    assert weights_hash(one.items()) == weights_hash(reversed(list(other.items())))
+    assert hash_weights(one.items()) == hash_weights(reversed(list(other.items())))
     with torch.no_grad():
         other["model.norm.weight"][3] += 1e-6
-    assert weights_hash(one.items()) != weights_hash(other.items())
-    assert weights_hash([("a", torch.zeros(4))]) != weights_hash([("a", torch.zeros(2, 2))])
+    assert hash_weights(one.items()) != hash_weights(other.items())
+    assert hash_weights([("a", torch.zeros(4))]) != hash_weights([("a", torch.zeros(2, 2))])
 
 
 def test_broken_models_are_named():

@@ -6,12 +6,12 @@ import math
 from dataclasses import replace
 from typing import Any, Protocol
 
-from ..architectures import architecture_of
+from ..architectures import get_architecture
 from ..cost.flops import DEFAULT_CONFIG
 from ..errors import PlanError
 from ..schedule import GrowthSchedule
-from .equal_budget import BudgetKind, Purse, schedule_of
-from .intermediate_dims import part_way
+from .equal_budget import BudgetKind, Purse, build_schedule
+from .intermediate_dims import interpolate_dims
 
 _MSG_SHARES = (1, 1, 1, 1, 1, 5)
 _ELLE_SHARES = (25, 8)  # 62,500 steps, then 20,000 in every stage
@@ -77,7 +77,7 @@ def single_stage(
     purse = Purse.of(schedule, config, sequence_length, budget)
     tokens = schedule.initial_tokens
     rest = (purse.total - purse.price(schedule.initial) * tokens) / purse.price(schedule.target)
-    return schedule_of([schedule.initial, schedule.target], [tokens, rest], purse)
+    return build_schedule([schedule.initial, schedule.target], [tokens, rest], purse)
 
 
 #: Inits of the arm `copies`, by operator.
@@ -150,14 +150,14 @@ def msg(
     """
     initial, target = schedule.initial, schedule.target
     heads = {"num_attention_heads": target.num_attention_heads, "num_key_value_heads": target.num_key_value_heads}
-    heads_wait = architecture_of(config).own_head_dim and target.hidden_size % initial.num_attention_heads == 0
+    heads_wait = get_architecture(config).has_own_head_dim and target.hidden_size % initial.num_attention_heads == 0
     width = {"hidden_size": target.hidden_size, "head_dim": target.head_dim, **({} if heads_wait else heads)}
     halfway = round(math.sqrt(initial.num_hidden_layers * target.num_hidden_layers))
     structures = [initial, initial.replace(intermediate_size=target.intermediate_size)]
     for change in ({"num_hidden_layers": halfway}, width, heads):
         structures.append(structures[-1].replace(**change))
     purse = Purse.of(schedule, config, sequence_length, budget)
-    return schedule_of([*structures, target], _MSG_SHARES, purse)
+    return build_schedule([*structures, target], _MSG_SHARES, purse)
 
 
 def elle(
@@ -200,10 +200,10 @@ def elle(
         raise PlanError(f"stages must be 1 or more, got {stages}; to grow in none, compare with from_scratch")
     structures = [schedule.initial]
     for number in range(1, count):
-        structures.append(part_way(structures[-1], schedule.initial, schedule.target, number, count))
+        structures.append(interpolate_dims(structures[-1], schedule.initial, schedule.target, number, count))
     first, later = _ELLE_SHARES
     purse = Purse.of(schedule, config, sequence_length, budget)
-    return schedule_of([*structures, schedule.target], [first] + [later] * count, purse)
+    return build_schedule([*structures, schedule.target], [first] + [later] * count, purse)
 
 
 def stacking(
@@ -233,7 +233,7 @@ def stacking(
     depths = [math.ceil(schedule.target.num_hidden_layers / parts) for parts in (4, 2, 1)]
     structures = [schedule.target.replace(num_hidden_layers=depth) for depth in depths]
     purse = Purse.of(schedule, config, sequence_length, budget).from_random({"layer": "stack"})
-    return schedule_of(structures, _STACKING_SHARES, purse)
+    return build_schedule(structures, _STACKING_SHARES, purse)
 
 
 class ControlArm(Protocol):

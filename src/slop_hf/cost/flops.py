@@ -44,7 +44,7 @@ def count_parameters(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG)
     """
     sizes = compute_axis_sizes(dims, config)
     rows = get_architecture(config).rows(config)
-    return reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows))
+    return reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
 
 
 def count_flops_per_token(
@@ -63,7 +63,7 @@ def count_flops_per_token(
     """
     sizes = compute_axis_sizes(dims, config)
     rows = [row for row in get_architecture(config).rows(config, tied=True) if row.kind == "projection"]
-    weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.in_layer else 1) for row in rows))
+    weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
     return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
 
 

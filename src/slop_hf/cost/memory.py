@@ -272,7 +272,7 @@ class _Tally(Generic[Size]):
         element = 2 if precision == "bf16" else _FLOAT32
         tokens = micro_batch_size * sequence_length
         family, sizes = get_architecture(config), compute_axis_sizes(dims, config)
-        rows = [row for row in family.rows(config) if row.in_layer]
+        rows = [row for row in family.rows(config) if row.is_in_layer]
         hidden, logits = element * sizes["hidden"], _FLOAT32 * sizes["vocab"]
         norms = sum(_norm(row, family, sizes, element) for row in rows if row.kind == "norm")
         scores = _scores(dims, sequence_length, precision)

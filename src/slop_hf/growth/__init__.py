@@ -9,14 +9,14 @@ from .adamw import (
     save_adamw_state,
 )
 from .checkpoint import grow_checkpoint
-from .checkpoint_plan import CheckpointPlan, checkpoint_directory, plan_checkpoint_growth
+from .checkpoint_plan import CheckpointPlan, find_checkpoint_directory, plan_checkpoint_growth
 from .inits import INITS, resolve_inits
-from .model import build_model, grow_model, grow_weights, no_progress_bars
-from .peft import base_of, grow_adapters, is_peft_model
+from .model import build_model, grow_model, grow_weights, hide_progress_bars
+from .peft import extract_base_model, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
-from .state_reader import WEIGHT, StateStream
-from .verify import probe_growth, stored_weights_hash, weights_hash
+from .state_reader import WEIGHT, GrownStateReader
+from .verify import probe_growth, hash_stored_weights, hash_weights
 
 __all__ = [
     "INITS",
@@ -26,10 +26,10 @@ __all__ = [
     "GrowthPlan",
     "GrowthProbe",
     "GrowthReceipt",
-    "StateStream",
-    "base_of",
+    "GrownStateReader",
+    "extract_base_model",
     "build_model",
-    "checkpoint_directory",
+    "find_checkpoint_directory",
     "grow_adamw_state",
     "grow_adapters",
     "grow_checkpoint",
@@ -39,12 +39,12 @@ __all__ = [
     "grow_weights",
     "is_peft_model",
     "load_adamw_file",
-    "no_progress_bars",
+    "hide_progress_bars",
     "plan_checkpoint_growth",
     "plan_growth",
     "probe_growth",
     "resolve_inits",
     "save_adamw_state",
-    "stored_weights_hash",
-    "weights_hash",
+    "hash_stored_weights",
+    "hash_weights",
 ]

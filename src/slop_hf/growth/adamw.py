@@ -17,7 +17,7 @@ from ..architectures import LAYER
 from ..errors import GrowthError
 from ..runs.directory import OPTIMIZER_FILE
 from .axes import Run
-from .inits import ZERO, Fill
+from .inits import ZERO, InitDistribution
 from .plan import GrowthPlan, ParameterPlan
 from .safetensors_io import (
     DTYPE_NAMES,
@@ -30,7 +30,7 @@ from .safetensors_io import (
     read_tensor,
     write_tensor,
 )
-from .tensors import assemble, room
+from .tensors import assemble, allocate_grown
 
 AdamWState = dict[str, dict[str, torch.Tensor]]
 #: What becomes of `step`, see `grow_adamw_state`.
@@ -83,7 +83,7 @@ def grow_adamw_state(
     """
     _check_step(step)
     check_names(state, plan, "the optimizer state")
-    idle = idle_parameters(plan)
+    idle = find_parameters_without_gradient(plan)
     return {
         parameter.name: {
             key: grow_entry(key, value, parameter, step, parameter.name in idle)
@@ -122,11 +122,11 @@ def grow_moment(
             "another model, or a sharded or quantised one; gather it first"
         )
     if power == 1 and (idle or plan.silent):
-        return room(moment, plan.maps, out).zero_()
+        return allocate_grown(moment, plan.maps, out).zero_()
     # The mean in float64 does not depend on the number of threads that sum it, once rounded to float32.
-    fill = ZERO if power == 1 or step == "reset" else Fill(float(moment.double().mean()), 0.0)
+    fill = ZERO if power == 1 or step == "reset" else InitDistribution(float(moment.double().mean()), 0.0)
     if plan.silent:
-        return room(moment, plan.maps, out).fill_(fill.mean)
+        return allocate_grown(moment, plan.maps, out).fill_(fill.mean)
 
     def factor(runs: Sequence[Run]) -> float:
         copies = 1
@@ -172,7 +172,7 @@ def grow_optimizer_state_dict(
     if strays := [name for name in names if name not in grown_of]:
         raise GrowthError(f"the model that is to grow has no parameter {strays[0]}; name parameters as the model does")
     name_of, index_of = dict(zip(indices, names, strict=True)), dict(zip(names, indices, strict=True))
-    idle, state, new_groups = idle_parameters(plan), {}, []
+    idle, state, new_groups = find_parameters_without_gradient(plan), {}, []
     new_names: list[str] = []
     for group in groups:
         old = [name_of[index] for index in group["params"]]
@@ -197,13 +197,13 @@ def _in_the_order_of(old: Sequence[str], grown: Sequence[ParameterPlan]) -> list
     place = {name: index for index, name in enumerate(old)}
     in_layers: dict[str, int] = {}  # by row of the table
     for parameter in grown:
-        if parameter.row.in_layer:
+        if parameter.row.is_in_layer:
             row, index = parameter.row.name, place[parameter.source]
             in_layers[row] = min(in_layers.get(row, index), index)
     first = min(in_layers.values(), default=0)
 
     def key(parameter: ParameterPlan) -> tuple[int, int, int]:
-        if not parameter.row.in_layer:
+        if not parameter.row.is_in_layer:
             return place[parameter.source], 0, 0
         layer = parameter.name[parameter.row.name.index(LAYER) :].partition(".")[0]
         return first, int(layer), in_layers[parameter.row.name]
@@ -233,9 +233,9 @@ def grow_optimizer_file(
         target = target / OPTIMIZER_FILE
     if target.exists():
         raise GrowthError(f"{target} exists already; choose another target, nothing is overwritten")
-    stored = stored_state(source)
+    stored = read_state_headers(source)
     check_names(stored, plan, str(source))
-    parameters, idle = list(plan.parameters()), idle_parameters(plan)
+    parameters, idle = list(plan.parameters()), find_parameters_without_gradient(plan)
     layout = {
         f"{key}/{parameter.name}": (
             entry.dtype,
@@ -275,11 +275,11 @@ def load_adamw_file(path: str | Path) -> AdamWState:
     Raises:
         GrowthError: for what is missing, corrupt or not in this layout.
     """
-    stored = stored_state(path)
+    stored = read_state_headers(path)
     return {name: {key: read_tensor(entry) for key, entry in entries.items()} for name, entries in stored.items()}
 
 
-def stored_state(source: str | Path) -> dict[str, dict[str, StoredTensor]]:
+def read_state_headers(source: str | Path) -> dict[str, dict[str, StoredTensor]]:
     """Where each parameter's entries lie: `exp_avg`, `exp_avg_sq` and `step`.
 
     Args:
@@ -340,9 +340,9 @@ def grow_entry(
     return grow_moment(value, plan, MOMENTS[key], step=step, idle=idle, out=out)
 
 
-def idle_parameters(plan: GrowthPlan) -> set[str]:
+def find_parameters_without_gradient(plan: GrowthPlan) -> set[str]:
     """The parameters of inserted layers, which nothing reads before their output projections leave 0."""
-    rows = [row.name for row in plan.architecture.rows(plan.source_config) if row.in_layer]
+    rows = [row.name for row in plan.architecture.rows(plan.source_config) if row.is_in_layer]
     return {name.replace(LAYER, str(layer)) for name in rows for layer in plan.inserted}
 
 

@@ -125,7 +125,7 @@ def _continues(run: Run, slot: int | None, copies: int) -> bool:
     return run.copies == copies and run.old + run.length == slot
 
 
-def axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) -> dict[Axis, AxisMap]:
+def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) -> dict[Axis, AxisMap]:
     """The maps of all axes but the vocabulary, which growth leaves alone.
 
     Args:

@@ -30,14 +30,14 @@ from .safetensors_io import (
     FLOATS,
     INDEX_FILE,
     create_shard,
-    equal_tensors,
+    are_equal_tensors,
     flush_shard,
-    index_text,
+    format_index,
     read_tensor,
     write_tensor,
 )
-from .tensors import ThreadMemory, grow_parameter, worker_threads
-from .verify import combine_hashes, probe_checkpoints, tensor_hash
+from .tensors import ThreadMemory, grow_parameter, start_worker_threads
+from .verify import combine_hashes, probe_checkpoints, hash_tensor
 
 #: Memory of the tensors in flight; one that takes more by itself is made alone.
 IN_FLIGHT_BYTES = 2**29
@@ -98,7 +98,7 @@ def grow_checkpoint(
         source, target, operator, new_dims, init=init, seed=seed, noise=noise, max_shard_size=max_shard_size
     )
     for twin, tensor in plan.twins:
-        if not equal_tensors(twin, tensor):
+        if not are_equal_tensors(twin, tensor):
             raise GrowthError(
                 f"{plan.source} ties its embeddings, but {twin.name} and {tensor.name} differ; "
                 "set tie_word_embeddings to false in its config.json, or remove one"
@@ -152,11 +152,11 @@ def _receipt(
         source_hash=source_hash,
         probe=probe,
         bytes_written=plan.weight_bytes,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=measure_peak_memory(),
     )
 
 
-def peak_memory_bytes() -> int:
+def measure_peak_memory() -> int:
     """Largest resident memory of this process so far.
 
     Linux counts in `ru_maxrss` also what the parent had when it started this process, so VmHWM comes first.
@@ -172,7 +172,7 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
     for shard in plan.shards:
         create_shard(directory, shard)
     if len(plan.shards) > 1:
-        write_text(directory / INDEX_FILE, index_text(plan.shards))
+        write_text(directory / INDEX_FILE, format_index(plan.shards))
     shards = {shard.file: shard for shard in plan.shards}
     unwritten = Counter(str(one.target.file) for one in plan.tensors)
     hashes: dict[str, str | None] = {}
@@ -208,7 +208,7 @@ def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, 
             is_first = name not in hashes
             hashes.setdefault(name, None)
         if is_first:
-            hashes[name] = tensor_hash(value)
+            hashes[name] = hash_tensor(value)
     else:
         value = torch.empty(0, dtype=dtype)
         steps = steps[max(i for i, step in enumerate(steps) if step.silent) :]
@@ -259,7 +259,7 @@ def _in_threads(tensors: Sequence[TensorPlan], make: Callable[[TensorPlan], None
         finally:
             flight.leave(one.working_bytes)
 
-    with worker_threads(threads) as pool:
+    with start_worker_threads(threads) as pool:
         try:
             entered = (one for one in tensors if flight.enter(one.working_bytes))
             for future in [pool.submit(run, one) for one in entered]:

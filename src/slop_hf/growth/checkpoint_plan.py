@@ -19,7 +19,7 @@ from ..errors import GrowthError
 from ..io.hub_address import Address
 from ..schedule import GrowthStage
 from .plan import DEFAULT_NOISE, GrowthPlan, ParameterPlan, plan_growth
-from .safetensors_io import FLOATS, Shard, StoredTensor, index_text, plan_shards, read_checkpoint
+from .safetensors_io import FLOATS, Shard, StoredTensor, format_index, plan_shards, read_checkpoint_headers
 
 #: Files that growth does not change: generation config, tokenizer and chat templates.
 CARRIED = (
@@ -137,7 +137,7 @@ class CheckpointPlan:
     def needed_bytes(self) -> int:
         """Disk space that the target takes."""
         carried = sum((self.directory / file).stat().st_size for file in self.carried)
-        index = len(index_text(self.shards)) if len(self.shards) > 1 else 0
+        index = len(format_index(self.shards)) if len(self.shards) > 1 else 0
         return sum(shard.nbytes for shard in self.shards) + index + carried + _OTHER_FILES_BYTES
 
     def as_dict(self) -> dict[str, Any]:
@@ -186,10 +186,10 @@ def plan_checkpoint_growth(
     target = Path(target)
     if target.exists() or target.is_symlink():
         raise GrowthError(f"{target} exists already; choose a new directory, nothing is overwritten")
-    directory = checkpoint_directory(source)
+    directory = find_checkpoint_directory(source)
     config = _read_config(directory)
     growths = _plan_growths(config, operator, new_dims, init, seed, noise)
-    stored = read_checkpoint(directory)
+    stored = read_checkpoint_headers(directory)
     chains = _chains(growths)
     sources = _match(directory, growths[0], stored, {chain[0].source: chain[0] for chain in chains.values()})
     shapes = {
@@ -220,7 +220,7 @@ def plan_checkpoint_growth(
     return plan
 
 
-def checkpoint_directory(source: str | Path) -> Path:
+def find_checkpoint_directory(source: str | Path) -> Path:
     """The directory of a checkpoint; one on the Hub is fetched into the cache, without pickles or code.
 
     Args:

@@ -27,31 +27,31 @@ from ..errors import GrowthError
 from ..operators import OPERATORS
 
 
-class Fill(NamedTuple):
+class InitDistribution(NamedTuple):
     """New entries are drawn from a normal distribution; `std` 0 makes them constant."""
 
     mean: float
     std: float
 
 
-ZERO = Fill(0.0, 0.0)
-ONE = Fill(1.0, 0.0)
+ZERO = InitDistribution(0.0, 0.0)
+ONE = InitDistribution(1.0, 0.0)
 
-WidthInit = Callable[[str, Parameter, Role, float], Fill]
+WidthInit = Callable[[str, Parameter, Role, float], InitDistribution]
 LayerInit = Callable[[int, int], list[int]]
 
 
-def random(operator: str, row: Parameter, role: Role, initializer_range: float) -> Fill:
+def random(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
     """The paper's init, Eq. 15 to 20: new entries N(0, initializer_range), new norm gains 1.
 
     The paper writes R for every new entry and says no more of R; the standard deviation is the one that
     transformers initialises the family with. Gains of norms are not in its equations: 1 is their usual beginning.
     Not function-preserving.
     """
-    return ONE if role == "norm" else Fill(0.0, initializer_range)
+    return ONE if role == "norm" else InitDistribution(0.0, initializer_range)
 
 
-def preserving(operator: str, row: Parameter, role: Role, initializer_range: float) -> Fill:
+def preserving(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
     """Function-preserving: zeros on one side of the new slots, random entries on the other.
 
     New slots of `hidden` are written with zeros (and the norms' gains and epsilon made up for it, see
@@ -65,7 +65,7 @@ def preserving(operator: str, row: Parameter, role: Role, initializer_range: flo
         silent = role == "write"
     else:
         silent = role == "read" or (operator == "head_dim" and row.part == "key")
-    return ZERO if silent else Fill(0.0, initializer_range)
+    return ZERO if silent else InitDistribution(0.0, initializer_range)
 
 
 WIDTH_INITS: dict[str, WidthInit] = {

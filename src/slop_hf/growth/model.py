@@ -13,9 +13,9 @@ from transformers.utils import logging
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..schedule import GrowthStage
-from .peft import base_of, grow_adapters, is_peft_model
+from .peft import extract_base_model, grow_adapters, is_peft_model
 from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth
-from .tensors import grow_parameter, worker_threads
+from .tensors import grow_parameter, start_worker_threads
 
 
 def grow_model(
@@ -58,7 +58,7 @@ def grow_model(
     (96, torch.Size([32, 96]))
     """
     adapted = is_peft_model(model)
-    base, weights = base_of(model) if adapted else (model, dict(model.named_parameters()))
+    base, weights = extract_base_model(model) if adapted else (model, dict(model.named_parameters()))
     plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise)
     grown = build_model(base, plan, grow_weights(weights, plan))
     return cast(PreTrainedModel, grow_adapters(model, grown, plan)) if adapted else grown
@@ -80,7 +80,7 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
             "merge adapters and undo quantisation before growing"
         )
     parameters = list(plan.parameters())
-    with worker_threads(torch.get_num_threads()) as pool:
+    with start_worker_threads(torch.get_num_threads()) as pool:
         grown = list(pool.map(lambda one: grow_parameter(weights[one.source], one), parameters))
     return {parameter.name: tensor for parameter, tensor in zip(parameters, grown, strict=True)}
 
@@ -89,7 +89,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, to
     """A stock model of the plan's new dims around `weights`, which it takes over without a copy."""
     config = plan.config()
     config._attn_implementation = source.config._attn_implementation
-    with no_progress_bars():
+    with hide_progress_bars():
         grown = type(source).from_pretrained(None, config=config, state_dict=weights, dtype=source.dtype)
     if source.generation_config is not None:
         grown.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
@@ -97,7 +97,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, to
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Keeps transformers' bars for reading and writing weights away, which would bury the trainer's own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -55,7 +55,7 @@ def is_peft_model(model: Any) -> bool:
     return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
 
 
-def base_of(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+def extract_base_model(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The base model of a `PeftModel`, and its weights under the names that they have without adapters.
 
     The base is still wrapped in adapters: take its config and class, not its forward.
@@ -86,7 +86,7 @@ def grow_adapters(model: Any, grown_base: PreTrainedModel, plan: GrowthPlan) -> 
     output projections.
 
     Args:
-        model: as `base_of` accepts it; it is left untouched.
+        model: as `extract_base_model` accepts it; it is left untouched.
         grown_base: the grown base model, which is wrapped in place.
         plan: the growth.
 
@@ -94,7 +94,7 @@ def grow_adapters(model: Any, grown_base: PreTrainedModel, plan: GrowthPlan) -> 
         A `PeftModel` of the class of `model`; it saves and loads as any other.
 
     Raises:
-        GrowthError: as for `base_of`, and for adapters of modules that the family's table does not have.
+        GrowthError: as for `extract_base_model`, and for adapters of modules that the family's table does not have.
 
     Source: LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -224,7 +224,7 @@ def _grown_names(name: str, plan: GrowthPlan) -> list[str]:
 
 
 def _layer_prefix(plan: GrowthPlan) -> str:
-    return next(row.name.partition(LAYER)[0] for row in plan.architecture.parameters if row.in_layer)
+    return next(row.name.partition(LAYER)[0] for row in plan.architecture.parameters if row.is_in_layer)
 
 
 def _adapter_plan(

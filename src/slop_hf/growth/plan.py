@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..architectures import LAYER, Architecture, Axis, Parameter, architecture_of, setting
+from ..architectures import LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
 from ..dims import ModelDims
 from ..errors import GrowthError
-from ..operators import operator_named, operators_between
+from ..operators import get_operator, find_operators
 from ..schedule import GrowthStage
-from .axes import AxisMap, axis_maps
-from .inits import EXACT, LAYER_INITS, WIDTH_INITS, Fill, resolve_inits
+from .axes import AxisMap, build_axis_maps
+from .inits import EXACT, LAYER_INITS, WIDTH_INITS, InitDistribution, resolve_inits
 
 #: Strength of the noise on copies, as a share of `initializer_range`.
 DEFAULT_NOISE = 0.1
@@ -76,7 +76,7 @@ class ParameterPlan:
         computes = self.scale != 1.0 or self.centre or self.noise or self.silent
         return not computes and all(axis.is_identity for axis in self.maps)
 
-    def fill(self, operators: Sequence[str | None]) -> Fill:
+    def fill(self, operators: Sequence[str | None]) -> InitDistribution:
         """What a block of entries holds that each of `operators` has added along one dimension (None: old there).
 
         Where one of them asks for zeros, the block is zero.
@@ -87,7 +87,7 @@ class ParameterPlan:
             if operator is not None
         ]
         mean, std = min(fills, key=lambda fill: (abs(fill.mean), fill.std))
-        return Fill(mean - self.gain_offset, std)
+        return InitDistribution(mean - self.gain_offset, std)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class GrowthPlan:
     @cached_property
     def axes(self) -> dict[Axis, AxisMap]:
         """The map of each axis."""
-        vocab = setting(self.source_config, "vocab_size")
-        return {**axis_maps(self.old, self.new, self.inits), "vocab": AxisMap.identity(vocab)}
+        vocab = read_setting(self.source_config, "vocab_size")
+        return {**build_axis_maps(self.old, self.new, self.inits), "vocab": AxisMap.identity(vocab)}
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -172,12 +172,12 @@ class GrowthPlan:
         config, architecture = self.source_config, self.architecture
         if self.residual_share != 1.0:
             # ms' = share * ms; gains take sqrt(share), and eps must shrink alike.
-            changes[architecture.norm_eps] = setting(config, architecture.norm_eps) * self.residual_share
+            changes[architecture.norm_eps] = read_setting(config, architecture.norm_eps) * self.residual_share
         if self.new.head_dim != self.old.head_dim and self.inits["head_dim"] != "spread":
-            rope = dict(setting(config, "rope_parameters"))
+            rope = dict(read_setting(config, "rope_parameters"))
             rope["rope_theta"] = rope["rope_theta"] ** (self.new.head_dim / self.old.head_dim)
             changes["rope_parameters"] = rope
-        if (types := setting(config, "layer_types")) is not None and self.new.num_hidden_layers != len(types):
+        if (types := read_setting(config, "layer_types")) is not None and self.new.num_hidden_layers != len(types):
             changes["layer_types"] = [types[layer] for layer in self.layers]
         return changes
 
@@ -188,7 +188,7 @@ class GrowthPlan:
     def parameters(self) -> Iterator[ParameterPlan]:
         """The plan of every parameter of the grown model."""
         for row in self.architecture.rows(self.source_config):
-            if not row.in_layer:
+            if not row.is_in_layer:
                 yield self._parameter(row, row.name, row.name)
                 continue
             for layer, source in enumerate(self.layers):
@@ -199,7 +199,7 @@ class GrowthPlan:
         writes_residual = row.kind in ("projection", "embedding", "bias") and any(
             axis == "hidden" and row.role(dimension) == "write" for dimension, axis in enumerate(row.axes)
         )
-        initializer_range = setting(self.source_config, "initializer_range", 0.02)
+        initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
         maps = tuple(self.axes[axis] for axis in row.axes)
         copied = row.reads is not None and maps[row.reads].most_copies > 1
         return ParameterPlan(
@@ -221,11 +221,11 @@ class GrowthPlan:
         """The factor of a parameter's old entries."""
         scale, share, hidden = 1.0, self.residual_share, self.new.hidden_size / self.old.hidden_size
         exact_hidden = self.inits.get("hidden", "random") in EXACT
-        tied = bool(setting(self.source_config, "tie_word_embeddings", False))
+        tied = bool(read_setting(self.source_config, "tie_word_embeddings", False))
         scales_embedding = self.architecture.scaled_embedding and exact_hidden
         if row.kind == "norm" and row.axes == ("hidden",):
             scale *= math.sqrt(share)
-        if row.kind in ("norm", "norm_bias") and not row.in_layer and tied:
+        if row.kind in ("norm", "norm_bias") and not row.is_in_layer and tied:
             # A tied output projection cannot take 1 / copies itself, nor undo the embedding's own factor.
             scale *= math.sqrt(hidden) if scales_embedding else 1.0
             scale /= self.residual_copies
@@ -233,7 +233,7 @@ class GrowthPlan:
             scale /= math.sqrt(hidden)
         if row.part == "query" and self.architecture.scale_follows_head_dim and self.inits.get("head_dim") in EXACT:
             scale *= math.sqrt(self.new.head_dim / self.old.head_dim)
-        if row.part in ("query", "key") and self.architecture.norms_heads:
+        if row.part in ("query", "key") and self.architecture.has_head_norms:
             # These norms share the epsilon that the residual stream's need changed.
             scale *= math.sqrt(share)
         return scale
@@ -253,13 +253,13 @@ def plan_growth(
     Raises:
         GrowthError, DimsError, ArchitectureError: for what cannot be grown, before anything is.
     """
-    architecture = architecture_of(config)
+    architecture = get_architecture(config)
     old = ModelDims.from_config(config)
     if isinstance(operator, GrowthStage):
         if new_dims is not None or init is not None:
             raise GrowthError("a stage brings its own dims and init; leave out new_dims and init")
         operators, new, init = operator.operators, operator.dims, operator.init
-        needed = operators_between(old, new)
+        needed = find_operators(old, new)
         if set(needed) != set(operators):
             raise GrowthError(
                 f"the stage grows {', '.join(operators)} to {new}, but from the model's {old} "
@@ -279,23 +279,23 @@ def plan_growth(
 def _check_family(plan: GrowthPlan) -> None:
     """Refuse what the family cannot be, or cannot be exactly."""
     architecture, new = plan.architecture, plan.new
-    if not architecture.own_head_dim and (
+    if not architecture.has_own_head_dim and (
         new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim
     ):
         raise GrowthError(
             f"{architecture.model_type} takes head_dim from hidden_size / num_attention_heads: "
             f"grow both together, so that head_dim stays {plan.old.head_dim}"
         )
-    if not architecture.own_head_dim and new.num_key_value_heads != new.num_attention_heads:
+    if not architecture.has_own_head_dim and new.num_key_value_heads != new.num_attention_heads:
         raise GrowthError(f"{architecture.model_type} has a key/value head for each query head; grow both together")
     if "head_dim" in plan.inits:
-        if architecture.norms_heads and plan.inits["head_dim"] in EXACT:
+        if architecture.has_head_norms and plan.inits["head_dim"] in EXACT:
             raise GrowthError(
                 f"{architecture.model_type} normalises each head, which new slots of head_dim would change; "
                 "only init 'random' can grow it, and not exactly"
             )
         _check_rope(plan)
-    if plan.centres and setting(plan.source_config, "tie_word_embeddings", False):
+    if plan.centres and read_setting(plan.source_config, "tie_word_embeddings", False):
         raise GrowthError(
             f"hidden of a {architecture.model_type} with tied embeddings cannot grow exactly by padding, because its "
             "LayerNorm takes the mean away; use init 'random', or 'copy' to a whole multiple"
@@ -304,7 +304,7 @@ def _check_family(plan: GrowthPlan) -> None:
 
 def _check_rope(plan: GrowthPlan) -> None:
     """Refuse to grow head_dim where the rotary frequencies could not stay."""
-    rope, init = setting(plan.source_config, "rope_parameters"), plan.inits["head_dim"]
+    rope, init = read_setting(plan.source_config, "rope_parameters"), plan.inits["head_dim"]
     if not isinstance(rope, Mapping) or "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise GrowthError("head_dim can only grow under full rotary embeddings with one rope_theta")
     kind = rope.get("rope_type", "default")
@@ -339,7 +339,7 @@ def resolve_dims(old: ModelDims, operator: str, new_dims: int | Mapping[str, int
     An int is the operator's own dimension. Adding heads to a model with a key/value head for each query head adds
     key/value heads too; under grouped-query attention their number stays, unless `new_dims` names it.
     """
-    fields = operator_named(operator).fields
+    fields = get_operator(operator).fields
     if isinstance(new_dims, ModelDims):
         return new_dims
     if isinstance(new_dims, int) and not isinstance(new_dims, bool):
@@ -354,7 +354,7 @@ def resolve_dims(old: ModelDims, operator: str, new_dims: int | Mapping[str, int
 
 def _operators_of(old: ModelDims, new: ModelDims, operator: str) -> Sequence[str]:
     """The operators of a growth that `operator` leads; heads and ffn may follow hidden."""
-    needed = operators_between(old, new)
+    needed = find_operators(old, new)
     if operator not in needed:
         raise GrowthError(f"{operator!r} has nothing to grow: the model has {old} already, asked for {new}")
     followers = ("mha", "ffn") if operator == "hidden" else ()

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 #: Entries drawn at a time. Changing it changes the random entries of every growth.
-CHUNK = 2**17
+ENTRIES_PER_CHUNK = 2**17
 
 
-class NormalDraws:
+class NormalStream:
     """The random numbers of one parameter.
 
     Args:
         seed: of the growth.
         name: of the parameter.
 
-    >>> a, b, c = NormalDraws(0, "lm_head.weight"), NormalDraws(0, "lm_head.weight"), NormalDraws(1, "lm_head.weight")
+    >>> a, b, c = NormalStream(0, "lm_head.weight"), NormalDraws(0, "lm_head.weight"), NormalDraws(1, "lm_head.weight")
     >>> drawn = a.draw([3, 5], 0.0, 1.0)
     >>> torch.equal(drawn, b.draw([3, 5], 0.0, 1.0)), torch.equal(drawn, c.draw([3, 5], 0.0, 1.0))
     (True, False)
@@ -45,7 +45,7 @@ class NormalDraws:
     def fill(self, block: torch.Tensor, mean: float, std: float) -> None:
         """Fill a block of any strides, dtype and device; what is drawn depends on its shape alone."""
         quantiles = _quantiles(mean, std)
-        for part in chunks(block):
+        for part in split_into_chunks(block):
             part.copy_(self._take(part.shape, quantiles))
 
     def _take(self, shape: Sequence[int], quantiles: np.ndarray) -> torch.Tensor:
@@ -63,8 +63,8 @@ def _quantiles(mean: float, std: float) -> np.ndarray:
     return (standard * std + mean).float().numpy()
 
 
-def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def split_into_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views of a few rows each, small enough to stay in the processor's cache."""
-    rows = max(1, CHUNK * len(tensor) // max(tensor.numel(), 1))
+    rows = max(1, ENTRIES_PER_CHUNK * len(tensor) // max(tensor.numel(), 1))
     for start in range(0, len(tensor), rows):
         yield tensor[start : start + rows]

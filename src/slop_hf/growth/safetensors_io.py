@@ -90,7 +90,7 @@ class Shard:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
-def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+def read_checkpoint_headers(directory: Path) -> dict[str, StoredTensor]:
     """Where every tensor of a checkpoint lies: one file, or shards and their index. Only headers are read.
 
     Raises:
@@ -203,7 +203,7 @@ def read_tensor(tensor: StoredTensor, out: torch.Tensor | None = None) -> torch.
     return value
 
 
-def equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
+def are_equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same bytes under the same shape and dtype."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -269,7 +269,7 @@ def _shard(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Sha
     return Shard(file, header, tuple(stored))
 
 
-def index_text(shards: tuple[Shard, ...]) -> str:
+def format_index(shards: tuple[Shard, ...]) -> str:
     """The index of a checkpoint in several files."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata = {

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 
-from ..architectures import architecture_of
-from .adamw import check_names, grow_entry, idle_parameters, stored_state
+from ..architectures import get_architecture
+from .adamw import check_names, grow_entry, find_parameters_without_gradient, read_state_headers
 from .plan import GrowthPlan
-from .safetensors_io import FLOATS, StoredTensor, read_checkpoint, read_tensor
+from .safetensors_io import FLOATS, StoredTensor, read_checkpoint_headers, read_tensor
 from .tensors import ThreadMemory, grow_parameter
 
 WEIGHT = "weight"
@@ -18,7 +18,7 @@ WEIGHT = "weight"
 REUSED_BYTES = 2**26
 
 
-class StateStream:
+class GrownStateReader:
     """What a directory holds of each parameter of a model, or what a growth makes of it.
 
     The values are those of `grow_model` and `grow_adamw_state`. Any number of threads, processes or machines may read,
@@ -37,13 +37,13 @@ class StateStream:
     def __init__(
         self, directory: str | Path, config: Any, plan: GrowthPlan | None = None, *, moments: bool = True
     ) -> None:
-        architecture = architecture_of(config)
-        stored = read_checkpoint(Path(directory))
+        architecture = get_architecture(config)
+        stored = read_checkpoint_headers(Path(directory))
         self._weights: dict[str, StoredTensor] = {architecture.live_name(name): one for name, one in stored.items()}
-        self._moments = stored_state(directory) if moments else {}
+        self._moments = read_state_headers(directory) if moments else {}
         self._memory = ThreadMemory(REUSED_BYTES)
         self._plans = {} if plan is None else {parameter.name: parameter for parameter in plan.parameters()}
-        self._idle = idle_parameters(plan) if plan is not None else set()
+        self._idle = find_parameters_without_gradient(plan) if plan is not None else set()
         if plan is not None:
             check_names(self._weights, plan, str(directory))
             if moments:

@@ -12,12 +12,12 @@ from itertools import product
 import torch
 
 from .axes import AxisMap, Run
-from .inits import Fill
+from .inits import InitDistribution
 from .plan import ParameterPlan
-from .random_entries import NormalDraws, chunks
+from .random_entries import NormalStream, split_into_chunks
 
 #: Gives the distribution of a block that the named operators have added (None: a dimension where it is old).
-Filler = Callable[[Sequence[str | None]], Fill]
+Filler = Callable[[Sequence[str | None]], InitDistribution]
 #: Gives the factor of a block of old entries from its runs, one a dimension.
 Factor = Callable[[Sequence[Run]], float]
 
@@ -38,7 +38,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
             # New slots of the branch may hold zeros, and gains of zero on top of them would be dead for ever.
             silence = tensor.new_full([axis.old_size for axis in plan.maps], -plan.gain_offset)
             return assemble(silence, plan.maps, plan.fill, lambda runs: 1.0, out=out)
-        return room(tensor, plan.maps, out).zero_()
+        return allocate_grown(tensor, plan.maps, out).zero_()
     # Arithmetic in float32 at least: a half-precision weight is rounded once, when it is stored.
     exact = torch.promote_types(tensor.dtype, torch.float32)
     source = tensor.detach()
@@ -48,7 +48,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
     if plan.gain_offset and plan.scale != 1.0:
         source = ((source.to(exact) + plan.gain_offset) * plan.scale - plan.gain_offset).to(tensor.dtype)
     scale, reads = 1.0 if plan.gain_offset else plan.scale, plan.row.reads
-    draws = NormalDraws(plan.seed, plan.name)
+    draws = NormalStream(plan.seed, plan.name)
 
     def factor(runs: Sequence[Run]) -> float:
         return scale if reads is None else scale / runs[reads].copies
@@ -68,7 +68,7 @@ def assemble(
     maps: Sequence[AxisMap],
     fill: Filler,
     factor: Factor,
-    draws: NormalDraws | None = None,
+    draws: NormalStream | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A tensor put together block by block from old entries times a factor, and new ones drawn from a distribution.
@@ -80,7 +80,7 @@ def assemble(
     tensor([1.5000, 1.5000, 1.0000])
     """
     exact = torch.promote_types(source.dtype, torch.float32)
-    grown = room(source, maps, out)
+    grown = allocate_grown(source, maps, out)
     for runs in product(*(axis.runs for axis in maps)):
         block = grown[tuple(slice(run.start, run.start + run.length) for run in runs)]
         olds = [run.old for run in runs]
@@ -90,7 +90,7 @@ def assemble(
             if times == 1.0:
                 block.copy_(old)
             else:
-                for part, old_part in zip(chunks(block), chunks(old), strict=True):
+                for part, old_part in zip(split_into_chunks(block), split_into_chunks(old), strict=True):
                     part.copy_(old_part.to(exact) * times)
             continue
         mean, std = fill([run.operator if run.old is None else None for run in runs])
@@ -102,7 +102,7 @@ def assemble(
     return grown
 
 
-def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, draws: NormalDraws) -> None:
+def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, draws: NormalStream) -> None:
     """Part the copies that a weight reads by noise which sums to zero over the copies of each old slot.
 
     Copies hold the same activation, so what is read of them together does not change; but from now on their gradients
@@ -121,7 +121,7 @@ def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, draws: N
             slots, olds, place = (slice(first, first + length) for first in (start, old, count))
             copies.append((many, slots, olds, place))
             count += length
-    for part in chunks(weight):
+    for part in split_into_chunks(weight):
         drawn = draws.draw([*part.shape[:-1], count], 0.0, std)
         drawn = drawn.to(torch.promote_types(part.dtype, torch.float32))  # the sum is zero to the weight's precision
         mean = drawn.new_zeros(*part.shape[:-1], axis.old_size)
@@ -131,7 +131,7 @@ def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, draws: N
             part[..., slots] += (drawn[..., place] - mean[..., olds]).to(part)
 
 
-def room(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Tensor | None) -> torch.Tensor:
+def allocate_grown(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Tensor | None) -> torch.Tensor:
     """`out`, or new memory for the grown tensor."""
     shape = [axis.new_size for axis in maps]
     if out is None:
@@ -141,7 +141,7 @@ def room(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Tensor | None
 
 
 @contextmanager
-def worker_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+def start_worker_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that share out tensors: random numbers are drawn on one thread a tensor, so torch takes one in each."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:

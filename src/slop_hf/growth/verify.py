@@ -10,13 +10,13 @@ import torch
 import xxhash
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..architectures import setting
+from ..architectures import read_setting
 from ..errors import GrowthError
 from .axes import AxisMap
-from .model import no_progress_bars
+from .model import hide_progress_bars
 from .plan import GrowthPlan, ParameterPlan
 from .receipt import GrowthProbe
-from .safetensors_io import read_checkpoint, read_tensor
+from .safetensors_io import read_checkpoint_headers, read_tensor
 
 PROBE_SHAPE = (2, 64)
 
@@ -26,7 +26,7 @@ def probe_checkpoints(source: Path, grown: Path, growths: Sequence[GrowthPlan]) 
 
     After several growths, gradients and ties are not looked at: what is new is told by no single plan.
     """
-    with no_progress_bars():
+    with hide_progress_bars():
         before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (source, grown))
     return probe_growth(before, after, growths[0] if len(growths) == 1 else None)
 
@@ -50,7 +50,7 @@ def probe_growth(
     if tokens is None:
         length = min(PROBE_SHAPE[1], source.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(setting(source.config, "vocab_size"), (PROBE_SHAPE[0], length), generator=generator)
+        tokens = torch.randint(read_setting(source.config, "vocab_size"), (PROBE_SHAPE[0], length), generator=generator)
     tokens = tokens.to(source.device)
     before, loss_before = _forward(source, tokens)
     # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
@@ -73,26 +73,26 @@ def probe_growth(
     )
 
 
-def weights_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def hash_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash of named tensors that does not depend on their order, or on the files that they lie in.
 
     >>> a, b = torch.ones(2), torch.zeros(3)
-    >>> weights_hash([("a", a), ("b", b)]) == weights_hash([("b", b), ("a", a)])
+    >>> hash_weights([("a", a), ("b", b)]) == weights_hash([("b", b), ("a", a)])
     True
     """
-    return combine_hashes((name, tensor_hash(tensor)) for name, tensor in tensors)
+    return combine_hashes((name, hash_tensor(tensor)) for name, tensor in tensors)
 
 
-def stored_weights_hash(directory: Path) -> str:
-    """`weights_hash` of the weights in a directory, in one file or several, read a tensor at a time.
+def hash_stored_weights(directory: Path) -> str:
+    """`hash_weights` of the weights in a directory, in one file or several, read a tensor at a time.
 
     Raises:
         GrowthError: where there are none, or files that are corrupt.
     """
-    return weights_hash((name, read_tensor(one)) for name, one in read_checkpoint(directory).items())
+    return hash_weights((name, read_tensor(one)) for name, one in read_checkpoint_headers(directory).items())
 
 
-def tensor_hash(tensor: torch.Tensor) -> str:
+def hash_tensor(tensor: torch.Tensor) -> str:
     """A hash of a tensor's dtype, shape and bytes.
 
     XXH3 of 128 bits, which is as fast as memory: it tells weights apart and finds damage, it does not stop a forger.
@@ -138,16 +138,16 @@ def _live_share(model: PreTrainedModel, plan: GrowthPlan, tokens: torch.Tensor) 
             value.requires_grad_(flag)
     new = live = 0
     for (one, _), gradient in zip(targets, gradients, strict=True):
-        mask = new_entries(one, plan)
+        mask = mask_new_entries(one, plan)
         new += int(mask.sum())
         live += int((gradient.cpu()[mask] != 0).sum()) if gradient is not None else 0
     return live / new if new else None
 
 
-def new_entries(one: ParameterPlan, plan: GrowthPlan) -> torch.Tensor:
+def mask_new_entries(one: ParameterPlan, plan: GrowthPlan) -> torch.Tensor:
     """Which entries of a grown parameter are new: in new slots, or in a layer that was not there."""
     shape = [axis.new_size for axis in one.maps]
-    if one.row.in_layer and _is_repeat(one, plan):
+    if one.row.is_in_layer and _is_repeat(one, plan):
         return torch.ones(shape, dtype=torch.bool)
     mask = torch.zeros(shape, dtype=torch.bool)
     for dimension, axis in enumerate(one.maps):

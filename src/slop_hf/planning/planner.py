@@ -14,16 +14,16 @@ from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
 from ..dims import ModelDims
 from ..errors import GrowthError, PlanError
-from ..operators import OPERATORS, operator_named, operators_between
+from ..operators import OPERATORS, get_operator, find_operators
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage
-from .best_paths import GrowthGraph, StageCost, check_size, count_edges, grid_edges, significant
-from .budget import Budget, TokenRule
-from .constraints import PathRules, beyond
+from .best_paths import GrowthGraph, StageCost, check_size, count_edges, build_grid_edges, round_for_ties
+from .budget import Budget, TokenAllocation
+from .constraints import PathConstraints, is_at_least
 from .corners import Corners, best_orders
-from .grid import OWN_FIELD, GrowthGrid, axis_values, build_grid, grid_key, grid_shape
-from .objectives import OBJECTIVES, Objective, score, step_of
+from .grid import OWN_FIELD, GrowthGrid, list_axis_values, build_grid, get_grid_key, compute_grid_shape
+from .objectives import OBJECTIVES, Objective, evaluate_objective, step_of
 from .space import ConfigSpace
-from .structures import DimsArray, Prices, Structures
+from .structures import DimsArray, CostInputs, DimsTable
 
 Mode = Literal["once", "repeated", "joint"]
 Sharing = Literal["paper", "utility"]
@@ -98,7 +98,7 @@ class SlopPlanner:
         if not self.operators or len(set(self.operators)) < len(self.operators):
             raise PlanError(f"operators must be one or more different names, got {list(self.operators)}")
         for name in self.operators:
-            operator_named(name)
+            get_operator(name)
         if self.objective not in OBJECTIVES:
             raise PlanError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
         if self.mode not in ("once", "repeated", "joint"):
@@ -110,7 +110,7 @@ class SlopPlanner:
         self._check_stages()
         for waypoint in self.through:
             try:
-                operators_between(self.initial, waypoint)
+                find_operators(self.initial, waypoint)
             except GrowthError as caught:
                 raise PlanError(f"no schedule can pass through {waypoint}: from {self.initial}, {caught}") from None
         if obstacle := self.space.obstacle(self.initial):
@@ -141,13 +141,13 @@ class SlopPlanner:
         return OBJECTIVES[self.objective]
 
     @property
-    def _prices(self) -> Prices:
-        return Prices(self.space.config, self.space.sequence_length, self.cost_model, self.law)
+    def _prices(self) -> CostInputs:
+        return CostInputs(self.space.config, self.space.sequence_length, self.cost_model, self.law)
 
     @property
-    def rules(self) -> PathRules:
+    def rules(self) -> PathConstraints:
         """What the structures and growths of a schedule keep to."""
-        return PathRules(self.space, self.max_factor, tuple(self.through))
+        return PathConstraints(self.space, self.max_factor, tuple(self.through))
 
     def plan(
         self,
@@ -178,7 +178,7 @@ class SlopPlanner:
         Raises:
             PlanError: where no schedule exists; the message says what stands in the way.
         """
-        rule = TokenRule(tokens, initial_share, already_seen, sharing)
+        rule = TokenAllocation(tokens, initial_share, already_seen, sharing)
         self._check_request(top_k, rule)
         targets = self._reachable_targets()
         found = self._ordered(targets, rule, top_k) if self.mode == "once" else self._searched(targets, rule, top_k)
@@ -196,7 +196,7 @@ class SlopPlanner:
             raise PlanError(f"the probe was given {len(schedules)} schedules and returned others: it may order them")
         return order
 
-    def _check_request(self, top_k: int, rule: TokenRule) -> None:
+    def _check_request(self, top_k: int, rule: TokenAllocation) -> None:
         if top_k < 1:
             raise PlanError(f"top_k must be at least 1, got {top_k}")
         if self._objective.needs_tokens and rule.tokens is None:
@@ -209,8 +209,8 @@ class SlopPlanner:
                 "trained on (already_seen), or a share of the budget"
             )
 
-    def _by_utility(self, path: Path, rule: TokenRule) -> Budget:
-        structures = Structures(DimsArray.of(path), self._prices)
+    def _by_utility(self, path: Path, rule: TokenAllocation) -> Budget:
+        structures = DimsTable(DimsArray.of(path), self._prices)
         costs = structures.flops_per_token if self.cost_model is None else structures.hours_per_token
         return rule.by_utility(structures.parameters.tolist(), costs.tolist(), self.law)
 
@@ -220,7 +220,7 @@ class SlopPlanner:
         changed = {name: self._changes(targets, name) for name in OPERATORS}
         reached = self.space.allows(targets)
         for waypoint in (self.initial, *self.through):
-            reached &= beyond(targets, waypoint)
+            reached &= is_at_least(targets, waypoint)
         for name, changes in changed.items():
             if name in self.operators:
                 reached &= changes | (self.mode != "once")
@@ -242,9 +242,9 @@ class SlopPlanner:
     def _obstacle(self, target: ModelDims) -> str | None:
         """What stands in the way of one target."""
         try:
-            needed = operators_between(self.initial, target)
+            needed = find_operators(self.initial, target)
             for waypoint in self.through:
-                operators_between(waypoint, target)
+                find_operators(waypoint, target)
         except GrowthError as caught:
             return str(caught)
         idle = [name for name in self.operators if name not in needed]
@@ -261,7 +261,7 @@ class SlopPlanner:
         own = self.operators
         return tuple(name for name in ("ffn", "mha", "head_dim") if name not in own) if "hidden" in own else ()
 
-    def _ordered(self, targets: DimsArray, rule: TokenRule, top_k: int) -> list[tuple[Path, Budget]]:
+    def _ordered(self, targets: DimsArray, rule: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
         """The best paths on which each dimension grows once."""
         budget = rule.budget(len(self.operators))
         grows = {name: (name, *self._followers) if name == "hidden" else (name,) for name in self.operators}
@@ -272,7 +272,7 @@ class SlopPlanner:
             found.append((tuple(own.at(grown).at(0) for grown in own.path(order)), budget))
         return found
 
-    def _searched(self, targets: DimsArray, rule: TokenRule, top_k: int) -> list[tuple[Path, Budget]]:
+    def _searched(self, targets: DimsArray, rule: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
         """The best paths by one or more dimensions a stage."""
         counts = range(1, self.max_stages + 1) if self.stages is None else [self.stages]
         budgets = [rule.budget(count) for count in counts]
@@ -280,7 +280,7 @@ class SlopPlanner:
         for grid, graph in self._graphs([targets.at(number) for number in range(len(targets))]):
             for budget in budgets:
                 for cost, path in self._best_paths(grid, graph, budget, top_k):
-                    price = float(significant(np.float64(cost + self.stage_price * budget.stages)))
+                    price = float(round_for_ties(np.float64(cost + self.stage_price * budget.stages)))
                     structures = tuple(graph.structures.dims.at(vertex) for vertex in path)
                     sizes = tuple(tuple(dims.as_dict().values()) for dims in structures)
                     found.append(((price, budget.stages, sizes), structures, budget))
@@ -292,15 +292,15 @@ class SlopPlanner:
         values = self.axes(targets)
 
         def key(target: ModelDims) -> tuple[str, ...]:
-            return tuple(map(str, grid_key(target, list(values))))
+            return tuple(map(str, get_grid_key(target, list(values))))
 
         for _, group in groupby(sorted(targets, key=key), key):
             goals = list(group)
             joint = self.mode == "joint"
-            alone = sum(count_edges(grid_shape([goal], values), joint) for goal in goals[:_MAX_ALONE])
-            is_less = len(goals) <= _MAX_ALONE and alone < count_edges(grid_shape(goals, values), joint)
+            alone = sum(count_edges(compute_grid_shape([goal], values), joint) for goal in goals[:_MAX_ALONE])
+            is_less = len(goals) <= _MAX_ALONE and alone < count_edges(compute_grid_shape(goals, values), joint)
             for some in [[goal] for goal in goals] if is_less else [goals]:
-                check_size(grid_shape(some, values), joint)
+                check_size(compute_grid_shape(some, values), joint)
                 grid = build_grid(self.initial, some, values, self.space.ffn_multiple)
                 yield grid, self.graph(grid)
 
@@ -309,17 +309,17 @@ class SlopPlanner:
 
         In mode `once` those at the two ends, otherwise also the space's multiples.
         """
-        grown = {name for target in targets for name in operators_between(self.initial, target)}
+        grown = {name for target in targets for name in find_operators(self.initial, target)}
         own = [name for name in self.operators if name in grown]
         if self.mode == "once":
             ends = (self.initial, *targets)
             return {name: np.unique([getattr(dims, OWN_FIELD[name]) for dims in ends]) for name in own}
-        return {name: axis_values(name, self.initial, targets, self.space) for name in own}
+        return {name: list_axis_values(name, self.initial, targets, self.space) for name in own}
 
     def graph(self, grid: GrowthGrid) -> GrowthGraph:
         """All growths on a grid that the mode and the rules allow."""
-        structures = Structures(grid.structures, self._prices)
-        edges = grid_edges(grid.shape, self.mode == "joint")
+        structures = DimsTable(grid.structures, self._prices)
+        edges = build_grid_edges(grid.shape, self.mode == "joint")
         loadable = self.rules.vertices(structures)
         allowed = loadable[edges.targets] & loadable[edges.from_each]
         if self.max_factor is not None or self.through:
@@ -341,9 +341,9 @@ class SlopPlanner:
 
     def stage_cost(self, budget: Budget) -> tuple[StageCost, float]:
         """The cost of a stage under the objective, and that of training the initial model."""
-        initial = Structures(DimsArray.of([self.initial]), self._prices)
+        initial = DimsTable(DimsArray.of([self.initial]), self._prices)
 
-        def cost(number: int, before: Structures, after: Structures) -> np.ndarray:
+        def cost(number: int, before: DimsTable, after: DimsTable) -> np.ndarray:
             return self._objective.cost(step_of(budget, number, initial, before, after))
 
         first = float(cost(0, initial, initial)[0]) if self._objective.counts_initial else 0.0
@@ -369,7 +369,7 @@ class SlopPlanner:
     def _schedule(self, path: Path, budget: Budget) -> GrowthSchedule:
         stages = []
         for before, after, count in zip(path, path[1:], budget.tokens[1:], strict=False):
-            grown = operators_between(before, after)
+            grown = find_operators(before, after)
             own = tuple(name for name in grown if name in self.operators)
             followers = tuple(name for name in grown if name not in own)
             stages.append(GrowthStage((*own, *followers), after, int(count)))
@@ -377,9 +377,9 @@ class SlopPlanner:
 
     def scores(self, path: Sequence[ModelDims], budget: Budget) -> dict[str, float]:
         """What every objective makes of a schedule, those left out that lack a budget or a cost model."""
-        structures = Structures(DimsArray.of(path)[None], self._prices)
+        structures = DimsTable(DimsArray.of(path)[None], self._prices)
         return {
-            name: float(score(one, structures, budget)[0])
+            name: float(evaluate_objective(one, structures, budget)[0])
             for name, one in OBJECTIVES.items()
             if self._tells(name, budget)
         }

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..architectures import setting
-from ..cost.flops import DEFAULT_CONFIG, count_parameters, paper_params
+from ..architectures import read_setting
+from ..cost.flops import DEFAULT_CONFIG, count_parameters, count_paper_params
 from ..cost.memory import MemoryLimit
 from ..dims import ModelDims
 from ..errors import PlanError
@@ -96,7 +96,7 @@ class ConfigSpace:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PlanError(f"{name} must be at least 1, got {value}")
         self._check_bounds()
-        if (vocabulary := setting(self.config, "vocab_size")) % self.tensor_parallel:
+        if (vocabulary := read_setting(self.config, "vocab_size")) % self.tensor_parallel:
             raise PlanError(
                 f"a vocabulary of {vocabulary} cannot be shared by {self.tensor_parallel} devices: pad it to "
                 f"{math.ceil(vocabulary / self.tensor_parallel) * self.tensor_parallel}, or lower tensor_parallel"
@@ -154,7 +154,7 @@ class ConfigSpace:
         if self.targets:
             return DimsArray.of(self.targets)
         candidates = self._candidates(initial)
-        counts = count_parameters(candidates, self.config) if self.count == "model" else paper_params(candidates)
+        counts = count_parameters(candidates, self.config) if self.count == "model" else count_paper_params(candidates)
         assert self.target_params is not None
         off = np.abs(counts / self.target_params - 1)
         chosen = np.flatnonzero(off <= self.tolerance)

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..architectures import LAYER, architecture_of
+from ..architectures import LAYER, get_architecture
 from ..dims import ModelDims
 
 VOCAB = 64
@@ -44,7 +44,7 @@ def tiny_model(
     >>> tiny_model("qwen3", MQA).num_parameters()
     29472
     """
-    table = architecture_of({"model_type": model_type})
+    table = get_architecture({"model_type": model_type})
     base = AutoConfig.for_model(model_type, vocab_size=VOCAB, max_position_embeddings=64)
     common = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2}
     if getattr(base, "sliding_window", None):

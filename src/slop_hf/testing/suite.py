@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..architectures import architecture_of
+from ..architectures import get_architecture
 from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import DimsError, GrowthError
-from ..growth import INITS, GrowthPlan, grow_model, grow_weights, no_progress_bars, plan_growth
+from ..growth import INITS, GrowthPlan, grow_model, grow_weights, hide_progress_bars, plan_growth
 from ..growth.axes import AxisMap
 from ..growth.plan import ParameterPlan
-from ..operators import operator_named
+from ..operators import get_operator
 from ..schedule import GrowthStage
 from .models import GQA, MHA, MQA, WINDOW, logit_error, logits, probe, tiny_model
 
@@ -118,9 +118,9 @@ def conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, *, ev
         dtype: of the weights.
         every: False takes one case for each operator and init, with size, attention and tying in rotation.
     """
-    table = architecture_of({"model_type": model_type})
+    table = get_architecture({"model_type": model_type})
     grouped = any("key_value" in row.axes for row in table.parameters)
-    flags = sorted({row.when for row in table.parameters if row.when})
+    flags = sorted({row.exists_if for row in table.parameters if row.exists_if})
     sources = [(dims, tied) for tied in (False, True) for dims in ((MHA, GQA, MQA) if grouped else (MHA,))]
     cases = []
     pairs = [(operator, init) for operator, inits in INITS.items() for init in inits]
@@ -128,11 +128,11 @@ def conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, *, ev
         for uneven in (False, True) if every else (number % 2 == 0,):
             chosen = sources if every else [sources[number % len(sources)]]
             for dims, tied in chosen:
-                own = operator_named(operator).fields[0]
+                own = get_operator(operator).fields[0]
                 changes = {own: getattr(dims, own) * (3 if uneven else 4) // 2}
                 if own == "num_attention_heads" and dims.num_key_value_heads == dims.num_attention_heads:
                     changes["num_key_value_heads"] = changes[own]
-                if own == "hidden_size" and not table.own_head_dim:
+                if own == "hidden_size" and not table.has_own_head_dim:
                     heads = changes[own] // dims.head_dim
                     changes.update(num_attention_heads=heads, num_key_value_heads=heads)
                 settings = dict.fromkeys(flags, uneven)
@@ -277,7 +277,7 @@ def _check_old_entries(
 
 
 def _check_reload(case: Case, grown: PreTrainedModel) -> None:
-    with tempfile.TemporaryDirectory() as directory, no_progress_bars():
+    with tempfile.TemporaryDirectory() as directory, hide_progress_bars():
         grown.save_pretrained(directory)
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=case.dtype, attn_implementation=grown.config._attn_implementation

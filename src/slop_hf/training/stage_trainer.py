@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.utils import logging
 
+from ..data.packing import MixedBlocks
 from ..errors import RunError
-from ..growth import StateStream
+from ..growth import GrownStateReader
 from ..runs.directory import RunDirectory, RunFacts
-from ..runs.records import perplexity
+from ..runs.records import compute_perplexity
 from .arguments import SlopTrainingArguments
-from .batches import largest_divisor
-from .checkpoints import checkpoints
+from .batches import find_largest_divisor
+from .checkpoints import list_checkpoints
 from .divergence import Soundness
 from .learning_rate import restore, stage_scheduler
 from .random_state import set_random_state
@@ -28,7 +29,7 @@ from .saving import keep_callback_states, save_checkpoint
 from .spans import StageSpan
 from .state_io import enter
 from .states import Setup
-from .throughput import Pace
+from .run_timer import Pace
 
 logger = logging.get_logger(__name__)
 
@@ -48,13 +49,13 @@ class StageTrainer(Trainer):
     run: RunDirectory
     ranks: Ranks
     facts: RunFacts
-    blocks: Any
+    blocks: MixedBlocks
     spans: tuple[StageSpan, ...]
     _span: StageSpan  # in training
     _setup: Setup
     _pace: Pace
     _soundness: Soundness
-    _entering: StateStream | None = None  # what the model that is being prepared is to be filled from
+    _entering: GrownStateReader | None = None  # what the model that is being prepared is to be filled from
     _resumed: dict[str, Any]  # what a checkpoint keeps beside states
     _random: list[dict[str, Any]]
     _losses: dict[str, Any] | None = None  # of the stage so far, where it is resumed
@@ -171,7 +172,7 @@ class StageTrainer(Trainer):
 
     def _check_soundness(self, grad_norm: Any = None) -> None:
         number = self._span.number
-        newest = checkpoints(self.run, number) or ([self.run.stage_dir(number - 1)] if number else [])
+        newest = list_checkpoints(self.run, number) or ([self.run.stage_dir(number - 1)] if number else [])
         # A loss scale that is too high makes gradients infinite; such a step is skipped.
         self._soundness.check(None if self.accelerator.scaler else grad_norm, newest[0] if newest else None)
 
@@ -202,7 +203,7 @@ class StageTrainer(Trainer):
                 self.args.max_shard_size,
                 self.args.save_total_limit,
             )
-        if len(checkpoints(self.run, self._span.number)) > 1:  # the newest may turn out to be corrupt
+        if len(list_checkpoints(self.run, self._span.number)) > 1:  # the newest may turn out to be corrupt
             self._drop_optimizer_state(self._span.number - 1)
 
     def _drop_optimizer_state(self, number: int) -> None:
@@ -229,7 +230,7 @@ class StageTrainer(Trainer):
         given = self.args.per_device_eval_batch_size
         single = self.eval_dataset[data] if isinstance(data, str) else data
         if self.ranks.count > 1 and hasattr(single, "__len__") and not isinstance(single, dict):
-            self.args.per_device_eval_batch_size = largest_divisor(len(single), given)
+            self.args.per_device_eval_batch_size = find_largest_divisor(len(single), given)
         try:
             with self._pace.paused():
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -242,8 +243,7 @@ class StageTrainer(Trainer):
         return metrics
 
     def _mean_over_sources(self, metrics: dict[str, float], names: Iterable[str], prefix: str) -> float:
-        shares = getattr(self.blocks, "weights", {})
-        weights = {name: shares.get(name, 0.0) for name in names}
+        weights = {name: self.blocks.weights.get(name, 0.0) for name in names}
         if not any(weights.values()):
             weights = dict.fromkeys(weights, 1.0)
         losses = {name: metrics[f"{prefix}_{name}_loss"] for name in weights}
@@ -256,7 +256,7 @@ class StageTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._pace.measure(self._span, self.state.global_step))
         for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
-            logs[name.removesuffix("loss") + "perplexity"] = perplexity(logs[name])
+            logs[name.removesuffix("loss") + "perplexity"] = compute_perplexity(logs[name])
         if "train_runtime" in logs:
             done = self.state.global_step - self._first_step
             logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..architectures import architecture_of
+from ..architectures import get_architecture
 from ..errors import GrowthError, SlopError
-from ..growth import WEIGHT, StateStream
+from ..growth import WEIGHT, GrownStateReader
 from ..growth.safetensors_io import (
     DTYPE_NAMES,
     INDEX_FILE,
@@ -27,11 +27,11 @@ from ..growth.safetensors_io import (
     StoredTensor,
     create_shard,
     flush_shard,
-    index_text,
+    format_index,
     plan_shards,
     write_tensor,
 )
-from ..growth.tensors import worker_threads
+from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
 from .states import MOMENTS, STEP, States
 
@@ -59,7 +59,7 @@ def leave(states: States, config: Any, directory: Path, max_shard_size: int | st
     Raises:
         SlopError: on all ranks, for a full disk and the like.
     """
-    architecture = architecture_of(config)
+    architecture = get_architecture(config)
     stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
     sources: dict[str, tuple[str, str]] = {}
     layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
@@ -76,7 +76,7 @@ def leave(states: States, config: Any, directory: Path, max_shard_size: int | st
     shards = [*weights, *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if has_moments else ())]
     written = _write_shards(states, directory, shards, sources)
     if len(weights) > 1 and states.ranks.is_first:
-        write_text(directory / INDEX_FILE, index_text(weights))
+        write_text(directory / INDEX_FILE, format_index(weights))
         written.append(INDEX_FILE)
     return written
 
@@ -116,7 +116,7 @@ def _write_shards(
     return [shard.file for shard in mine]
 
 
-def enter(states: States, stream: StateStream) -> None:
+def enter(states: States, stream: GrownStateReader) -> None:
     """Fill a model's weights and AdamW's state from a directory, grown on the way if the stream grows them.
 
     Args:
@@ -135,7 +135,7 @@ def enter(states: States, stream: StateStream) -> None:
         states.make_moments(step)
     entries = [(name, key) for name in names for key in keys]
     failed: Exception | None = None
-    with worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
+    with start_worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
         reading = _ahead(pool, stream, ranks.mine(entries), states.shapes)
         for number, (name, key) in enumerate(entries):
             owner = number % ranks.count
@@ -153,7 +153,7 @@ def enter(states: States, stream: StateStream) -> None:
 
 def _ahead(
     pool: ThreadPoolExecutor,
-    stream: StateStream,
+    stream: GrownStateReader,
     entries: Iterable[tuple[str, str]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Future[torch.Tensor]]:

@@ -13,15 +13,16 @@ from transformers.utils import logging
 
 from ..cost.hours import CostModel
 from ..data.order import BlockOrder, consumed
+from ..data.packing import MixedBlocks
 from ..data.tokenizing import vocabulary_of
 from ..errors import RunError
-from ..growth import StateStream, no_progress_bars, plan_growth
+from ..growth import GrownStateReader, hide_progress_bars, plan_growth
 from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
-from .batches import blocks_per_step, per_stage, stage_batches
+from .batches import count_blocks_per_step, resolve_per_stage, share_batches
 from .callbacks import StageCallback, StageEnd
-from .checkpoints import read_resume
+from .checkpoints import read_resumption
 from .checks import (
     check_blocks,
     check_document_mask,
@@ -29,8 +30,8 @@ from .checks import (
     check_launch,
     check_model,
     check_publishing,
-    pass_warnings,
-    space_warning,
+    describe_repeated_data,
+    describe_space_shortage,
     with_inits,
 )
 from .divergence import Soundness
@@ -39,13 +40,13 @@ from .loggers import continue_curves
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .ranks import Ranks
-from .recording import HELD_OUT, stage_record
+from .stage_record import HELD_OUT, stage_record
 from .resuming import Position, begin, resume
 from .saving import save_stage
-from .spans import StageSpan, stage_spans
+from .spans import StageSpan, compute_stage_spans
 from .stage_trainer import StageTrainer
 from .states import Setup, WholeSetup
-from .throughput import Pace, peak_of_device
+from .run_timer import Pace, peak_of_device
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +96,12 @@ class SlopTrainer(StageTrainer):
         self.run = RunDirectory(args.output_dir)
         check_model(model, schedule, kwargs.get("processing_class"))
         block_size = check_blocks(train_dataset, model)
+        self.blocks = MixedBlocks.wrap(train_dataset)
+        held_out = kwargs.get("eval_dataset")
+        if isinstance(held_out, dict):  # such as `Corpus.held_out`
+            if len(held_out) == 1 and list(held_out) == list(self.blocks.parts):
+                (held_out,) = held_out.values()  # the loss of the only source is `eval_loss`
+            kwargs["eval_dataset"] = held_out or None
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         check_launch(args, fsdp=self.is_fsdp_enabled)
@@ -107,7 +114,6 @@ class SlopTrainer(StageTrainer):
         # What later models have in common with the first, whose parameters may by then be gone.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
-        self.blocks = train_dataset
         self._lay_out(self.ranks.from_first(RunFacts.load(self.run)), block_size)
         check_growths(self.spans, model.config)
         check_document_mask(train_dataset, model, [batches.micro_batch_size for batches in self._batches])
@@ -128,7 +134,7 @@ class SlopTrainer(StageTrainer):
         """Steps, blocks and batches of all stages; a run that has begun keeps its batches on any number of devices."""
         args, stages = self.args, len(self.schedule.structures)
         seed = args.seed if args.data_seed is None else args.data_seed
-        per_step = blocks_per_step(args, block_size, self.ranks.count, stages)
+        per_step = count_blocks_per_step(args, block_size, self.ranks.count, stages)
         if begun is not None:
             asked, per_step = per_step, begun.batches(stages)
             if args.batch_tokens is not None and asked != per_step:
@@ -138,12 +144,12 @@ class SlopTrainer(StageTrainer):
             len(self.blocks),
             tuple(per_step),
             seed,
-            data=getattr(self.blocks, "fingerprint", ""),
+            data=self.blocks.fingerprint,
             vocabulary=self._vocabulary(),
         )
-        self.spans = stage_spans(self.schedule, self.model.config, block_size, per_step)
-        self._batches = stage_batches(args, per_step, self.ranks.count)
-        self._rates = per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
+        self.spans = compute_stage_spans(self.schedule, self.model.config, block_size, per_step)
+        self._batches = share_batches(args, per_step, self.ranks.count)
+        self._rates = resolve_per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
 
     def _vocabulary(self) -> str:
         tokenizer = self.processing_class
@@ -207,7 +213,7 @@ class SlopTrainer(StageTrainer):
             self._progress.close()
         if position.stage == len(self.spans):  # all was done before
             self._release()
-            with no_progress_bars():
+            with hide_progress_bars():
                 final = self._model_class.from_pretrained(
                     self.run.stage_dir(position.stage - 1), dtype="auto", attn_implementation=self._attention
                 )
@@ -219,7 +225,7 @@ class SlopTrainer(StageTrainer):
         checkpoint = position.checkpoint if span.number == position.stage else None
         batches = self._batches[span.number]
         if checkpoint is not None:
-            self._resumed = read_resume(checkpoint)
+            self._resumed = read_resumption(checkpoint)
             self._change_model(checkpoint)
         elif span.growth is not None:
             self._resumed = {}
@@ -261,7 +267,7 @@ class SlopTrainer(StageTrainer):
                 logger.warning(f"{directory} has no optimizer state any more: AdamW begins anew in {span.name}")
             moments = moments and self.args.carry_optimizer_state
             logger.info(f"{span.name}: growing from {plan.old} to {plan.new}, {span.parameters:,} parameters")
-        self._entering = StateStream(directory, config, plan, moments=moments)
+        self._entering = GrownStateReader(directory, config, plan, moments=moments)
         config = config if plan is None else plan.config()
         config._attn_implementation = self._attention
         config.use_cache = self.args.use_cache
@@ -304,7 +310,7 @@ class SlopTrainer(StageTrainer):
         """Say before training what may not have been meant."""
         if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
             logger.warning(f"checkpoints keep AdamW's state only: a run that is resumed begins a new {optim}")
-        for said in pass_warnings(self.blocks, self.spans[-1], self.facts):
+        for said in describe_repeated_data(self.blocks, self.spans[-1], self.facts):
             logger.warning(said)
-        if self.ranks.is_first and (warning := space_warning(self.spans, self.run.path, self.args.save_total_limit)):
+        if self.ranks.is_first and (warning := describe_space_shortage(self.spans, self.run.path, self.args.save_total_limit)):
             logger.warning(warning)
