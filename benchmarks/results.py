@@ -8,7 +8,7 @@ A record is what `slop compare --record benchmarks/results/NAME.json` wrote. In 
     <!-- results: NAME KIND -->
     <!-- end -->
 
-encloses what it says: `table`, `sentences`, `stages`, `ledger`, `predictions`, `agreement`, `figure` (loss against
+encloses what it says: `table`, `summarize_comparison`, `stages`, `ledger`, `predictions`, `agreement`, `figure` (loss against
 FLOPs), `figure-seconds`, `figure-losses`, `figure-utility`. Figures lie in docs/images/results; those that a document
 shows are drawn, once for each record.
 """
@@ -27,11 +27,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from slop_hf.errors import RunError
-from slop_hf.experiments.summary_text import sentences
-from slop_hf.experiments.planner_accuracy import agreement_sentence, predictions_cells
+from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.planner_accuracy import describe_planner_accuracy, build_prediction_cells
 from slop_hf.experiments.comparison import Comparison
-from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
-from slop_hf.experiments.write import FIGURES, figure_markdown
+from slop_hf.experiments.tables import build_arm_cells, build_ledger_cells, build_arm_stage_cells
+from slop_hf.experiments.write import COMPARISON_FIGURES, format_figure_link
 from slop_hf.io.files import write_text
 from slop_hf.io.serialization import read_json
 
@@ -47,15 +47,15 @@ def _filled(text: str) -> str:
 #: Figures by the kind of their block.
 FIGURE_KINDS = {"figure": "loss", "figure-seconds": "seconds", "figure-losses": "losses", "figure-utility": "utility"}
 TEXT_KINDS: dict[str, Callable[[Comparison], str]] = {
-    "table": lambda found: arms_cells(found).markdown(),
-    "sentences": lambda found: _filled(" ".join(sentences(found))),
-    "stages": lambda found: stages_cells(found).markdown(),
-    "ledger": lambda found: ledger_cells(found).markdown(),
-    "predictions": lambda found: predictions_cells(found).markdown(),
-    "agreement": lambda found: _filled(agreement_sentence(found)),
+    "table": lambda found: build_arm_cells(found).markdown(),
+    "sentences": lambda found: _filled(" ".join(summarize_comparison(found))),
+    "stages": lambda found: build_arm_stage_cells(found).markdown(),
+    "ledger": lambda found: build_ledger_cells(found).markdown(),
+    "predictions": lambda found: build_prediction_cells(found).markdown(),
+    "agreement": lambda found: _filled(describe_planner_accuracy(found)),
 }
 KINDS = (*TEXT_KINDS, *FIGURE_KINDS)
-SHOWN = re.compile(rf"\]\([^)\s]*images/results/([^)\s]+)_({'|'.join(FIGURES)})\.png\)")
+SHOWN = re.compile(rf"\]\([^)\s]*images/results/([^)\s]+)_({'|'.join(COMPARISON_FIGURES)})\.png\)")
 
 
 class Shown(NamedTuple):
@@ -121,7 +121,7 @@ def block(words: Sequence[str], where: str, document: str, records: Mapping[str,
         return TEXT_KINDS[kind](records[name])
     shown = Shown(name, FIGURE_KINDS[kind])
     link = Path(os.path.relpath(shown.path, Path(document).parent)).as_posix()
-    return f"{figure_markdown(shown.figure, link)}\n\n{FIGURES[shown.figure].caption}"
+    return f"{format_figure_link(shown.figure, link)}\n\n{COMPARISON_FIGURES[shown.figure].caption}"
 
 
 def documents(root: Path) -> list[str]:
@@ -149,7 +149,7 @@ def update(root: Path, *, check: bool) -> Iterator[str]:
         if figure.record not in records:
             raise RunError(f"{figure.path} is shown, but there is no record {RECORDS}/{figure.record}.json")
         if drawn_from(root / figure.path) != records[figure.record].fingerprint:
-            if not check and FIGURES[figure.figure].draw(records[figure.record], root / figure.path) is None:
+            if not check and COMPARISON_FIGURES[figure.figure].draw(records[figure.record], root / figure.path) is None:
                 raise RunError(f"{RECORDS}/{figure.record}.json has nothing to draw {figure.path} from")
             yield figure.path
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_parameters, count_flops_per_token
 from slop_hf.dims import ModelDims
 from slop_hf.experiments.comparison import Comparison, Cost, Curve, RunResult, StageResult
 from slop_hf.schedule import GrowthSchedule, GrowthStage
@@ -43,7 +43,7 @@ def schedule_of(name: str, stages: Sequence[GrowthStage], flops: float) -> Growt
         initial = HIDDEN.replace(num_hidden_layers=2)
     schedule = GrowthSchedule(initial, tuple(stages))
     each = flops / len(schedule.structures)
-    return schedule.with_shares([round(each / flops_per_token(dims, CONFIG, 128)) for dims in schedule.structures])
+    return schedule.with_shares([round(each / count_flops_per_token(dims, CONFIG, 128)) for dims in schedule.structures])
 
 
 def run_of(
@@ -55,7 +55,7 @@ def run_of(
     end = loss - 0.35 * math.log(budget) + dice.gauss(0, noise)
     results, curve, flops, seconds = [], ([], [], [], []), 0.0, 0.0
     for number, (dims, tokens) in enumerate(zip(schedule.structures, schedule.tokens, strict=True)):
-        spent = tokens * flops_per_token(dims, CONFIG, 128)
+        spent = tokens * count_flops_per_token(dims, CONFIG, 128)
         took = spent / SPEED * dice.uniform(0.95, 1.05)
         for point in range(11):  # at a growth there are two losses: before it, and right after it
             at = (flops + spent * point / 10) / (budget * FLOPS)

@@ -9,9 +9,9 @@ import yaml
 from slop_hf import GrowthSchedule
 from slop_hf.baselines import ARMS
 from slop_hf.errors import PlanError, RunError, SlopError
-from slop_hf.experiments.arms import arm_runs, arm_schedule, model_fields, planner_of, run_flops
+from slop_hf.experiments.arms import build_jobs, build_arm_schedule, get_model_fields, build_planner, count_job_flops
 from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.jobs import with_trunks
+from slop_hf.experiments.jobs import add_shared_prefixes
 
 FLOPS, TOKENS = 3e9, 1e6
 RUN = {
@@ -43,7 +43,7 @@ def schedule_of(make):
 
     def found(arm, **scale):
         experiment = make({"one": arm}, **scale)
-        return arm_schedule(experiment, experiment.arms["one"])
+        return build_arm_schedule(experiment, experiment.arms["one"])
 
     return found
 
@@ -52,7 +52,7 @@ def schedule_of(make):
 def planned(make):
     """All that the planner answers, best first."""
     experiment = make({"slop": {"plan": "best"}})
-    return planner_of(experiment, experiment.arms["slop"]).plan(10)
+    return build_planner(experiment, experiment.arms["slop"]).plan(10)
 
 
 # ---- Ways to a schedule --------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_what_follows_hidden_needs_no_letter_in_an_order(schedule_of):
 def test_arms_choose_among_targets_and_planner_settings(schedule_of, make):
     choice = ["target", "deep"]
     experiment = make({"slop": {"plan": "best", "target": choice}})
-    best = planner_of(experiment, experiment.arms["slop"]).plan(1)[0]
+    best = build_planner(experiment, experiment.arms["slop"]).plan(1)[0]
     assert schedule_of({"plan": "best", "target": choice}).structures == best.structures
     assert {schedule_of({"plan": rank, "target": choice}).target for rank in range(1, 13)} == {
         experiment.structure(name) for name in choice
@@ -96,14 +96,14 @@ def test_arms_choose_among_targets_and_planner_settings(schedule_of, make):
 def test_an_arm_may_not_grow(schedule_of, make):
     found = schedule_of({"plan": "best", "target": "initial"})
     assert found.stages == () and found.initial == make({"one": {"plan": 1}}).structure("initial")
-    assert found.flops(model_fields(make({"one": {"plan": 1}}).run), 32) == pytest.approx(FLOPS, rel=1e-4)
+    assert found.flops(get_model_fields(make({"one": {"plan": 1}}).run), 32) == pytest.approx(FLOPS, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ARMS)
 @pytest.mark.parametrize("scale", [{}, {"tokens": TOKENS}], ids=["flops", "tokens"])
 def test_a_control_is_one_to_the_planners_best(schedule_of, make, name, scale):
     experiment = make({"one": {"control": name}}, **scale)
-    fields = model_fields(experiment.run)
+    fields = get_model_fields(experiment.run)
     best = schedule_of({"plan": "best"}, **scale)
     found = schedule_of({"control": name}, **scale)
     assert found == ARMS[name](best, fields, 32, budget=experiment.sizes.equal)
@@ -130,8 +130,8 @@ def test_a_schedule_is_given_in_place_or_as_a_file(schedule_of, planned, tmp_pat
 def test_arms_spend_alike(make, arm):
     for scale, spend in (({}, FLOPS), ({"tokens": TOKENS}, TOKENS)):
         experiment = make({"one": {**arm, "budgets": [0.25, 1.0]}}, **scale)
-        for run in arm_runs(experiment):
-            spent = run_flops(experiment, run) if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
+        for run in build_jobs(experiment):
+            spent = count_job_flops(experiment, run) if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
             assert spent == pytest.approx(spend * run.budget, rel=2e-3)
 
 
@@ -149,8 +149,8 @@ def test_utility_shares_are_the_planners(make):
     for target in ("target", ["target", "deep"]):
         arm = {"plan": "worst", "target": target}
         experiment = make({"slop": arm, "shared": arm | {"shares": "utility"}}, tokens=1e9)
-        planner = planner_of(experiment, experiment.arms["slop"])
-        paper, found = (arm_schedule(experiment, arm) for arm in experiment.arms.values())
+        planner = build_planner(experiment, experiment.arms["slop"])
+        paper, found = (build_arm_schedule(experiment, arm) for arm in experiment.arms.values())
         best = {one.structures: one.tokens for one in planner.plan(20, tokens=sum(paper.tokens), sharing="utility")}
         assert found.structures == paper.structures and found.tokens != paper.tokens
         assert found.tokens == pytest.approx(best[found.structures], abs=1)
@@ -159,8 +159,8 @@ def test_utility_shares_are_the_planners(make):
 def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
     monkeypatch.setattr("slop_hf.training.config.load_tokenizer", lambda name: range(777))
     experiment = make({"slop": {"plan": "best"}}, run=RUN | {"data": {**RUN["data"], "tokenizer": "a/tokenizer"}})
-    assert model_fields(experiment.run)["vocab_size"] == 777
-    assert model_fields(make({"slop": {"plan": "best"}}).run)["vocab_size"] == 300
+    assert get_model_fields(experiment.run)["vocab_size"] == 777
+    assert get_model_fields(make({"slop": {"plan": "best"}}).run)["vocab_size"] == 300
 
 
 @pytest.mark.parametrize(
@@ -178,15 +178,15 @@ def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
 )
 def test_arms_without_a_schedule_are_told_by_name(make, arm, error, message):
     with pytest.raises(error, match=message):
-        arm_runs(make({"one": arm}))
+        build_jobs(make({"one": arm}))
 
 
 def test_utility_shares_and_pretrained_models_are_refused_where_they_mean_nothing(make, planned):
     given = yaml.safe_load(planned[0].to_yaml())
     with pytest.raises(RunError, match="shares 'utility' are the planner's"):
-        arm_runs(make({"one": {"schedule": given, "shares": "utility"}}))
+        build_jobs(make({"one": {"schedule": given, "shares": "utility"}}))
     with pytest.raises(RunError, match="experiments begin with random weights"):
-        arm_runs(make({"one": {"plan": "best"}}, model={"pretrained": "some/model"}))
+        build_jobs(make({"one": {"plan": "best"}}, model={"pretrained": "some/model"}))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_utility_shares_and_pretrained_models_are_refused_where_they_mean_nothin
 
 def test_a_run_for_each_arm_budget_and_seed(make):
     arms = {"slop": {"plan": "best", "budgets": [0.5, 1.0]}, "again": {"plan": "best", "seeds": [7]}}
-    runs = arm_runs(make(arms, seeds=[0, 2]))
+    runs = build_jobs(make(arms, seeds=[0, 2]))
     assert [(run.arm, run.budget, run.seed) for run in runs] == [
         *(("slop", budget, seed) for budget in (0.5, 1.0) for seed in (0, 2)),
         ("again", 1.0, 7),
@@ -211,7 +211,7 @@ def test_an_arms_training_is_the_experiments_with_its_changes(make):
         "slop": {"plan": "best"},
         "fast": {"plan": "best", "training": {"learning_rate": 2e-3, "growth_init": {"layer": "preserving"}}},
     }
-    slop, fast = arm_runs(make(arms))
+    slop, fast = build_jobs(make(arms))
     assert slop.config.training == {**RUN["training"], "seed": 0, "data_seed": 0, "growth_seed": 0}
     assert fast.config.training == {**slop.config.training, "learning_rate": 2e-3}
     assert [stage.init for stage in slop.schedule] == [None] * 3
@@ -236,7 +236,7 @@ def shared(make):
     """For each run by name, trunks included, how many stages it inherits; 0 where it begins alone."""
 
     def found(arms, **scale):
-        jobs = with_trunks(arm_runs(make(arms, **scale)))
+        jobs = add_shared_prefixes(build_jobs(make(arms, **scale)))
         by_place = {job.place: job for job in jobs}
         assert len(by_place) == len(jobs)
         seen = set()
@@ -303,7 +303,7 @@ def test_rates_of_later_stages_do_not_part_earlier_ones(make, shared):
         "later": slop(stage_learning_rates=[1e-3, 5e-4, 5e-4, 5e-4]),
     }
     assert shared(arms) == {"trunk of 1": 0, "trunk of 3": 1, "paper": 3, "last": 3, "later": 1}
-    trunks = [job for job in with_trunks(arm_runs(make(arms))) if not job.arm]
+    trunks = [job for job in add_shared_prefixes(build_jobs(make(arms))) if not job.arm]
     assert [job.config.training["stage_learning_rates"] for job in trunks] == [[1e-3], [1e-3, 1e-3, 1e-3]]
     assert all(job.config.training["batch_tokens"] == [64] for job in trunks)
 
@@ -317,8 +317,8 @@ def test_nothing_is_shared_between_other_rates_tokens_and_seeds(shared, make):
     alone = {"paper": slop(), "fast": slop(learning_rate=2e-3), "scratch": {"control": "from_scratch"}}
     assert shared(alone) == {"paper": 0, "fast": 0, "scratch": 0}
     assert shared({"paper": slop(), "early": {"plan": "best", "shares": [1, 1, 1, 4]}}) == {"paper": 0, "early": 0}
-    assert len(with_trunks(arm_runs(make({"one": {"plan": "best", "budgets": [0.5, 1]}}, seeds=[0, 1])))) == 4
-    jobs = with_trunks(arm_runs(make({"paper": slop(), "init": inits(layer="preserving")}, seeds=[0, 1])))
+    assert len(add_shared_prefixes(build_jobs(make({"one": {"plan": "best", "budgets": [0.5, 1]}}, seeds=[0, 1])))) == 4
+    jobs = add_shared_prefixes(build_jobs(make({"paper": slop(), "init": inits(layer="preserving")}, seeds=[0, 1])))
     assert [(job.arm, job.seed) for job in jobs if not job.arm] == [("", 0), ("", 1)]
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 from slop_hf.errors import RunError
 from slop_hf.experiments import final_losses as dots
 from slop_hf.experiments import loss_curves as figures
-from slop_hf.experiments.final_losses import losses_figure, scatter_figure
-from slop_hf.experiments.loss_curves import loss_figure
+from slop_hf.experiments.final_losses import draw_final_losses, draw_scatter
+from slop_hf.experiments.loss_curves import draw_arm_curves
 from slop_hf.experiments.comparison import Curve
-from slop_hf.experiments.results import iso_loss
+from slop_hf.experiments.results import compute_flops_saved
 from slop_hf.report import drawing
 
 
@@ -57,7 +57,7 @@ def overlapping(figure) -> list[tuple[str, str]]:
 def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
     found = comparison(arms, seeds, budgets={"from-scratch": (0.25, 0.5, 1.0)})
     before = dict(matplotlib.rcParams)
-    path = loss_figure(found, tmp_path / "out" / "loss.png", against=against)
+    path = draw_arm_curves(found, tmp_path / "out" / "loss.png", against=against)
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
     assert all(inked(path, colour) > 50 for colour in drawing.RUN_COLOURS[:arms])
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -68,7 +68,7 @@ def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
 
 def test_marks_stand_where_the_record_has_them(tmp_path, drawn):
     found = comparison(2, budgets={"from-scratch": (0.5, 1.0)})
-    loss_figure(found, tmp_path / "loss.png")
+    draw_arm_curves(found, tmp_path / "loss.png")
     axes, scale = drawn[0].axes[0], 1e12
     marks = {line.get_marker(): line for line in axes.lines if line.get_marker() != "None"}
     runs = found.of("slop")
@@ -77,14 +77,14 @@ def test_marks_stand_where_the_record_has_them(tmp_path, drawn):
     ends = [fmean(run.eval_loss for run in found.of("from-scratch", budget)) for budget in (0.5, 1.0)]
     assert list(marks["s"].get_ydata()) == pytest.approx(ends)
     goal = fmean(run.flops for run in found.of("from-scratch"))
-    assert marks["o"].get_xdata()[0] * scale == pytest.approx((1 - iso_loss(found, "slop").mean) * goal, rel=1e-3)
+    assert marks["o"].get_xdata()[0] * scale == pytest.approx((1 - compute_flops_saved(found, "slop").mean) * goal, rel=1e-3)
     assert list(marks["o"].get_ydata()) == [ends[-1]]
     assert [text.get_text() for text in axes.texts] == ["15% less compute"]
 
 
 def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
     found = comparison(2, 2)
-    loss_figure(found, tmp_path / "loss.png")
+    draw_arm_curves(found, tmp_path / "loss.png")
     curve = drawn[0].axes[0].lines[0]
     one, two = (run.curve for run in found.of("slop"))
     assert list(curve.get_ydata()) == pytest.approx([fmean(pair) for pair in zip(one.losses, two.losses, strict=True)])
@@ -95,37 +95,37 @@ def test_seeds_that_logged_other_moments_share_what_both_have(tmp_path, drawn):
     first = found.runs[0]
     columns = (first.curve.stages, first.curve.flops, first.curve.seconds, first.curve.losses)
     short = replace(first, curve=Curve(*(column[5:] for column in columns)))
-    loss_figure(replace(found, runs=(short, *found.runs[1:])), tmp_path / "loss.png")
+    draw_arm_curves(replace(found, runs=(short, *found.runs[1:])), tmp_path / "loss.png")
     assert len(drawn[0].axes[0].lines[0].get_xdata()) == len(first.curve.flops) - 5
 
 
 def test_the_axis_leaves_out_the_first_descent(tmp_path, drawn):
-    loss_figure(comparison(), tmp_path / "loss.png")
+    draw_arm_curves(comparison(), tmp_path / "loss.png")
     low, high = drawn[0].axes[0].get_ylim()
     assert 3.0 < low < 3.2 and 3.9 < high < 4.5
 
 
 def test_one_order_of_growth_is_not_told_of_every_arm(tmp_path, drawn):
-    loss_figure(comparison(["slop", "msg", "from-scratch"], 1), tmp_path / "loss.png")
+    draw_arm_curves(comparison(["slop", "msg", "from-scratch"], 1), tmp_path / "loss.png")
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert legend[:3] == ["slop", "from-scratch", "msg"]
 
 
 def test_without_a_reference_there_is_no_goal(tmp_path, drawn):
-    loss_figure(comparison(2, reference=None), tmp_path / "loss.png")
+    draw_arm_curves(comparison(2, reference=None), tmp_path / "loss.png")
     assert "final loss" not in " ".join(text.get_text() for text in drawn[0].legends[0].get_texts())
     assert not drawn[0].axes[0].texts
 
 
 def test_an_arm_that_is_slower_claims_no_saving(tmp_path, drawn):
-    loss_figure(comparison(2, losses={"slop": 3.5}), tmp_path / "loss.png")
+    draw_arm_curves(comparison(2, losses={"slop": 3.5}), tmp_path / "loss.png")
     assert not drawn[0].axes[0].texts
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_final_losses_are_dots(tmp_path, drawn, seeds):
     found = comparison(8, seeds)
-    path = losses_figure(found, tmp_path / "losses.png")
+    path = draw_final_losses(found, tmp_path / "losses.png")
     axes = drawn[0].axes[0]
     rows = [line for line in axes.lines if line.get_marker() == "o"]
     assert [sorted(line.get_xdata()) for line in rows] == [
@@ -140,7 +140,7 @@ def test_final_losses_are_dots(tmp_path, drawn, seeds):
 
 def test_nothing_to_draw(tmp_path):
     empty = comparison(2, 0)
-    assert loss_figure(empty, tmp_path / "loss.png") is None and losses_figure(empty, tmp_path / "losses.png") is None
+    assert draw_arm_curves(empty, tmp_path / "loss.png") is None and draw_final_losses(empty, tmp_path / "losses.png") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,13 +156,13 @@ def test_a_diverged_arm_does_not_spoil_the_figures(tmp_path):
         else run
         for run in found.runs
     ]
-    assert loss_figure(replace(found, runs=tuple(worse)), tmp_path / "loss.png")
-    assert losses_figure(replace(found, runs=tuple(worse)), tmp_path / "losses.png")
+    assert draw_arm_curves(replace(found, runs=tuple(worse)), tmp_path / "loss.png")
+    assert draw_final_losses(replace(found, runs=tuple(worse)), tmp_path / "losses.png")
 
 
 def test_a_figure_tells_what_it_was_drawn_from(tmp_path):
     found = comparison(2, 1)
-    assert Image.open(loss_figure(found, tmp_path / "loss.png")).info["Source"] == found.fingerprint
+    assert Image.open(draw_arm_curves(found, tmp_path / "loss.png")).info["Source"] == found.fingerprint
     assert replace(found, title="another").fingerprint != found.fingerprint
 
 
@@ -172,7 +172,7 @@ def test_scatter_names_points_apart(tmp_path, drawn):
     predicted = 10 ** dice.uniform(24, 26, 18)
     measured = 3 + 0.1 * np.log10(predicted / 1e24) + dice.normal(0, 0.02, 18)
     labels = ("Π Δparams", "held-out loss")
-    scatter_figure(names, predicted, measured, tmp_path / "a.png", title="Order", labels=labels, log_x=True)
+    draw_scatter(names, predicted, measured, tmp_path / "a.png", title="Order", labels=labels, log_x=True)
     axes = drawn[0].axes[0]
     assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(names)
     assert overlapping(drawn[0]) == []
@@ -185,4 +185,4 @@ def test_scatter_names_points_apart(tmp_path, drawn):
 )
 def test_scatter_refuses_what_it_cannot_draw(tmp_path, names, predicted, measured, log_x):
     with pytest.raises(RunError):
-        scatter_figure(names, predicted, measured, tmp_path / "a.png", title="", labels=("", ""), log_x=log_x)
+        draw_scatter(names, predicted, measured, tmp_path / "a.png", title="", labels=("", ""), log_x=log_x)

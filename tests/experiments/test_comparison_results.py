@@ -5,18 +5,18 @@ import math
 import pytest
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims
-from slop_hf.cost.flops import flops_per_token
+from slop_hf.cost.flops import count_flops_per_token
 from slop_hf.errors import RunError
 from slop_hf.experiments.planner_accuracy import (
-    agreement,
-    agreement_sentence,
-    measured_utility,
-    predictions,
-    predictions_cells,
-    utility_figure,
+    compute_planner_accuracy,
+    describe_planner_accuracy,
+    compute_measured_utility,
+    compute_predictions,
+    build_prediction_cells,
+    draw_utility,
 )
 from slop_hf.experiments.comparison import Comparison, Curve, RunResult, StageResult
-from slop_hf.experiments.results import Spread, arm_results, cost_to, iso_loss, rank_correlation
+from slop_hf.experiments.results import Spread, compute_arm_results, compute_cost_to_loss, compute_flops_saved, compute_rank_correlation
 
 SMALL, DEEP, LARGE = ModelDims(16, 32, 2, 2), ModelDims(16, 32, 4, 2), ModelDims(16, 64, 4, 2)
 SCHEDULE = GrowthSchedule(SMALL, (GrowthStage(("layer",), DEEP, 100), GrowthStage(("ffn",), LARGE, 100)), 250)
@@ -52,48 +52,48 @@ def scratch(seed, loss, budget=1.0):
 def test_the_saving_is_read_at_the_first_evaluation_that_reaches_the_references_loss():
     grown = [(0, 20.0, 5.0), (2, 70.0, 3.1), (2, 80.0, 2.9), (2, 100.0, 2.5)]
     found = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 3.1, 2.5], curve=grown))
-    saved = iso_loss(found, "slop")
+    saved = compute_flops_saved(found, "slop")
     assert saved is not None and saved.values == (pytest.approx(0.2),)
-    assert iso_loss(found, "scratch").values == (0.0,)
+    assert compute_flops_saved(found, "scratch").values == (0.0,)
 
 
 def test_a_model_that_has_not_grown_to_its_end_has_not_reached_the_references_loss():
     """The question is what the target costs: a smaller model with that loss is another thing."""
     entered = [(0, 30.0, 2.9), (1, 60.0, 2.8), (2, 60.0, 3.5), (2, 80.0, 2.9)]
-    assert cost_to([result("slop", 0, [2.9, 2.8, 2.6], curve=entered)], 3.0) == 80.0
+    assert compute_cost_to_loss([result("slop", 0, [2.9, 2.8, 2.6], curve=entered)], 3.0) == 80.0
     kept = [(0, 30.0, 3.5), (1, 60.0, 2.9), (2, 60.0, 2.9), (2, 80.0, 2.8)]
-    assert cost_to([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 3.0) == 60.0, (
+    assert compute_cost_to_loss([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 3.0) == 60.0, (
         "right after growth the target is there"
     )
-    assert cost_to([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 2.0) == math.inf
+    assert compute_cost_to_loss([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 2.0) == math.inf
 
 
 def test_a_shorter_run_with_its_own_schedule_may_get_there_first():
     short = result("slop", 0, [5.0, 4.0, 2.9], budget=0.5)
     found = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 4.0, 2.5]), short)
-    assert iso_loss(found, "slop").values == (pytest.approx(0.5),)
+    assert compute_flops_saved(found, "slop").values == (pytest.approx(0.5),)
 
 
 def test_between_two_budgets_the_ends_lie_on_a_line_over_the_logarithm():
     short, whole = result("slop", 0, [5.0, 4.0, 3.2], budget=0.5), result("slop", 0, [5.0, 4.0, 2.8])
     found = comparison(scratch(0, 3.0), whole, short)
-    assert iso_loss(found, "slop").values == (pytest.approx(1 - 0.5**0.5),)
-    assert cost_to([short, whole], 2.8) == pytest.approx(100.0), "an end that was measured counts as it is"
-    assert cost_to([short, whole], 2.7) == math.inf, "nothing is read beyond the budgets that were run"
-    assert cost_to([short], 3.0) == math.inf
+    assert compute_flops_saved(found, "slop").values == (pytest.approx(1 - 0.5**0.5),)
+    assert compute_cost_to_loss([short, whole], 2.8) == pytest.approx(100.0), "an end that was measured counts as it is"
+    assert compute_cost_to_loss([short, whole], 2.7) == math.inf, "nothing is read beyond the budgets that were run"
+    assert compute_cost_to_loss([short], 3.0) == math.inf
 
 
 def test_an_arm_that_misses_the_loss_with_one_seed_saves_nothing():
     runs = [scratch(0, 3.0), scratch(1, 3.0), result("slop", 0, [5, 4, 2.9]), result("slop", 1, [5, 4, 3.1])]
-    assert iso_loss(comparison(*runs), "slop") is None
-    assert iso_loss(comparison(*runs, reference=None), "slop") is None
+    assert compute_flops_saved(comparison(*runs), "slop") is None
+    assert compute_flops_saved(comparison(*runs, reference=None), "slop") is None
 
 
 def test_losses_are_set_beside_the_reference_at_the_same_budget_and_seed():
     runs = [scratch(0, 3.0), scratch(1, 3.2), scratch(0, 3.6, 0.5), scratch(1, 3.8, 0.5)]
     runs += [result("slop", seed, [5, 4, loss]) for seed, loss in ((0, 2.9), (1, 3.0))]
     runs += [result("slop", seed, [5, 4, loss], budget=0.5) for seed, loss in ((0, 3.7), (1, 3.7))]
-    by_arm = {(one.arm, one.budget): one for one in arm_results(comparison(*runs))}
+    by_arm = {(one.arm, one.budget): one for one in compute_arm_results(comparison(*runs))}
     assert by_arm["slop", 1.0].against_reference.values == (pytest.approx(-0.1), pytest.approx(-0.2))
     assert by_arm["slop", 0.5].against_reference.values == (pytest.approx(0.1), pytest.approx(-0.1))
     assert by_arm["slop", 1.0].loss == Spread((2.9, 3.0))
@@ -105,13 +105,13 @@ def test_marginal_utility_is_eq_2():
     run = result("slop", 0, [3.0, 2.0, 1.0])
     drops = math.exp(3) - math.exp(2), math.exp(2) - math.exp(1)
     assert run.marginal_utility == pytest.approx(60 * sum(drops))
-    assert measured_utility(run) == pytest.approx(2 * 1.0 / (100 / 3 / 1e12))
+    assert compute_measured_utility(run) == pytest.approx(2 * 1.0 / (100 / 3 / 1e12))
 
 
 def test_missing_seeds_of_the_reference_leave_the_difference_out():
     found = comparison(scratch(0, 3.0), result("slop", 0, [5, 4, 2.9]), result("slop", 1, [5, 4, 2.9]))
-    assert arm_results(found)[1].against_reference is None
-    assert iso_loss(found, "slop").values == (pytest.approx(0.0),), "of the seeds that both have"
+    assert compute_arm_results(found)[1].against_reference is None
+    assert compute_flops_saved(found, "slop").values == (pytest.approx(0.0),), "of the seeds that both have"
 
 
 def test_predictions_are_the_planners_and_ranks_are_compared(tmp_path):
@@ -128,47 +128,47 @@ def test_predictions_are_the_planners_and_ranks_are_compared(tmp_path):
         scratch(0, 3.0),
     ]
     found = comparison(*runs)
-    names = [one.arm for one in predictions(found)]
+    names = [one.arm for one in compute_predictions(found)]
     assert names == ["l-f", "f-l", "lf"], "what grows nothing has no utility"
-    one = predictions(found)[0]
+    one = compute_predictions(found)[0]
     fields = {"model_type": "llama", "vocab_size": 300, "tie_word_embeddings": True}
-    prices = [float(flops_per_token(dims, fields, 16)) for dims in SCHEDULE.structures]
+    prices = [float(count_flops_per_token(dims, fields, 16)) for dims in SCHEDULE.structures]
     assert one.flops == pytest.approx(prices[0] * 250 + prices[1] * 100 + prices[2] * 100)
-    agreed = agreement(found)
+    agreed = compute_planner_accuracy(found)
     assert agreed.schedules == 3
-    measured = [p.measured_utility.mean for p in predictions(found)]
-    assert agreed.utility == rank_correlation([p.utility for p in predictions(found)], measured)
-    assert agreement(comparison(*runs[:2])) is None
-    rows = predictions_cells(found).rows
-    assert [row[0] for row in rows] == [p.arm for p in sorted(predictions(found), key=lambda p: -p.utility)]
-    assert agreement_sentence(found).startswith("Over 3 schedules, Spearman's correlation of predicted and measured")
-    assert utility_figure(found, tmp_path / "utility.png") is not None
+    measured = [p.measured_utility.mean for p in compute_predictions(found)]
+    assert agreed.utility == compute_rank_correlation([p.utility for p in compute_predictions(found)], measured)
+    assert compute_planner_accuracy(comparison(*runs[:2])) is None
+    rows = build_prediction_cells(found).rows
+    assert [row[0] for row in rows] == [p.arm for p in sorted(compute_predictions(found), key=lambda p: -p.utility)]
+    assert describe_planner_accuracy(found).startswith("Over 3 schedules, Spearman's correlation of predicted and measured")
+    assert draw_utility(found, tmp_path / "utility.png") is not None
 
 
 def test_one_schedule_by_several_inits_has_no_ranking(tmp_path):
     found = comparison(*(result(name, 0, [5.0, 4.0, 2.0]) for name in "abc"))
-    assert math.isnan(agreement(found).utility) and agreement_sentence(found) == ""
-    assert utility_figure(found, tmp_path / "utility.png") is None
+    assert math.isnan(compute_planner_accuracy(found).utility) and describe_planner_accuracy(found) == ""
+    assert draw_utility(found, tmp_path / "utility.png") is None
 
 
 def test_schedules_are_compared_on_the_seeds_that_all_have():
     runs = [result(name, 0, [5.0, 4.0, 2.0]) for name in "ab"] + [result("a", 1, [5.0, 4.0, 3.0])]
-    assert [one.loss for one in predictions(comparison(*runs))] == [Spread((2.0,)), Spread((2.0,))]
+    assert [one.loss for one in compute_predictions(comparison(*runs))] == [Spread((2.0,)), Spread((2.0,))]
     apart = [result("a", 1, [5.0, 4.0, 3.0]), result("b", 0, [5.0, 4.0, 2.0])]
-    assert [one.loss for one in predictions(comparison(*apart))] == [Spread((3.0,)), Spread((2.0,))]
+    assert [one.loss for one in compute_predictions(comparison(*apart))] == [Spread((3.0,)), Spread((2.0,))]
 
 
 def test_a_record_without_settings_cannot_be_predicted():
     with pytest.raises(RunError, match="does not hold the run's settings"):
-        predictions(comparison(result("slop", 0, [5, 4, 3]), settings={}))
+        compute_predictions(comparison(result("slop", 0, [5, 4, 3]), settings={}))
 
 
 def test_rank_correlation():
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == -1.0
-    assert rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(0.866025, abs=1e-6)
-    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert compute_rank_correlation([1, 2, 3], [3, 2, 1]) == -1.0
+    assert compute_rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(0.866025, abs=1e-6)
+    assert math.isnan(compute_rank_correlation([1, 1, 1], [1, 2, 3]))
     with pytest.raises(RunError, match="cannot correlate 2 values with 3"):
-        rank_correlation([1, 2], [1, 2, 3])
+        compute_rank_correlation([1, 2], [1, 2, 3])
 
 
 def test_a_record_that_is_none_is_refused(tmp_path):

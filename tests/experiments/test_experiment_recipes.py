@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from slop_hf import preview_run
-from slop_hf.experiments.arms import arm_runs, run_flops
+from slop_hf.experiments.arms import build_jobs, count_job_flops
 from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.jobs import with_trunks
+from slop_hf.experiments.jobs import add_shared_prefixes
 from slop_hf.paper import tables as paper
 
 EXPERIMENTS = Path(__file__).parents[2] / "recipes" / "experiments"
@@ -24,7 +24,7 @@ SCALES = [(path, scale) for path in PATHS for scale in yaml.safe_load(path.read_
 def runs_of(path, scale):
     """An experiment with its runs, trunks included."""
     experiment = Experiment.from_yaml(path, scale)
-    return experiment, with_trunks(arm_runs(experiment))
+    return experiment, add_shared_prefixes(build_jobs(experiment))
 
 
 def ids(value):
@@ -52,7 +52,7 @@ def test_every_run_spends_its_budget(path, scale):
     runs = [job for job in jobs if job.arm]
     assert {run.arm for run in runs} == set(experiment.arms)
     for run in runs:
-        spent = run_flops(experiment, run) if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
+        spent = count_job_flops(experiment, run) if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
         assert spent == pytest.approx(experiment.sizes.budget * run.budget, rel=0.01), run.name
 
 
@@ -134,7 +134,7 @@ def test_the_readme_tells_what_each_takes():
         if path.parent == EXPERIMENTS:
             row = next(line for line in text.splitlines() if line.startswith(f"| `{path.name}`"))
             experiment, jobs = runs_of(path, scale)
-            by_place = {job.place: run_flops(experiment, job) for job in jobs}
+            by_place = {job.place: count_job_flops(experiment, job) for job in jobs}
             paid = sum(by_place[job.place] - by_place.get(job.parent, 0) for job in jobs)
             runs = sum(bool(job.arm) for job in jobs)
             assert f"{runs} · {paid:.1e}".replace("e+", "e") in row, (scale, runs, paid)

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 from comparisons import comparison
 
-from slop_hf.experiments.summary_text import sentences
-from slop_hf.experiments.tables import arms_cells, ledger_cells, stages_cells
+from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.tables import build_arm_cells, build_ledger_cells, build_arm_stage_cells
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,9 +79,9 @@ def test_blocks_are_filled_in_and_the_rest_stays(root, capsys):
     ]
     found = comparison(2, 2)
     text = (root / "docs" / "results.md").read_text()
-    for cells in (arms_cells(found), stages_cells(found), ledger_cells(found)):
+    for cells in (build_arm_cells(found), build_arm_stage_cells(found), build_ledger_cells(found)):
         assert f"-->\n{cells.markdown()}<!-- end -->\n" in text
-    assert " ".join(sentences(found)) in text.replace("\n", " ") and "stale" not in text
+    assert " ".join(summarize_comparison(found)) in text.replace("\n", " ") and "stale" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 119
     kept = [line for line in PAGE.splitlines() if line != "stale"]
     assert [line for line in text.splitlines() if line in kept] == kept

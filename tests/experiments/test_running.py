@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from slop_hf import RunConfig, RunDirectory
 from slop_hf.errors import EvaluationError, RunError
 from slop_hf.experiments import running
-from slop_hf.experiments.arms import arm_runs, run_flops
-from slop_hf.experiments.collect import collect
+from slop_hf.experiments.arms import build_jobs, count_job_flops
+from slop_hf.experiments.collect import collect_comparison
 from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.summary_text import sentences
-from slop_hf.experiments.jobs import with_trunks
+from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.jobs import add_shared_prefixes
 from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.running import run_experiment, train_job
 from slop_hf.experiments.write import write_comparison
@@ -35,7 +35,7 @@ def trained(experiment, tmp_path_factory):
 
 
 def jobs_of(experiment):
-    return with_trunks(arm_runs(experiment))
+    return add_shared_prefixes(build_jobs(experiment))
 
 
 def weights(root, job):
@@ -62,7 +62,7 @@ def test_a_shared_beginning_gives_the_weights_of_a_run_of_its_own(experiment, tr
 
 def test_what_runs_share_is_paid_for_once(experiment, trained):
     jobs, root = trained
-    found = collect(experiment, jobs, root)
+    found = collect_comparison(experiment, jobs, root)
     assert [run.arm for run in found.runs] == ["slop", "preserving", "from-scratch", "from-scratch"]
     assert not found.missing
     costs = {cost.what: cost for cost in found.ledger}
@@ -78,17 +78,17 @@ def test_what_runs_share_is_paid_for_once(experiment, trained):
 
 def test_arms_spend_alike(experiment, trained):
     jobs, root = trained
-    by_arm = {(run.arm, run.budget): run.flops for run in collect(experiment, jobs, root).runs}
+    by_arm = {(run.arm, run.budget): run.flops for run in collect_comparison(experiment, jobs, root).runs}
     budget = experiment.sizes.budget
     assert by_arm["slop", 1.0] == pytest.approx(budget, rel=0.1)  # whole steps of so small a run are coarse
     assert by_arm["from-scratch", 1.0] == pytest.approx(budget, rel=0.1)
     assert by_arm["from-scratch", 0.5] == pytest.approx(budget / 2, rel=0.1)
-    assert all(run_flops(experiment, job) <= budget * 1.01 for job in jobs)
+    assert all(count_job_flops(experiment, job) <= budget * 1.01 for job in jobs)
 
 
 def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
     jobs, root = trained
-    found = collect(experiment, jobs, root, "a machine")
+    found = collect_comparison(experiment, jobs, root, "a machine")
     again = Comparison.load(found.save(tmp_path / "record.json"))
     assert again == found
     run = again.runs[0]
@@ -112,7 +112,7 @@ def test_an_interrupted_experiment_goes_on(experiment, trained, tmp_path, monkey
     monkeypatch.setattr(running, "train_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(experiment, again)
-    assert len(collect(experiment, jobs, again).missing) == 3
+    assert len(collect_comparison(experiment, jobs, again).missing) == 3
     told = []
     monkeypatch.setattr(running, "train_job", train_job)
     run_experiment(experiment, again, told=lambda job, done, count: told.append((job.name, done, count)))
@@ -150,7 +150,7 @@ def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_pa
     all_jobs = run_experiment(more, beside, workers=2, told=lambda job, *_: told.append(job))
     assert sorted(job.place for job in told) == sorted(job.place for job in all_jobs)
     assert len(all_jobs) == len(jobs) + 3
-    assert collect(more, all_jobs, beside).diverged == ("wild, seed 0", "as wild, seed 0")
+    assert collect_comparison(more, all_jobs, beside).diverged == ("wild, seed 0", "as wild, seed 0")
     parent = named(jobs, "slop, seed 0").parent
     places = [job.place for job in told]
     assert places.index(parent) < min(places.index(job.place) for job in jobs if job.parent == parent)
@@ -165,7 +165,7 @@ def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path)
     (root / scratch.place).write_text("in the way")
     with pytest.raises(RunError, match=r"from-scratch ×0\.5, seed 0 failed .*; see .*log\.txt, and run the same"):
         run_experiment(experiment, root, workers=2)
-    assert not [name for name in collect(experiment, jobs, root).missing if name.startswith("trunk")]
+    assert not [name for name in collect_comparison(experiment, jobs, root).missing if name.startswith("trunk")]
 
 
 def wild(experiment):
@@ -182,16 +182,16 @@ def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path):
     found, told = dataclasses.replace(experiment, arms={**wild(experiment), "from-scratch": other}), []
     jobs = run_experiment(found, tmp_path, told=lambda job, *_: told.append(job.name))
     assert sorted(told) == sorted(job.name for job in jobs) and len(jobs) == 4
-    comparison = collect(found, jobs, tmp_path)
+    comparison = collect_comparison(found, jobs, tmp_path)
     assert comparison.diverged == ("wild, seed 0", "as wild, seed 0") and not comparison.missing
     assert [run.arm for run in comparison.runs] == ["from-scratch"]
-    assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in sentences(comparison)
+    assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in summarize_comparison(comparison)
     write_comparison(comparison, tmp_path / "report")
     run_experiment(found, tmp_path, told=lambda *_: pytest.fail("all have ended"))
     (note,) = tmp_path.rglob("diverged.txt")
     assert "is not finite any more; training stops here" in note.read_text()
     note.unlink()
-    assert len(collect(found, jobs, tmp_path).missing) == 2
+    assert len(collect_comparison(found, jobs, tmp_path).missing) == 2
 
 
 def test_other_settings_are_refused_where_runs_have_begun(experiment, trained):
@@ -233,15 +233,15 @@ def test_what_runs_are_to_be_scored_on_they_are(tiny_experiment, tmp_path, monke
 
 def test_probes_are_in_the_ledger(experiment, trained, tmp_path):
     jobs, root = trained
-    before = collect(experiment, jobs, root)
+    before = collect_comparison(experiment, jobs, root)
     for name, flops in (("orders", 3e6), ("inits", 1e6)):
         (root / "probes" / name).mkdir(parents=True)
         cost = {"what": "probes", "count": 2, "tokens": 100, "flops": flops, "seconds": 1.5}
         (root / "probes" / name / "probe.json").write_text(json.dumps({"cost": cost}))
-    *others, probes = collect(experiment, jobs, root).ledger
+    *others, probes = collect_comparison(experiment, jobs, root).ledger
     assert tuple(others) == before.ledger
     assert (probes.what, probes.count, probes.tokens, probes.flops, probes.seconds) == ("probes", 4, 200, 4e6, 3.0)
     (root / "probes/inits/probe.json").write_text("{}")
     with pytest.raises(RunError, match="no report of `slop probe`"):
-        collect(experiment, jobs, root)
+        collect_comparison(experiment, jobs, root)
     shutil.rmtree(root / "probes")

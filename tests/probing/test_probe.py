@@ -17,13 +17,13 @@ from slop_hf.experiments.running import train_job
 from slop_hf.probing.candidates import (
     Candidate,
     Start,
-    continuing,
-    init_candidates,
-    next_candidates,
-    planned,
-    schedule_candidates,
+    continue_schedule,
+    build_init_candidates,
+    build_next_candidates,
+    plan_candidates,
+    build_schedule_candidates,
 )
-from slop_hf.probing.report import CandidateResult, ProbeReport, probe_cells, probe_sentences
+from slop_hf.probing.report import CandidateResult, ProbeReport, build_probe_cells, describe_probe
 from slop_hf.training import RunConfig, build_trainer
 
 SMALL, LARGE = ModelDims(16, 32, 2, 2), ModelDims(32, 64, 3, 4)
@@ -78,7 +78,7 @@ def finished(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def candidates(config):
     """The planner's three best orders; two begin with the same growth."""
-    return planned(config, SCHEDULE, 3)
+    return plan_candidates(config, SCHEDULE, 3)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_what_diverges_comes_last(config, candidates, tmp_path, monkeypatch):
     found = probe(schedules)
     assert found[-1] is schedules[0] and {one.sequence for one in found} == {one.sequence for one in schedules}
     assert probe.report.diverged == (wild,) and wild not in {one.name for one in probe.report.results}
-    assert f"Diverged, and without a place: {wild}." in probe_sentences(probe.report)
+    assert f"Diverged, and without a place: {wild}." in describe_probe(probe.report)
     assert probe.report.cost.count == 2
     with pytest.raises(RunError, match="the trials of all 3 candidates diverged; lower learning_rate"):
         Probe(with_rate(config, 1e30), tmp_path / "wild", lag=4 * STEP).run(candidates)
@@ -225,7 +225,7 @@ def test_a_trial_from_a_stage_is_what_the_run_itself_does_next(config, finished,
     files = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")}
     start = Start(finished, 1)
     probe = Probe(config, tmp_path, share=1.0, start=start)
-    inits = init_candidates(SCHEDULE, ["random", "preserving"], start)
+    inits = build_init_candidates(SCHEDULE, ["random", "preserving"], start)
     report = probe.run(inits)
     runs = {job.arm: RunDirectory(tmp_path / job.place) for job in probe.jobs(inits)}
     assert runs.keys() == {"random", "preserving"}
@@ -249,7 +249,7 @@ def test_a_start_is_told_by_number_or_name(finished):
 
 def test_a_start_that_was_trained_otherwise_has_trials_of_its_own(config, finished, tmp_path):
     probe = Probe(config, tmp_path, lag=STEP, start=Start(finished, 1))
-    inits = init_candidates(SCHEDULE, ["random", "preserving"], Start(finished, 1))
+    inits = build_init_candidates(SCHEDULE, ["random", "preserving"], Start(finished, 1))
     other = RunDirectory(tmp_path / "other")
     running.inherit(finished, other, SCHEDULE, name="other")
     places = {job.place for job in probe.jobs(inits)} | {job.parent for job in probe.jobs(inits)}
@@ -260,18 +260,18 @@ def test_a_start_that_was_trained_otherwise_has_trials_of_its_own(config, finish
 def test_schedules_go_on_from_a_start(finished):
     start = Start(finished, 1)
     rest = GrowthSchedule(DEEP, SCHEDULE.stages[1:])
-    assert continuing(start, rest) == continuing(start, SCHEDULE) == SCHEDULE
+    assert continue_schedule(start, rest) == continue_schedule(start, SCHEDULE) == SCHEDULE
     with pytest.raises(RunError, match=r"does not lead through .*@stage-1-layer.*slop plan --from"):
-        continuing(start, GrowthSchedule(SMALL, (GrowthStage(("ffn",), SMALL.replace(intermediate_size=64), 9),)))
+        continue_schedule(start, GrowthSchedule(SMALL, (GrowthStage(("ffn",), SMALL.replace(intermediate_size=64), 9),)))
     with pytest.raises(RunError, match="there is nothing to try"):
-        continuing(Start(finished, 3), SCHEDULE)
+        continue_schedule(Start(finished, 3), SCHEDULE)
 
 
 # ---- What is tried --------------------------------------------------------------------------------------------------
 
 
 def test_next_stages_grow_one_dimension_each(config):
-    found = next_candidates(SCHEDULE, ["layer", "ffn", "hidden"])
+    found = build_next_candidates(SCHEDULE, ["layer", "ffn", "hidden"])
     stages = {one.name: one.schedule.stages for one in found}
     assert stages["layer"] == (GrowthStage(("layer",), DEEP, 4 * STEP),)
     assert stages["hidden"] == (
@@ -282,24 +282,24 @@ def test_next_stages_grow_one_dimension_each(config):
     trials = {one.name: Probe(config, "none", lag=5 * STEP).trial(one).tokens for one in found}
     assert set(trials.values()) == {(5 * STEP, 5 * STEP)}
     with pytest.raises(RunError, match="head_dim has nothing to grow"):
-        next_candidates(SCHEDULE, ["layer", "head_dim"])
+        build_next_candidates(SCHEDULE, ["layer", "head_dim"])
 
 
 def test_what_follows_hidden_gets_no_stage_of_its_own(config):
     wide = SMALL.replace(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4)
     stages = GrowthStage(("hidden", "ffn", "mha"), wide, STEP), GrowthStage(("layer",), LARGE, STEP)
     schedule = GrowthSchedule(SMALL, stages, STEP)
-    assert {one.name for one in planned(config, schedule, 9)} == {"hf-l", "l-hf"}
-    assert next_candidates(schedule, ["layer", "hidden"])[1].schedule.target == wide
+    assert {one.name for one in plan_candidates(config, schedule, 9)} == {"hf-l", "l-hf"}
+    assert build_next_candidates(schedule, ["layer", "hidden"])[1].schedule.target == wide
 
 
 def test_inits_are_of_the_next_stage_alone(config):
-    found = init_candidates(SCHEDULE, ["stack", "preserving"])
+    found = build_init_candidates(SCHEDULE, ["stack", "preserving"])
     probe = Probe(config, "none", share=0.25)
     assert [probe.trial(one).tokens for one in found] == [(2 * STEP, STEP)] * 2
     assert [one.schedule.stages[0].init for one in found] == ["stack", "preserving"]
     with pytest.raises(SlopError, match="unknown init 'copied' for operator 'layer'"):
-        init_candidates(SCHEDULE, ["stack", "copied"])
+        build_init_candidates(SCHEDULE, ["stack", "copied"])
 
 
 def test_with_a_lag_candidates_that_grow_alike_share_a_trial(config, candidates):
@@ -312,8 +312,8 @@ def test_with_a_lag_candidates_that_grow_alike_share_a_trial(config, candidates)
 
 def test_a_pretrained_model_is_not_trained_first(config):
     trained = dataclasses.replace(config, model={**config.model, "pretrained": "a-model"})
-    found = schedule_candidates(
-        [dataclasses.replace(one.schedule, initial_tokens=0) for one in planned(config, SCHEDULE, 6)[::3]]
+    found = build_schedule_candidates(
+        [dataclasses.replace(one.schedule, initial_tokens=0) for one in plan_candidates(config, SCHEDULE, 6)[::3]]
     )
     jobs = Probe(trained, "none", lag=STEP).jobs(found)
     assert [job.schedule.tokens for job in jobs] == [(0, STEP), (0, STEP)]
@@ -347,7 +347,7 @@ def test_what_has_not_gained_yet_comes_last_by_its_loss():
     found = report_of(result("dear", 4.3, -0.3 / 4), result("cheap", 4.2, -0.2), result("gains", 3.9, 0.1))
     assert [one.name for one in found.results] == ["gains", "cheap", "dear"]
     assert found.lost == ("cheap", "dear")
-    assert any("not below" in sentence and "cheap, dear" in sentence for sentence in probe_sentences(found))
+    assert any("not below" in sentence and "cheap, dear" in sentence for sentence in describe_probe(found))
 
 
 def test_by_loss_the_lowest_is_best_and_by_utility_the_highest():
@@ -363,10 +363,10 @@ def test_agreement_is_with_the_order_given_and_with_losses_at_growth():
     assert report_of(*results).order_agreement is None, "two are in order or are not"
     found = report_of(*results, result("c", 3.1, 0.3, at_growth=4.0, rank=3))
     assert found.order_agreement == -1.0 and found.growth_agreement == 0.5
-    assert probe_sentences(found)[0].endswith("-1.00 with the planner's order, 0.50 with losses right after growth.")
+    assert describe_probe(found)[0].endswith("-1.00 with the planner's order, 0.50 with losses right after growth.")
     unranked = report_of(*(dataclasses.replace(one, rank=None) for one in found.results))
     assert unranked.order_agreement is None and unranked.growth_agreement == 0.5
-    assert len(probe_cells(unranked).columns) == len(probe_cells(found).columns) - 1
+    assert len(build_probe_cells(unranked).columns) == len(build_probe_cells(found).columns) - 1
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------
@@ -398,18 +398,18 @@ def test_what_cannot_be_tried_is_refused_before_anything_is_trained(config, cand
     refused("two candidates or more, got 1", candidates[:1])
     refused("have the same trial; give some that differ", [candidates[0]] * 2)
     untrained = [dataclasses.replace(one.schedule.with_shares([8, 0, 8, 8])) for one in candidates]
-    refused("stage-1-.* has no tokens to take a share of", schedule_candidates(untrained))
+    refused("stage-1-.* has no tokens to take a share of", build_schedule_candidates(untrained))
     random = [one.schedule.with_shares([0, 8, 8, 8]) for one in candidates]
-    refused("for how many tokens", schedule_candidates(random))
+    refused("for how many tokens", build_schedule_candidates(random))
     refused("give either start or initial_tokens", start=finished.path, initial_tokens=5)
     blocks = dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=64))
     refused("block_size 64 is above", config=blocks)
     unmeasured = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0.0))
     refused("set data.held_out", config=unmeasured)
-    short = [Candidate("none", GrowthSchedule(SMALL)), Candidate("layer", continuing(None, SCHEDULE))]
+    short = [Candidate("none", GrowthSchedule(SMALL)), Candidate("layer", continue_schedule(None, SCHEDULE))]
     assert not list(tmp_path.rglob("stage-*"))
     with pytest.raises(RunError, match="nothing to try"):
-        schedule_candidates([one.schedule for one in short])
+        build_schedule_candidates([one.schedule for one in short])
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------

@@ -1,25 +1,23 @@
-"""`slop probe`."""
+"""`slop probe`: the command and its dry run."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 import slop_hf
 
 from ..errors import RunError
-from ..io.serialization import to_plain
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
-from .shared import make_progress_bar, read_changes, read_seeds, split_list
+from .shared import (
+    make_option, make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
+)
 
 if TYPE_CHECKING:
     from ..experiments.jobs import Job
@@ -30,84 +28,93 @@ if TYPE_CHECKING:
 _WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output"
 
 
-def _option(panel: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **settings)
-
-
-def probe(
-    config: Annotated[Path, typer.Argument(help="The run as YAML, as for `slop train`.")],
-    output: Annotated[Path, _option(_OUTPUT, "--output", "-o", help="Directory of the trials and of probe.json.")],
+def probe_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `slop train`.")],
+    output: Annotated[
+        Path, make_option(_OUTPUT, "--output", "-o", help="Directory for the trials and probe.json.")
+    ],
     schedule: Annotated[
-        Path | None, _option(_WHAT, "--schedule", "-s", help="A schedule in place of the config's, or of --from's.")
+        Path | None, make_option(_WHAT, "--schedule", "-s", help="Schedule that replaces the config's, or --from's.")
     ] = None,
     source: Annotated[
         str | None,
-        _option(_WHAT, "--from", help="Go on from a finished stage, RUN[@STAGE]; default, a new initial model."),
+        make_option(_WHAT, "--from", help="Finished stage to start from, RUN[@STAGE]. Default: a new initial model."),
     ] = None,
     top_k: Annotated[
-        int | None, _option(_WHAT, "--top-k", "-k", help="Try the planner's best so many schedules. Default: 5.")
+        int | None, make_option(_WHAT, "--top-k", "-k", help="Try the planner's best K schedules. Default: 5.")
     ] = None,
     objective: Annotated[
-        str, _option(_WHAT, help=f"What the planner ranks those by: {', '.join(OBJECTIVES)}.")
+        str, make_option(_WHAT, help=f"Objective that the planner ranks those by: {', '.join(OBJECTIVES)}.")
     ] = "delta_params",
     inits: Annotated[
-        str | None, _option(_WHAT, help="Or inits of the next stage, such as random,preserving,copy.")
+        str | None, make_option(_WHAT, help="Or: try inits of the next stage, such as random,preserving,copy.")
     ] = None,
     next_stages: Annotated[
-        str | None, _option(_WHAT, "--next", help="Or stages that could come next, such as layer,ffn,hidden.")
+        str | None, make_option(_WHAT, "--next", help="Or: try dimensions to grow next, such as layer,ffn,hidden.")
     ] = None,
-    lag: Annotated[float | None, _option(_TRIAL, help="Try the next stage alone, for so many tokens.")] = None,
+    lag: Annotated[float | None, make_option(_TRIAL, help="Try only the next stage, for this number of tokens.")] = None,
     share: Annotated[
-        float | None, _option(_TRIAL, help="Try every stage, for this share of its tokens. Default: 0.1.")
+        float | None, make_option(_TRIAL, help="Try every stage, for this fraction of its tokens. Default: 0.1.")
     ] = None,
     initial_tokens: Annotated[
-        float | None, _option(_TRIAL, help="Tokens of the initial model first. Default: as --share or --lag say.")
+        float | None, make_option(_TRIAL, help="Tokens of the initial model. Default: follows from --share or --lag.")
     ] = None,
     by: Annotated[
-        str, _option(_TRIAL, help="What decides: utility (loss a FLOP), utility_per_hour (Eq. 2) or loss.")
+        str,
+        make_option(_TRIAL, help="Rank by utility (loss per FLOP), utility_per_hour (Eq. 2), or loss."),
     ] = "utility",
-    seeds: Annotated[str, _option(_TRIAL, help="Try each candidate once with each.")] = "0",
+    seeds: Annotated[str, make_option(_TRIAL, help="Try each candidate once per seed, such as 0,1,2.")] = "0",
     change: Annotated[
-        list[str] | None, _option(_TRIAL, "--set", help="Change a value: --set training.learning_rate=1e-3")
+        list[str] | None, make_option(_TRIAL, "--set", help="Change a value of the config: training.learning_rate=1e-3")
     ] = None,
-    workers: Annotated[int, _option(_HARDWARE, help="Trials at a time on CPUs, each with its share of cores.")] = 1,
-    devices: Annotated[str, _option(_HARDWARE, help="CUDA devices to spread trials over, such as 0,1,2,3.")] = "",
+    workers: Annotated[
+        int, make_option(_HARDWARE, help="Parallel trials on CPUs; each gets its share of the cores.")
+    ] = 1,
+    devices: Annotated[
+        str, make_option(_HARDWARE, help="CUDA devices to spread the trials over, such as 0,1,2,3.")
+    ] = "",
     write_schedule: Annotated[
-        Path | None, _option(_OUTPUT, help="Write the schedule of the best candidate here, for `slop train`.")
+        Path | None, make_option(_OUTPUT, help="Write the best candidate's schedule to this file, for `slop train`.")
     ] = None,
     dry_run: Annotated[
-        bool, _option(_OUTPUT, "--dry-run", help="Print candidates, tokens and FLOPs, and train nothing.")
+        bool, make_option(_OUTPUT, "--dry-run", help="Print candidates, tokens and FLOPs; train nothing.")
     ] = False,
-    as_json: Annotated[bool, _option(_OUTPUT, "--json", help="Print the report (or the trials) as JSON.")] = False,
+    as_json: Annotated[
+        bool, make_option(_OUTPUT, "--json", help="Print the report, or the dry run, as JSON.")
+    ] = False,
 ) -> None:
-    """Train candidates for a little, and rank them by what was measured.
+    """Train each candidate briefly, and rank the candidates by what was measured.
 
-    Candidates are the planner's best ways from the schedule's beginning to its end, or inits of its next stage, or
-    dimensions that could grow next. All begin with the same weights, from --from or from an initial model that is
-    trained once; held-out loss is measured right after growth and after the trial. What trials have in common is
-    trained once. Killed and run again it goes on.
+    Candidates are the planner's best schedules between the structures at the start and the end of your schedule, or
+    inits of its next stage, or dimensions that could grow next. All begin with the same weights: those of `--from`, or
+    of an initial model that is trained once. Held-out loss is measured right after growth and after the trial. Stages
+    that several trials share are trained once.
+
+    After an interruption, the same command continues.
 
     Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
     """
     from ..probing.candidates import Start  # with torch, which `slop --help` does without
-    from ..probing.report import probe_sentences, probe_table
+    from ..probing.report import describe_probe, build_probe_table
 
     start = None if source is None else Start.of(source)
     run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
-    candidates = _candidates(run, _schedule(run, schedule, start), start, top_k, objective, inits, next_stages)
+    candidates = _choose_candidates(
+        run, _read_schedule(run, schedule, start), start, top_k, objective, inits, next_stages
+    )
     trial = slop_hf.Probe(
         run,
         output,
-        lag=_whole(lag, "--lag"),
+        lag=_read_tokens(lag, "--lag"),
         share=share,
         start=start,
-        initial_tokens=_whole(initial_tokens, "--initial-tokens"),
+        initial_tokens=_read_tokens(initial_tokens, "--initial-tokens"),
         by=by,  # type: ignore[arg-type]
         seeds=read_seeds(seeds),
         devices=split_list(devices),
         workers=workers,
     )
-    trials = trial.preview(candidates)  # refuses what cannot be tried, before a bar is there
+    trials = trial.preview(candidates)  # refuses what cannot be tried before the bar appears
     if dry_run:
         _show_trials(trials, len(candidates), as_json=as_json)
         return
@@ -121,26 +128,27 @@ def probe(
     if write_schedule is not None:
         report.best.schedule.to_yaml(write_schedule)
     if as_json:
-        print(json.dumps(to_plain(report), indent=2))
+        print_json(report)
         return
     console = Console()
-    console.print(probe_table(report))
-    for sentence in probe_sentences(report):
+    console.print(build_probe_table(report))
+    for sentence in describe_probe(report):
         console.print(sentence)
     if start is not None and run.training.get("carry_optimizer_state") and not start.keeps_optimizer:
-        console.print("AdamW's state at the start is gone: every trial began a new one.")
-    written = "" if write_schedule is None else f"; {write_schedule}, the schedule of {report.best.name}"
-    print(f"{output / 'probe.json'}, all that was measured{written}")
+        console.print("The start has no AdamW state any more: every trial began with a new one.")
+    print(f"measurements written to {output / 'probe.json'}")
+    if write_schedule is not None:
+        print(f"schedule of {report.best.name} written to {write_schedule}")
 
 
-def _schedule(run: RunConfig, path: Path | None, start: Start | None) -> GrowthSchedule:
-    """The schedule that candidates are to lead to the end of."""
+def _read_schedule(run: RunConfig, path: Path | None, start: Start | None) -> GrowthSchedule:
+    """Return the schedule whose last structure the candidates lead to."""
     if path is not None:
         return GrowthSchedule.from_yaml(path)
     return run.read_schedule() if start is None or run.schedule is not None else start.run.schedule
 
 
-def _candidates(
+def _choose_candidates(
     run: RunConfig,
     schedule: GrowthSchedule,
     start: Start | None,
@@ -149,37 +157,35 @@ def _candidates(
     inits: str | None,
     next_stages: str | None,
 ) -> list[Candidate]:
-    from ..probing.candidates import init_candidates, next_candidates, planned
+    from ..probing.candidates import build_init_candidates, build_next_candidates, plan_candidates
 
-    if sum(given is not None for given in (top_k, inits, next_stages)) > 1:
-        raise RunError("give one of --top-k, --inits and --next: a probe compares candidates of one kind")
+    if sum(option is not None for option in (top_k, inits, next_stages)) > 1:
+        raise RunError("give only one of --top-k, --inits and --next: a probe compares candidates of one kind")
     if inits is not None:
-        return init_candidates(schedule, split_list(inits), start)
+        return build_init_candidates(schedule, split_list(inits), start)
     if next_stages is not None:
-        return next_candidates(schedule, split_list(next_stages), start)
-    return planned(run, schedule, 5 if top_k is None else top_k, start, objective=objective)
+        return build_next_candidates(schedule, split_list(next_stages), start)
+    return plan_candidates(run, schedule, 5 if top_k is None else top_k, start, objective=objective)
 
 
-def _whole(value: float | None, option: str) -> int | None:
-    """A number of tokens, which may be written as 2e6."""
+def _read_tokens(value: float | None, option: str) -> int | None:
+    """Return a number of tokens, which may be written as 2e6, as an int."""
     if value is not None and value != int(value):
         raise RunError(f"{option} must be a whole number of tokens, got {value:g}")
     return None if value is None else int(value)
 
 
 def _show_trials(trials: Sequence[PlannedTrial], candidates: int, *, as_json: bool) -> None:
-    """What would be trained, a row a run."""
+    """Print what would be trained, one row per trial."""
     if as_json:
-        print(json.dumps(to_plain(trials), indent=2))
+        print_json(trials)
         return
-    table = Table(box=SIMPLE, title=f"Trials of {candidates} candidates", pad_edge=False, collapse_padding=True)
-    table.add_column("of", no_wrap=True)
-    table.add_column("trains")
-    for heading in ("tokens", "FLOPs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for trial in trials:
-        table.add_row(trial.name, ", ".join(trial.stages), f"{trial.tokens:,}", f"{trial.flops:.3g}")
-    table.add_section()
     tokens, flops = sum(trial.tokens for trial in trials), sum(trial.flops for trial in trials)
-    table.add_row("sum", "", f"{tokens:,}", f"{flops:.3g}")
-    Console().print(table)
+    print_table(
+        f"Trials of {candidates} candidates",
+        ("trial", "stages"),
+        ("tokens", "FLOPs"),
+        [(trial.name, ", ".join(trial.stages), f"{trial.tokens:,}", f"{trial.flops:.3g}") for trial in trials],
+        total=("sum", "", f"{tokens:,}", f"{flops:.3g}"),
+        wraps=("stages",),
+    )

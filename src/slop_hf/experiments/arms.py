@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..baselines import ARMS, at_equal_flops
-from ..cost.flops import count_parameters, flops_per_token
+from ..cost.flops import count_parameters, count_flops_per_token
 from ..errors import PlanError, RunError, SlopError
 from ..operators import OPERATORS
-from ..planning.budget import utility_shares
+from ..planning.budget import share_tokens_by_utility
 from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
 from ..schedule import GrowthSchedule
@@ -20,14 +20,14 @@ from ..training import RunConfig
 from ..training.checks import with_inits
 from ..training.config import known_vocab_size
 from .config import ArmConfig, Experiment
-from .jobs import RUNS, SEEDS_APART, ArmRun
+from .jobs import RUNS, SEEDS_APART, Job
 
 #: What lies beside a run's directory: its config, what it printed, the trunk that it has begun with.
 #: Of one dimension a stage there are so many orders at most.
 _ALL_ORDERS = math.factorial(len(OPERATORS))
 
 
-def arm_runs(experiment: Experiment) -> list[ArmRun]:
+def build_jobs(experiment: Experiment) -> list[Job]:
     """All runs of an experiment, without trunks, in the order of its arms.
 
     Raises:
@@ -36,17 +36,17 @@ def arm_runs(experiment: Experiment) -> list[ArmRun]:
     found = []
     for name, arm in experiment.arms.items():
         try:
-            schedules = {budget: arm_schedule(experiment, arm, budget) for budget in arm.budgets}
+            schedules = {budget: build_arm_schedule(experiment, arm, budget) for budget in arm.budgets}
         except SlopError as caught:
             raise type(caught)(f"arm {name}: {caught}") from None
         for budget, schedule in schedules.items():
             for seed in arm.seeds or experiment.sizes.seeds:
                 place = Path(RUNS, name, f"x{budget:g}", f"seed-{seed}")
-                found.append(ArmRun(name, budget, seed, _run_config(experiment, arm, schedule, seed), place))
+                found.append(Job(name, budget, seed, _run_config(experiment, arm, schedule, seed), place))
     return found
 
 
-def arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) -> GrowthSchedule:
+def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) -> GrowthSchedule:
     """The schedule of an arm, its tokens as many as the budget buys.
 
     Args:
@@ -63,17 +63,17 @@ def arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) ->
         schedule = GrowthSchedule.from_yaml(given) if isinstance(given, str) else given
         if arm.shares == "utility":
             raise RunError("shares 'utility' are the planner's; give those of a schedule in its tokens")
-        return spending(experiment, schedule, arm.shares or _shares_in(schedule), spend)
+        return fit_to_budget(experiment, schedule, arm.shares or _shares_in(schedule), spend)
     schedule = _planned(experiment, arm)
     shares = _utility_shares(experiment, arm, schedule, spend) if arm.shares == "utility" else arm.shares
-    schedule = spending(experiment, schedule, shares, spend)
+    schedule = fit_to_budget(experiment, schedule, shares, spend)
     if arm.control is None:
         return schedule
-    config, length = model_fields(experiment.run), experiment.run.data.block_size
+    config, length = get_model_fields(experiment.run), experiment.run.data.block_size
     return ARMS[arm.control](schedule, config, length, budget=experiment.sizes.equal)
 
 
-def spending(
+def fit_to_budget(
     experiment: Experiment, schedule: GrowthSchedule, shares: Sequence[float] | None, spend: float
 ) -> GrowthSchedule:
     """A schedule with as many tokens as a budget buys, in the experiment's unit.
@@ -94,16 +94,16 @@ def spending(
         )
     if experiment.sizes.equal == "tokens":
         return schedule.with_shares([round(spend * part / sum(parts)) for part in parts])
-    config, length = model_fields(experiment.run), experiment.run.data.block_size
+    config, length = get_model_fields(experiment.run), experiment.run.data.block_size
     return schedule.with_shares(at_equal_flops(schedule.structures, parts, spend, config, length))
 
 
-def run_flops(experiment: Experiment, run: ArmRun) -> float:
+def count_job_flops(experiment: Experiment, run: Job) -> float:
     """Training FLOPs of a run, the stages of its trunk included."""
-    return run.schedule.flops(model_fields(experiment.run), experiment.run.data.block_size)
+    return run.schedule.flops(get_model_fields(experiment.run), experiment.run.data.block_size)
 
 
-def model_fields(run: RunConfig) -> dict[str, Any]:
+def get_model_fields(run: RunConfig) -> dict[str, Any]:
     """What growth leaves alone, as `cost` and the planner take it.
 
     Raises:
@@ -114,7 +114,7 @@ def model_fields(run: RunConfig) -> dict[str, Any]:
     return {"model_type": "llama", "vocab_size": known_vocab_size(run), **run.model}
 
 
-def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
+def build_planner(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
     """The planner that answers for an arm.
 
     Raises:
@@ -129,7 +129,7 @@ def planner_of(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
     try:
         space = ConfigSpace(
             targets=targets,
-            config=model_fields(experiment.run),
+            config=get_model_fields(experiment.run),
             sequence_length=experiment.run.data.block_size,
             **arm.space,
         )
@@ -144,7 +144,7 @@ def _planned(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
         initial = experiment.structure(arm.initial)
         if experiment.structure(arm.target) == initial:
             return GrowthSchedule(initial)
-    planner = planner_of(experiment, arm)
+    planner = build_planner(experiment, arm)
     rank = arm.plan if isinstance(arm.plan, int) else 1
     all_of_them = arm.plan == "worst" or arm.order is not None
     if all_of_them and planner.mode != "once":
@@ -171,11 +171,11 @@ def _order_of(schedule: GrowthSchedule) -> str:
 
 def _utility_shares(experiment: Experiment, arm: ArmConfig, schedule: GrowthSchedule, spend: float) -> Sequence[float]:
     """Shares by equal marginal utility at about the tokens that the budget buys."""
-    about = sum(spending(experiment, schedule, None, spend).tokens)
-    config, length = model_fields(experiment.run), experiment.run.data.block_size
+    about = sum(fit_to_budget(experiment, schedule, None, spend).tokens)
+    config, length = get_model_fields(experiment.run), experiment.run.data.block_size
     params = [count_parameters(dims, config) for dims in schedule.structures]
-    prices = [flops_per_token(dims, config, length) for dims in schedule.structures]
-    return utility_shares(about, params, prices, law=planner_of(experiment, arm).law)
+    prices = [count_flops_per_token(dims, config, length) for dims in schedule.structures]
+    return share_tokens_by_utility(about, params, prices, law=build_planner(experiment, arm).law)
 
 
 def _shares_in(schedule: GrowthSchedule) -> Sequence[float] | None:

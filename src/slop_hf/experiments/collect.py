@@ -11,11 +11,11 @@ from ..io.serialization import list_versions, parse, read_json, to_plain
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
 from .config import Experiment
-from .jobs import ArmRun
-from .comparison import _DIGITS, HELD_OUT, PROBE_FILE, PROBES, Comparison, Cost, Curve, RunResult, StageResult
+from .jobs import Job
+from .comparison import _DIGITS, EVAL_LOSS, PROBE_FILE, PROBES, Comparison, Cost, Curve, RunResult, StageResult
 
 
-def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: str = "") -> Comparison:
+def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, device: str = "") -> Comparison:
     """Read what the finished runs of an experiment came to.
 
     Args:
@@ -27,14 +27,14 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     Raises:
         RunError: where a run has no held-out losses.
     """
-    from .jobs import diverged_places
+    from .jobs import find_diverged
 
     begun = [job for job in jobs if RunDirectory(root / job.place).exists]
     done = {job.place for job in begun if RunDirectory(root / job.place).is_finished}
-    lost = diverged_places(jobs, root)
+    lost = find_diverged(jobs, root)
     ended = [job for job in begun if job.place in done | lost]
     runs, trunks = [job for job in ended if job.arm], [job for job in ended if not job.arm]
-    ledger = cost_of("runs", runs, root), cost_of("trunks", trunks, root), _probed(root)
+    ledger = sum_cost("runs", runs, root), sum_cost("trunks", trunks, root), _probed(root)
     left = [job for job in jobs if job.arm and job.place not in done]
     return Comparison(
         name=experiment.name,
@@ -44,7 +44,7 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
         equal=experiment.sizes.equal,
         budget=experiment.sizes.budget,
         arms={name: arm.about for name, arm in experiment.arms.items()},
-        runs=tuple(run_result(job, root) for job in runs if job.place in done),
+        runs=tuple(read_run_result(job, root) for job in runs if job.place in done),
         ledger=tuple(cost for cost in ledger if cost.count),
         reference=experiment.reference,
         missing=tuple(job.name for job in left if job.place not in lost),
@@ -59,7 +59,7 @@ def collect(experiment: Experiment, jobs: Sequence[ArmRun], root: Path, device: 
     )
 
 
-def cost_of(what: str, jobs: Sequence[ArmRun], root: Path) -> Cost:
+def sum_cost(what: str, jobs: Sequence[Job], root: Path) -> Cost:
     """What the finished stages of some runs have cost, those that they took over from a trunk left out.
 
     Args:
@@ -98,15 +98,15 @@ def _probed(root: Path) -> Cost:
     )
 
 
-def _inherited(root: Path, job: ArmRun) -> int:
+def _inherited(root: Path, job: Job) -> int:
     """How many stages the run took over from a trunk when it began, whatever trunks there are now."""
-    from .jobs import TRUNK_FILE, beside
+    from .jobs import PREFIX_FILE, beside
 
-    path = beside(root, job, TRUNK_FILE)
+    path = beside(root, job, PREFIX_FILE)
     return RunDirectory(root / path.read_text().strip()).finished_stages if path.exists() else 0
 
 
-def run_result(job: ArmRun, root: Path) -> RunResult:
+def read_run_result(job: Job, root: Path) -> RunResult:
     """What a finished run came to.
 
     Args:
@@ -144,7 +144,7 @@ def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
     """The held-out losses of a run's log; within a stage every step takes as long and as many FLOPs as the others."""
     stages, flops, seconds, losses = [], [], [], []
     for entry in run.history():
-        if HELD_OUT not in entry or not math.isfinite(entry[HELD_OUT]):
+        if EVAL_LOSS not in entry or not math.isfinite(entry[EVAL_LOSS]):
             continue
         record = records[entry["stage"]]
         before = sum(one.seconds for one in records[: record.stage])
@@ -152,5 +152,5 @@ def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
         stages.append(record.stage)
         flops.append(float(entry["train_flops"]))
         seconds.append(round(before + done * record.seconds, 2))
-        losses.append(round(entry[HELD_OUT], _DIGITS))
+        losses.append(round(entry[EVAL_LOSS], _DIGITS))
     return Curve(tuple(stages), tuple(flops), tuple(seconds), tuple(losses))

@@ -11,13 +11,13 @@ from ..errors import RunError
 from ..io.files import write_text
 from ..io.serialization import hash_json, parse, read_json, to_json, to_plain
 from ..report.summary import marginal_utility
-from ..runs.records import perplexity
+from ..runs.records import compute_perplexity
 from ..schedule import GrowthSchedule
 
 if TYPE_CHECKING:  # a record is read, and figures are drawn, without torch
     pass
 
-HELD_OUT = "eval_loss"
+EVAL_LOSS = "eval_loss"
 #: Where a comparison looks for probes, and the name of their reports.
 PROBES, PROBE_FILE = "probes", "probe.json"
 #: Digits of measured losses and seconds in the record: below them is noise.
@@ -117,7 +117,7 @@ class RunResult:
     @property
     def perplexity(self) -> float:
         """`exp(eval_loss)`."""
-        return perplexity(self.eval_loss)
+        return compute_perplexity(self.eval_loss)
 
     @property
     def marginal_utility(self) -> float | None:
@@ -125,7 +125,7 @@ class RunResult:
         hours = [stage.seconds * stage.devices / 3600 for stage in self.stages[1:]]
         if not hours or not min(hours) > 0:
             return None
-        return marginal_utility([perplexity(stage.eval_loss) for stage in self.stages], hours)
+        return marginal_utility([compute_perplexity(stage.eval_loss) for stage in self.stages], hours)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from ..report.drawing import (
 )
 from .loss_curves import GOAL
 from .comparison import Comparison
-from .results import Spread, baseline, full_budget, rank_correlation
-from .tables import plus_minus
+from .results import Spread, find_baseline, find_full_budget, compute_rank_correlation
+from .tables import format_spread
 
 GROWN, NOT_GROWN = RUN_COLOURS[:2]
 
 
-def losses_figure(comparison: Comparison, path: str | Path) -> Path | None:
+def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
     """Draw the held-out loss that each arm ends with, a row an arm in the order of the experiment.
 
     Dots are seeds, the bar is their mean; the vertical line is the mean of the arm that the others are set beside, and
@@ -50,7 +50,7 @@ def losses_figure(comparison: Comparison, path: str | Path) -> Path | None:
     with rc_context(STYLE):
         figure = new_figure(WIDTH, 1.3 + 0.3 * len(ended))
         axes = figure.add_subplot()
-        beside = against if (against := baseline(comparison)) in ended else None
+        beside = against if (against := find_baseline(comparison)) in ended else None
         if beside is not None:
             axes.axvspan(ended[beside].low, ended[beside].high, color="0.92", linewidth=0)
             axes.axvline(ended[beside].mean, zorder=1, **GOAL)
@@ -70,7 +70,7 @@ def losses_figure(comparison: Comparison, path: str | Path) -> Path | None:
         return write_png(figure, path, source=comparison.fingerprint)
 
 
-def scatter_figure(
+def draw_scatter(
     names: Sequence[str],
     predicted: Sequence[float],
     measured: Sequence[float],
@@ -99,7 +99,7 @@ def scatter_figure(
     Raises:
         RunError: for sequences of different lengths, of fewer than two, or with values that cannot be drawn.
     """
-    correlation = rank_correlation(predicted, measured)
+    correlation = compute_rank_correlation(predicted, measured)
     if len(names) != len(predicted):
         raise RunError(f"{len(names)} names for {len(predicted)} points; give one for each")
     if not all(map(math.isfinite, (*predicted, *measured))) or (log_x and min(predicted) <= 0):
@@ -122,7 +122,7 @@ def scatter_figure(
 
 def _ended(comparison: Comparison) -> dict[str, Spread]:
     """The finite final losses of each arm at its full budget."""
-    runs = {arm: comparison.of(arm, full_budget(comparison, arm)) for arm in comparison.arms}
+    runs = {arm: comparison.of(arm, find_full_budget(comparison, arm)) for arm in comparison.arms}
     losses = {arm: [run.eval_loss for run in found if math.isfinite(run.eval_loss)] for arm, found in runs.items()}
     return {arm: Spread(tuple(values)) for arm, values in losses.items() if values}
 
@@ -135,7 +135,7 @@ def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
     axes.plot(spread.values, [row] * len(spread.values), "o", color=colour, markersize=5.5, alpha=0.6, zorder=3)
     axes.plot([spread.mean] * 2, [row - 0.32, row + 0.32], color=dark(colour), linewidth=2, zorder=4)
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(plus_minus(spread, 4), (1, row), (8, 0), va="center", fontsize=8, **where)
+    axes.annotate(format_spread(spread, 4), (1, row), (8, 0), va="center", fontsize=8, **where)
 
 
 def _entries(drawn: Collection[str], seeds: int, beside: str | None) -> list[tuple[str, Line2D]]:

@@ -13,8 +13,8 @@ from ..schedule import GrowthSchedule
 from ..training import RunConfig
 from ..training.arguments import PER_STAGE
 
-RUNS, TRUNKS = "runs", "trunks"
-CONFIG_FILE, LOG_FILE, TRUNK_FILE = "run.yaml", "log.txt", "trunk"
+RUNS, PREFIXES = "runs", "trunks"
+CONFIG_FILE, LOG_FILE, PREFIX_FILE = "run.yaml", "log.txt", "trunk"
 DIVERGED_FILE = "diverged.txt"  # in the directory of a run
 
 
@@ -27,7 +27,7 @@ SEEDS_APART = 1000
 
 
 @dataclass(frozen=True)
-class ArmRun:
+class Job:
     """One run of a comparison, or a trunk: the beginning that several runs have in common.
 
     Args:
@@ -58,7 +58,7 @@ class ArmRun:
         return f"{self.arm}{share}, seed {self.seed}" if self.arm else f"trunk {self.place.name[:8]}, seed {self.seed}"
 
 
-def diverged_places(runs: Sequence[ArmRun], root: Path) -> set[Path]:
+def find_diverged(runs: Sequence[Job], root: Path) -> set[Path]:
     """The places of runs that have diverged, or cannot begin, as their trunk has.
 
     Args:
@@ -72,19 +72,19 @@ def diverged_places(runs: Sequence[ArmRun], root: Path) -> set[Path]:
     return found
 
 
-def beside(root: Path, run: ArmRun, name: str) -> Path:
+def beside(root: Path, run: Job, name: str) -> Path:
     """A file beside the directory of a run, such as `seed-0.run.yaml`."""
     return (root / run.place).with_name(f"{run.place.name}.{name}")
 
 
-def with_trunks(runs: Sequence[ArmRun]) -> list[ArmRun]:
+def add_shared_prefixes(runs: Sequence[Job]) -> list[Job]:
     """The runs, and before them the trunks that two or more of them begin with, shortest first.
 
     Stages from the initial one on that have the same settings, structures, tokens, inits and seed give the same
     weights, bit for bit, and need no training twice. Under a learning rate that spans the run, a stage depends on
     those after it, and nothing is shared.
     """
-    beginnings: dict[str, list[tuple[int, ArmRun]]] = {}
+    beginnings: dict[str, list[tuple[int, Job]]] = {}
     for number, run in enumerate(runs):
         for length, key in _beginnings(run):
             beginnings.setdefault(f"{length}-{key}", []).append((number, run))
@@ -95,7 +95,7 @@ def with_trunks(runs: Sequence[ArmRun]) -> list[ArmRun]:
     return placed + [_on_trunk(run, "", trunks) for run in runs]
 
 
-def _beginnings(run: ArmRun) -> Iterator[tuple[int, str]]:
+def _beginnings(run: Job) -> Iterator[tuple[int, str]]:
     """For each number of stages that could be shared with another run: what decides their weights."""
     if run.config.training.get("lr_span") == "run":
         return
@@ -105,26 +105,26 @@ def _beginnings(run: ArmRun) -> Iterator[tuple[int, str]]:
         yield length, hash_json(to_plain(_beginning(run, length)))
 
 
-def _beginning(run: ArmRun, length: int) -> RunConfig:
+def _beginning(run: Job, length: int) -> RunConfig:
     """The first stages of a run, and no setting that does not reach them."""
-    schedule, training = run.schedule, of_first_stages(run.config.training, length)
+    schedule, training = run.schedule, keep_first_stages(run.config.training, length)
     if length == 1:
         training = {name: value for name, value in training.items() if name not in _OF_GROWTH}
     first = GrowthSchedule(schedule.initial, schedule.stages[: length - 1], schedule.initial_tokens)
     return dataclasses.replace(run.config, training=training, schedule=first)
 
 
-def of_first_stages(training: Mapping[str, Any], count: int) -> dict[str, Any]:
+def keep_first_stages(training: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Training arguments with those that are given stage by stage cut to the first so many.
 
-    >>> of_first_stages({"stage_learning_rates": [3e-3, 2e-3, 1e-3], "batch_tokens": [64]}, 2)
+    >>> keep_first_stages({"stage_learning_rates": [3e-3, 2e-3, 1e-3], "batch_tokens": [64]}, 2)
     {'stage_learning_rates': [0.003, 0.002], 'batch_tokens': [64]}
     """
     by_stage = {name: training[name] for name in PER_STAGE if isinstance(training.get(name), (list, tuple))}
     return {**training, **{name: list(values[:count]) for name, values in by_stage.items()}}
 
 
-def _longest_only(shared: dict[str, list[tuple[int, ArmRun]]]) -> dict[str, list[tuple[int, ArmRun]]]:
+def _longest_only(shared: dict[str, list[tuple[int, Job]]]) -> dict[str, list[tuple[int, Job]]]:
     """Without beginnings that are shared by just the runs which share a longer one."""
     longest: dict[tuple[int, ...], str] = {}
     for key, found in shared.items():
@@ -138,11 +138,11 @@ def _length(key: str) -> int:
     return int(key.split("-")[0])
 
 
-def _trunk(key: str, run: ArmRun) -> ArmRun:
-    return ArmRun("", run.budget, run.seed, _beginning(run, _length(key)), Path(TRUNKS, key.partition("-")[2]))
+def _trunk(key: str, run: Job) -> Job:
+    return Job("", run.budget, run.seed, _beginning(run, _length(key)), Path(PREFIXES, key.partition("-")[2]))
 
 
-def _on_trunk(run: ArmRun, own: str, trunks: dict[str, ArmRun]) -> ArmRun:
+def _on_trunk(run: Job, own: str, trunks: dict[str, Job]) -> Job:
     """The run with the longest trunk that it begins with."""
     keys = [f"{length}-{key}" for length, key in _beginnings(run)]
     fitting = [key for key in keys if key in trunks and key != own]

@@ -28,7 +28,7 @@ from ..report.drawing import (
     write_png,
 )
 from .comparison import Comparison, RunResult
-from .results import Spread, cost_to, full_budget
+from .results import Spread, compute_cost_to_loss, find_full_budget
 
 #: What training is measured by.
 Against = Literal["flops", "seconds"]
@@ -78,7 +78,7 @@ class _Arm:
     ends: list[_Point]  # of its runs at each budget, where there are several
 
 
-def loss_figure(comparison: Comparison, path: str | Path, *, against: Against = "flops") -> Path | None:
+def draw_arm_curves(comparison: Comparison, path: str | Path, *, against: Against = "flops") -> Path | None:
     """Draw held-out loss in the course of training, all arms on the same axes, as in Fig. 2 of the SLOP paper.
 
     A line is the mean of an arm's seeds at its full budget, its band reaches from the lowest to the highest. Triangles
@@ -127,7 +127,7 @@ def _arms(comparison: Comparison, against: Against) -> list[_Arm]:
             "linestyle": _DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
             "linewidth": 2.2 if name == comparison.reference else 1.6,
         }
-        runs = comparison.of(name, full_budget(comparison, name))
+        runs = comparison.of(name, find_full_budget(comparison, name))
         ends = [_end(comparison.of(name, budget), against) for budget in budgets] if len(budgets) > 1 else []
         found.append(_Arm(name, style, runs, _curve(runs, against), ends))
     return found
@@ -181,7 +181,7 @@ def _takes(comparison: Comparison, arm: str, against: Against) -> float | None:
     for run in comparison.runs:
         if run.arm == arm and run.seed in goals:
             by_seed.setdefault(run.seed, []).append(run)
-    costs = [cost_to(runs, goals[seed], against) for seed, runs in by_seed.items()]
+    costs = [compute_cost_to_loss(runs, goals[seed], against) for seed, runs in by_seed.items()]
     return fmean(costs) if costs and max(costs) < math.inf else None
 
 

@@ -10,28 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cost.flops import flops_per_token
+from ..cost.flops import count_flops_per_token
 from ..cost.hours import CostModel
 from ..errors import RunError
 from ..io.serialization import parse
 from ..planning.budget import Budget
 from ..planning.objectives import OBJECTIVES, score
 from ..planning.structures import DimsArray, CostInputs, DimsTable
-from ..report.tables import Cells
+from ..report.tables import TextTable
 from ..io.units import format_significant
 from ..io.units import format_power
 from ..training import RunConfig
-from .arms import model_fields
-from .final_losses import scatter_figure
+from .arms import get_model_fields
+from .final_losses import draw_scatter
 from .comparison import Comparison, RunResult
-from .results import Spread, rank_correlation
-from .tables import plus_minus
+from .results import Spread, compute_rank_correlation
+from .tables import format_spread
 
 #: Utilities are told in nats for so many FLOPs; ranks do not depend on it.
-UNIT = 1e12
+UTILITY_FLOPS = 1e12
 #: Through two points there is always a line.
-LEAST = 3
-_PER_FLOP = CostModel(hours_per_flop=1.0 / UNIT)
+MIN_CORRELATED = 3
+_PER_FLOP = CostModel(hours_per_flop=1.0 / UTILITY_FLOPS)
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Prediction:
     flops: float
     measured_flops: float
     utility: float
-    measured_utility: Spread
+    compute_measured_utility: Spread
     loss: Spread
 
 
 @dataclass(frozen=True)
-class Agreement:
+class PlannerAccuracy:
     """Spearman's correlations over the schedules of a comparison; 1 is perfect agreement.
 
     Args:
@@ -78,7 +78,7 @@ class Agreement:
     utility_and_loss: float
 
 
-def predictions(comparison: Comparison) -> list[Prediction]:
+def compute_predictions(comparison: Comparison) -> list[Prediction]:
     """One for each arm that grows a model and trains every stage of it, at the whole budget, in the order of arms.
 
     Over the seeds that all of these arms have; over an arm's own where there is none.
@@ -90,7 +90,7 @@ def predictions(comparison: Comparison) -> list[Prediction]:
         RunError: for a record that does not hold the run's settings.
     """
     run = _run_of(comparison)
-    prices = CostInputs(model_fields(run), run.data.block_size, _PER_FLOP)
+    prices = CostInputs(get_model_fields(run), run.data.block_size, _PER_FLOP)
     grown = {arm: [run for run in comparison.of(arm) if _grows(run)] for arm in comparison.arms}
     seeds = [{run.seed for run in runs} for runs in grown.values() if runs]
     shared = set.intersection(*seeds) if seeds else set()
@@ -110,7 +110,7 @@ def predictions(comparison: Comparison) -> list[Prediction]:
                 flops=schedule.flops(prices.config, prices.sequence_length),
                 measured_flops=runs[0].flops,
                 utility=float(score(OBJECTIVES["loss_per_hour"], structures, budget)[0]),
-                measured_utility=Spread(tuple(map(measured_utility, runs))),
+                measured_utility=Spread(tuple(map(compute_measured_utility, runs))),
                 loss=Spread(tuple(run.eval_loss for run in runs)),
             )
         )
@@ -122,36 +122,36 @@ def _grows(run: RunResult) -> bool:
     return bool(run.schedule.stages) and all(run.schedule.tokens[1:])
 
 
-def measured_utility(run: RunResult) -> float:
+def compute_measured_utility(run: RunResult) -> float:
     """Σ Δloss / ΔFLOPs over the growth stages of a run, in nats for 1e12 FLOPs."""
     steps = pairwise(run.stages)
-    return sum((before.eval_loss - after.eval_loss) / (after.flops / UNIT) for before, after in steps)
+    return sum((before.eval_loss - after.eval_loss) / (after.flops / UTILITY_FLOPS) for before, after in steps)
 
 
-def agreement(comparison: Comparison) -> Agreement | None:
+def compute_planner_accuracy(comparison: Comparison) -> PlannerAccuracy | None:
     """How well the planner's ranks agree with what was measured; None for fewer than three schedules.
 
     Raises:
-        RunError: as `predictions`.
+        RunError: as `compute_predictions`.
     """
-    found = predictions(comparison)
-    if len(found) < LEAST:
+    found = compute_predictions(comparison)
+    if len(found) < MIN_CORRELATED:
         return None
     measured = [one.measured_utility.mean for one in found]
     small, low = [-one.products for one in found], [-one.loss.mean for one in found]
-    return Agreement(
+    return PlannerAccuracy(
         schedules=len(found),
-        flops=rank_correlation(*_stage_flops(comparison, [one.arm for one in found])),
-        utility=rank_correlation([one.utility for one in found], measured),
-        products=rank_correlation(small, measured),
-        products_and_loss=rank_correlation(small, low),
-        utility_and_loss=rank_correlation(measured, low),
+        flops=compute_rank_correlation(*_stage_flops(comparison, [one.arm for one in found])),
+        utility=compute_rank_correlation([one.utility for one in found], measured),
+        products=compute_rank_correlation(small, measured),
+        products_and_loss=compute_rank_correlation(small, low),
+        utility_and_loss=compute_rank_correlation(measured, low),
     )
 
 
-def agreement_sentence(comparison: Comparison) -> str:
+def describe_planner_accuracy(comparison: Comparison) -> str:
     """The agreement in words; empty where there is no ranking to compare."""
-    agreed = agreement(comparison)
+    agreed = compute_planner_accuracy(comparison)
     if agreed is None or not math.isfinite(agreed.utility):
         return ""
     return (
@@ -163,7 +163,7 @@ def agreement_sentence(comparison: Comparison) -> str:
     )
 
 
-def predictions_cells(comparison: Comparison) -> Cells:
+def build_prediction_cells(comparison: Comparison) -> TextTable:
     """Predictions beside measurements, a row a schedule, best predicted utility first."""
     columns = (
         ("arm", False),
@@ -181,26 +181,26 @@ def predictions_cells(comparison: Comparison) -> Cells:
             f"{one.flops:.4g}",
             f"{one.measured_flops:.4g}",
             format_significant(one.utility),
-            plus_minus(one.measured_utility, 3),
-            plus_minus(one.loss, 4),
+            format_spread(one.measured_utility, 3),
+            format_spread(one.loss, 4),
         )
-        for one in sorted(predictions(comparison), key=lambda one: -one.utility)
+        for one in sorted(compute_predictions(comparison), key=lambda one: -one.utility)
     )
-    return Cells(columns, tuple(rows))
+    return TextTable(columns, tuple(rows))
 
 
-def utility_figure(comparison: Comparison, path: str | Path) -> Path | None:
+def draw_utility(comparison: Comparison, path: str | Path) -> Path | None:
     """Draw measured against predicted marginal utility; None where there is no ranking to compare.
 
     Args:
         comparison: with three or more schedules that the planner tells apart.
         path: the PNG file to write, aside and renamed.
     """
-    agreed = agreement(comparison)
+    agreed = compute_planner_accuracy(comparison)
     if agreed is None or not math.isfinite(agreed.utility):
         return None
-    found = predictions(comparison)
-    return scatter_figure(
+    found = compute_predictions(comparison)
+    return draw_scatter(
         [one.arm for one in found],
         [one.utility for one in found],
         [one.measured_utility.mean for one in found],
@@ -214,12 +214,12 @@ def utility_figure(comparison: Comparison, path: str | Path) -> Path | None:
 def _stage_flops(comparison: Comparison, arms: Sequence[str]) -> tuple[list[float], list[float]]:
     """Predicted and measured FLOPs of all stages."""
     run = _run_of(comparison)
-    fields, length = model_fields(run), run.data.block_size
+    fields, length = get_model_fields(run), run.data.block_size
     predicted, measured = [], []
     for arm in arms:
         one = comparison.of(arm)[0]
         for dims, tokens, stage in zip(one.schedule.structures, one.schedule.tokens, one.stages, strict=True):
-            predicted.append(float(flops_per_token(dims, fields, length)) * tokens)
+            predicted.append(float(count_flops_per_token(dims, fields, length)) * tokens)
             measured.append(stage.flops)
     return predicted, measured
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ..errors import RunError
-from ..runs.records import perplexity
+from ..runs.records import compute_perplexity
 from .comparison import Comparison, RunResult
 
 
@@ -69,7 +69,7 @@ class ArmResult:
         tokens, flops: of a run.
         seconds: of training.
         marginal_utility: Eq. 2 of the paper; None without growth.
-        flops_saved: 1 - (FLOPs to the reference's final loss) / (the reference's FLOPs), see `iso_loss`; of all
+        flops_saved: 1 - (FLOPs to the reference's final loss) / (the reference's FLOPs), see `compute_flops_saved`; of all
             budgets of the arm, so that it is the same for each. None for an arm that does not get there with every
             seed.
         against_reference: loss minus that of the reference at the same budget, seed by seed; None where the reference
@@ -91,14 +91,14 @@ class ArmResult:
     @property
     def perplexity(self) -> Spread:
         """`exp(loss)` of each seed."""
-        return Spread(tuple(map(perplexity, self.loss.values)))
+        return Spread(tuple(map(compute_perplexity, self.loss.values)))
 
 
-def arm_results(comparison: Comparison) -> list[ArmResult]:
+def compute_arm_results(comparison: Comparison) -> list[ArmResult]:
     """One for each arm and budget, in the order of arms, budgets ascending."""
     found = []
     for arm in comparison.arms:
-        saved = iso_loss(comparison, arm)
+        saved = compute_flops_saved(comparison, arm)
         for budget in comparison.budgets(arm):
             runs = comparison.of(arm, budget)
             found.append(
@@ -119,28 +119,28 @@ def arm_results(comparison: Comparison) -> list[ArmResult]:
     return found
 
 
-def baseline(comparison: Comparison) -> str | None:
+def find_baseline(comparison: Comparison) -> str | None:
     """The arm that the others are set beside: the reference, or else the first; of those that have finished runs."""
     finished = [arm for arm in comparison.arms if comparison.budgets(arm)]
     return comparison.reference if comparison.reference in finished else next(iter(finished), None)
 
 
-def full_budget(comparison: Comparison, arm: str) -> float:
+def find_full_budget(comparison: Comparison, arm: str) -> float:
     """The budget that stands for an arm: 1, or the largest that it has finished runs at."""
     budgets = comparison.budgets(arm)
     return 1.0 if 1.0 in budgets or not budgets else budgets[-1]
 
 
-def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
+def compute_flops_saved(comparison: Comparison, arm: str) -> Spread | None:
     """How much less compute an arm takes to the reference's final loss: `1 - FLOPs / the reference's FLOPs`, by seed.
 
-    The loss is the reference's at the end of its run at budget 1 with the same seed; `cost_to` says when an arm
+    The loss is the reference's at the end of its run at budget 1 with the same seed; `compute_cost_to_loss` says when an arm
     is there.
 
     Returns:
         None without a reference, or where some seed of the arm never gets there.
 
-    >>> iso_loss(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}), "slop") is None
+    >>> compute_flops_saved(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}), "slop") is None
     True
     """
     if comparison.reference is None:
@@ -150,12 +150,12 @@ def iso_loss(comparison: Comparison, arm: str) -> Spread | None:
     saved: list[float | None] = []
     for seed in seeds:
         runs = [run for run in comparison.runs if run.arm == arm and run.seed == seed]
-        cost = cost_to(runs, goals[seed].eval_loss)
+        cost = compute_cost_to_loss(runs, goals[seed].eval_loss)
         saved.append(1 - cost / goals[seed].flops if cost < math.inf else None)
     return Spread.of(saved)
 
 
-def cost_to(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seconds"] = "flops") -> float:
+def compute_cost_to_loss(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seconds"] = "flops") -> float:
     """The least that an arm takes to a loss, of its runs with one seed; infinite where none gets there.
 
     A run gets there at its target's first evaluation at or below the loss: losses of smaller structures on the way do
@@ -169,7 +169,7 @@ def cost_to(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seco
         loss: held-out, to be reached.
         unit: what is counted.
     """
-    places = ((run, reached(run, loss)) for run in runs)
+    places = ((run, find_first_at_loss(run, loss)) for run in runs)
     costs = [getattr(run.curve, unit)[place] for run, place in places if place is not None]
     for less, more in pairwise(sorted(runs, key=lambda run: run.budget)):
         if less.eval_loss > loss >= more.eval_loss:
@@ -179,7 +179,7 @@ def cost_to(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seco
     return min(costs, default=math.inf)
 
 
-def reached(run: RunResult, loss: float) -> int | None:
+def find_first_at_loss(run: RunResult, loss: float) -> int | None:
     """Which entry of a run's curve is the first of the target's at or below a loss; None where there is none."""
     points = enumerate(zip(run.curve.stages, run.curve.losses, strict=True))
     last = len(run.stages) - 1
@@ -195,13 +195,13 @@ def is_below(arm: Spread, other: Spread) -> bool:
     return arm.high < other.low
 
 
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+def compute_rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's correlation: Pearson's of ranks, equal values sharing their mean rank; NaN where one is constant.
 
     Raises:
         RunError: for sequences of different lengths, or of fewer than two.
 
-    >>> rank_correlation([1, 2, 3, 4], [10, 30, 20, 40])
+    >>> compute_rank_correlation([1, 2, 3, 4], [10, 30, 20, 40])
     0.8
     """
     if len(one) != len(other) or len(one) < 2:

@@ -23,11 +23,11 @@ from ..io.serialization import parse_yaml, read_yaml, to_yaml
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
 from ..training import build_trainer, preview_run
-from .arms import arm_runs
+from .arms import build_jobs
 from .config import Experiment
-from .jobs import CONFIG_FILE, DIVERGED_FILE, LOG_FILE, TRUNK_FILE, ArmRun, beside, diverged_places, with_trunks
+from .jobs import CONFIG_FILE, DIVERGED_FILE, LOG_FILE, PREFIX_FILE, Job, beside, find_diverged, add_shared_prefixes
 
-Told = Callable[[ArmRun, int, int], None]
+ProgressCallback = Callable[[Job, int, int], None]
 
 
 def run_experiment(
@@ -36,8 +36,8 @@ def run_experiment(
     *,
     devices: Sequence[str] = (),
     workers: int = 1,
-    told: Told | None = None,
-) -> list[ArmRun]:
+    told: ProgressCallback | None = None,
+) -> list[Job]:
     """Train all runs of an experiment that have not finished; those that were interrupted go on.
 
     Beginnings that runs share are trained once, in `trunks/`. A run that diverges ends by that, and the others go on;
@@ -56,18 +56,18 @@ def run_experiment(
     Raises:
         SlopError: for what cannot be run, before anything is; and where a run fails, once those beside it have ended.
     """
-    jobs = sorted(with_trunks(arm_runs(experiment)), key=lambda job: job.seed)  # all arms of a seed, then the next
+    jobs = sorted(add_shared_prefixes(build_jobs(experiment)), key=lambda job: job.seed)  # all arms of a seed, then the next
     run_jobs(jobs, root, devices=devices, workers=workers, told=told)
     return jobs
 
 
 def run_jobs(
-    jobs: Sequence[ArmRun],
+    jobs: Sequence[Job],
     root: str | Path,
     *,
     devices: Sequence[str] = (),
     workers: int = 1,
-    told: Told | None = None,
+    told: ProgressCallback | None = None,
 ) -> None:
     """Train those of some runs that have not ended, in their order; those that were interrupted go on.
 
@@ -80,8 +80,8 @@ def run_jobs(
         SlopError: as in `run_experiment`.
     """
     root = Path(root)
-    check_same_runs(jobs, root)
-    done = ended_places(jobs, root)
+    check_settings_unchanged(jobs, root)
+    done = find_ended(jobs, root)
     waiting = [job for job in jobs if job.place not in done]
     for job in waiting:
         if not RunDirectory(root / job.place).exists:
@@ -91,12 +91,12 @@ def run_jobs(
 
 
 def _train(
-    jobs: Sequence[ArmRun],
-    waiting: Sequence[ArmRun],
+    jobs: Sequence[Job],
+    waiting: Sequence[Job],
     root: Path,
     devices: Sequence[str],
     workers: int,
-    told: Told | None,
+    told: ProgressCallback | None,
 ) -> None:
     """Write the config of every job beside its place, and train those that are waiting."""
     for job in jobs:
@@ -105,7 +105,7 @@ def _train(
         prepare_data(waiting[0].config.data)  # once, and not in every worker
     done = len(jobs) - len(waiting)
 
-    def tell(job: ArmRun) -> None:
+    def tell(job: Job) -> None:
         nonlocal done
         done += 1
         if told is not None:
@@ -115,7 +115,7 @@ def _train(
         _run_side_by_side(waiting, root, list(devices) or [""] * workers, tell)
         return
     for job in waiting:
-        if job.place not in diverged_places(jobs, root):  # with its trunk
+        if job.place not in find_diverged(jobs, root):  # with its trunk
             try:
                 train_job(job, root)
             except DivergedError as caught:
@@ -140,7 +140,7 @@ def _alone_in(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def train_job(job: ArmRun, root: Path) -> None:
+def train_job(job: Job, root: Path) -> None:
     """Train one run to its end, from where it or its trunk has come to.
 
     Raises:
@@ -149,7 +149,7 @@ def train_job(job: ArmRun, root: Path) -> None:
     """
     run = RunDirectory(root / job.place)
     if not run.exists and job.parent is not None:
-        branch(root, job, job.parent)
+        start_from_prefix(root, job, job.parent)
     with beside(root, job, LOG_FILE).open("a") as log, _written_to(log):
         trainer = build_trainer(job.config, run.path)
         if (evaluating := EvaluateStages.of_run(job.config)) is not None:
@@ -159,7 +159,7 @@ def train_job(job: ArmRun, root: Path) -> None:
         raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to go on")
 
 
-def branch(root: Path, job: ArmRun, place: Path) -> None:
+def start_from_prefix(root: Path, job: Job, place: Path) -> None:
     """Begin a run with the finished stages of its trunk; files are linked where the disk can do so.
 
     Args:
@@ -173,33 +173,33 @@ def branch(root: Path, job: ArmRun, place: Path) -> None:
     trunk, run = RunDirectory(root / place), RunDirectory(root / job.place)
     if not (trunk.exists and trunk.is_finished):
         raise RunError(f"{trunk.path} has not finished; {run.path} cannot begin with it")
-    write_text(beside(root, job, TRUNK_FILE), f"{place.as_posix()}\n")  # what was not paid for, for the ledger
+    write_text(beside(root, job, PREFIX_FILE), f"{place.as_posix()}\n")  # what was not paid for, for the ledger
     inherit(trunk, run, job.schedule, name="-".join(job.place.parts[1:]))
 
 
-def is_finished(root: Path, job: ArmRun) -> bool:
+def is_finished(root: Path, job: Job) -> bool:
     """Whether a run has been trained to its end."""
     run = RunDirectory(root / job.place)
     return run.exists and run.is_finished
 
 
-def ended_places(jobs: Sequence[ArmRun], root: Path) -> set[Path]:
+def find_ended(jobs: Sequence[Job], root: Path) -> set[Path]:
     """The places of runs of which there is nothing to train any more."""
-    return {job.place for job in jobs if is_finished(root, job)} | diverged_places(jobs, root)
+    return {job.place for job in jobs if is_finished(root, job)} | find_diverged(jobs, root)
 
 
-def _note(job: ArmRun, root: Path, caught: BaseException) -> None:
+def _note(job: Job, root: Path, caught: BaseException) -> None:
     write_text(root / job.place / DIVERGED_FILE, f"{caught}\n")
 
 
-def machine_name() -> str:
+def describe_machine() -> str:
     """What this process trains on, for a record: the GPU's name, or the number of CPU cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
-def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
+def check_settings_unchanged(jobs: Sequence[Job], root: Path) -> None:
     """Refuse a directory where a run of the same place was begun otherwise.
 
     Raises:
@@ -216,7 +216,7 @@ def check_same_runs(jobs: Sequence[ArmRun], root: Path) -> None:
             )
 
 
-def _previewed(job: ArmRun, root: Path) -> None:
+def _previewed(job: Job, root: Path) -> None:
     """Refuse now what a run would refuse once it is its turn."""
     try:
         preview_run(job.config, root / job.place)
@@ -228,14 +228,14 @@ def _previewed(job: ArmRun, root: Path) -> None:
 # ---- Several at a time ---------------------------------------------------------------------------------------------
 
 
-def _run_side_by_side(jobs: Sequence[ArmRun], root: Path, devices: list[str], tell: Callable[[ArmRun], None]) -> None:
+def _run_side_by_side(jobs: Sequence[Job], root: Path, devices: list[str], tell: Callable[[Job], None]) -> None:
     """Run what is ready on whatever is free; a run is ready once its trunk has finished."""
     context = get_context("spawn")  # a forked process cannot use CUDA
     free = context.Queue()
     for device in devices:
         free.put(device)
     threads = max((os.cpu_count() or 1) // len(devices), 1)
-    waiting, running = list(jobs), dict[Future[None], ArmRun]()
+    waiting, running = list(jobs), dict[Future[None], Job]()
     failed: RunError | None = None
     with ProcessPoolExecutor(len(devices), context, _claim_device, (free, threads)) as pool:
         while running or (waiting and failed is None):
@@ -250,7 +250,7 @@ def _run_side_by_side(jobs: Sequence[ArmRun], root: Path, devices: list[str], te
                     tell(job)
                 elif isinstance(caught, DivergedError):
                     _note(job, root, caught)
-                    lost = diverged_places([job, *waiting], root)
+                    lost = find_diverged([job, *waiting], root)
                     for other in [job, *(one for one in waiting if one.place in lost)]:
                         tell(other)
                     waiting = [one for one in waiting if one.place not in lost]
@@ -260,11 +260,11 @@ def _run_side_by_side(jobs: Sequence[ArmRun], root: Path, devices: list[str], te
         raise failed
 
 
-def _is_ready(job: ArmRun, waiting: Sequence[ArmRun], running: dict[Future[None], ArmRun]) -> bool:
+def _is_ready(job: Job, waiting: Sequence[Job], running: dict[Future[None], Job]) -> bool:
     return job.parent is None or job.parent not in {other.place for other in (*waiting, *running.values())}
 
 
-def _failure(job: ArmRun, root: Path, caught: BaseException) -> RunError:
+def _failure(job: Job, root: Path, caught: BaseException) -> RunError:
     what = f"{type(caught).__name__}: {caught}"
     return RunError(
         f"{job.name} failed ({what}); see {beside(root, job, LOG_FILE)}, and run the same command again to go on"

@@ -9,22 +9,22 @@ from collections.abc import Iterable, Sequence
 from ..io.units import format_power
 from ..io.units import format_count
 from .comparison import Comparison
-from .results import ArmResult, Spread, arm_results, baseline, is_below
-from .tables import plus_minus
+from .results import ArmResult, Spread, compute_arm_results, find_baseline, is_below
+from .tables import format_spread
 
 _NAMES = 5  # that a sentence lists at most
 
 
-def sentences(comparison: Comparison) -> list[str]:
+def summarize_comparison(comparison: Comparison) -> list[str]:
     """What a comparison found: the lowest loss at an equal budget, whether growth paid, what it saved, how sure it is.
 
     Losses count as different *beyond the spread of seeds* where each run of one arm ends below each run of the other.
 
-    >>> sentences(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}, missing=("slop, seed 0",)))
+    >>> summarize_comparison(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}, missing=("slop, seed 0",)))
     ['No run at the full budget has finished.', 'One run has not finished: slop, seed 0.']
     """
-    against = baseline(comparison)
-    results = arm_results(dataclasses.replace(comparison, reference=against))
+    against = find_baseline(comparison)
+    results = compute_arm_results(dataclasses.replace(comparison, reference=against))
     found = sorted((one for one in results if one.budget == 1), key=_place)
     if not found:
         return ["No run at the full budget has finished.", *_left_out(comparison)]
@@ -46,7 +46,7 @@ def _lowest(comparison: Comparison, found: Sequence[ArmResult]) -> str:
         if comparison.equal == "flops"
         else f"tokens ({format_count(comparison.budget)})"
     )
-    loss = f"held-out loss {plus_minus(best.loss, 4)} nats a token"
+    loss = f"held-out loss {format_spread(best.loss, 4)} nats a token"
     if not others:
         return f"At equal {spend} only {_named(best.arm)} has finished: {loss}."
     sentence = f"At equal {spend}, {_named(best.arm)} ends lowest of {len(found)} arms: {loss}"

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..report.tables import Cells
+from ..report.tables import TextTable
 from ..io.units import NOTHING
 from ..io.units import format_significant
 from ..io.units import format_seconds
@@ -19,10 +19,10 @@ from ..io.units import format_decimals
 from ..io.units import format_power
 from ..io.units import format_count
 from .comparison import Comparison
-from .results import ArmResult, Spread, arm_results, baseline, full_budget
+from .results import ArmResult, Spread, compute_arm_results, find_baseline, find_full_budget
 
 LEDGER_COLUMNS = (("what", False), ("count", True), ("tokens", True), ("FLOPs", True), ("device seconds", True))
-STAGE_COLUMNS = (
+ARM_STAGE_COLUMNS = (
     ("arm", False),
     ("stage", False),
     ("structure", False),
@@ -39,14 +39,14 @@ _ABOUT = "what"
 _TEXT = ("arm", _ABOUT, "grows")
 
 
-def arms_cells(comparison: Comparison) -> Cells:
+def build_arm_cells(comparison: Comparison) -> TextTable:
     """Arms side by side: a row an arm and budget, in the order of the experiment.
 
     A column in which no row has anything to tell is left out; what the paper prints of an arm stands in its row at
     budget 1, in columns of their own.
     """
-    against, reference = baseline(comparison), comparison.reference
-    results = arm_results(dataclasses.replace(comparison, reference=against))
+    against, reference = find_baseline(comparison), comparison.reference
+    results = compute_arm_results(dataclasses.replace(comparison, reference=against))
     several = any(result.budget != 1 for result in results)
     cells: dict[str, Callable[[ArmResult], str]] = {
         "arm": lambda one: one.arm,
@@ -57,8 +57,8 @@ def arms_cells(comparison: Comparison) -> Cells:
         "tokens": lambda one: format_count(one.tokens),
         "FLOPs": lambda one: format_power(one.flops),
         "seconds": lambda one: format_seconds(one.seconds.mean),
-        "held-out loss": lambda one: plus_minus(one.loss, 4),
-        "ppl": lambda one: plus_minus(one.perplexity, 2),
+        "held-out loss": lambda one: format_spread(one.loss, 4),
+        "ppl": lambda one: format_spread(one.perplexity, 2),
         f"loss − that of {against}": lambda one: _difference(one, against),
         "FLOPs saved": lambda one: _saved(comparison, one) if reference is not None else NOTHING,
         "marginal utility": _utility,
@@ -68,14 +68,14 @@ def arms_cells(comparison: Comparison) -> Cells:
     columns = {heading: [cell(result) for result in results] for heading, cell in cells.items()}
     told = {heading: column for heading, column in columns.items() if not column or {*column} != {NOTHING}}
     headings = tuple((heading, heading not in _TEXT) for heading in told)
-    return Cells(headings, tuple(zip(*told.values(), strict=True)))
+    return TextTable(headings, tuple(zip(*told.values(), strict=True)))
 
 
-def stages_cells(comparison: Comparison) -> Cells:
+def build_arm_stage_cells(comparison: Comparison) -> TextTable:
     """The stages of each arm at its full budget, with the mean of its seeds' losses."""
     rows = []
     for arm in comparison.arms:
-        runs = comparison.of(arm, full_budget(comparison, arm))
+        runs = comparison.of(arm, find_full_budget(comparison, arm))
         for number, stages in enumerate(zip(*(run.stages for run in runs), strict=True)):
             one = stages[0]
             after = Spread.of([stage.eval_loss_after_growth for stage in stages])
@@ -90,10 +90,10 @@ def stages_cells(comparison: Comparison) -> Cells:
                     format_decimals(Spread(tuple(stage.eval_loss for stage in stages)).mean, 4),
                 )
             )
-    return Cells(STAGE_COLUMNS, tuple(rows))
+    return TextTable(ARM_STAGE_COLUMNS, tuple(rows))
 
 
-def ledger_cells(comparison: Comparison) -> Cells:
+def build_ledger_cells(comparison: Comparison) -> TextTable:
     """What was paid, everything counted once, and the sum."""
     rows = [
         (
@@ -109,30 +109,30 @@ def ledger_cells(comparison: Comparison) -> Cells:
     totals = [sum(getattr(cost, name) for cost in paid) for name in ("count", "tokens", "flops", "seconds")]
     if len(rows) > 1:
         rows.append(("sum", f"{totals[0]:,}", format_count(totals[1]), format_power(totals[2]), format_seconds(totals[3])))
-    return Cells(LEDGER_COLUMNS, tuple(rows))
+    return TextTable(LEDGER_COLUMNS, tuple(rows))
 
 
-def arms_table(comparison: Comparison) -> Table:
-    """`arms_cells` for the terminal, as much as fits 80 columns: `rich.print(arms_table(comparison))`."""
-    cells, unequal = arms_cells(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
+def build_arms_table(comparison: Comparison) -> Table:
+    """`build_arm_cells` for the terminal, as much as fits 80 columns: `rich.print(arms_table(comparison))`."""
+    cells, unequal = build_arm_cells(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
     wanted = ("arm", "grows", "budget", unequal, "held-out loss", "FLOPs saved")
     kept = [number for number, (name, _) in enumerate(cells.columns) if name in wanted or name.startswith("loss −")]
     rows = tuple(tuple(row[number] for number in kept) for row in cells.rows)
-    narrow = Cells(tuple(cells.columns[number] for number in kept), rows)
+    narrow = TextTable(tuple(cells.columns[number] for number in kept), rows)
     return for_terminal(narrow, f"{comparison.title} · {comparison.scale}")
 
 
-def stages_table(comparison: Comparison) -> Table:
-    """`stages_cells` for the terminal."""
-    return for_terminal(stages_cells(comparison), "Stages, means over seeds")
+def build_arm_stages_table(comparison: Comparison) -> Table:
+    """`build_arm_stage_cells` for the terminal."""
+    return for_terminal(build_arm_stage_cells(comparison), "Stages, means over seeds")
 
 
-def ledger_table(comparison: Comparison) -> Table:
-    """`ledger_cells` for the terminal."""
-    return for_terminal(ledger_cells(comparison), "What it cost")
+def build_ledger_table(comparison: Comparison) -> Table:
+    """`build_ledger_cells` for the terminal."""
+    return for_terminal(build_ledger_cells(comparison), "What it cost")
 
 
-def for_terminal(cells: Cells, title: str) -> Table:
+def for_terminal(cells: TextTable, title: str) -> Table:
     """Cells as a table for the terminal."""
     table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for heading, right in cells.columns:
@@ -142,10 +142,10 @@ def for_terminal(cells: Cells, title: str) -> Table:
     return table
 
 
-def plus_minus(spread: Spread, places: int) -> str:
+def format_spread(spread: Spread, places: int) -> str:
     """The mean ± the sample standard deviation over seeds, which a single seed has not.
 
-    >>> plus_minus(Spread((3.0, 3.5)), 2), plus_minus(Spread((3.0,)), 2), plus_minus(Spread((3.0, float("inf"))), 2)
+    >>> format_spread(Spread((3.0, 3.5)), 2), plus_minus(Spread((3.0,)), 2), plus_minus(Spread((3.0, float("inf"))), 2)
     ('3.25 ± 0.35', '3.00', 'diverged')
     """
     if not spread.mean < _MOST:
@@ -177,4 +177,4 @@ def _saved(comparison: Comparison, one: ArmResult) -> str:
 
 def _printed(comparison: Comparison, column: str, one: ArmResult) -> str:
     value = comparison.printed.get(one.arm, {}).get(column)
-    return NOTHING if value is None or one.budget != full_budget(comparison, one.arm) else f"{value:,.10g}"
+    return NOTHING if value is None or one.budget != find_full_budget(comparison, one.arm) else f"{value:,.10g}"

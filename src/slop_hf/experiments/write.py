@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 
 from ..io.files import write_text
-from .arms import arm_runs
-from .collect import collect
+from .arms import build_jobs
+from .collect import collect_comparison
 from .config import Experiment
-from .final_losses import losses_figure
-from .summary_text import sentences
-from .jobs import with_trunks
-from .loss_curves import loss_figure
-from .planner_accuracy import agreement_sentence, predictions_cells, utility_figure
+from .final_losses import draw_final_losses
+from .summary_text import summarize_comparison
+from .jobs import add_shared_prefixes
+from .loss_curves import draw_arm_curves
+from .planner_accuracy import describe_planner_accuracy, build_prediction_cells, draw_utility
 from .comparison import Comparison
-from .running import Told, machine_name, run_experiment
-from .tables import arms_cells, ledger_cells, stages_cells
+from .running import ProgressCallback, describe_machine, run_experiment
+from .tables import build_arm_cells, build_ledger_cells, build_arm_stage_cells
 
-MARKDOWN_FILE, JSON_FILE = "comparison.md", "comparison.json"
+COMPARISON_MARKDOWN, COMPARISON_JSON = "comparison.md", "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -39,35 +39,35 @@ class ComparisonFigure:
 
 
 #: By the names of their files.
-FIGURES = {
+COMPARISON_FIGURES = {
     "loss": ComparisonFigure(
         "Held-out loss against training FLOPs",
         "Lines are means over seeds, bands reach from the lowest seed to the highest, triangles are growths. Squares "
         "are the ends of an arm's runs at several budgets, each with a learning-rate schedule of its own. The dashed "
         "line is the reference's final loss, rings are where arms get to it. As Fig. 2 of the SLOP paper.",
-        loss_figure,
+        draw_arm_curves,
     ),
     "seconds": ComparisonFigure(
         "Held-out loss against training time",
         "The same against wall-clock time of training, without evaluation, saving and growth.",
-        partial(loss_figure, against="seconds"),
+        partial(draw_arm_curves, against="seconds"),
     ),
     "losses": ComparisonFigure(
         "Held-out loss at the end",
         "A dot a seed, a bar at their mean, and the mean ± the sample standard deviation on the right. The dashed "
         "line and its band are the mean and the range of the arm that the others are set beside.",
-        losses_figure,
+        draw_final_losses,
     ),
     "utility": ComparisonFigure(
         "Predicted and measured marginal utility",
         "Σ Δloss / ΔFLOPs over the growth stages of each schedule (Eq. 2 of the SLOP paper, losses in place of "
         "perplexities, FLOPs in place of hours).",
-        utility_figure,
+        draw_utility,
     ),
 }
 
 #: What stands in columns of the table of arms, by their headings.
-GLOSSARY = {
+COLUMN_MEANINGS = {
     "grows": "the order of growth; l layer, f feed-forward, h hidden (heads that follow it included), a attention "
     "heads; lf grows both in one stage.",
     "budget": "multiple of the comparison's; each run has a whole learning-rate schedule.",
@@ -85,7 +85,7 @@ GLOSSARY = {
 def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     """Write what came out of an experiment, for programs and for readers.
 
-    Leaves `comparison.json` (the record), `comparison.md` (what was found, tables, figures) and those of `FIGURES`
+    Leaves `comparison.json` (the record), `comparison.md` (what was found, tables, figures) and those of `COMPARISON_FIGURES`
     that there is something to draw for; each is written aside and renamed.
 
     Args:
@@ -97,51 +97,51 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    comparison.save(directory / JSON_FILE)
+    comparison.save(directory / COMPARISON_JSON)
     drawn = []
-    for name, figure in FIGURES.items():
+    for name, figure in COMPARISON_FIGURES.items():
         path = directory / f"{name}.png"
         if figure.draw(comparison, path) is None:
             path.unlink(missing_ok=True)  # an earlier comparison's
         else:
             drawn.append(name)
-    write_text(directory / MARKDOWN_FILE, comparison_markdown(comparison, drawn))
+    write_text(directory / COMPARISON_MARKDOWN, format_comparison_page(comparison, drawn))
     return directory
 
 
-def comparison_markdown(comparison: Comparison, figures: list[str]) -> str:
+def format_comparison_page(comparison: Comparison, figures: list[str]) -> str:
     """The comparison as a document, with links to its figures.
 
     Args:
         comparison: what was measured.
-        figures: names in `FIGURES` of those that lie beside the document.
+        figures: names in `COMPARISON_FIGURES` of those that lie beside the document.
     """
-    cells = arms_cells(comparison)
+    cells = build_arm_cells(comparison)
     shown = [heading for heading, _ in cells.columns]
     parts = [
         f"# {comparison.title} · {comparison.scale}",
         comparison.about,
-        " ".join(sentences(comparison)),
+        " ".join(summarize_comparison(comparison)),
         cells.markdown(),
-        "\n".join(f"- **{heading}**: {meaning}" for heading, meaning in GLOSSARY.items() if heading in shown),
+        "\n".join(f"- **{heading}**: {meaning}" for heading, meaning in COLUMN_MEANINGS.items() if heading in shown),
     ]
     for name in figures:
-        parts += [figure_markdown(name, f"{name}.png"), FIGURES[name].caption]
-    if told := agreement_sentence(comparison):
-        parts += ["## The planner's ranking", told, predictions_cells(comparison).markdown()]
+        parts += [format_figure_link(name, f"{name}.png"), COMPARISON_FIGURES[name].caption]
+    if told := describe_planner_accuracy(comparison):
+        parts += ["## The planner's ranking", told, build_prediction_cells(comparison).markdown()]
     if comparison.runs:
-        parts += ["## Stages", "Losses are means over seeds.", stages_cells(comparison).markdown()]
+        parts += ["## Stages", "Losses are means over seeds.", build_arm_stage_cells(comparison).markdown()]
     if comparison.ledger:
-        parts += ["## What it cost", "Everything counted once.", ledger_cells(comparison).markdown()]
+        parts += ["## What it cost", "Everything counted once.", build_ledger_cells(comparison).markdown()]
     around = [comparison.device, *(f"{name} {version}" for name, version in comparison.versions.items())]
     if made := ", ".join(part for part in around if part):
         parts.append(f"Run on {made}." if comparison.device else f"Run with {made}.")
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def figure_markdown(name: str, path: str) -> str:
-    """A link to a figure of a name in `FIGURES`."""
-    return f"![{FIGURES[name].title}]({path})"
+def format_figure_link(name: str, path: str) -> str:
+    """A link to a figure of a name in `COMPARISON_FIGURES`."""
+    return f"![{COMPARISON_FIGURES[name].title}]({path})"
 
 
 def compare_arms(
@@ -150,7 +150,7 @@ def compare_arms(
     *,
     devices: Sequence[str] = (),
     workers: int = 1,
-    told: Told | None = None,
+    told: ProgressCallback | None = None,
     train: bool = True,
 ) -> Comparison:
     """Run all arms of an experiment, and write what came out of them into its directory.
@@ -169,6 +169,6 @@ def compare_arms(
     """
     if train:
         run_experiment(experiment, root, devices=devices, workers=workers, told=told)
-    comparison = collect(experiment, with_trunks(arm_runs(experiment)), Path(root), machine_name())
+    comparison = collect_comparison(experiment, add_shared_prefixes(build_jobs(experiment)), Path(root), describe_machine())
     write_comparison(comparison, root)
     return comparison

@@ -102,7 +102,7 @@ class Candidate:
     rank: int | None = None
 
 
-def continuing(start: Start | None, schedule: GrowthSchedule) -> GrowthSchedule:
+def continue_schedule(start: Start | None, schedule: GrowthSchedule) -> GrowthSchedule:
     """A schedule as that of a whole run that begins with the stages up to a start.
 
     Args:
@@ -128,7 +128,7 @@ def continuing(start: Start | None, schedule: GrowthSchedule) -> GrowthSchedule:
     return dataclasses.replace(begun, stages=(*begun.stages, *rest), scores=schedule.scores)
 
 
-def schedule_candidates(schedules: Sequence[GrowthSchedule], start: Start | None = None) -> list[Candidate]:
+def build_schedule_candidates(schedules: Sequence[GrowthSchedule], start: Start | None = None) -> list[Candidate]:
     """Schedules in the order of a planner.
 
     Args:
@@ -142,14 +142,14 @@ def schedule_candidates(schedules: Sequence[GrowthSchedule], start: Start | None
     return [
         Candidate(
             schedule.sequence if times[schedule.sequence] == 1 else f"{schedule.sequence} ({rank})",
-            continuing(start, schedule),
+            continue_schedule(start, schedule),
             rank=rank,
         )
         for rank, schedule in enumerate(schedules, 1)
     ]
 
 
-def planned(
+def plan_candidates(
     config: RunConfig,
     schedule: GrowthSchedule,
     top_k: int,
@@ -169,13 +169,13 @@ def planned(
     Raises:
         SlopError: where there is none.
     """
-    first, whole = first_stage(start), continuing(start, schedule)
+    first, whole = get_first_stage(start), continue_schedule(start, schedule)
     rest = whole.stages[first - 1 :]
     model = config.model_config(whole.initial, known_vocab_size(config), as_described=True).to_dict()
     space = ConfigSpace(targets=[whole.target], config=model, sequence_length=config.data.block_size)
     operators = _own_operators(rest)
     planner = SlopPlanner(
-        whole.structures[first - 1], space, operators=operators, objective=objective, cost_model=paper.cost_model()
+        whole.structures[first - 1], space, operators=operators, objective=objective, cost_model=paper.fit_cost_model()
     )
     initial = whole.initial_tokens if start is None else 0
     tokens = sum(stage.tokens for stage in rest)
@@ -185,10 +185,10 @@ def planned(
         initial_share=initial * len(operators) / tokens if tokens else 0.0,
         already_seen=float(sum(whole.tokens[:first]) - initial),
     )
-    return schedule_candidates(found, start)
+    return build_schedule_candidates(found, start)
 
 
-def init_candidates(schedule: GrowthSchedule, inits: Sequence[str], start: Start | None = None) -> list[Candidate]:
+def build_init_candidates(schedule: GrowthSchedule, inits: Sequence[str], start: Start | None = None) -> list[Candidate]:
     """The schedule with each init of the next stage; a trial ends with that stage.
 
     Args:
@@ -199,7 +199,7 @@ def init_candidates(schedule: GrowthSchedule, inits: Sequence[str], start: Start
     Raises:
         SlopError: for an init that an operator of the stage does not know.
     """
-    number, whole = first_stage(start), continuing(start, schedule)
+    number, whole = get_first_stage(start), continue_schedule(start, schedule)
     before, stage, after = whole.stages[: number - 1], whole.stages[number - 1], whole.stages[number:]
     found = []
     for init in inits:
@@ -209,7 +209,7 @@ def init_candidates(schedule: GrowthSchedule, inits: Sequence[str], start: Start
     return found
 
 
-def next_candidates(schedule: GrowthSchedule, operators: Sequence[str], start: Start | None = None) -> list[Candidate]:
+def build_next_candidates(schedule: GrowthSchedule, operators: Sequence[str], start: Start | None = None) -> list[Candidate]:
     """Stages that could come next: each grows one dimension to the schedule's end, for the next stage's tokens.
 
     What has no stage of its own in the schedule grows with `hidden`, as a planner has it.
@@ -222,7 +222,7 @@ def next_candidates(schedule: GrowthSchedule, operators: Sequence[str], start: S
     Raises:
         SlopError: for a dimension that has nothing to grow, or a structure that transformers cannot load.
     """
-    number, whole = first_stage(start), continuing(start, schedule)
+    number, whole = get_first_stage(start), continue_schedule(start, schedule)
     dims, tokens = whole.structures[number - 1], whole.stages[number - 1].tokens
     own = {*_own_operators(whole.stages[number - 1 :]), *operators}
     found = []
@@ -238,7 +238,7 @@ def next_candidates(schedule: GrowthSchedule, operators: Sequence[str], start: S
     return found
 
 
-def first_stage(start: Start | None) -> int:
+def get_first_stage(start: Start | None) -> int:
     """The number of the first growth stage after a start, or after the initial model."""
     return 1 if start is None else start.stage + 1
 

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import RunError
-from ..experiments.collect import cost_of, run_result
-from ..experiments.jobs import RUNS, SEEDS_APART, TRUNKS, ArmRun, beside, diverged_places, of_first_stages, with_trunks
+from ..experiments.collect import sum_cost, read_run_result
+from ..experiments.jobs import RUNS, SEEDS_APART, PREFIXES, Job, beside, find_diverged, keep_first_stages, add_shared_prefixes
 from ..experiments.comparison import PROBE_FILE, Cost, RunResult
-from ..experiments.running import Told, machine_name, run_jobs
+from ..experiments.running import ProgressCallback, describe_machine, run_jobs
 from ..io.serialization import hash_json, list_versions, to_plain
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
 from ..training import RunConfig, preview_run
 from ..training.checks import with_inits
-from .candidates import Candidate, Start, first_stage, schedule_candidates
+from .candidates import Candidate, Start, get_first_stage, build_schedule_candidates
 from .report import CandidateResult, ProbeReport, RankBy
 
 #: Share of its tokens that each stage is tried for where neither share nor lag is given.
@@ -90,7 +90,7 @@ class Probe:
     seeds: tuple[int, ...] = (0,)
     devices: Sequence[str] = ()
     workers: int = 1
-    told: Told | None = None
+    told: ProgressCallback | None = None
 
     def __post_init__(self) -> None:
         if self.lag is not None and self.share is not None:
@@ -124,7 +124,7 @@ class Probe:
         Raises:
             SlopError: as `run`.
         """
-        candidates = schedule_candidates(schedules, self._start)
+        candidates = build_schedule_candidates(schedules, self._start)
         report = self.run(candidates)
         lost = [schedule for one, schedule in zip(candidates, schedules, strict=True) if one.name in report.diverged]
         return [*(one.scored(schedules[one.rank - 1]) for one in report.results if one.rank is not None), *lost]
@@ -151,7 +151,7 @@ class Probe:
             start="the initial model" if self._start is None else self._start.name,
             cost=self._cost(jobs, root),
             versions=list_versions(),
-            device=machine_name(),
+            device=describe_machine(),
         )
         report.save(root / PROBE_FILE)
         return report
@@ -179,7 +179,7 @@ class Probe:
         jobs, found = self.jobs(candidates), []
         begun = {job.place: len(job.schedule.structures) for job in jobs}
         if self._start is not None:
-            begun[self._start_place] = first_stage(self._start)
+            begun[self._start_place] = get_first_stage(self._start)
         for job in jobs:
             spans = preview_run(job.config, beside(Path(self.output_dir), job, "preview"))  # a place that is free
             own = spans[begun[job.parent] :] if job.parent is not None else spans
@@ -190,7 +190,7 @@ class Probe:
 
     # ---- From candidates to runs -------------------------------------------------------------------------------
 
-    def jobs(self, candidates: Sequence[Candidate]) -> list[ArmRun]:
+    def jobs(self, candidates: Sequence[Candidate]) -> list[Job]:
         """The runs that trials consist of, what several have in common before them; candidates may share one.
 
         Raises:
@@ -198,7 +198,7 @@ class Probe:
         """
         if len(candidates) < 2:
             raise RunError(f"a probe compares two candidates or more, got {len(candidates)}")
-        trials: dict[Path, ArmRun] = {}
+        trials: dict[Path, Job] = {}
         for seed in self.seeds:
             for candidate in candidates:
                 job = self._job(candidate, seed)
@@ -206,7 +206,7 @@ class Probe:
         if len(trials) == len(self.seeds):
             instead = "differ" if self.lag is None else "grow otherwise at once, or share, which tries every stage"
             raise RunError(f"all {len(candidates)} candidates have the same trial; give some that {instead}")
-        jobs = with_trunks(list(trials.values()))
+        jobs = add_shared_prefixes(list(trials.values()))
         if self._start is not None:
             jobs = self._on_start(jobs)
         return sorted(jobs, key=lambda job: job.seed)
@@ -217,7 +217,7 @@ class Probe:
         Raises:
             RunError: where a stage has no tokens to take a share of.
         """
-        first, schedule = first_stage(self._start), candidate.schedule
+        first, schedule = get_first_stage(self._start), candidate.schedule
         last = first if self.lag is not None else candidate.stages or len(schedule.stages)
         tried = GrowthSchedule(schedule.initial, schedule.stages[:last], schedule.initial_tokens)
         complete = with_inits(tried, self.config.training.get("growth_init"))
@@ -227,7 +227,7 @@ class Probe:
 
     def _tokens(self, number: int, count: int, candidate: Candidate) -> int:
         """Tokens of a stage of a trial, of which the candidate's schedule has `count`."""
-        if number < first_stage(self._start):
+        if number < get_first_stage(self._start):
             return self._initial_tokens(count) if self._start is None else count
         if self.lag is not None:
             return self.lag
@@ -249,24 +249,24 @@ class Probe:
             raise RunError("the schedule does not train the initial model: say for how many tokens (initial_tokens)")
         return max(1, round(count * (self.share or 0)))
 
-    def _job(self, candidate: Candidate, seed: int) -> ArmRun:
+    def _job(self, candidate: Candidate, seed: int) -> Job:
         trial = self.trial(candidate)
         settings = {"eval_before_growth": True, "eval_after_growth": True, "push_to_hub": False}
-        training = of_first_stages({**self.config.training, **settings, **self._seeds(seed)}, len(trial.structures))
+        training = keep_first_stages({**self.config.training, **settings, **self._seeds(seed)}, len(trial.structures))
         training.pop("growth_init", None)  # the trial's stages name theirs, so that those with the same are shared
         key = hash_json([to_plain(trial), self._start.key if self._start is not None else ""])
         place = Path(RUNS, f"{trial.sequence}-{key[:8]}", f"seed-{seed}")
         config = dataclasses.replace(self.config, training=training, schedule=trial, evaluation=None)
-        return ArmRun(candidate.name, 1.0, seed, config, place)
+        return Job(candidate.name, 1.0, seed, config, place)
 
     def _seeds(self, seed: int) -> dict[str, Any]:
         facts = None if self._start is None else self._start.facts
         data_seed = seed if facts is None else facts.data_seed  # a run's data go on in its order
         return {"seed": seed, "data_seed": data_seed, "growth_seed": seed * SEEDS_APART}
 
-    def _on_start(self, jobs: Sequence[ArmRun]) -> list[ArmRun]:
+    def _on_start(self, jobs: Sequence[Job]) -> list[Job]:
         """Jobs that begin with the start, and no trunks of what is trained already."""
-        own = [job for job in jobs if len(job.schedule.structures) > first_stage(self._start)]
+        own = [job for job in jobs if len(job.schedule.structures) > get_first_stage(self._start)]
         places = {job.place for job in own}
         return [job if job.parent in places else dataclasses.replace(job, parent=self._start_place) for job in own]
 
@@ -278,13 +278,13 @@ class Probe:
     @property
     def _start_place(self) -> Path:
         assert self._start is not None
-        return Path(TRUNKS, f"start-{self._start.key[:8]}")
+        return Path(PREFIXES, f"start-{self._start.key[:8]}")
 
     # ---- What came out of them ---------------------------------------------------------------------------------
 
-    def _measured(self, candidates: Sequence[Candidate], jobs: Sequence[ArmRun], root: Path) -> list[Candidate]:
+    def _measured(self, candidates: Sequence[Candidate], jobs: Sequence[Job], root: Path) -> list[Candidate]:
         """Those whose trials have come to an end with every seed."""
-        lost = diverged_places(jobs, root)
+        lost = find_diverged(jobs, root)
         found = [one for one in candidates if not lost & {self._job(one, seed).place for seed in self.seeds}]
         if not found:
             raise RunError(
@@ -296,14 +296,14 @@ class Probe:
     def _result(self, candidate: Candidate, root: Path) -> CandidateResult:
         return CandidateResult.of(candidate, [self._grown(self._job(candidate, seed), root) for seed in self.seeds])
 
-    def _grown(self, job: ArmRun, root: Path) -> RunResult:
+    def _grown(self, job: Job, root: Path) -> RunResult:
         """A trial from the stage on that all begin with."""
-        result = run_result(job, root)
-        return dataclasses.replace(result, stages=result.stages[first_stage(self._start) - 1 :])
+        result = read_run_result(job, root)
+        return dataclasses.replace(result, stages=result.stages[get_first_stage(self._start) - 1 :])
 
-    def _cost(self, jobs: Sequence[ArmRun], root: Path) -> Cost:
+    def _cost(self, jobs: Sequence[Job], root: Path) -> Cost:
         begun = [job for job in jobs if RunDirectory(root / job.place).exists]
-        return dataclasses.replace(cost_of("probes", begun, root), count=sum(bool(job.arm) for job in begun))
+        return dataclasses.replace(sum_cost("probes", begun, root), count=sum(bool(job.arm) for job in begun))
 
     @property
     def _length(self) -> str:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 from rich.table import Table
 
 from ..errors import RunError
-from ..experiments.planner_accuracy import LEAST, measured_utility
+from ..experiments.planner_accuracy import MIN_CORRELATED, compute_measured_utility
 from ..experiments.comparison import Cost, RunResult
-from ..experiments.results import Spread, rank_correlation
-from ..experiments.tables import for_terminal, plus_minus
+from ..experiments.results import Spread, compute_rank_correlation
+from ..experiments.tables import for_terminal, format_spread
 from ..io.files import write_text
 from ..io.serialization import parse, read_json, to_json
-from ..report.tables import Cells
+from ..report.tables import TextTable
 from ..io.units import NOTHING
 from ..io.units import format_significant
 from ..io.units import format_power
@@ -75,7 +75,7 @@ class CandidateResult:
             schedule=candidate.schedule,
             start_loss=Spread(tuple(trial.stages[0].eval_loss for trial in trials)),
             loss=Spread(tuple(trial.eval_loss for trial in trials)),
-            utility=Spread(tuple(map(measured_utility, trials))),
+            utility=Spread(tuple(map(compute_measured_utility, trials))),
             tokens=sum(stage.tokens for stage in grown[0]),
             flops=sum(stage.flops for stage in grown[0]),
             seconds=Spread(tuple(sum(stage.seconds for stage in stages) for stages in grown)),
@@ -190,16 +190,16 @@ def _loss_at_growth(trial: RunResult) -> float:
 
 
 def _correlation(values: Sequence[float], places: Sequence[float]) -> float | None:
-    if len(values) < LEAST:
+    if len(values) < MIN_CORRELATED:
         return None
-    found = rank_correlation(values, places)
+    found = compute_rank_correlation(values, places)
     return found if math.isfinite(found) else None
 
 
 _UNITS = {"utility": "nats / 1e12 FLOPs", "utility_per_hour": "ppl / hour"}
 
 
-def probe_cells(report: ProbeReport) -> Cells:
+def build_probe_cells(report: ProbeReport) -> TextTable:
     """A row a candidate, best first; utilities are those that they are ranked by, or of a FLOP."""
     kind = "utility_per_hour" if report.by == "utility_per_hour" else "utility"
     ranked = any(one.rank is not None for one in report.results)
@@ -208,19 +208,19 @@ def probe_cells(report: ProbeReport) -> Cells:
     rows = []
     for place, one in enumerate(report.results, 1):
         planned = (NOTHING if one.rank is None else str(one.rank),) if ranked else ()
-        losses = plus_minus(one.loss_at_growth, 4), plus_minus(one.loss, 4)
+        losses = format_spread(one.loss_at_growth, 4), format_spread(one.loss, 4)
         rows.append((str(place), one.name, *planned, *losses, _utility(one, kind), format_power(one.flops)))
-    return Cells((*columns, *measured), tuple(rows))
+    return TextTable((*columns, *measured), tuple(rows))
 
 
-def probe_table(report: ProbeReport) -> Table:
-    """`probe_cells` for the terminal: `rich.print(probe_table(report))`."""
-    loss = plus_minus(report.best.start_loss, 4)
+def build_probe_table(report: ProbeReport) -> Table:
+    """`build_probe_cells` for the terminal: `rich.print(probe_table(report))`."""
+    loss = format_spread(report.best.start_loss, 4)
     title = f"Tried for {report.length}, from a loss of {loss}; ranked by {report.by}"
-    return for_terminal(probe_cells(report), title)
+    return for_terminal(build_probe_cells(report), title)
 
 
-def probe_sentences(report: ProbeReport) -> list[str]:
+def describe_probe(report: ProbeReport) -> list[str]:
     """What the numbers say, and what they cost."""
     known = {"the planner's order": report.order_agreement, "losses right after growth": report.growth_agreement}
     told = [f"{value:.2f} with {what}" for what, value in known.items() if value is not None]
