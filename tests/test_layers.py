@@ -1,4 +1,4 @@
-"""The layers of slop_hf: imports point up the list only, planning stays light, files stay short.
+"""The layers of slop_hf: imports point up the list only, and planning stays light.
 
 Each rule is a function over sources, so that every test also shows that the rule can find a breach.
 """
@@ -18,7 +18,6 @@ import slop_hf
 
 PACKAGE = "slop_hf"
 ROOT = Path(slop_hf.__file__).parent
-MAX_LINES = 400
 
 # Row -> the modules and folders in it. A module may import from its own row and from the rows above.
 ROWS: dict[str, tuple[str, ...]] = {
@@ -86,7 +85,7 @@ def edges(sources: Sources) -> dict[str, set[str]]:
     for module, source in sources.items():
         result[module] = set()
         for name in imported_names(module, source):
-            if name.split(".")[0] != PACKAGE or name == f"{PACKAGE}.__version__":
+            if name.split(".")[0] != PACKAGE:
                 continue
             home = name if name in modules else name.rpartition(".")[0]
             if home in modules:
@@ -139,15 +138,6 @@ def loaded_by(code: str, candidates: set[str]) -> set[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split()[1:])
-
-
-def long_files(root: Path, max_lines: int) -> list[str]:
-    lengths = {
-        path: len(path.read_bytes().splitlines())
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    return [f"{path.relative_to(root)} has {length} lines" for path, length in lengths.items() if length > max_lines]
 
 
 def test_every_module_is_in_a_row() -> None:
@@ -208,7 +198,6 @@ def test_an_import_from_the_facade_is_found(hidden: str) -> None:
     assert edges({"slop_hf.__main__": hidden}) == {"slop_hf.__main__": set()}
     with pytest.raises(AssertionError, match=r"slop_hf\.planning\.planner imports slop_hf"):
         edges({"slop_hf.planning.planner": hidden, "slop_hf.dims": ""})
-    assert edges({"slop_hf.planning.planner": "from .. import __version__"}) == {"slop_hf.planning.planner": set()}
 
 
 def test_only_the_rows_that_hold_tensors_import_torch() -> None:
@@ -244,10 +233,3 @@ assert not status, status
 
 def test_a_published_config_is_read_without_heavy_libraries() -> None:
     assert loaded_by("import slop_hf.hub.access", HEAVY) == set()
-
-
-def test_files_are_short(tmp_path: Path) -> None:
-    assert long_files(ROOT, MAX_LINES) == []
-    (tmp_path / "long.py").write_text("x = 1\n" * 3)
-    assert long_files(tmp_path, 3) == []
-    assert long_files(tmp_path, 2) == ["long.py has 3 lines"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
 
@@ -20,15 +18,21 @@ def test_dir_lists_the_public_names() -> None:
     assert set(slop_hf.__all__) <= set(dir(slop_hf))
 
 
-def test_type_checkers_see_the_same_names() -> None:
-    tree = ast.parse(Path(slop_hf.__file__).read_text(encoding="utf-8"))
-    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
-    assert sorted(alias.name for node in imports for alias in node.names) == slop_hf.__all__
+@pytest.mark.parametrize(
+    ("earlier", "name"),
+    [
+        ("checkpoint_directory", "find_checkpoint_directory"),
+        ("comparison_table", "build_comparison_table"),
+        ("continued", "continue_from"),
+    ],
+)
+def test_an_earlier_name_still_works_and_says_so(earlier: str, name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"slop_hf.{earlier} is now slop_hf.{name}"):
+        assert getattr(slop_hf, earlier) is getattr(slop_hf, name)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'SlopPlaner'"):
+    with pytest.raises(AttributeError, match="SlopPlaner"):
         slop_hf.SlopPlaner  # noqa: B018
 
 
