@@ -1,5 +1,5 @@
 # Each target works on a fresh clone: it makes .venv, installs what it needs and runs.
-# A stamp in .venv tells what is installed, so that the second time is quick.
+# A stamp in .venv records what is installed, so that the second time is quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.runtime  ## plan, train, grow and report a tiny model on CPU, into runs/demo
-	# PASSIVE: threads that spin while they wait are several times slower where another process has a core.
+	# PASSIVE: threads that spin while they wait are several times slower if another process needs the core.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python recipes/demo.py --output-dir runs/demo
 
 test: $(VENV)/.dev  ## run the tests and the doctests
@@ -43,7 +43,7 @@ clean:  ## remove .venv and caches, not runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# venv writes pip last: where it is, the environment is whole.
+# venv writes pip last: if it exists, the environment is complete.
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
