@@ -83,7 +83,7 @@ def test_grow_through_a_schedule(model_dir, tmp_path, output_of, error_of):
     assert json.loads(output_of(*arguments, "--json"))["inits"] == {"layer": "stack", "ffn": "preserving"}
     grown = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
     assert ModelDims.from_config(grown.config) == wide
-    assert "brings its own sizes" in error_of(*arguments, "--hidden-size", 64)
+    assert "has its own sizes" in error_of(*arguments, "--hidden-size", 64)
     GrowthSchedule(initial).to_yaml(path)
     assert "has no stages" in error_of(*arguments)
     GrowthSchedule(deep, (stages[1],)).to_yaml(path)
@@ -151,7 +151,7 @@ def test_grow_verifies(model_dir, tmp_path, output_of):
     text = output_of(
         "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "preserving", "--verify"
     )
-    assert "logits change by" in text
+    assert "largest change of a logit" in text
 
 
 def test_dry_run_of_batches_by_stage(config, output_of, tmp_path):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from slop_hf import ModelDims
 from slop_hf.cli import main
 from slop_hf.cli.calibrate import LADDER, interpolate_structures
-from slop_hf.cost.flops import count_parameters, count_flops_per_token
+from slop_hf.cost.flops import count_flops_per_token, count_parameters
 from slop_hf.cost.hours import CostModel
 
 SIZES = "16,32,1,2; 128,512,4,4"

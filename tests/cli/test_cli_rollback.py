@@ -40,8 +40,8 @@ def test_later_stages_are_moved(run, output_of):
     assert names(aside) == ["stage-1-layer", "stage-2-ffn"] and RunDirectory(run).finished_stages == 1
     lines = text.splitlines()
     assert lines[0].startswith("stage-2-ffn → ") and lines[1].startswith("stage-1-layer → ")
-    assert f"{run} ends with stage-0-initial; go on with `slop train CONFIG -o {run} --resume`" in text
-    assert "AdamW's state at its end is gone" in text
+    assert f"{run} ends with stage-0-initial; to continue: `slop train CONFIG -o {run} --resume`" in text
+    assert "its AdamW state no longer exists" in text
 
 
 def test_what_is_kept_needs_no_warning(run, output_of):
@@ -52,7 +52,7 @@ def test_what_is_kept_needs_no_warning(run, output_of):
 def test_a_dry_run_moves_nothing(run, tmp_path, output_of):
     before = names(run)
     text = output_of("rollback", run, "--to-stage", 1, "--dry-run")
-    assert f"stage-2-ffn would go to {run / 'rolled-back' / '1'}" in text
+    assert f"stage-2-ffn would be moved to {run / 'rolled-back' / '1'}" in text
     assert f"{run} would end with stage-1-layer" in text
     other = tmp_path / "other.yaml"
     replace(SCHEDULE, stages=STAGES[:1]).to_yaml(other)

@@ -176,8 +176,7 @@ def _show_preview(rows: Sequence[dict[str, Json]], title: str, *, as_json: bool)
     state = max((row["training_state_bytes"] for row in rows), default=0)
     print_table(
         title,
-        ("structure",),
-        ("parameters", "FLOPs per step"),
+        ("structure", ">parameters", ">FLOPs per step"),
         [(row["structure"], f"{row['parameters']:,}", f"{row['flops_per_step']:.3g}") for row in rows],
         caption=f"largest training state: {format_bytes(state)}, without activations",
     )
@@ -204,8 +203,11 @@ def _show_result(cost_model: CostModel, times: Sequence[StepTimes], output: Path
     has_memory = all(row["peak_bytes"] is not None for row in rows)
     print_table(
         "Device hours per 1B tokens",
-        ("structure",),
-        ("parameters", "s / step", "measured", "predicted", "error", *(["peak memory"] * has_memory)),
+        (
+            "structure",
+            *(">parameters", ">s / step", ">measured", ">predicted", ">error"),
+            *([">peak memory"] * has_memory),
+        ),
         [
             (
                 row["structure"],

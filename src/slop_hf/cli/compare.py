@@ -1,73 +1,73 @@
-"""`slop compare`."""
+"""`slop compare`: the command and its dry run."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 import slop_hf
 
 from ..errors import RunError
-from ..io.serialization import to_plain
-from .shared import make_progress_bar, read_changes, read_seeds, split_list
+from ..io.serialization import Json
+from ..io.units import NOTHING
+from .shared import make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
 
 if TYPE_CHECKING:
     from ..experiments.config import Experiment
     from ..experiments.jobs import Job
 
 
-def compare(
-    config: Annotated[Path, typer.Argument(help="The experiment as YAML: arms, scales.")],
-    scale: Annotated[str | None, typer.Option(help="Which of its scales, such as `nano`.")] = None,
+def compare_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the experiment: arms and scales.")],
+    scale: Annotated[str | None, typer.Option(help="Scale to run, such as `nano`.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory of the comparison; default, runs/NAME-SCALE.")
+        Path | None, typer.Option("--output", "-o", help="Directory of the comparison. Default: runs/NAME-SCALE.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="Run this arm only; give it again for more.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="In place of the scale's, such as 0,1,2.")] = None,
-    workers: Annotated[int, typer.Option(help="Runs at a time on CPUs, each with its share of the cores.")] = 1,
+    arm: Annotated[list[str] | None, typer.Option(help="Run only this arm; repeat it for more.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds that replace the scale's, such as 0,1,2.")] = None,
+    workers: Annotated[int, typer.Option(help="Parallel runs on CPUs; each gets its share of the cores.")] = 1,
     devices: Annotated[str, typer.Option(help="CUDA devices to spread the runs over, such as 0,1,2,3.")] = "",
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value: --set scales.nano.flops=1e12")
+        list[str] | None, typer.Option("--set", help="Change a value of the config: scales.nano.flops=1e12")
     ] = None,
-    record: Annotated[Path | None, typer.Option(help="Write what was measured here too, as JSON.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file, too.")] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Train nothing; table and figures of what has finished.")
+        bool, typer.Option("--report-only", help="Train nothing; report on the finished runs.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs, their stages and FLOPs, and train nothing.")
+        bool, typer.Option("--dry-run", help="Print the runs, their stages and FLOPs; train nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the runs) as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record, or the dry run, as JSON.")] = False,
 ) -> None:
-    """Run the arms of an experiment at equal budgets, and compare them.
+    """Train the arms of an experiment at equal budgets, and compare them.
 
-    Every arm is run once with each seed, beginnings that runs share only once. Leaves a table, figures of loss against
-    FLOPs and seconds, and `comparison.json` with all that was measured and what it cost. Killed and run again it goes
-    on; runs that have finished are not trained again. The config of each run lies beside it, for a launch of its own:
+    Each arm is trained once per seed. Stages that several runs share are trained once. The result is a table, figures
+    of loss against FLOPs and seconds, and `comparison.json` with all measurements and the compute that they took.
+
+    After an interruption, the same command continues; finished runs are not repeated. The config of each run is next
+    to its directory, so that you can launch it yourself:
     `accelerate launch recipes/grow_1b.py --config runs/…/seed-0.run.yaml --output-dir runs/…/seed-0`.
 
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
-    from ..experiments.arms import arm_runs  # with torch, which `slop --help` does without
+    from ..experiments.arms import build_jobs  # with torch, which `slop --help` does without
     from ..experiments.jobs import add_shared_prefixes
-    from ..experiments.running import ended_places
-    from ..experiments.summary_text import sentences
-    from ..experiments.tables import arms_table, ledger_table
+    from ..experiments.running import find_ended
+    from ..experiments.summary_text import summarize_comparison
+    from ..experiments.tables import build_arms_table, build_ledger_table
 
-    experiment = _chosen(slop_hf.Experiment.from_yaml(config, scale, read_changes(change)), arm or [], seeds)
+    experiment = _select_arms(slop_hf.Experiment.from_yaml(config, scale, read_changes(change)), arm or [], seeds)
     root = output or Path("runs", f"{experiment.name}-{experiment.scale}")
-    jobs = add_shared_prefixes(arm_runs(experiment))
+    jobs = add_shared_prefixes(build_jobs(experiment))
     if dry_run:
         _show_runs(experiment, jobs, as_json=as_json)
         return
     with make_progress_bar(quiet=as_json or report_only) as progress:
-        task = progress.add_task(experiment.name, total=len(jobs), completed=len(ended_places(jobs, root)))
+        task = progress.add_task(experiment.name, total=len(jobs), completed=len(find_ended(jobs, root)))
 
         def told(job: Job, done: int, count: int) -> None:
             progress.update(task, completed=done, description=f"{job.name} has ended")
@@ -78,63 +78,67 @@ def compare(
     if record is not None:
         comparison.save(record)
     if as_json:
-        print(json.dumps(to_plain(comparison), indent=2))
+        print_json(comparison)
         return
     console = Console()
-    console.print(arms_table(comparison))
-    console.print(ledger_table(comparison))
-    for sentence in sentences(comparison):
+    console.print(build_arms_table(comparison))
+    console.print(build_ledger_table(comparison))
+    for sentence in summarize_comparison(comparison):
         console.print(sentence)
-    print(f"{root / 'comparison.md'}, beside it figures and comparison.json" + (f"; {record}" if record else ""))
+    print(f"written: {root / 'comparison.md'}, with figures and comparison.json next to it")
+    if record is not None:
+        print(f"measurements written to {record}")
 
 
-def _chosen(experiment: Experiment, arms: list[str], seeds: str | None) -> Experiment:
-    """The experiment with some of its arms, and other seeds."""
-    for name in arms:
+def _select_arms(experiment: Experiment, names: list[str], seeds: str | None) -> Experiment:
+    """Return the experiment with the arms of these names (all if there are none), and with other seeds."""
+    for name in names:
         if name not in experiment.arms:
             raise RunError(f"--arm {name}: the arms at this scale are {', '.join(experiment.arms)}")
-    kept = {name: arm for name, arm in experiment.arms.items() if not arms or name in arms}
+    arms = {name: arm for name, arm in experiment.arms.items() if not names or name in names}
     sizes = experiment.sizes
     if seeds is not None:
         sizes = dataclasses.replace(sizes, seeds=read_seeds(seeds))
-        kept = {name: dataclasses.replace(one, seeds=None) for name, one in kept.items()}
-    reference = experiment.reference if experiment.reference in kept else None
-    return dataclasses.replace(experiment, arms=kept, sizes=sizes, reference=reference)
+        arms = {name: dataclasses.replace(arm, seeds=None) for name, arm in arms.items()}
+    reference = experiment.reference if experiment.reference in arms else None
+    return dataclasses.replace(experiment, arms=arms, sizes=sizes, reference=reference)
 
 
 def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> None:
-    """What would be run, a row a run; a trunk's stages are told with the runs that begin with it, too."""
+    """Print what would be trained, one row per run; shared stages appear in each run that begins with them."""
     from ..experiments.arms import count_job_flops
 
-    rows = [
+    flops = {job.directory: count_job_flops(experiment, job) for job in jobs}
+    rows: list[dict[str, Json]] = [
         {
             "run": job.name,
             "sequence": job.schedule.sequence,
             "structures": [str(dims) for dims in job.schedule.structures],
             "tokens": list(job.schedule.tokens),
-            "flops": count_job_flops(experiment, job),
+            "flops": flops[job.directory],
             "begins_with": None if job.parent is None else str(job.parent),
-            "place": str(job.place),
+            "place": str(job.directory),
         }
         for job in jobs
     ]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
-    table = Table(box=SIMPLE, title=f"{experiment.title} · {experiment.scale}", pad_edge=False, collapse_padding=True)
-    for heading in ("run", "grows", "structures", "tokens", "FLOPs"):
-        table.add_column(heading, justify="right" if heading == "FLOPs" else "left")
-    for job, row in zip(jobs, rows, strict=True):
-        tokens = " + ".join(f"{count:,}" for count in job.schedule.tokens)
-        structures = " → ".join(str(dims) for dims in job.schedule.structures)
-        table.add_row(job.name, job.schedule.sequence or "–", structures, tokens, f"{row['flops']:.3g}")
-    Console().print(table)
-    paid = sum(_own_flops(experiment, job, jobs) for job in jobs)
-    print(f"{len(jobs)} runs, {paid:.3g} FLOPs in all; beginnings that runs share are counted once")
-
-
-def _own_flops(experiment: Experiment, job: Job, jobs: list[Job]) -> float:
-    from ..experiments.arms import count_job_flops
-
-    inherited = next((other for other in jobs if other.place == job.parent), None)
-    return count_job_flops(experiment, job) - (count_job_flops(experiment, inherited) if inherited else 0.0)
+    print_table(
+        f"{experiment.title} · {experiment.scale}",
+        ("run", "grows", "structures", "tokens", ">FLOPs"),
+        [
+            (
+                row["run"],
+                row["sequence"] or NOTHING,
+                " → ".join(row["structures"]),
+                " + ".join(f"{count:,}" for count in row["tokens"]),
+                f"{row['flops']:.3g}",
+            )
+            for row in rows
+        ],
+        wraps=("run", "grows", "structures", "tokens"),
+    )
+    inherited = sum(flops[job.parent] for job in jobs if job.parent is not None)
+    total = sum(flops.values()) - inherited
+    print(f"{len(jobs)} runs, {total:.3g} FLOPs in total; stages that runs share are counted once")

@@ -154,10 +154,10 @@ def train_tokenizer_command(
         vocab_size=data.vocab_size if vocab_size is None else vocab_size,
     )
     from ..data import train_tokenizer  # torch takes seconds
-    from ..data.corpus import tokenizer_texts
+    from ..data.corpus import read_tokenizer_texts
 
     with redirect_prints(as_json=as_json), write_directory(output) as directory:
-        tokenizer = train_tokenizer(tokenizer_texts(data), data.vocab_size, data.tokenizer_kind)
+        tokenizer = train_tokenizer(read_tokenizer_texts(data), data.vocab_size, data.tokenizer_kind)
         tokenizer.save_pretrained(directory)
     if as_json:
         print_json({"tokenizer": str(output), "kind": data.tokenizer_kind, "vocab_size": len(tokenizer)})
@@ -182,8 +182,11 @@ def read_data(path: Path, changes: list[str] | None) -> DataConfig:
     if not isinstance(content, dict) or "sources" not in content:
         return slop_hf.RunConfig.from_yaml(path, overrides=overrides).data
     described: dict[str, Json] = {"mixture": content}
-    keys = {key: key.removeprefix("data.") if key.startswith("data.") else f"mixture.{key}" for key in overrides}
-    set_keys(described, {keys[key]: value for key, value in overrides.items()}, where=str(path), error=DataError)
+    within = {
+        key.removeprefix("data.") if key.startswith("data.") else f"mixture.{key}": value
+        for key, value in overrides.items()
+    }
+    set_keys(described, within, where=str(path), error=DataError)
     return parse(DataConfig, described, where=str(path), error=DataError)
 
 
@@ -194,17 +197,17 @@ def _summarise(config: DataConfig) -> dict[str, Json]:
         `sources`, one row each; `total`, the sums of the known quantities; `complete`, whether all are known;
         `cached`; `tokenizer`, a description; `tokens_before_repeat`, and `scarcest`, the source that repeats first.
     """
-    from ..data.corpus import cached
+    from ..data.corpus import is_cached
     from ..data.estimate import tokens_before_repeat
 
-    is_cached = cached(config)
-    rows, training_tokens, tokenizer = (_count if is_cached else _estimate)(config)
+    in_cache = is_cached(config)
+    rows, training_tokens, tokenizer = (_count if in_cache else _estimate)(config)
     tokens, scarcest = tokens_before_repeat(training_tokens, config.weights) or (None, None)
     return {
         "sources": rows,
         "total": {key: sum(row[key] or 0 for row in rows) for key in _QUANTITIES},
         "complete": all(row[key] is not None for row in rows for key in _QUANTITIES),
-        "cached": is_cached,
+        "cached": in_cache,
         "tokenizer": tokenizer,
         "tokens_before_repeat": tokens,
         "scarcest": scarcest,
@@ -256,28 +259,28 @@ def _read_samples(config: DataConfig, count: int) -> dict[str, list[str]]:
     """Return the first documents of each source, shortened."""
     if not count:
         return {}
-    from ..data.estimate import shortened
-    from ..data.sources import documents
+    from ..data.estimate import shorten
+    from ..data.sources import read_documents
 
     return {
-        name: [shortened(text) for text in islice(documents(source), count)] for name, source in config.sources.items()
+        name: [shorten(text) for text in islice(read_documents(source), count)]
+        for name, source in config.sources.items()
     }
 
 
 def _show_summary(summary: Mapping[str, Json], title: str) -> None:
     """Print one row per source, their sum, and how long the mixture lasts."""
-    is_cached, is_complete, tokens = summary["cached"], summary["complete"], summary["tokens_before_repeat"]
-    mark = "" if is_cached else "~"
+    in_cache, is_complete, tokens = summary["cached"], summary["complete"], summary["tokens_before_repeat"]
+    mark = "" if in_cache else "~"
 
     def format_quantities(row: Mapping[str, Json], mark: str) -> list[str]:
-        formatters = (*2 * [_format_exactly if is_cached else format_count], format_bytes, format_duration)
+        formatters = (*2 * [_format_exactly if in_cache else format_count], format_bytes, format_duration)
         cells = [form(row[key]) for form, key in zip(formatters, _QUANTITIES, strict=True)]
         return [cell if cell == NOTHING else f"{mark}{cell}" for cell in cells]
 
     print_table(
         escape(title),
-        ("source", "where"),
-        ("weight", "tokens", "documents", "disk", "time"),
+        ("source", "where", ">weight", ">tokens", ">documents", ">disk", ">time"),
         [
             (row["name"], escape(", ".join(row["places"])), f"{row['weight']:.2%}", *format_quantities(row, mark))
             for row in summary["sources"]
@@ -289,10 +292,10 @@ def _show_summary(summary: Mapping[str, Json], title: str) -> None:
     if tokens is None:
         print("unknown how many training tokens there are before a source repeats: no source has a known size")
     else:
-        count = _format_exactly(tokens) if is_cached else format_count(tokens)
+        count = _format_exactly(tokens) if in_cache else format_count(tokens)
         unknown = "" if is_complete else ", of those with a known size"
         print(f"{mark}{count} training tokens before a source repeats: {summary['scarcest']} is the first{unknown}")
-    print("all tokens are in the cache" if is_cached else "not all tokens are in the cache")
+    print("all tokens are in the cache" if in_cache else "not all tokens are in the cache")
 
 
 def _format_exactly(count: int) -> str:

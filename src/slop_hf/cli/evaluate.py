@@ -1,49 +1,43 @@
-"""`slop eval`."""
+"""`slop eval`: the command, its dry run and its tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.markup import escape
 
 import slop_hf
 
 from ..errors import EvaluationError
 from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, find_headline, list_task_names
 from ..io.serialization import to_plain
+from ..io.units import NOTHING
 from ..runs.directory import RunDirectory
-from ..runs.records import EvalRecord
+from ..runs.records import AFTER_GROWTH, END_OF_STAGE, EvalRecord
 from .data import read_data
+from .shared import is_first_process, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..evaluation.held_out import HeldOut
 
-NOTHING = "–"
-
 _PAPER_LIST = "\n".join(
-    f"* {name}: `{one.task}`, {one.num_fewshot}-shot, {one.metric}{f' ({one.note})' if one.note else ''}"
-    for name, one in PAPER_TASKS.items()
+    f"* {name}: `{task.task}`, {task.num_fewshot}-shot, {task.metric}{f' ({task.note})' if task.note else ''}"
+    for name, task in PAPER_TASKS.items()
 )
-HELP = f"""Score the stages of a run, or a model, on tasks of lm-eval, and measure perplexity on held-out text.
+HELP = f"""Score the stages of a run, or a model, on lm-eval tasks, and measure perplexity on held-out text.
 
-`--tasks paper` are the benchmarks that the paper names. It does not state its settings; these are ours:
+`--tasks paper` stands for the benchmarks that the paper names. It does not state its settings; these are ours:
 
 {_PAPER_LIST}
 
-`perplexity` is exact over all tokens of held-out text, by source. Any other name is a task or group of lm-eval.
+`perplexity` is exact over all tokens of held-out text, per source. Any other name is a task or group of lm-eval.
 
-Records go into `evaluations.json` of each stage. Results are kept by weights and settings: what is known is not scored
-again.
+The records are written to `evaluations.json` of each stage. Scores are cached by weights and settings, so that nothing
+is scored twice.
 
 On several GPUs: `accelerate launch -m slop_hf eval RUN`.
 
@@ -55,41 +49,41 @@ Examples:
 """
 
 
-def evaluate(
+def evaluate_command(
     source: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run's directory; or a model's, or its Hub id[@revision].")
+        str, typer.Argument(metavar="RUN|MODEL", help="Run directory, model directory, or Hub id[@revision].")
     ],
-    tasks: Annotated[str, typer.Option(help="paper, perplexity, or tasks of lm-eval, parted by commas.")] = PAPER,
-    limit: Annotated[int | None, typer.Option(help="Score the first so many documents of a task only.")] = None,
-    batch_size: Annotated[str, typer.Option(help="auto, the largest that fits, or a number.")] = "auto",
+    tasks: Annotated[str, typer.Option(help="paper, perplexity, or lm-eval tasks, separated by commas.")] = PAPER,
+    limit: Annotated[int | None, typer.Option(help="Score only the first N documents of each task.")] = None,
+    batch_size: Annotated[str, typer.Option(help="A number, or auto for the largest that fits.")] = "auto",
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Solved examples before each question. Default: each task's own.")
+        int | None, typer.Option(help="Solved examples before each question. Default: set by each task.")
     ] = None,
     stage: Annotated[
-        list[int] | None, typer.Option("--stage", help="A stage of the run, several by repeating. Default: all.")
+        list[int] | None, typer.Option("--stage", help="Stage of the run to score; repeat it for more. Default: all.")
     ] = None,
     after_growth: Annotated[
-        bool, typer.Option("--after-growth", help="Score each stage also right after its growth, before training.")
+        bool, typer.Option("--after-growth", help="Also score each stage right after its growth, before training.")
     ] = False,
     data: Annotated[
-        Path | None, typer.Option(help="For perplexity: the file of a run or a mixture, of which a part is held out.")
+        Path | None, typer.Option(help="For perplexity: YAML file of a run or a mixture; its held-out part is used.")
     ] = None,
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value of it: --set data.block_size=512")
+        list[str] | None, typer.Option("--set", help="Change a value of that file: data.block_size=512")
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option("--text", help="For perplexity: a text file, several by repeating.")
+        list[Path] | None, typer.Option("--text", help="For perplexity: text file instead; repeat it for more.")
     ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens of a block of --text.")] = 256,
+    block_size: Annotated[int, typer.Option(help="Tokens per block of --text.")] = 256,
     include_path: Annotated[
-        Path | None, typer.Option(help="A directory with tasks of your own, lm-eval's YAML.")
+        Path | None, typer.Option(help="Directory with your own tasks, in lm-eval's YAML.")
     ] = None,
     datasets: Annotated[
-        Path | None, typer.Option(help="A directory with data of tasks, TASK/SPLIT.jsonl, in place of the Hub's.")
+        Path | None, typer.Option(help="Directory with task data, TASK/SPLIT.jsonl, that replaces the Hub's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: a GPU if there is one.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where results are kept. Default: in the HF home.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be scored, and score nothing.")] = False,
+    device: Annotated[str | None, typer.Option(help="Device, such as cuda:1. Default: a GPU if there is one.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Cache of the scores. Default: in the HF home.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be scored; score nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     run = RunDirectory(source)
@@ -100,122 +94,113 @@ def evaluate(
         return
     from ..training.launch import launched  # with torch, which `slop --help` does without
 
-    with launched(), redirect_stdout(sys.stderr):  # libraries print into what may be JSON
+    with launched(), redirect_prints(as_json=True):  # what lm-eval prints is no result
         settings = slop_hf.EvalSettings(
             tasks=list_task_names(tasks),
             limit=limit,
-            batch_size=_batch_size(batch_size),
+            batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
             num_fewshot=num_fewshot,
             device=device,
             cache_dir=cache_dir,
-            held_out=_held_out(source, data, change or [], text or [], block_size),
+            held_out=_read_held_out(source, data, change, text or [], block_size),
             include_path=include_path,
             datasets=datasets,
         )
         if run.exists:
-            found = slop_hf.evaluate_run(run, settings, stages=stage, after_growth=after_growth)
+            records_by_stage = slop_hf.evaluate_run(run, settings, stages=stage, after_growth=after_growth)
         else:
-            given = {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings)}
-            records = slop_hf.evaluate_model(source, **given)
-    if int(os.environ.get("RANK", "0")):
+            records = slop_hf.evaluate_model(source, settings)
+    if not is_first_process():
         return
     if run.exists:
-        _show_run(run, found, settings.tasks, as_json=as_json)
+        _show_run(run, records_by_stage, settings.tasks, as_json=as_json)
     elif as_json:
-        print(json.dumps({"model": source, "evaluations": to_plain(records)}, indent=2, ensure_ascii=False))
+        print_json({"model": source, "evaluations": records})
     else:
-        Console().print(_table({source: records}, settings.tasks))
+        _show_scores({source: records}, settings.tasks)
 
 
-def _batch_size(given: str) -> int | str:
-    return int(given) if given.isdigit() else given
-
-
-def _held_out(
-    source: str, data: Path | None, changes: list[str], texts: Sequence[Path], block_size: int
+def _read_held_out(
+    source: str, data: Path | None, changes: list[str] | None, texts: Sequence[Path], block_size: int
 ) -> HeldOut | None:
-    """What perplexity is measured on, tokenized by the model's tokenizer; None where nothing is given."""
+    """Return the text to measure perplexity on, tokenized by the model's tokenizer; None if no option names one."""
     if data is None and not texts:
         return None
     if data is not None and texts:
-        raise EvaluationError("--data and --text are two ways to say what perplexity is measured on: give one")
+        raise EvaluationError("--data and --text both name the text for perplexity: give one of them")
     from ..data import load_tokenizer, prepare_data
     from ..evaluation.held_out import HeldOut
-    from ..evaluation.runs import stages_to_score
     from ..evaluation.scoring import EvaluatedModel
 
     run = RunDirectory(source)
-    tokenizer = str(run.stage_dir(stages_to_score(run)[0]) if run.exists else EvaluatedModel(source).directory)
+    tokenizer = str(run.stage_dir(run.select_stages()[0]) if run.exists else EvaluatedModel(source).directory)
     if data is not None:
         config = dataclasses.replace(read_data(data, changes), tokenizer=tokenizer)
-        return HeldOut.of_corpus(prepare_data(config))
+        return HeldOut.from_corpus(prepare_data(config))
     if missing := [str(path) for path in texts if not path.is_file()]:
         raise EvaluationError(f"--text {missing[0]}: no such file")
     contents = {path.name: path.read_text(encoding="utf-8") for path in texts}
-    return HeldOut.of_texts(contents, load_tokenizer(tokenizer), block_size)
+    return HeldOut.from_texts(contents, load_tokenizer(tokenizer), block_size)
 
 
 def _show_plan(
     source: str, tasks: Sequence[str], stages: Sequence[int] | None, after_growth: bool, *, as_json: bool
 ) -> None:
-    from ..evaluation.runs import stages_to_score
-
     run = RunDirectory(source)
     names = [source]
     if run.exists:
-        names = [run.schedule.stage_name(number) for number in stages_to_score(run, stages)]
+        names = [run.schedule.stage_name(number) for number in run.select_stages(stages)]
     if as_json:
-        print(json.dumps({"stages": names, "tasks": list(tasks), "after_growth": after_growth}, indent=2))
+        print_json({"stages": names, "tasks": tasks, "after_growth": after_growth})
         return
-    shots = {one.task: f" ({one.num_fewshot}-shot)" for one in PAPER_TASKS.values()}
-    print(f"would score {', '.join(names)}{' (and each after its growth)' if after_growth else ''}")
+    shots = {task.task: f" ({task.num_fewshot}-shot)" for task in PAPER_TASKS.values()}
+    print(f"would score {', '.join(names)}{' (and each right after its growth)' if after_growth else ''}")
     print("on " + ", ".join(f"{task}{shots.get(task, '')}" for task in tasks))
 
 
 def _show_run(
-    run: RunDirectory, found: Mapping[int, Sequence[EvalRecord]], tasks: Sequence[str], *, as_json: bool
+    run: RunDirectory, records: Mapping[int, Sequence[EvalRecord]], tasks: Sequence[str], *, as_json: bool
 ) -> None:
-    from ..evaluation.runs import AFTER_GROWTH, END, compute_run_utility
+    from ..evaluation.runs import compute_run_utility
 
-    utility = compute_run_utility(run, found)
-    names = {number: run.schedule.stage_name(number) for number in found}
+    utility = compute_run_utility(run, records)
+    names = {number: run.schedule.stage_name(number) for number in records}
     if as_json:
         stages = [
-            {"stage": number, "name": names[number], "evaluations": to_plain(records)}
-            for number, records in found.items()
+            {"stage": number, "name": names[number], "evaluations": to_plain(of_stage)}
+            for number, of_stage in records.items()
         ]
-        print(json.dumps({"run": str(run.path), "stages": stages, "marginal_utility": utility}, indent=2))
+        print_json({"run": str(run.path), "stages": stages, "marginal_utility": utility})
         return
     rows: dict[str, list[EvalRecord]] = {}
-    for number, records in found.items():
-        for when, label in ((AFTER_GROWTH, f"{names[number]}, after growth"), (END, names[number])):
-            if of_row := [record for record in records if record.when == when]:
+    for number, of_stage in records.items():
+        for when, label in ((AFTER_GROWTH, f"{names[number]}, after growth"), (END_OF_STAGE, names[number])):
+            if of_row := [record for record in of_stage if record.when == when]:
                 rows[label] = of_row
-    Console().print(_table(rows, tasks))
+    _show_scores(rows, tasks)
     if utility is not None:
-        print(f"marginal utility (Eq. 2): {utility:.4g} perplexity a device hour")
+        print(f"marginal utility (Eq. 2): {utility:.4g} perplexity per device hour")
 
 
-def _table(rows: Mapping[str, Sequence[EvalRecord]], tasks: Sequence[str]) -> Table:
-    """A row for each model, a column for each task with the metric that stands for it."""
-    chosen: dict[str, dict[str, tuple[str, float]]] = {}
+def _show_scores(rows: Mapping[str, Sequence[EvalRecord]], tasks: Sequence[str]) -> None:
+    """Print one row per model, and one column per task with its headline metric."""
+    scores: dict[str, dict[str, tuple[str, float]]] = {}
+    metrics: dict[str, str] = {}
     for label, records in rows.items():
-        pairs = {record.task: find_headline(record) for record in records}
-        chosen[label] = {task: pair for task, pair in pairs.items() if pair is not None}
-    found = {task: None for row in chosen.values() for task in row}
-    # A tag of lm-eval stands for tasks and has no score of its own: theirs are shown.
-    columns = tasks if all(task in found for task in tasks) else list(found)
-    table = Table()
-    table.add_column("stage")
-    for task in columns:
-        metric = next(row[task][0] for row in chosen.values() if task in row)
-        table.add_column(Text(task if task == metric else f"{task}\n{metric}"), justify="right")
-    for label, row in chosen.items():
-        cells = [_cell(row[task]) if task in row else NOTHING for task in columns]
-        table.add_row(Text(label), *cells)
-    return table
+        headlines = {record.task: find_headline(record) for record in records}
+        scores[label] = {task: headline for task, headline in headlines.items() if headline is not None}
+        metrics |= {task: metric for task, (metric, _) in scores[label].items() if task not in metrics}
+    # A tag of lm-eval stands for several tasks and has no score itself: then the scores of the tasks are shown.
+    columns = tasks if all(task in metrics for task in tasks) else list(metrics)
+    print_table(
+        "",
+        ("stage", *(f">{task}" if task == metrics[task] else f">{task}\n{metrics[task]}" for task in columns)),
+        [
+            (escape(label), *(_format_score(*row[task]) if task in row else NOTHING for task in columns))
+            for label, row in scores.items()
+        ],
+    )
 
 
-def _cell(pair: tuple[str, float]) -> str:
-    metric, value = pair
+def _format_score(metric: str, value: float) -> str:
     return f"{value:,.2f}" if PERPLEXITY in metric else f"{value:.4f}"

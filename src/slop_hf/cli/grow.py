@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +13,14 @@ import slop_hf
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..io.serialization import read_json
+from ..io.units import format_duration
 from ..operators import find_operators
 from ..schedule import GrowthSchedule, GrowthStage
+from .shared import print_json, split_list
 
 
-def grow(
-    source: Annotated[str, typer.Argument(help="Directory of the model to grow, or its Hub id[@revision].")],
+def grow_command(
+    source: Annotated[str, typer.Argument(help="Model directory, or Hub id[@revision].")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the grown model; it must not exist.")],
     hidden_size: Annotated[int | None, typer.Option(help="New hidden size.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="New ffn size.")] = None,
@@ -33,31 +34,37 @@ def grow(
     init: Annotated[
         str | None,
         typer.Option(
-            help="How new entries are initialised, for all operators, or as `layer=stack,ffn=copy`. "
+            help="Init of the new entries, for all operators or one each: `layer=stack,ffn=copy`. "
             "Default: random; layers are stacked."
         ),
     ] = None,
     noise: Annotated[
-        float | None, typer.Option(help="Noise that parts copies, as a share of initializer_range. Default: 0.1.")
+        float | None,
+        typer.Option(
+            help="Noise that breaks the symmetry of copies, as a fraction of initializer_range. Default: 0.1."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random entries.")] = 0,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
-    threads: Annotated[int | None, typer.Option(help="Threads. Default: one for each core, up to 4.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the new entries.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
+    threads: Annotated[int | None, typer.Option(help="Number of threads. Default: one per core, up to 4.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Measure on a batch; fail if what should keep the function does not.")
+        bool,
+        typer.Option(
+            "--verify", help="Compare both models on a batch; fail if growth should keep the function but does not."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done and what space it takes, and do nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done and the disk space needed; write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt, or the plan, as JSON.")] = False,
 ) -> None:
-    """Grow a saved model into a larger one, without training, whatever its size: a tensor is in memory at a time.
+    """Grow a saved model into a larger one, without training. Memory holds one tensor at a time, so any size works.
 
-    The result is a stock transformers checkpoint with the tokenizer and a receipt, `growth.json`, beside it.
+    The result is a stock transformers checkpoint with the tokenizer and a receipt, `growth.json`.
 
     Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
     """
-    given = {
+    options = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": num_hidden_layers,
@@ -65,49 +72,51 @@ def grow(
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
     }
-    changes = {name: value for name, value in given.items() if value is not None}
-    directory = slop_hf.checkpoint_directory(source)
-    old = _dims(directory)
-    stages = _stages(schedule, old, changes, init) if schedule else [_stage(directory, old, changes, init)]
-    options: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
+    sizes = {name: size for name, size in options.items() if size is not None}
+    directory = slop_hf.find_checkpoint_directory(source)
+    missing = f"{directory} is not a model directory"
+    old = ModelDims.from_config(read_json(directory / "config.json", if_missing=missing, error=GrowthError))
+    stages = _read_stages(schedule, old, sizes, init) if schedule else [_build_stage(directory, old, sizes, init)]
+    settings: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
     if noise is not None:
-        options["noise"] = noise
+        settings["noise"] = noise
     if dry_run:
-        plan = slop_hf.plan_checkpoint_growth(source, output, stages, **options)
-        print(json.dumps(plan.as_dict(), indent=2) if as_json else f"would grow {plan}")
+        plan = slop_hf.plan_checkpoint_growth(source, output, stages, **settings)
+        if as_json:
+            print_json(plan.as_dict())
+        else:
+            print(f"would grow {plan}")
         return
-    receipt = slop_hf.grow_checkpoint(source, output, stages, threads=threads, verify=verify, **options)
+    receipt = slop_hf.grow_checkpoint(source, output, stages, threads=threads, verify=verify, **settings)
     if as_json:
         print(receipt.to_json(), end="")
-    else:
-        print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {receipt.seconds:.1f} s")
-        if probe := receipt.probe:
-            change, floor = f"{probe.max_logit_change:.1e}", f"{probe.rounding_floor:.1e}"
-            print(f"logits change by {change} of the largest (rounding: {floor}), loss by {probe.loss_change:+.1e}")
+        return
+    duration = format_duration(receipt.seconds)
+    print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {duration}")
+    if probe := receipt.probe:
+        print(
+            f"largest change of a logit: {probe.max_logit_change:.1e} of the largest logit (rounding: "
+            f"{probe.rounding_floor:.1e}); the loss changes by {probe.loss_change:+.1e}"
+        )
 
 
-def _dims(directory: Path) -> ModelDims:
-    missing = f"{directory} is not a model directory"
-    return ModelDims.from_config(read_json(directory / "config.json", if_missing=missing, error=GrowthError))
-
-
-def _stage(directory: Path, old: ModelDims, changes: dict[str, int], init: str | None) -> GrowthStage:
-    """The growth that the options ask for."""
-    if not changes:
+def _build_stage(directory: Path, old: ModelDims, sizes: dict[str, int], init: str | None) -> GrowthStage:
+    """Return the growth that the options for sizes and inits describe."""
+    if not sizes:
         raise GrowthError("nothing to grow: give at least one new size, such as --num-hidden-layers, or --schedule")
-    if "num_attention_heads" in changes and old.num_key_value_heads == old.num_attention_heads:
-        changes.setdefault("num_key_value_heads", changes["num_attention_heads"])
-    new = old.replace(**changes)
+    if "num_attention_heads" in sizes and old.num_key_value_heads == old.num_attention_heads:
+        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+    new = old.replace(**sizes)
     operators = find_operators(old, new)
     if not operators:
         raise GrowthError(f"nothing to grow: {directory} has {old} already")
-    return GrowthStage(operators, new, init=_inits(init))
+    return GrowthStage(operators, new, init=_read_inits(init))
 
 
-def _stages(path: Path, old: ModelDims, changes: Mapping[str, int], init: str | None) -> tuple[GrowthStage, ...]:
-    """The growths of a schedule, which brings sizes and inits."""
-    if changes or init:
-        raise GrowthError("a schedule brings its own sizes and inits; give either --schedule or these")
+def _read_stages(path: Path, old: ModelDims, sizes: Mapping[str, int], init: str | None) -> Sequence[GrowthStage]:
+    """Return the growths of a schedule, which has its own sizes and inits."""
+    if sizes or init:
+        raise GrowthError(f"{path} has its own sizes and inits: give either --schedule, or new sizes and --init")
     schedule = GrowthSchedule.from_yaml(path)
     if schedule.initial != old:
         raise GrowthError(f"{path} begins with {schedule.initial}, but the model has {old}")
@@ -116,9 +125,9 @@ def _stages(path: Path, old: ModelDims, changes: Mapping[str, int], init: str | 
     return schedule.stages
 
 
-def _inits(text: str | None) -> str | dict[str, str] | None:
-    """One init for all operators, or one each as `layer=stack,ffn=copy`."""
+def _read_inits(text: str | None) -> str | dict[str, str] | None:
+    """Read one init for all operators, or one each as `layer=stack,ffn=copy`."""
     if text is None or "=" not in text:
         return text
-    pairs = [part.partition("=") for part in text.split(",")]
+    pairs = [part.partition("=") for part in split_list(text)]
     return {operator.strip(): init.strip() for operator, _, init in pairs}

@@ -194,7 +194,7 @@ def plan_command(
         space,
         operators=split_list(operators),
         objective=objective,
-        cost_model=paper.cost_model() if cost_model == "paper" else CostModel.from_yaml(cost_model),
+        cost_model=paper.fit_cost_model() if cost_model == "paper" else CostModel.from_yaml(cost_model),
         mode=mode,  # type: ignore[arg-type]
         stages=stages,
         max_stages=max_stages,
@@ -221,10 +221,10 @@ def plan_command(
     if output is not None:
         best.to_yaml(output)
     if plot is not None:
-        from ..report.plan_figure import plan_figure  # matplotlib takes a second
+        from ..report.plan_figure import draw_plan  # matplotlib takes a second
 
         others = [(arm.name, arm.schedule) for arm in arms[1:]]
-        plan_figure(schedules, others, config=config, sequence_length=sequence_length, path=plot)
+        draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot)
     if as_json:
         favours_growth = is_growth_favoured(arms) if arms else None
         print_json(
@@ -282,8 +282,7 @@ def _show_schedules(schedules: Sequence[GrowthSchedule], config: ModelConfig, ob
     initial = schedules[0].initial
     print_table(
         f"Growth from {initial}, {format_count(count_parameters(initial, config))} parameters",
-        ("", "order", "target"),
-        ("params", *(OBJECTIVES[name].title for name in schedules[0].scores)),
+        (">", "order", "target", ">params", *(f">{OBJECTIVES[name].title}" for name in schedules[0].scores)),
         [
             (
                 str(rank),
@@ -309,8 +308,7 @@ def _show_choices(choices: Sequence[Choice], objective: Objective) -> None:
             rows.append(("", other.stage.label, str(other.stage.dims), f"{other.value:.4g}", ratio))
     print_table(
         f"Why this order: {objective.title} of the best schedule that continues with each growth",
-        ("stage", "growth", "to"),
-        (objective.title, ""),
+        ("stage", "growth", "to", f">{objective.title}", ">"),
         rows,
         caption=f"the {objective.best} is best; same target, same number of stages",
     )
@@ -319,8 +317,7 @@ def _show_choices(choices: Sequence[Choice], objective: Objective) -> None:
 def _show_arms(arms: Sequence[Arm]) -> None:
     print_table(
         "Other ways to the same target, at the same training FLOPs",
-        ("arm", "stages"),
-        ("tokens", "FLOPs", "hours", "loss"),
+        ("arm", "stages", ">tokens", ">FLOPs", ">hours", ">loss"),
         [
             (
                 arm.name.replace("_", " "),

@@ -15,9 +15,7 @@ import slop_hf
 from ..errors import RunError
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
-from .shared import (
-    make_option, make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
-)
+from .shared import make_option, make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
 
 if TYPE_CHECKING:
     from ..experiments.jobs import Job
@@ -30,9 +28,7 @@ _WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output
 
 def probe_command(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `slop train`.")],
-    output: Annotated[
-        Path, make_option(_OUTPUT, "--output", "-o", help="Directory for the trials and probe.json.")
-    ],
+    output: Annotated[Path, make_option(_OUTPUT, "--output", "-o", help="Directory for the trials and probe.json.")],
     schedule: Annotated[
         Path | None, make_option(_WHAT, "--schedule", "-s", help="Schedule that replaces the config's, or --from's.")
     ] = None,
@@ -52,7 +48,7 @@ def probe_command(
     next_stages: Annotated[
         str | None, make_option(_WHAT, "--next", help="Or: try dimensions to grow next, such as layer,ffn,hidden.")
     ] = None,
-    lag: Annotated[float | None, make_option(_TRIAL, help="Try only the next stage, for this number of tokens.")] = None,
+    lag: Annotated[float | None, make_option(_TRIAL, help="Try only the next stage, for N tokens.")] = None,
     share: Annotated[
         float | None, make_option(_TRIAL, help="Try every stage, for this fraction of its tokens. Default: 0.1.")
     ] = None,
@@ -65,7 +61,8 @@ def probe_command(
     ] = "utility",
     seeds: Annotated[str, make_option(_TRIAL, help="Try each candidate once per seed, such as 0,1,2.")] = "0",
     change: Annotated[
-        list[str] | None, make_option(_TRIAL, "--set", help="Change a value of the config: training.learning_rate=1e-3")
+        list[str] | None,
+        make_option(_TRIAL, "--set", help="Change a value of the config: data.block_size=512"),
     ] = None,
     workers: Annotated[
         int, make_option(_HARDWARE, help="Parallel trials on CPUs; each gets its share of the cores.")
@@ -95,7 +92,7 @@ def probe_command(
     Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
     """
     from ..probing.candidates import Start  # with torch, which `slop --help` does without
-    from ..probing.report import describe_probe, build_probe_table
+    from ..probing.report import build_probe_table, describe_probe
 
     start = None if source is None else Start.of(source)
     run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
@@ -183,8 +180,7 @@ def _show_trials(trials: Sequence[PlannedTrial], candidates: int, *, as_json: bo
     tokens, flops = sum(trial.tokens for trial in trials), sum(trial.flops for trial in trials)
     print_table(
         f"Trials of {candidates} candidates",
-        ("trial", "stages"),
-        ("tokens", "FLOPs"),
+        ("trial", "stages", ">tokens", ">FLOPs"),
         [(trial.name, ", ".join(trial.stages), f"{trial.tokens:,}", f"{trial.flops:.3g}") for trial in trials],
         total=("sum", "", f"{tokens:,}", f"{flops:.3g}"),
         wraps=("stages",),

@@ -80,8 +80,7 @@ def print_json(value: object) -> None:
 
 def print_table(
     title: str,
-    left: Sequence[str],
-    right: Sequence[str],
+    columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
     total: Sequence[str] = (),
@@ -92,20 +91,19 @@ def print_table(
 
     Args:
         title: heading above the table.
-        left: names of the left-aligned columns, which come first.
-        right: names of the right-aligned columns.
+        columns: names of the columns; those that begin with `>` are right-aligned.
         rows: cells, in rich's markup.
         total: cells of a last row, below a line.
         wraps: names of columns that are wrapped if the terminal is narrow; the others stay whole.
         caption: line below the table.
     """
     table = Table(box=SIMPLE, title=title, caption=caption, pad_edge=False, collapse_padding=True)
-    for column in (*left, *right):
-        justify: JustifyMethod = "left" if column in left else "right"
+    for column in columns:
+        justify: JustifyMethod = "right" if column.startswith(">") else "left"
         if column in wraps:
             table.add_column(column, justify=justify, overflow="fold")
         else:
-            table.add_column(column, justify=justify, no_wrap=True)
+            table.add_column(column.removeprefix(">"), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     if total:

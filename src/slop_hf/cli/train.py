@@ -133,8 +133,7 @@ def show_preview(
     more = "; autocast without DeepSpeed takes more" if precision == "bf16" and not zero_stage else ""
     print_table(
         f"{output} would train",
-        ("stage", "structure"),
-        ("parameters", "tokens", "steps", "FLOPs"),
+        ("stage", "structure", ">parameters", ">tokens", ">steps", ">FLOPs"),
         rows,
         total=("sum", "", "", f"{tokens:,}", f"{spans[-1].end_step:,}", f"{flops:.3g}"),
         wraps=("structure",),
