@@ -1,4 +1,4 @@
-"""Checkpoints to grow, made on the spot, and what they are compared with."""
+"""Checkpoints of random weights to grow, and the disk work that growth is compared with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slop_hf import ModelDims
+from slop_hf.io.units import format_bytes
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2**30
@@ -22,16 +23,16 @@ VOCAB = {"full": 32000, "tiny": 256}
 
 
 def llama_config(dims: ModelDims, vocab_size: int, dtype: torch.dtype) -> LlamaConfig:
-    """The config of a Llama with untied embeddings."""
+    """Return the config of a Llama with untied embeddings."""
     base = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=False, max_position_embeddings=2048, dtype=dtype)
     base.architectures = ["LlamaForCausalLM"]
     return dims.to_config(base)
 
 
 def write_checkpoint(directory: Path, config: LlamaConfig) -> None:
-    """A checkpoint of random weights, never more than a shard of it in memory.
+    """Write a checkpoint of random weights with at most one shard in memory.
 
-    Every weight repeats one block of random numbers, from a place of its own: drawing billions would take minutes.
+    Every weight repeats one block of random numbers, from a different offset: drawing billions would take minutes.
     """
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
@@ -48,11 +49,11 @@ def write_checkpoint(directory: Path, config: LlamaConfig) -> None:
         size += shape.numel() * width
 
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(config.dtype)
-    places = {name: 12289 * number % BLOCK for number, name in enumerate(shapes)}
+    offsets = {name: 12289 * number % BLOCK for number, name in enumerate(shapes)}
 
     def draw(name: str) -> torch.Tensor:
         count = shapes[name].numel()
-        rolled = block.roll(places[name])
+        rolled = block.roll(offsets[name])
         return rolled.repeat(-(-count // BLOCK))[:count].view(shapes[name])
 
     weight_map = {}
@@ -66,7 +67,7 @@ def write_checkpoint(directory: Path, config: LlamaConfig) -> None:
 
 
 def read_and_write(source: Path, target: Path, target_bytes: int) -> None:
-    """The limit of the disk: every shard read once, and `target_bytes` of what was read written, by safetensors."""
+    """Read every shard once and write `target_bytes` of it, with safetensors alone: the limit of the disk."""
     target.mkdir()
     shards = sorted(source.glob("*.safetensors"))
     written = files = 0
@@ -81,33 +82,33 @@ def read_and_write(source: Path, target: Path, target_bytes: int) -> None:
                     break
                 part[name] = tensor if tensor.numel() <= room else tensor.flatten()[:room]
                 written += part[name].nbytes
-            if not part:  # less than an entry is missing
+            if not part:  # less than one entry is left to write
                 break
             save_file(part, target / f"{files}.safetensors")
             files += 1
 
 
-def weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a checkpoint, one at a time."""
+def iterate_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight of a checkpoint with its name."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
                 yield name, opened.get_tensor(name)
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """The names of weights that two checkpoints do not share, or whose dtype, shape or values differ."""
+def find_differences(one: Path, other: Path) -> list[str]:
+    """Return the names of weights that only one checkpoint has, or whose dtype, shape or values differ."""
     files = {name: file for file in other.glob("*.safetensors") for name in _names(file)}
-    found = []
-    for name, tensor in weights(one):
+    names = []
+    for name, tensor in iterate_weights(one):
         if name not in files:
-            found.append(name)
+            names.append(name)
             continue
         with safe_open(files.pop(name), framework="pt") as opened:
             twin = opened.get_tensor(name)
         if tensor.dtype != twin.dtype or not torch.equal(tensor, twin):
-            found.append(name)
-    return sorted([*found, *files])
+            names.append(name)
+    return sorted([*names, *files])
 
 
 def _names(file: Path) -> list[str]:
@@ -116,14 +117,14 @@ def _names(file: Path) -> list[str]:
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """Refuse to begin where the checkpoints would fill the disk.
+    """Check that the checkpoints fit on the disk.
 
     Raises:
-        SystemExit: with what to do.
+        SystemExit: if they do not fit; the message says what to do.
     """
     free = shutil.disk_usage(directory).free
     if free < needed * 1.1:
         raise SystemExit(
-            f"the checkpoints need {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB free: "
+            f"the checkpoints need {format_bytes(needed)}, the disk has {format_bytes(free)} free: "
             "name a directory on a larger one with --workdir"
         )

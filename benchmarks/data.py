@@ -1,16 +1,14 @@
-"""Data beside the libraries that it is built on: tokenizing, reading, resuming; `README.md` says how to read a record.
+"""Tokenizing, reading and resuming, compared with the libraries underneath; `README.md` explains the record.
 
-python benchmarks/data.py                 # about ten minutes, on a machine that does nothing else
-python benchmarks/data.py --scale tiny    # to see that it works; the figures mean nothing
+python benchmarks/data.py                 # about ten minutes, on an otherwise idle machine
+python benchmarks/data.py --scale tiny    # to see that it works; the numbers mean nothing
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,64 +16,72 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from growth import ROOT, goals_table
-from measuring import Record, alternate, circumstances, goal
+from measuring import (
+    ROOT,
+    Record,
+    alternate,
+    build_goals_table,
+    describe_circumstances,
+    make_goal,
+    make_parser,
+    read_options,
+    time_call,
+)
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
 from slop_hf import RunConfig
-from slop_hf.data import MixedBlocks, PackedDataset, Source, documents, train_tokenizer
+from slop_hf.data import MixedBlocks, PackedDataset, Source, read_documents, train_tokenizer
 from slop_hf.data.order import BlockOrder
 from slop_hf.data.packing import TokenWriter
-from slop_hf.data.tokenizing import plain_backend, tokenize
+from slop_hf.data.tokenizing import make_plain_backend, tokenize
 from slop_hf.io.files import write_text
 from slop_hf.io.serialization import to_json
 
-OUTPUTS = {"full": ROOT / "benchmarks/results/data.json", "tiny": ROOT / "runs/benchmarks/data.json"}
 TINY_RECIPE = ROOT / "recipes" / "grow_tiny.yaml"
 SOURCE = "python-stdlib"
-#: Documents to tokenize, tokens of the cache that is read, blocks read at a time.
+#: Documents to tokenize, tokens in the cache to read, number of blocks to read.
 SIZES = {"full": (None, 100_000_000, 40_000), "tiny": (100, 200_000, 400)}
 VOCABULARIES = {"full": 32_000, "tiny": 500}
 BLOCK_SIZES, BATCH = (128, 2048), 16
 WEIGHTS = (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02)  # of the paper's seven sources
-ENCODED = 1000  # texts that the bare tokenizer is given at a time
+ENCODED = 1000  # texts per call of the bare tokenizer
 
 
-def tokenizing(scale: str, repetitions: int, folder: Path) -> Record:
-    """Documents to files, beside `encode_batch` on texts that are in memory already."""
+def measure_tokenizing(scale: str, repetitions: int, folder: Path) -> Record:
+    """Measure tokenizing documents into files, compared with `encode_batch` on texts in memory."""
     source = Source(SOURCE, max_documents=SIZES[scale][0])
-    texts = list(documents(source))
+    texts = list(read_documents(source))
     tokenizer = train_tokenizer(texts, VOCABULARIES[scale])
-    backend = plain_backend(tokenizer)
+    backend = make_plain_backend(tokenizer)
 
-    def ours() -> float:
+    def tokenize_documents() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            return clocked(lambda: tokenize(source, tokenizer, Path(made), 0.01, "t", title="", progress=False))
+            return time_call(lambda: tokenize(source, tokenizer, Path(made), 0.01, "t", title="", progress=False))
 
-    def bare() -> float:
-        return clocked(
+    def encode_texts() -> float:
+        return time_call(
             lambda: [backend.encode_batch(texts[at : at + ENCODED]) for at in range(0, len(texts), ENCODED)]
         )
 
-    seconds = alternate({"tokenize": ours, "encode_batch": bare}, repetitions)
+    seconds = alternate({"tokenize": tokenize_documents, "encode_batch": encode_texts}, repetitions)
     medians = {name: statistics.median(runs) for name, runs in seconds.items()}
     rate = medians["encode_batch"] / medians["tokenize"]
     return {
         "documents": len(texts),
         "bytes": sum(len(text.encode()) for text in texts),
         "vocab_size": len(tokenizer),
-        "timed": "reading, hashing, tokenizing and writing to the disk; beside encode_batch alone, offsets included",
+        "timed": "reading, hashing, tokenizing and writing to the disk; the peer is encode_batch alone, with offsets",
         "seconds": seconds,
         "rate_ratio": rate,
-        "goals": [goal("encode_batch's rate / ours", 1 / rate, 1 / 0.9)],
+        "goals": [make_goal("encode_batch's rate / ours", 1 / rate, 1 / 0.9)],
     }
 
 
-def cache(folder: Path, tokens: int, block_size: int) -> MixedBlocks:
-    """Random tokens of seven sources, shared out by their weights."""
+def open_cache(folder: Path, tokens: int, block_size: int) -> MixedBlocks:
+    """Open a cache of random tokens from seven sources, shared by their weights; write it first if it is missing."""
     parts = {}
     for number, weight in enumerate(WEIGHTS):
         path = folder / f"{number}.ds"
@@ -88,36 +94,36 @@ def cache(folder: Path, tokens: int, block_size: int) -> MixedBlocks:
     return MixedBlocks(parts, dict(zip(parts, WEIGHTS, strict=True)), "random")
 
 
-def loader(dataset: MixedBlocks, blocks: int, skip: int = 0) -> DataLoader[Any]:
-    """As Trainer and accelerate make it, behind so many batches."""
+def build_loader(dataset: MixedBlocks, blocks: int, skip: int = 0) -> DataLoader[dict[str, torch.Tensor]]:
+    """Build the loader as Trainer and accelerate do, after skipping the first `skip` batches."""
     stretch = BlockOrder(dataset, 0, blocks, seed=0)
     batches = BatchSamplerShard(BatchSampler(SequentialSampler(stretch), BATCH, False), 1, 0)
     return DataLoader(stretch, batch_sampler=SkipBatchSampler(batches, skip), collate_fn=default_data_collator)
 
 
-def reading(scale: str, repetitions: int, folder: Path) -> Record:
-    """Blocks in the stream's order, beside numpy slices of the same places of the same files."""
+def measure_reading(scale: str, repetitions: int, folder: Path) -> Record:
+    """Measure reading blocks in the stream's order, compared with numpy slices of the same files."""
     _, tokens, count = SIZES[scale]
     cases, goals = [], []
     for block_size in BLOCK_SIZES:
         blocks = min(count, tokens // block_size) // BATCH * BATCH
-        dataset = cache(folder, tokens, block_size)
+        dataset = open_cache(folder, tokens, block_size)
         stretch = BlockOrder(dataset, 0, blocks, seed=0)
-        places = list(zip(*(axis.tolist() for axis in stretch.order.places(np.arange(blocks))), strict=True))
+        cursors = list(zip(*(axis.tolist() for axis in stretch.order.places(np.arange(blocks))), strict=True))
         mapped = [np.memmap(part.path, dtype="<u2", mode="r") for part in dataset.parts.values()]
         contenders = {
-            "stream": partial(clocked, partial(read_stream, stretch)),
-            "loader": partial(clocked, lambda blocks=blocks, dataset=dataset: list_of(loader(dataset, blocks))),
-            "slices": partial(clocked, partial(read_slices, mapped, places, block_size)),
+            "stream": partial(time_call, partial(read_stream, stretch)),
+            "loader": partial(time_call, partial(read_all_batches, dataset, blocks)),
+            "slices": partial(time_call, partial(read_slices, mapped, cursors, block_size)),
         }
         seconds = alternate(contenders, repetitions)
         rates = {name: blocks * block_size / statistics.median(runs) for name, runs in seconds.items()}
         ratio = rates["slices"] / rates["stream"]
         cases.append({"block_size": block_size, "blocks": blocks, "seconds": seconds, "tokens_per_second": rates})
-        goals.append(goal(f"blocks of {block_size}: rate of numpy slices / the stream's", ratio, 2.0))
-    consumed = training_rate(2 if scale == "tiny" else 20)
+        goals.append(make_goal(f"blocks of {block_size}: rate of numpy slices / the stream's", ratio, 2.0))
+    consumed = measure_training_rate(2 if scale == "tiny" else 20)
     goals.append(
-        goal("rate of the tiny recipe / the loader's", consumed / cases[0]["tokens_per_second"]["loader"], 0.02)
+        make_goal("rate of the tiny recipe / the loader's", consumed / cases[0]["tokens_per_second"]["loader"], 0.02)
     )
     return {
         "tokens": tokens,
@@ -135,8 +141,8 @@ def read_stream(stretch: BlockOrder) -> None:
         stretch.__getitems__(range(first, first + BATCH))
 
 
-def list_of(batches: DataLoader[Any]) -> None:
-    for _ in batches:
+def read_all_batches(dataset: MixedBlocks, blocks: int) -> None:
+    for _ in build_loader(dataset, blocks):
         pass
 
 
@@ -145,8 +151,8 @@ def read_slices(mapped: Sequence[Any], places: Sequence[tuple[int, int]], block_
         np.array(mapped[source][block * block_size : (block + 1) * block_size])
 
 
-def training_rate(steps: int) -> float:
-    """Tokens a second of the tiny recipe's first and fastest stage: forward, backward and AdamW."""
+def measure_training_rate(steps: int) -> float:
+    """Measure the tokens per second of the tiny recipe's first stage, its fastest: forward, backward and AdamW."""
     config = RunConfig.from_yaml(TINY_RECIPE)
     dims, block_size, vocab = config.read_schedule().initial, config.data.block_size, config.data.vocab_size
     base = LlamaConfig(vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=block_size)
@@ -160,71 +166,58 @@ def training_rate(steps: int) -> float:
         optimizer.zero_grad()
 
     step()
-    seconds = clocked(lambda: [step() for _ in range(steps)])
+    seconds = time_call(lambda: [step() for _ in range(steps)])
     return steps * tokens.numel() / seconds
 
 
-def resuming(scale: str, repetitions: int, folder: Path) -> Record:
-    """From opening the files to the first batch in the middle of all tokens."""
-    block_size = BLOCK_SIZES[0]  # the smallest: the most blocks to pass over
-    cache(folder, SIZES[scale][1], block_size)
+def measure_resuming(scale: str, repetitions: int, folder: Path) -> Record:
+    """Measure the time from opening the files to the first batch in the middle of all tokens."""
+    block_size = BLOCK_SIZES[0]  # the smallest: it has the most blocks to skip
+    open_cache(folder, SIZES[scale][1], block_size)
 
     def first_batch() -> None:
-        dataset = cache(folder, SIZES[scale][1], block_size)
+        dataset = open_cache(folder, SIZES[scale][1], block_size)
         blocks = len(dataset) // BATCH * BATCH
-        next(iter(loader(dataset, blocks, skip=blocks // BATCH // 2)))
+        next(iter(build_loader(dataset, blocks, skip=blocks // BATCH // 2)))
 
-    seconds = [clocked(first_batch) for _ in range(repetitions)]
+    seconds = [time_call(first_batch) for _ in range(repetitions)]
     return {
         "tokens": SIZES[scale][1],
         "block_size": block_size,
         "seconds": seconds,
-        "goals": [goal("seconds to the first batch", statistics.median(seconds), 1.0)],
+        "goals": [make_goal("seconds to the first batch", statistics.median(seconds), 1.0)],
     }
 
 
-def clocked(function: Callable[[], Any]) -> float:
-    """Seconds of a call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+PARTS = {"tokenizing": measure_tokenizing, "reading": measure_reading, "resuming": measure_resuming}
 
 
-PARTS = {"tokenizing": tokenizing, "reading": reading, "resuming": resuming}
-
-
-def table(record: Record) -> Table:
-    """Median seconds of everything that was timed."""
-    shown = Table("part", "what", "median s", title="data")
+def build_table(record: Record) -> Table:
+    """Return the median seconds of everything that was timed."""
+    table = Table("part", "what", "median s", title="data")
     for name in PARTS:
         part = record[name]
         for case in part.get("cases", [part]):
             timings = case["seconds"] if isinstance(case["seconds"], dict) else {"first batch": case["seconds"]}
             for what, runs in timings.items():
                 label = f"{what}, blocks of {case['block_size']}" if "block_size" in case else what
-                shown.add_row(name, label, f"{statistics.median(runs):.3f}")
-    return shown
+                table.add_row(name, label, f"{statistics.median(runs):.3f}")
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", choices=OUTPUTS, default="full", help="tiny: little data, to try it out")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each measurement; the median counts")
-    parser.add_argument("--output", type=Path, help="the record (full: benchmarks/results/data.json)")
-    parser.add_argument("--workdir", type=Path, help="where tokens are written (default: $TMPDIR)")
-    options = parser.parse_args(arguments)
-    output = options.output or OUTPUTS[options.scale]
+    options = read_options(make_parser("data", __doc__), "data", arguments, repetitions={"full": 3, "tiny": 3})
     command = f"python benchmarks/data.py --scale {options.scale} --repetitions {options.repetitions}"
-    record: Record = circumstances(options.scale, options.repetitions, command)
+    record: Record = describe_circumstances(options.scale, options.repetitions, command)
     with tempfile.TemporaryDirectory(prefix="data-benchmark-", dir=options.workdir) as directory:
         for name, part in PARTS.items():
             record[name] = part(options.scale, options.repetitions, Path(directory))
-    record["goals"] = [one for name in PARTS for one in record[name].pop("goals")]
-    write_text(output, to_json(record))
+    record["goals"] = [goal for name in PARTS for goal in record[name].pop("goals")]
+    write_text(options.output, to_json(record))
     console = Console()
-    console.print(table(record))
-    console.print(goals_table(record))
-    console.print(f"record: {output}")
+    console.print(build_table(record))
+    console.print(build_goals_table(record))
+    console.print(f"record: {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How time and memory grow with the size of the model, and a figure of it."""
+"""Time and memory of growth against the size of the model, with a figure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 
 import torch
 from checkpoints import VOCAB, llama_config, read_and_write, require_space, write_checkpoint
-from growth_checkpoint import BASELINE, grow, on_disk
+from growth_checkpoint import BASELINE, grow, measure_on_disk
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from measuring import Context, Measurement, Record, alternate, measured, save_figure
+from measuring import Context, Measurement, Record, alternate, measure_in_process, save_figure
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
 from slop_hf import ModelDims, grow_model
 from slop_hf.cost.flops import count_parameters, count_weight_bytes
 from slop_hf.growth import hide_progress_bars
+from slop_hf.io.units import format_bytes, format_count
 
 SOURCES = {
     "full": (
@@ -32,7 +33,7 @@ SOURCES = {
     "tiny": (ModelDims(32, 64, 2, 2), ModelDims(64, 128, 2, 2)),
 }
 OPERATOR = "ffn"
-#: Label, colour and marker of a line; peers are dashed.
+#: Label, colour and marker of each line; peers are dashed.
 LINES = {
     "grow_model": ("grow_model", "#0072B2", "o-"),
     "copy": ("a copy of the grown weights", "#56B4E9", "o--"),
@@ -43,7 +44,7 @@ LINES = {
 
 
 def run(context: Context) -> Record:
-    """Double models of four sizes, in memory and on disk."""
+    """Double the parameters of models of several sizes, in memory and on disk."""
     vocab = VOCAB[context.scale]
     cases = [run_size(dims, vocab, context) for dims in SOURCES[context.scale]]
     record: Record = {"dtype": "bfloat16", "vocab_size": vocab, "operator": OPERATOR, "init": "random", "cases": cases}
@@ -54,18 +55,18 @@ def run(context: Context) -> Record:
 def run_size(dims: ModelDims, vocab: int, context: Context) -> Record:
     """Measure one size."""
     config = llama_config(dims, vocab, torch.bfloat16)
-    new = doubled(dims, vocab)
+    new = double_ffn(dims, vocab)
     new_dims = {"intermediate_size": new.intermediate_size}
     source_bytes, target_bytes = (count_weight_bytes(one, config, 2) for one in (dims, new))
     require_space(context.workdir, source_bytes + target_bytes)
     source, target = context.workdir / f"source-{source_bytes}", context.workdir / "target"
-    measured(write_checkpoint, source, config)
+    measure_in_process(write_checkpoint, source, config)
     results = alternate(
         {
-            "grow_model": partial(in_process, load_and_grow, source, new_dims),
-            "copy": partial(in_process, copy, source, new_dims),
-            "grow_checkpoint": partial(on_disk, target, grow, source, target, OPERATOR, new_dims, "random"),
-            BASELINE: partial(on_disk, target, read_and_write, source, target, target_bytes),
+            "grow_model": partial(measure_inside, load_and_grow, source, new_dims),
+            "copy": partial(measure_inside, copy, source, new_dims),
+            "grow_checkpoint": partial(measure_on_disk, target, grow, source, target, OPERATOR, new_dims, "random"),
+            BASELINE: partial(measure_on_disk, target, read_and_write, source, target, target_bytes),
         },
         context.repetitions,
     )
@@ -93,22 +94,22 @@ def run_size(dims: ModelDims, vocab: int, context: Context) -> Record:
     }
 
 
-def doubled(dims: ModelDims, vocab: int) -> ModelDims:
-    """The structure of about twice the parameters that more ffn gives."""
+def double_ffn(dims: ModelDims, vocab: int) -> ModelDims:
+    """Return the structure with a larger ffn that has about twice the parameters."""
     config = llama_config(dims, vocab, torch.bfloat16)
     per_slot = 3 * dims.hidden_size * dims.num_hidden_layers
     wanted = dims.intermediate_size + count_parameters(dims, config) / per_slot
     return dims.replace(intermediate_size=round(wanted / 64) * 64)
 
 
-def in_process(function: object, *arguments: object) -> Measurement:
-    """Measure a function that gives back the seconds that count; the peak is that of all it does."""
-    whole = measured(function, *arguments)  # type: ignore[arg-type]
+def measure_inside(function: object, *arguments: object) -> Measurement:
+    """Measure a function that returns the seconds that count; the peak memory is that of the whole call."""
+    whole = measure_in_process(function, *arguments)  # type: ignore[arg-type]
     return Measurement(whole.value, whole.peak_bytes)
 
 
 def load_and_grow(source: Path, new_dims: dict[str, int]) -> float:
-    """Seconds of `grow_model`, once the source is loaded."""
+    """Load a model, and return the seconds of `grow_model`."""
     with hide_progress_bars():
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     began = time.perf_counter()
@@ -119,7 +120,7 @@ def load_and_grow(source: Path, new_dims: dict[str, int]) -> float:
 
 
 def copy(source: Path, new_dims: dict[str, int]) -> float:
-    """Seconds of a copy of the grown model's weights."""
+    """Load and grow a model, and return the seconds of copying its weights."""
     with hide_progress_bars():
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     grown = [weight.detach() for weight in grow_model(model, OPERATOR, new_dims).parameters()]
@@ -131,7 +132,7 @@ def copy(source: Path, new_dims: dict[str, int]) -> float:
 
 
 def draw_figure(record: Record, path: Path) -> None:
-    """Time and peak memory against the source's parameters, both axes logarithmic."""
+    """Draw time and peak memory against the source's parameters, on logarithmic axes."""
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         figure = Figure(figsize=(9.0, 3.8), layout="constrained")
         FigureCanvasAgg(figure)
@@ -142,9 +143,9 @@ def draw_figure(record: Record, path: Path) -> None:
             (
                 memory_axes,
                 "median_peak_bytes",
-                2**30,
+                1e9,
                 "Memory to double a model",
-                "peak memory over the idle process [GiB]",
+                "peak memory above the idle process [GB]",
             ),
         ):
             for name in record["cases"][0][field]:
@@ -163,15 +164,15 @@ def draw_figure(record: Record, path: Path) -> None:
         save_figure(figure, path)
 
 
-def tables(record: Record) -> list[Table]:
-    """The record to read."""
+def build_tables(record: Record) -> list[Table]:
+    """Return the record as tables."""
     title = f"{record['operator']}, init {record['init']}, to twice the parameters"
-    table = Table("source", "what", "median s", "/ peer", "peak GiB", title=title)
+    table = Table("source", "what", "median s", "/ peer", "peak", title=title)
     for case in record["cases"]:
         ratios = dict(zip(("grow_model", "grow_checkpoint"), case["ratios"].values(), strict=True))
         for name, seconds in case["median_seconds"].items():
             ratio = f"{ratios[name]:.2f}" if name in ratios else ""
-            peak = f"{case['median_peak_bytes'][name] / 2**30:.2f}" if name in ratios else ""
-            table.add_row(f"{case['source_parameters'] / 1e6:,.1f}M", name, f"{seconds:.3f}", ratio, peak)
+            peak = format_bytes(case["median_peak_bytes"][name]) if name in ratios else ""
+            table.add_row(format_count(case["source_parameters"]), name, f"{seconds:.3f}", ratio, peak)
         table.add_section()
     return [table]

@@ -1,13 +1,13 @@
-"""Seconds, memory and goals: what the parts of `growth.py` measure with.
+"""Clocks, memory, goals, records and options shared by the benchmarks.
 
-Every measurement runs in a process of its own, so that none finds the memory or the threads of another. The process is
-forked from one that has imported everything and done nothing; commands of other programs are started afresh.
+Each measurement runs in a new process, so that it does not inherit the memory or the threads of another. The process
+is forked from one that has imported everything and done no work; commands of other programs are started from scratch.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import io
 import json
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -27,16 +27,21 @@ from typing import Any, TypeVar
 
 import torch
 from matplotlib.figure import Figure
+from rich.table import Table
 
 import slop_hf
+from slop_hf.io.files import write_file, write_text
+from slop_hf.io.serialization import to_json
+from slop_hf.io.units import format_bytes
 
 T = TypeVar("T")
 Record = dict[str, Any]
 
+ROOT = Path(__file__).parents[1]
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
-# A process inherits the peak memory of the one that it was forked from when it executes another program: the launcher,
-# an interpreter with nothing loaded, stands in between.
+# A forked process inherits the peak memory of its parent even if it executes another program. So a launcher, an
+# interpreter with nothing loaded, stands in between.
 _LAUNCHER = """
 import json, os, sys, time
 log, *command = sys.argv[1:]
@@ -54,40 +59,42 @@ print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - began
 
 @dataclass(frozen=True)
 class Context:
-    """What a part is told.
+    """Settings of a benchmark's part.
 
     Args:
         scale: "full" or "tiny", a key of each part's sizes.
-        repetitions: of every measurement; the median counts.
-        workdir: an empty directory for checkpoints, on the disk to measure.
-        environment: the virtual environment of mergekit, made where it is missing.
-        figure: where the figure goes.
+        repetitions: number of repetitions of each measurement; the median counts.
+        workdir: empty directory for checkpoints and runs, on the disk to measure.
+        environment: virtual environment of mergekit, created if it is missing.
+        figure: path of the figure.
+        peak_tflops: peak of the GPU in bf16, if slop_hf does not know the device.
     """
 
     scale: str
     repetitions: int
     workdir: Path
-    environment: Path
-    figure: Path
+    environment: Path = Path()
+    figure: Path = Path()
+    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: its seconds, the peak of its resident memory in bytes, and what it gave back."""
+    """One run: its seconds, its peak resident memory in bytes, and the value that it returned."""
 
     seconds: float
     peak_bytes: int
     value: Any = None
 
 
-def measured(function: Callable[..., Any], *arguments: Any, sync: bool = False) -> Measurement:
-    """Call a function in a fresh process; its peak memory is over that of the idle process.
+def measure_in_process(function: Callable[..., Any], *arguments: Any, sync: bool = False) -> Measurement:
+    """Call a function in a new process, and measure its seconds and its peak memory above that of the idle process.
 
-    Pages of libraries that only the work touches count as its memory. With `sync`, all that has been written before is
-    on the disk before the clock starts, and all that the function writes before it stops.
+    Pages of libraries that only the work touches count as its memory. With `sync`, earlier writes are on the disk
+    before the clock starts, and the function's writes are on the disk before it stops.
 
     Raises:
-        RuntimeError: where the function fails or its process is killed.
+        RuntimeError: if the function fails or its process is killed.
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -98,7 +105,7 @@ def measured(function: Callable[..., Any], *arguments: Any, sync: bool = False) 
         outcome = receiver.recv()
     except EOFError:
         outcome = "it was killed, perhaps for memory"
-    except BaseException:  # interrupted: nobody waits for it any more
+    except BaseException:  # interrupted: nobody waits for the result any more
         process.kill()
         raise
     finally:
@@ -110,8 +117,8 @@ def measured(function: Callable[..., Any], *arguments: Any, sync: bool = False) 
 
 def _in_child(sender: Connection, function: Callable[..., Any], arguments: Sequence[Any], sync: bool) -> None:
     try:
-        gc.freeze()  # collections then pass over what has been imported
-        idle = peak_rss()
+        gc.freeze()  # later collections then skip what has been imported
+        idle = read_peak_rss()
         if sync:
             os.sync()
         began = time.perf_counter()
@@ -119,18 +126,18 @@ def _in_child(sender: Connection, function: Callable[..., Any], arguments: Seque
         if sync:
             os.sync()
         seconds = time.perf_counter() - began
-        sender.send((seconds, peak_rss() - idle, value))
+        sender.send((seconds, read_peak_rss() - idle, value))
     except BaseException:
         sender.send(traceback.format_exc())
 
 
-def peak_rss() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+def read_peak_rss() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds of a call, without those of freeing what it gives back."""
+def time_call(function: Callable[[], Any]) -> float:
+    """Return the seconds of a call, without the time to free its result."""
     began = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - began
@@ -140,26 +147,30 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Measurement:
-    """Run a command; seconds until what it wrote is on the disk, `value` until it ended, peak of the whole process.
+    """Run a command, and measure it.
+
+    Returns:
+        `seconds` until its output is on the disk, the peak memory of the whole process, and as `value` the seconds
+        until it exited.
 
     Raises:
-        RuntimeError: where it fails, with the end of what it said.
+        RuntimeError: if it fails, with the end of its output.
     """
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(log), *command]
     done = subprocess.run(launcher, capture_output=True, text=True, check=True, env=dict(environment))
     code, seconds, to_exit, maxrss = json.loads(done.stdout)
     if code:
-        raise RuntimeError(last_lines(log.read_text(encoding="utf-8", errors="replace")))
+        raise RuntimeError(get_last_lines(log.read_text(encoding="utf-8", errors="replace")))
     return Measurement(seconds, maxrss * MAXRSS_UNIT, to_exit)
 
 
-def last_lines(text: str, count: int = 3) -> str:
-    """The last lines of a program's output that say something, where its error usually stands."""
+def get_last_lines(text: str, count: int = 3) -> str:
+    """Return the last non-empty lines of a program's output, which usually hold its error."""
     return " / ".join([line.strip() for line in text.splitlines() if line.strip()][-count:])
 
 
 def alternate(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
-    """Run contenders by turns, so that noise hits all of them; each round begins with another one."""
+    """Run contenders in turns, so that noise affects all of them; each round begins with another one."""
     results: dict[str, list[T]] = {name: [] for name in contenders}
     names = list(contenders)
     for round_ in range(repetitions):
@@ -169,41 +180,98 @@ def alternate(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> di
     return results
 
 
-def median_seconds(measurements: Sequence[Measurement]) -> float:
-    """The median of their seconds."""
+def compute_median_seconds(measurements: Sequence[Measurement]) -> float:
+    """Return the median of the seconds."""
     return statistics.median(one.seconds for one in measurements)
 
 
-def median_peak(measurements: Sequence[Measurement]) -> float:
-    """The median of their peak memory, in bytes."""
+def compute_median_peak(measurements: Sequence[Measurement]) -> float:
+    """Return the median of the peak memory, in bytes."""
     return statistics.median(one.peak_bytes for one in measurements)
 
 
-def raw(results: Mapping[str, Sequence[Measurement]]) -> Record:
-    """Seconds and peak memory of every run, for the record."""
+def list_runs(results: Mapping[str, Sequence[Measurement]]) -> Record:
+    """Return the seconds and the peak memory of every run, for the record."""
     return {
         "seconds": {name: [one.seconds for one in runs] for name, runs in results.items()},
         "peak_bytes": {name: [one.peak_bytes for one in runs] for name, runs in results.items()},
     }
 
 
-def goal(text: str, value: float, limit: float) -> Record:
-    """A goal, the value to compare, the largest that meets it, and whether it does."""
+def make_goal(text: str, value: float, limit: float) -> Record:
+    """Return the record of a goal: its text, the measured value, its upper limit, and whether it is met."""
     return {"goal": text, "value": value, "limit": limit, "met": value <= limit}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, aside and then renamed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(path)
+    """Write a figure as PNG, atomically."""
+    with write_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
-def circumstances(scale: str, repetitions: int, command: str) -> Record:
-    """What else a record needs in order to be read: when, how, with what and on which machine."""
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that the benchmarks share; see `read_options`."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: small sizes, to try it out")
+    parser.add_argument("--repetitions", type=int, help="repetitions of each measurement; the median counts")
+    parser.add_argument("--output", type=Path, help=f"record to write (full: benchmarks/results/{name}.json)")
+    parser.add_argument("--workdir", type=Path, help="directory on the disk to measure (default: $TMPDIR)")
+    return parser
+
+
+def read_options(
+    parser: argparse.ArgumentParser,
+    name: str,
+    arguments: Sequence[str] | None,
+    *,
+    repetitions: Mapping[str, int] | None = None,
+    parts: Sequence[str] = (),
+    default_parts: Sequence[str] = (),
+) -> argparse.Namespace:
+    """Parse a benchmark's command line, and fill in what was left out.
+
+    Args:
+        parser: parser from `make_parser`.
+        name: name of the benchmark, such as `growth`.
+        arguments: words of the command line; None takes those of the program.
+        repetitions: default number of repetitions by scale; None leaves it to each part.
+        parts: names of the benchmark's parts; an option `parts` of the parser selects some.
+        default_parts: names of the parts that run if none is given, or if "all" is among them.
+    """
+    options = parser.parse_args(arguments)
+    if options.repetitions is not None and options.repetitions < 1:
+        parser.error(f"--repetitions must be 1 or more, got {options.repetitions}")
+    if parts:
+        if unknown := set(options.parts) - {*parts, "all"}:
+            parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(parts)}, all")
+        if not options.parts or "all" in options.parts:
+            options.parts = [part for part in parts if part in {*default_parts, *options.parts}]
+    if repetitions is not None:
+        options.repetitions = options.repetitions or repetitions[options.scale]
+    folder = ROOT / ("benchmarks/results" if options.scale == "full" else "runs/benchmarks")
+    options.output = options.output or folder / f"{name}.json"
+    return options
+
+
+def save_part(path: Path, part: str, record: Record, parts: Iterable[str]) -> None:
+    """Write the record of a part into a file with one record per part, in the order of `parts`; keep the others."""
+    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    records[part] = record
+    write_text(path, to_json({name: records[name] for name in parts if name in records}))
+
+
+def build_goals_table(record: Record) -> Table:
+    """Return a table of the goals that says which ones are met."""
+    table = Table("goal", "measured", "at most", "met", title="goals")
+    for goal in record["goals"]:
+        is_size = goal["limit"] > 2**20
+        cells = [format_bytes(goal[key]) if is_size else f"{goal[key]:.2f}" for key in ("value", "limit")]
+        table.add_row(goal["goal"], *cells, "[green]yes[/green]" if goal["met"] else "[red]no[/red]")
+    return table
+
+
+def describe_circumstances(scale: str, repetitions: int, command: str) -> Record:
+    """Return when, how, with which versions and on which machine a record was made."""
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

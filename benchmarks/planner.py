@@ -1,12 +1,11 @@
-"""The planner beside networkx, and how its time grows; `README.md` says how to read a record.
+"""The planner compared with networkx, and its time against the size of the search; `README.md` explains the record.
 
-python benchmarks/planner.py                 # a few minutes, on a machine that does nothing else
-python benchmarks/planner.py --scale tiny    # seconds, to see that it works; the figures mean nothing
+python benchmarks/planner.py                 # a few minutes, on an otherwise idle machine
+python benchmarks/planner.py --scale tiny    # seconds, to see that it works; the numbers mean nothing
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -18,25 +17,34 @@ from typing import Any
 
 import networkx
 import numpy as np
-from growth import ROOT
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measuring import Measurement, Record, circumstances, goal, measured, save_figure
+from measuring import (
+    Measurement,
+    Record,
+    build_goals_table,
+    describe_circumstances,
+    make_goal,
+    make_parser,
+    measure_in_process,
+    read_options,
+    save_figure,
+)
 from rich.console import Console
 from rich.table import Table
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import paper_params
+from slop_hf.cost.flops import count_paper_params
 from slop_hf.io.files import write_text
 from slop_hf.io.serialization import to_json
+from slop_hf.io.units import format_bytes
 from slop_hf.operators import OPERATORS
 from slop_hf.planning.structures import DimsArray
 
 INITIAL = ModelDims(768, 2048, 6, 6)
 ALL = ("layer", "mha", "ffn", "hidden")
-OUTPUTS = {"full": ROOT / "benchmarks/results/planner.json", "tiny": ROOT / "runs/benchmarks/planner.json"}
-#: Numbers of targets or structures; the largest has goals.
+#: Numbers of targets or structures by mode.
 SIZES = {
     "full": {"once": (10**3, 10**4, 10**5, 10**6), "repeated": (10**3, 10**4, 10**5), "joint": (500, 5000, 15000)},
     "tiny": {"once": (100, 1000), "repeated": (100, 1000), "joint": (50, 200)},
@@ -46,12 +54,12 @@ PEERS = {"full": 2000, "tiny": 20}
 
 
 def run(scale: str, repetitions: int) -> Record:
-    """Every mode at every size, and networkx on part of the largest."""
-    found: Record = {"cases": []}
+    """Measure every mode at every size, and networkx on a part of the largest."""
+    record: Record = {"cases": []}
     for mode, sizes in SIZES[scale].items():
         for size in sizes:
-            runs = [measured(TASKS[mode], size) for _ in range(repetitions)]
-            found["cases"].append(
+            runs = [measure_in_process(TASKS[mode], size) for _ in range(repetitions)]
+            record["cases"].append(
                 {
                     "mode": mode,
                     "size": runs[0].value,
@@ -60,13 +68,13 @@ def run(scale: str, repetitions: int) -> Record:
                     "peak_bytes": [one.peak_bytes for one in runs],
                 }
             )
-    found["networkx"] = beside_networkx(SIZES[scale]["once"][-1], PEERS[scale], found["cases"])
-    found["goals"] = _goals(found, scale)
-    return found
+    record["networkx"] = measure_networkx(SIZES[scale]["once"][-1], PEERS[scale], record["cases"])
+    record["goals"] = _make_goals(record)
+    return record
 
 
-def million(count: int) -> DimsArray:
-    """So many different targets, whose every corner is loadable."""
+def build_targets(count: int) -> DimsArray:
+    """Build this number of different targets such that every structure on the way can be loaded."""
     hidden, heads = np.array([1536, 2304, 3072, 3840, 4608]), np.array([12, 24])
     depth = np.arange(7, 107)
     ffn = 2048 + 16 * np.arange(1, math.ceil(count / (len(hidden) * len(heads) * len(depth))) + 1)
@@ -75,14 +83,14 @@ def million(count: int) -> DimsArray:
 
 
 def once(count: int) -> int:
-    """The best 10 of so many targets x 24 orders."""
-    space = ConfigSpace(targets=million(count))
+    """Find the best 10 schedules among all orders to this number of targets."""
+    space = ConfigSpace(targets=build_targets(count))
     SlopPlanner(INITIAL, space, operators=ALL, objective="delta_params_eq3").plan(top_k=10)
     return count
 
 
 def repeated(count: int) -> int:
-    """One dimension a stage, a free number of stages up to 6, and six by Eq. 3."""
+    """Search with one dimension per stage: by FLOPs with up to 6 stages, and by Eq. 3 with 6 stages."""
     space, size = _box(count)
     common: dict[str, Any] = {"mode": "repeated", "operators": ("layer", "ffn", "hidden")}
     SlopPlanner(INITIAL, space, objective="flops", max_stages=6, **common).plan(top_k=10, tokens=65e9)
@@ -91,7 +99,7 @@ def repeated(count: int) -> int:
 
 
 def joint(count: int) -> int:
-    """Several dimensions a stage, a free number of stages up to 6, and six by Eq. 3."""
+    """Search with several dimensions per stage: by FLOPs with up to 6 stages, and by Eq. 3 with 6 stages."""
     space, size = _box(count)
     common: dict[str, Any] = {"mode": "joint", "operators": ("layer", "ffn", "hidden")}
     SlopPlanner(INITIAL, space, objective="flops", max_stages=6, **common).plan(top_k=10, tokens=65e9)
@@ -110,10 +118,10 @@ def _box(count: int) -> tuple[ConfigSpace, int]:
     return ConfigSpace(targets=[target]), side * side * (steps[1] + 1)
 
 
-def beside_networkx(targets: int, part: int, cases: Sequence[Record]) -> Record:
-    """`networkx.dijkstra_path` on the corners of each target, of part of the targets; the graphs are ready before."""
-    graphs = [_graph(million(targets).at(number * (targets // part))) for number in range(part)]
-    outcome: Measurement = measured(partial(_shortest, graphs))
+def measure_networkx(targets: int, part: int, cases: Sequence[Record]) -> Record:
+    """Measure `networkx.dijkstra_path` on the graphs of some of the targets; the graphs are built before."""
+    graphs = [_graph(build_targets(targets).at(number * (targets // part))) for number in range(part)]
+    outcome: Measurement = measure_in_process(partial(_shortest, graphs))
     ours = next(case for case in cases if case["mode"] == "once" and case["size"] == targets)
     equal = sum(
         math.isclose(length, _own(target), rel_tol=1e-12)
@@ -144,7 +152,7 @@ def _own(target: ModelDims) -> float:
 
 
 def _graph(target: ModelDims) -> tuple[networkx.DiGraph, ModelDims]:
-    """The corners between the initial structure and a target, with Eq. 3's weights as logarithms."""
+    """Build the graph of the orders from the initial structure to a target, with logarithms of Eq. 3's weights."""
     graph = networkx.DiGraph()
 
     def corner(grown: Sequence[str]) -> ModelDims:
@@ -155,35 +163,37 @@ def _graph(target: ModelDims) -> tuple[networkx.DiGraph, ModelDims]:
         for grown, more in product(combinations(ALL, count), ALL):
             if more not in grown:
                 before, after = corner(grown), corner((*grown, more))
-                graph.add_edge(before, after, weight=math.log(max(1, paper_params(after) - paper_params(before))))
+                graph.add_edge(
+                    before, after, weight=math.log(max(1, count_paper_params(after) - count_paper_params(before)))
+                )
     return graph, target
 
 
-def _goals(found: Record, scale: str) -> list[Record]:
+def _make_goals(record: Record) -> list[Record]:
     goals = []
     limits = {"once": 2.0, "repeated": 10.0, "joint": 10.0}
     for mode, limit in limits.items():
-        cases = [case for case in found["cases"] if case["mode"] == mode]
+        cases = [case for case in record["cases"] if case["mode"] == mode]
         case = cases[GOAL_SIZES[mode]]
-        goals.append(goal(f"{mode}, {case['size']:,}: seconds", case["median_seconds"], limit))
+        goals.append(make_goal(f"{mode}, {case['size']:,}: seconds", case["median_seconds"], limit))
         if mode == "once":
-            goals.append(goal(f"{mode}, {case['size']:,}: peak bytes", max(case["peak_bytes"]), 1e9))
-    peer = found["networkx"]
-    goals.append(goal("once: seconds / networkx's", 1 / peer["ratio"], 0.01))
-    goals.append(goal("targets with another answer than networkx", peer["targets"] - peer["equal_answers"], 0))
+            goals.append(make_goal(f"{mode}, {case['size']:,}: peak bytes", max(case["peak_bytes"]), 1e9))
+    peer = record["networkx"]
+    goals.append(make_goal("once: seconds / networkx's", 1 / peer["ratio"], 0.01))
+    goals.append(make_goal("targets with another answer than networkx", peer["targets"] - peer["equal_answers"], 0))
     return goals
 
 
 def draw_figure(record: Record, path: Path) -> None:
-    """Seconds against the number of targets or structures, both axes logarithmic."""
+    """Draw seconds against the number of targets or structures, on logarithmic axes."""
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         figure = Figure(figsize=(5.2, 3.8), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         lines = {
             "once": ("each dimension once: targets × 24 orders", "#0072B2"),
-            "repeated": ("one dimension a stage: structures", "#D55E00"),
-            "joint": ("several dimensions a stage: structures", "#009E73"),
+            "repeated": ("one dimension per stage: structures", "#D55E00"),
+            "joint": ("several dimensions per stage: structures", "#009E73"),
         }
         for mode, (label, colour) in lines.items():
             cases = [case for case in record["cases"] if case["mode"] == mode]
@@ -197,33 +207,27 @@ def draw_figure(record: Record, path: Path) -> None:
         save_figure(figure, path)
 
 
-def table(record: Record) -> Table:
-    """The record to read."""
-    shown = Table("mode", "size", "median s", "peak MB", title="planner")
+def build_table(record: Record) -> Table:
+    """Return the record as a table."""
+    table = Table("mode", "size", "median s", "peak", title="planner")
     for case in record["cases"]:
-        peak = max(case["peak_bytes"]) / 1e6
-        shown.add_row(case["mode"], f"{case['size']:,}", f"{case['median_seconds']:.3f}", f"{peak:.0f}")
-    return shown
+        peak = format_bytes(max(case["peak_bytes"]))
+        table.add_row(case["mode"], f"{case['size']:,}", f"{case['median_seconds']:.3f}", peak)
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", choices=OUTPUTS, default="full", help="tiny: small spaces, to try it out")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each measurement; the median counts")
-    parser.add_argument("--output", type=Path, help="the record (full: benchmarks/results/planner.json)")
-    options = parser.parse_args(arguments)
-    output = options.output or OUTPUTS[options.scale]
+    parser = make_parser("planner", __doc__)
+    options = read_options(parser, "planner", arguments, repetitions={"full": 3, "tiny": 3})
     command = f"python benchmarks/planner.py --scale {options.scale} --repetitions {options.repetitions}"
-    record = {**circumstances(options.scale, options.repetitions, command), **run(options.scale, options.repetitions)}
-    write_text(output, to_json(record))
-    draw_figure(record, output.with_name(f"{output.stem}_scaling.png"))
+    circumstances = describe_circumstances(options.scale, options.repetitions, command)
+    record = {**circumstances, **run(options.scale, options.repetitions)}
+    write_text(options.output, to_json(record))
+    draw_figure(record, options.output.with_name(f"{options.output.stem}_scaling.png"))
     console = Console()
-    console.print(table(record))
+    console.print(build_table(record))
     console.print(json.dumps(record["networkx"]))
-    for one in record["goals"]:
-        console.print(
-            f"{one['goal']}: {one['value']:.4g}, at most {one['limit']:.4g}: {'met' if one['met'] else 'NOT met'}"
-        )
+    console.print(build_goals_table(record))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""From the last step of one stage to the first of the next, beside saving and loading the same states.
+"""The time between two stages, compared with saving and loading the same states.
 
-Ours: writing the stage (weights and AdamW's moments on the disk, with checksums), letting go of its model, building
-the next one with its optimizer, reading the states and growing them. The peer: `save_file` and fsync of the same
-weights and moments; `load_file` of as many as there are after the growth, copied, because it would only map them.
+Ours, from the last step of one stage to the first step of the next: writing the stage (weights and AdamW's moments,
+with checksums), freeing its model, building the next model and its optimizer, reading the states and growing them. The
+peer: `save_file` and fsync of the same weights and moments, then `load_file` of those after the growth, with a copy,
+because it only maps the files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from checkpoints import require_space
-from measuring import Record, goal, timed
+from measuring import Context, Record, make_goal, time_call
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from training_launch import launch
@@ -25,24 +26,24 @@ from training_setup import (
     INITIAL,
     TARGETS,
     VOCAB,
-    Context,
     Phases,
-    growth_record,
+    build_staged_trainer,
+    describe_growth,
+    list_operators,
     llama_config,
-    operators_of,
-    staged_trainer,
 )
 
 from slop_hf import RunDirectory
+from slop_hf.io.files import flush_to_disk
 
 BLOCK, BATCH, STEPS = 64, 1, 2
 REPETITIONS = {"full": 3, "tiny": 1}
-#: Operators and inits; stacked layers cost what preserving ones do, ffn less than hidden, which all tensors are on.
+#: Operators and inits. Stacked layers cost as much as preserving ones; ffn costs less than hidden.
 GROWTHS = {
     "full": (("layer", "preserving"), ("hidden", "preserving"), ("hidden", "random")),
     "tiny": (("hidden", "preserving"),),
 }
-STATES = 12  # bytes a parameter: weight and moments in float32
+STATES = 12  # bytes per parameter: weight and moments in float32
 LIMIT = 1.5
 WHAT = {
     "ours": "end of AdamW's last step of stage 0 to beginning of the first step of stage 1, without evaluation: the "
@@ -54,26 +55,26 @@ WHAT = {
 
 
 def run(context: Context) -> Record:
-    """Measure every operator under two inits."""
+    """Measure the growths of this scale."""
     initial, vocab = INITIAL[context.scale], VOCAB[context.scale]
     config = llama_config(initial, vocab, BLOCK)
     cases = []
     for operator, init in GROWTHS[context.scale]:
         target = TARGETS[context.scale][operator]
-        growth = growth_record(initial, target, config)
-        # The stages with their states, and what the peer writes beside them.
+        growth = describe_growth(initial, target, config)
+        # The stages with their states, and the files of the peer.
         require_space(context.workdir, STATES * (2 * growth["source_parameters"] + growth["target_parameters"]))
         settings: Record = {
             "initial": [*initial.as_dict().values()],
             "target": [*target.as_dict().values()],
-            "operators": operators_of(operator),
+            "operators": list_operators(operator),
             "init": init,
             "vocab_size": vocab,
             "block_size": BLOCK,
             "batch": BATCH,
             "steps": STEPS,
         }
-        rounds = [beside_safetensors(context.workdir, settings) for _ in range(context.repetitions)]
+        rounds = [measure_round(context.workdir, settings) for _ in range(context.repetitions)]
         cases.append({"operator": operator, "init": init, **growth, **compare(rounds)})
     return {
         "dtype": "float32",
@@ -81,17 +82,17 @@ def run(context: Context) -> Record:
         "timed": WHAT,
         "cases": cases,
         "goals": [
-            goal(f"{case['operator']} {case['init']}: s / (save + load)", case["ratio"], LIMIT) for case in cases
+            make_goal(f"{case['operator']} {case['init']}: s / (save + load)", case["ratio"], LIMIT) for case in cases
         ],
     }
 
 
-def beside_safetensors(workdir: Path, settings: Record, *, gpu: bool = False) -> Record:
-    """One boundary, and then the same states saved and loaded on the same disk."""
+def measure_round(workdir: Path, settings: Record, *, gpu: bool = False) -> Record:
+    """Measure one boundary, then saving and loading the same states on the same disk."""
     output, scratch = workdir / "run", workdir / "peer"
     try:
         (ours,) = launch("training_boundary.cross", {**settings, "output": str(output)}, gpu=gpu)
-        (peer,) = launch("training_boundary.same_states", {"run": str(output), "scratch": str(scratch)}, gpu=gpu)
+        (peer,) = launch("training_boundary.save_and_load", {"run": str(output), "scratch": str(scratch)}, gpu=gpu)
         return {"ours": ours, "peer": peer}
     finally:
         for path in (output, scratch):
@@ -99,10 +100,10 @@ def beside_safetensors(workdir: Path, settings: Record, *, gpu: bool = False) ->
 
 
 def compare(rounds: Sequence[Record]) -> Record:
-    """Seconds of both, those of the boundary's phases, and the ratio of the medians.
+    """Return the seconds of both, the seconds of the boundary's phases, and the ratio of the medians.
 
     Args:
-        rounds: of each, what `cross` and `same_states` have returned.
+        rounds: results of `cross` (key "ours") and `save_and_load` (key "peer") of each round.
     """
     seconds = {
         "boundary": [one["ours"]["seconds"] for one in rounds],
@@ -125,28 +126,28 @@ def compare(rounds: Sequence[Record]) -> Record:
 
 
 def cross(output: str, **settings: Any) -> Record:
-    """A run of two stages; the seconds of its boundary and of what they went into."""
+    """Train a run of two stages, and return the seconds of its boundary and of the boundary's phases."""
     phases = Phases()
-    trainer = staged_trainer(phases, output=output, **settings)
+    trainer = build_staged_trainer(phases, output=output, **settings)
     os.sync()
     trainer.train()
     assert phases.boundary is not None
     return phases.boundary
 
 
-def same_states(run: str, scratch: str) -> Record:
-    """Save what stage 0 has left, and load what stage 1 has, with safetensors alone."""
+def save_and_load(run: str, scratch: str) -> Record:
+    """Save the states of stage 0 and load those of stage 1 with safetensors alone, and return the seconds."""
     before, after = (RunDirectory(run).stage_dir(number) for number in range(2))
     target = Path(scratch)
     target.mkdir()
     states = [_read(before, stem) for stem in ("model", "optimizer")]
     os.sync()
-    saving = timed(partial(_save, states, target))
+    saving = time_call(partial(_save, states, target))
     saved = sum(path.stat().st_size for path in target.iterdir())
     states.clear()
     os.sync()
     loaded: list[int] = []
-    loading = timed(partial(_load, after, loaded))
+    loading = time_call(partial(_load, after, loaded))
     return {"save_file": saving, "load_file": loading, "saved_bytes": saved, "loaded_bytes": sum(loaded)}
 
 
@@ -154,8 +155,7 @@ def _save(states: Sequence[dict[str, torch.Tensor]], target: Path) -> None:
     for number, tensors in enumerate(states):
         path = target / f"{number}.safetensors"
         save_file(tensors, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(path)
 
 
 def _load(directory: Path, loaded: list[int]) -> list[dict[str, torch.Tensor]]:
@@ -165,7 +165,7 @@ def _load(directory: Path, loaded: list[int]) -> list[dict[str, torch.Tensor]]:
 
 
 def _read(directory: Path, stem: str) -> dict[str, torch.Tensor]:
-    """All tensors of some files, in memory of their own."""
+    """Read all tensors of the files with this stem, copied into memory."""
     return {
         name: tensor.clone()
         for path in sorted(directory.glob(f"{stem}*.safetensors"))
@@ -173,10 +173,10 @@ def _read(directory: Path, stem: str) -> dict[str, torch.Tensor]:
     }
 
 
-def tables(record: Record) -> list[Table]:
-    """The record to read."""
+def build_tables(record: Record) -> list[Table]:
+    """Return the record as tables."""
     table = Table("operator", "init", "s", "save_file", "load_file", "ratio", title="boundary")
-    phases = Table("operator", "init", "phase", "s", title="what the boundary's seconds go into")
+    phases = Table("operator", "init", "phase", "s", title="phases of the boundary")
     for case in record["cases"]:
         medians = case["median_seconds"]
         numbers = (f"{medians[name]:.2f}" for name in ("boundary", "save_file", "load_file"))

@@ -1,4 +1,4 @@
-"""The paper's 1B target on one GPU: tokens per second and MFU beside plain Trainer, compiled or not; a boundary."""
+"""The paper's 1B target on one GPU: speed and MFU compared with plain Trainer, compiled or not, and a boundary."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from checkpoints import require_space
-from measuring import Record, alternate, goal
+from measuring import Context, Record, alternate, make_goal
 from rich.table import Table
-from training_boundary import LIMIT, STATES, beside_safetensors, compare
+from training_boundary import LIMIT, STATES, compare, measure_round
 from training_launch import launch
-from training_setup import Context, growth_record, llama_config
+from training_setup import describe_growth, llama_config
 from training_steps import CONTENDERS, SPEED
 
 from slop_hf import ModelDims
-from slop_hf.cost.device_peaks import peak_flops
-from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.device_peaks import look_up_peak_flops
+from slop_hf.cost.flops import count_flops_per_token, count_parameters
 
-#: Of the paper's Table 1: the structure before its last growth, by hidden, and the target.
+#: From the paper's Table 1: the structure before the last growth (by hidden), and the target.
 SOURCE = {"full": ModelDims(768, 7680, 8, 6), "tiny": ModelDims(16, 48, 2, 2)}
 TARGET = {"full": ModelDims(2816, 7680, 8, 22), "tiny": ModelDims(32, 48, 2, 4)}
 VOCAB = {"full": 32000, "tiny": 64}
@@ -31,7 +31,7 @@ BLOCK = {"full": 2048, "tiny": 16}
 BATCH = {"full": 8, "tiny": 2}
 LOGGING_STEPS = {"full": 10, "tiny": 2}
 STEPS = {"full": 80, "tiny": 8}
-WARM_UP = {"full": 20, "tiny": 2}  # the first step compiles
+WARM_UP = {"full": 20, "tiny": 2}  # steps that do not count; the first one compiles
 REPETITIONS = {"full": 3, "tiny": 1}
 NO_GPU = (
     "gpu needs a CUDA device, and none is visible: run it where nvidia-smi shows one; "
@@ -40,38 +40,38 @@ NO_GPU = (
 
 
 def run(context: Context) -> Record:
-    """Measure the GPU.
+    """Measure the first GPU.
 
     Raises:
-        SystemExit: where there is none.
+        SystemExit: if there is none.
     """
-    (found,) = launch("training_gpu.device", {}, gpu=True)
-    if found["name"] is None:
+    (gpu,) = launch("training_gpu.describe_device", {}, gpu=True)
+    if gpu["name"] is None:
         print(NO_GPU, file=sys.stderr)
         raise SystemExit(2)
-    peak = found["peak"] if context.peak_tflops is None else context.peak_tflops * 1e12
-    return measure(context, found["name"], peak)
+    peak = gpu["peak"] if context.peak_tflops is None else context.peak_tflops * 1e12
+    return measure(context, gpu["name"], peak)
 
 
-def device() -> Record:
-    """The first GPU's name, and its peak in bf16 where it is known. Only for a process of its own."""
+def describe_device() -> Record:
+    """Return the first GPU's name, and its peak in bf16 if known; to be called in a new process."""
     if not torch.cuda.is_available():
         return {"name": None, "peak": None}
     name = torch.cuda.get_device_name(0)
-    return {"name": name, "peak": peak_flops(name, "bf16")}
+    return {"name": name, "peak": look_up_peak_flops(name, "bf16")}
 
 
 def measure(
     context: Context, name: str, peak: float | None, *, gpu: bool = True, compiled: Sequence[bool] = (False, True)
 ) -> Record:
-    """Steps of both trainers, compiled and not, and a boundary.
+    """Measure steps of both trainers, compiled and not, and a boundary.
 
     Args:
-        context: as for every part.
-        name: of the device.
-        peak: its speed in FLOP/s; None where it is not known, then there is no MFU.
-        gpu: False tries the part out on the CPU.
-        compiled: with which values of `torch_compile`.
+        context: settings of the part.
+        name: name of the device.
+        peak: peak of the device in FLOP/s; None leaves out the MFU.
+        gpu: whether to use the GPU; False tries the part out on the CPU.
+        compiled: values of `torch_compile` to measure.
     """
     scale, vocab, block = context.scale, VOCAB[context.scale], BLOCK[context.scale]
     config = llama_config(TARGET[scale], vocab, block, tied=False)
@@ -85,21 +85,25 @@ def measure(
     }
     changes = {"bf16": gpu, "logging_steps": LOGGING_STEPS[scale]}
     cases = []
-    for one in compiled:
+    for is_compiled in compiled:
         contenders = {
             trainer: partial(
-                alone, context, trainer, {**settings, "changes": {**changes, "torch_compile": one}}, gpu=gpu
+                train_alone,
+                context,
+                trainer,
+                {**settings, "changes": {**changes, "torch_compile": is_compiled}},
+                gpu=gpu,
             )
             for trainer in CONTENDERS
         }
         results = alternate(contenders, context.repetitions)
         speeds = {
-            trainer: [speed(run["logs"], BATCH[scale] * block, WARM_UP[scale]) for run in runs]
+            trainer: [compute_speed(run["logs"], BATCH[scale] * block, WARM_UP[scale]) for run in runs]
             for trainer, runs in results.items()
         }
-        flops = float(flops_per_token(TARGET[scale], config, block))
-        cases.append({"torch_compile": one, **compare_speeds(speeds, flops, peak)})
-    crossing = boundary(context, gpu=gpu)
+        flops = float(count_flops_per_token(TARGET[scale], config, block))
+        cases.append({"torch_compile": is_compiled, **compare_speeds(speeds, flops, peak)})
+    crossing = measure_boundary(context, gpu=gpu)
     return {
         "device": name,
         "peak_flops": peak,
@@ -114,12 +118,12 @@ def measure(
         "warm_up_steps": WARM_UP[scale],
         "cases": cases,
         "boundary": crossing,
-        "goals": [*goals(cases), goal("boundary: s / (save + load)", crossing["ratio"], LIMIT)],
+        "goals": [*make_goals(cases), make_goal("boundary: s / (save + load)", crossing["ratio"], LIMIT)],
     }
 
 
-def alone(context: Context, trainer: str, settings: Record, *, gpu: bool) -> Record:
-    """Train in a process of its own; SlopTrainer knows the peaks of devices by itself."""
+def train_alone(context: Context, trainer: str, settings: Record, *, gpu: bool) -> Record:
+    """Train in a new process."""
     changes = dict(settings["changes"])
     if trainer == "SlopTrainer" and context.peak_tflops is not None:
         changes["peak_tflops"] = context.peak_tflops
@@ -131,37 +135,37 @@ def alone(context: Context, trainer: str, settings: Record, *, gpu: bool) -> Rec
         shutil.rmtree(output, ignore_errors=True)
 
 
-def speed(logs: Sequence[Mapping[str, Any]], tokens_per_step: int, warm_up: int) -> Record:
-    """The median speed between two logs; a loss that is logged has been computed, the GPU has nothing left to do.
+def compute_speed(logs: Sequence[Mapping[str, Any]], tokens_per_step: int, warm_up: int) -> Record:
+    """Return the median speed between two logs. A logged loss has been computed, so the GPU has no work left then.
 
     Args:
-        logs: with `at`, in seconds, and `step`; SlopTrainer's with `tokens_per_second` and perhaps `mfu`.
-        tokens_per_step: of both trainers.
-        warm_up: steps that do not count.
+        logs: logs with `at`, in seconds, and `step`; those of SlopTrainer with `tokens_per_second` and perhaps `mfu`.
+        tokens_per_step: tokens per step of either trainer.
+        warm_up: number of first steps that do not count.
 
     Returns:
-        `seconds` of a step and `tokens_per_second` by the same clock for both trainers; `logged`, what SlopTrainer has
-        logged of them.
+        `seconds` per step and `tokens_per_second`, by the same clock for both trainers; `logged`, the medians of what
+        SlopTrainer has logged.
     """
-    counted = [one for one in logs if one["step"] >= warm_up]
+    counted = [log for log in logs if log["step"] >= warm_up]
     seconds = statistics.median(
         (later["at"] - earlier["at"]) / (later["step"] - earlier["step"]) for earlier, later in pairwise(counted)
     )
     logged = {
-        name: statistics.median(one[name] for one in counted[1:])
+        name: statistics.median(log[name] for log in counted[1:])
         for name in ("tokens_per_second", "mfu")
-        if all(name in one for one in counted[1:])
+        if all(name in log for log in counted[1:])
     }
     return {"seconds": seconds, "tokens_per_second": tokens_per_step / seconds, "logged": logged}
 
 
 def compare_speeds(speeds: Mapping[str, Sequence[Record]], flops: float, peak: float | None) -> Record:
-    """Medians of both trainers.
+    """Return the medians of both trainers, and the ratio of their speeds.
 
     Args:
-        speeds: of each trainer, by repetition.
-        flops: of a token.
-        peak: of the device, in FLOP/s.
+        speeds: result of `compute_speed` for each repetition, by trainer.
+        flops: FLOPs per token.
+        peak: peak of the device in FLOP/s; None leaves out the MFU.
     """
     seconds = {trainer: [one["seconds"] for one in runs] for trainer, runs in speeds.items()}
     tokens = {trainer: statistics.median(one["tokens_per_second"] for one in runs) for trainer, runs in speeds.items()}
@@ -181,11 +185,11 @@ def compare_speeds(speeds: Mapping[str, Sequence[Record]], flops: float, peak: f
     }
 
 
-def boundary(context: Context, *, gpu: bool) -> Record:
-    """The paper's last growth, beside the same states saved and loaded."""
+def measure_boundary(context: Context, *, gpu: bool) -> Record:
+    """Measure the paper's last growth, compared with saving and loading the same states."""
     scale, vocab, block = context.scale, VOCAB[context.scale], BLOCK[context.scale]
     config = llama_config(SOURCE[scale], vocab, block, tied=False)
-    growth = growth_record(SOURCE[scale], TARGET[scale], config)
+    growth = describe_growth(SOURCE[scale], TARGET[scale], config)
     require_space(context.workdir, STATES * (2 * growth["source_parameters"] + growth["target_parameters"]))
     settings: Record = {
         "initial": [*SOURCE[scale].as_dict().values()],
@@ -199,22 +203,22 @@ def boundary(context: Context, *, gpu: bool) -> Record:
         "steps": 3,
         "changes": {"bf16": gpu},
     }
-    rounds = [beside_safetensors(context.workdir, settings, gpu=gpu) for _ in range(context.repetitions)]
+    rounds = [measure_round(context.workdir, settings, gpu=gpu) for _ in range(context.repetitions)]
     return {"operator": "hidden", "init": "random", **growth, **compare(rounds)}
 
 
-def goals(cases: Sequence[Record]) -> list[Record]:
-    """The same as without a GPU."""
-    found = []
+def make_goals(cases: Sequence[Record]) -> list[Record]:
+    """Return the same goals as without a GPU."""
+    goals = []
     for case in cases:
         how = "compiled" if case["torch_compile"] else "eager"
         what = f"{how}: Trainer's steps per second / SlopTrainer's"
-        found.append(goal(what, 1 / case["ratio"], 1 / SPEED))
-    return found
+        goals.append(make_goal(what, 1 / case["ratio"], 1 / SPEED))
+    return goals
 
 
-def tables(record: Record) -> list[Table]:
-    """The record to read."""
+def build_tables(record: Record) -> list[Table]:
+    """Return the record as tables."""
     table = Table("compiled", "trainer", "tokens / s", "MFU", "ratio", title=record["device"])
     for case in record["cases"]:
         for trainer, tokens in case["tokens_per_second"].items():

@@ -1,6 +1,6 @@
-"""A measured function in fresh processes: one, or the ranks of a launch; also the program that these processes run.
+"""Measured functions in new processes: one, or the ranks of a launch. This file is also the program that they run.
 
-Forks would not do here as they do for growth: ranks are launched, and OpenMP and CUDA do not outlive a fork.
+Unlike for growth, a fork is not enough here: ranks are launched, and OpenMP and CUDA do not survive a fork.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-ZERO3 = ROOT / "recipes/accelerate/cpu_zero3.yaml"  # as a user launches it
-#: Left by an earlier launch, they would be taken for this one's.
+ZERO3 = ROOT / "recipes/accelerate/cpu_zero3.yaml"  # the configuration that users launch
+#: Environment variables of an earlier launch that would affect this one.
 _OF_LAUNCHES = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMP_NUM_THREADS")
 
 Record = dict[str, Any]
@@ -30,13 +30,13 @@ Record = dict[str, Any]
 
 @dataclass
 class Launched:
-    """Processes at work on a task.
+    """Running processes of a task.
 
     Args:
-        process: the one process, or the launcher.
-        directory: where each rank leaves its result.
-        log: what they say.
-        ranks: how many there are.
+        process: the process, or the launcher of the ranks.
+        directory: directory where each rank writes its result.
+        log: file with the output.
+        ranks: number of ranks.
     """
 
     process: subprocess.Popen[bytes]
@@ -44,11 +44,11 @@ class Launched:
     log: Path
     ranks: int
 
-    def results(self, seconds: float = 540) -> list[Record]:
-        """Wait for the end; what the task has returned on each rank.
+    def wait(self, seconds: float = 540) -> list[Record]:
+        """Wait for the end, and return the result of each rank.
 
         Raises:
-            RuntimeError: where it fails or takes longer, with the end of what was said.
+            RuntimeError: if the task fails or takes longer, with the end of its output.
         """
         try:
             with self.directory as directory:
@@ -65,7 +65,7 @@ class Launched:
             self.kill()
 
     def kill(self) -> None:
-        """End the launcher and its ranks, whatever they are doing."""
+        """Kill the launcher and its ranks."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -80,15 +80,15 @@ def start(
     gpu: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Launched:
-    """Start a function in processes of its own.
+    """Start a function in new processes.
 
     Args:
-        task: `module.function` of this directory; it takes `settings` and returns what JSON can hold.
-        settings: its arguments.
-        ranks: processes, under ZeRO-3.
-        zero3: launch with DeepSpeed ZeRO-3 on CPUs; otherwise there is one process.
-        gpu: let it see the first GPU; otherwise it sees none.
-        environment: further variables.
+        task: `module.function` in this directory; it returns plain data.
+        settings: arguments of the function.
+        ranks: number of processes under ZeRO-3.
+        zero3: whether to launch with DeepSpeed ZeRO-3 on CPUs; otherwise there is one process.
+        gpu: whether it sees the first GPU; otherwise it sees none.
+        environment: more environment variables.
     """
     directory = tempfile.TemporaryDirectory(prefix="training-benchmark-")
     words = [sys.executable]
@@ -97,47 +97,47 @@ def start(
         words += ["--num_processes", str(ranks), "--main_process_port", "0"]
     words += [str(Path(__file__)), task, json.dumps(settings), directory.name]
     log = Path(directory.name, "log.txt")
-    surroundings = {**_environment(gpu), **(environment or {})}
-    with log.open("wb") as said:
+    variables = {**_build_environment(gpu), **(environment or {})}
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            words, cwd=ROOT, env=surroundings, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            words, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     return Launched(process, directory, log, ranks)
 
 
 def launch(task: str, settings: Mapping[str, Any], *, seconds: float = 540, **how: Any) -> list[Record]:
-    """`start` with the same arguments, and its results, one for each rank."""
-    return start(task, settings, **how).results(seconds)
+    """Start a function as `start` does, wait for it, and return the result of each rank."""
+    return start(task, settings, **how).wait(seconds)
 
 
-def launch_together(begun: Sequence[Launched], seconds: float = 540) -> list[Record]:
-    """What processes that wait for one another have returned; where one fails, the others are ended.
+def wait_for_all(launches: Sequence[Launched], seconds: float = 540) -> list[Record]:
+    """Wait for processes that depend on one another, and return their results. If one fails, the others are killed.
 
     Raises:
-        RuntimeError: as `Launched.results`, of the one that has failed first.
+        RuntimeError: as in `Launched.wait`, for the first one that fails.
     """
     deadline = time.monotonic() + seconds
     try:
-        while time.monotonic() < deadline and any(one.process.poll() is None for one in begun):
-            if any(failed := [one for one in begun if one.process.poll()]):
-                failed[0].results()
+        while time.monotonic() < deadline and any(each.process.poll() is None for each in launches):
+            if failed := [each for each in launches if each.process.poll()]:
+                failed[0].wait()
             time.sleep(0.1)
-        return [one.results(0)[0] for one in begun]
+        return [each.wait(0)[0] for each in launches]
     finally:
-        for one in begun:
-            one.kill()
+        for each in launches:
+            each.kill()
 
 
-def _environment(gpu: bool) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHES)}
-    if gpu:  # Trainer would take all that one process sees
+def _build_environment(gpu: bool) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHES)}
+    if gpu:  # Trainer would use all devices that the process sees
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     else:
         devices = ""
-    # PASSIVE: threads that spin while they wait take a core from whoever else has work.
+    # PASSIVE: threads that spin while they wait would take a core from other work.
     return {
         "OMP_WAIT_POLICY": "PASSIVE",
-        **kept,
+        **inherited,
         "CUDA_VISIBLE_DEVICES": devices,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -146,9 +146,9 @@ def _environment(gpu: bool) -> dict[str, str]:
 
 def main(task: str, settings: str, directory: str) -> None:
     module, _, function = task.partition(".")
-    found = getattr(importlib.import_module(module), function)(**json.loads(settings))
+    result = getattr(importlib.import_module(module), function)(**json.loads(settings))
     path = Path(directory, f"{os.environ.get('RANK', '0')}.json")
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

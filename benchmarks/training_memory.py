@@ -1,4 +1,4 @@
-"""Peak memory of a rank under ZeRO-3 on two ranks, beside one process: the same run with one growth."""
+"""Peak memory of a rank under ZeRO-3 on two ranks, compared with one process, in a run with one growth."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import require_space
-from measuring import Record, alternate, goal
+from measuring import Context, Record, alternate, make_goal
 from rich.table import Table
 from training_launch import launch
 from training_setup import (
     INITIAL,
     TARGETS,
     VOCAB,
-    Context,
     Phases,
-    growth_record,
+    build_staged_trainer,
+    describe_growth,
+    list_operators,
     llama_config,
-    operators_of,
-    staged_trainer,
 )
 
+from slop_hf.io.units import format_bytes
+
 BLOCK, BATCH, STEPS = 32, 2, 3  # short blocks: activations hardly count
-OPERATOR = "hidden"  # on which all tensors are
-#: How glibc deals with freed memory. By itself it keeps much of it, for this process to use again, and all that counts
-#: as occupied; a fixed threshold gives every large tensor back to the system.
+OPERATOR = "hidden"  # grows every tensor
+#: Settings of glibc's allocator. By default it keeps much freed memory for the process, which counts as occupied; a
+#: fixed threshold returns every large tensor to the system.
 ALLOCATORS = {"as it comes": {}, "gives back": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
 REPETITIONS = {"full": 2, "tiny": 1}
-STATES = 12  # bytes a parameter: weight and moments in float32
+STATES = 12  # bytes per parameter: weight and moments in float32
 RANKS = 2
 LIMIT = 0.75
 EVERY = 0.02  # seconds between samples
@@ -43,15 +44,15 @@ ONE, SHARED = "one process", f"ZeRO-3, {RANKS} ranks"
 
 
 def run(context: Context) -> Record:
-    """Measure a growth under both ways of the allocator."""
+    """Measure a growth with both settings of the allocator."""
     initial, vocab = INITIAL[context.scale], VOCAB[context.scale]
     target = TARGETS[context.scale][OPERATOR]
-    growth = growth_record(initial, target, llama_config(initial, vocab, BLOCK))
+    growth = describe_growth(initial, target, llama_config(initial, vocab, BLOCK))
     require_space(context.workdir, STATES * (growth["source_parameters"] + growth["target_parameters"]))
     settings: Record = {
         "initial": [*initial.as_dict().values()],
         "target": [*target.as_dict().values()],
-        "operators": operators_of(OPERATOR),
+        "operators": list_operators(OPERATOR),
         "init": "preserving",
         "vocab_size": vocab,
         "block_size": BLOCK,
@@ -61,7 +62,7 @@ def run(context: Context) -> Record:
     cases = []
     for allocator, environment in ALLOCATORS.items():
         contenders = {
-            name: partial(occupied, context.workdir, settings, environment, shared=name == SHARED)
+            name: partial(measure_ranks, context.workdir, settings, environment, shared=name == SHARED)
             for name in (ONE, SHARED)
         }
         results = alternate(contenders, context.repetitions)
@@ -77,28 +78,28 @@ def run(context: Context) -> Record:
         "deepspeed": version("deepspeed"),
         "cases": cases,
         "goals": [
-            goal(f"allocator {case['allocator']}: peak of a rank / peak of one process", case["ratio"], LIMIT)
+            make_goal(f"allocator {case['allocator']}: peak of a rank / peak of one process", case["ratio"], LIMIT)
             for case in cases
         ],
     }
 
 
-def occupied(workdir: Path, settings: Record, environment: dict[str, str], *, shared: bool) -> list[Record]:
-    """What each rank of a launch has come to occupy."""
+def measure_ranks(workdir: Path, settings: Record, environment: dict[str, str], *, shared: bool) -> list[Record]:
+    """Train under a launch, and return the memory of each rank."""
     output = workdir / "run"
     try:
         settings = {**settings, "output": str(output)}
         ranks = RANKS if shared else 1
-        return launch("training_memory.occupy", settings, ranks=ranks, zero3=shared, environment=environment)
+        return launch("training_memory.train_and_watch", settings, ranks=ranks, zero3=shared, environment=environment)
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
 
 def compare(results: dict[str, list[list[Record]]]) -> Record:
-    """Bytes of every run's largest rank, and the ratio of the largest of all runs.
+    """Return the bytes of each run's largest rank, and the ratio of the largest over all runs.
 
     Args:
-        results: of each launch, by repetition, what `occupy` has returned on each rank.
+        results: for each launch, result of `train_and_watch` on each rank, by repetition.
     """
     ratios: dict[str, float] = {}
     byte_counts: dict[str, dict[str, list[int]]] = {}
@@ -109,14 +110,14 @@ def compare(results: dict[str, list[list[Record]]]) -> Record:
     return {
         "seconds": {name: [max(rank["seconds"] for rank in run) for run in runs] for name, runs in results.items()},
         **{f"{kind}_bytes": found for kind, found in byte_counts.items()},
-        "phase_peak_bytes": {name: _phases(runs) for name, runs in results.items()},
+        "phase_peak_bytes": {name: _find_phase_peaks(runs) for name, runs in results.items()},
         "ratios": ratios,
         "ratio": ratios["peak"],
     }
 
 
-def _phases(runs: Sequence[Sequence[Record]]) -> dict[str, Record]:
-    """Of each phase, the most that a rank was seen to occupy: as a whole, and without files that are mapped."""
+def _find_phase_peaks(runs: Sequence[Sequence[Record]]) -> dict[str, Record]:
+    """Return the largest memory of a rank in each phase: in all, and without mapped files."""
     names = dict.fromkeys(name for run in runs for rank in run for name in rank["phases"])
     return {
         name: {
@@ -127,72 +128,72 @@ def _phases(runs: Sequence[Sequence[Record]]) -> dict[str, Record]:
     }
 
 
-def occupy(output: str, **settings: Any) -> Record:
-    """A run of two stages, and the memory of this rank."""
-    phases = Watched()
+def train_and_watch(output: str, **settings: Any) -> Record:
+    """Train a run of two stages, and return the memory of this rank."""
+    phases = MemoryPhases()
     began = time.perf_counter()
-    trainer = staged_trainer(phases, output=output, **settings)
+    trainer = build_staged_trainer(phases, output=output, **settings)
     trainer.train()
-    found = phases.end()
-    peak = status("VmHWM")
+    by_phase = phases.end()
+    peak = read_status("VmHWM")
     return {
         "seconds": time.perf_counter() - began,
         "baseline": phases.baseline,
         "peak": peak,
         "above_baseline": peak - phases.baseline,
-        "anonymous_peak": max(one["anonymous"] for one in found.values()),
-        "phases": found,
+        "anonymous_peak": max(memory["anonymous"] for memory in by_phase.values()),
+        "phases": by_phase,
     }
 
 
-class Watched(Phases):
-    """Phases with their memory: a thread looks at it all the while."""
+class MemoryPhases(Phases):
+    """Phases with their memory, which a thread samples all the time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.baseline = 0
-        self._found: dict[str, Record] = {}
+        self._by_phase: dict[str, Record] = {}
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def begin(self) -> None:
-        self.baseline = status("VmRSS")
+        self.baseline = read_status("VmRSS")
         self._thread.start()
 
     def end(self) -> dict[str, Record]:
-        """Stop looking; of each phase, the most that was seen."""
+        """Stop sampling, and return the largest memory of each phase."""
         self._done.set()
         self._thread.join()
-        return self._found
+        return self._by_phase
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._done.wait(EVERY):
             phase = "training" if self.current == "other" else self.current
             name = f"{phase}, stage {self.stage}"
-            most = self._found.setdefault(name, {"resident": 0, "anonymous": 0})
+            most = self._by_phase.setdefault(name, {"resident": 0, "anonymous": 0})
             for kind, line in (("resident", "VmRSS"), ("anonymous", "RssAnon")):
-                most[kind] = max(most[kind], status(line))
+                most[kind] = max(most[kind], read_status(line))
 
 
-def status(line: str) -> int:
-    """What the kernel says of this process's memory, in bytes."""
+def read_status(line: str) -> int:
+    """Read a line of the kernel's status of this process, in bytes."""
     text = Path(f"/proc/{os.getpid()}/status").read_text(encoding="ascii", errors="replace")
-    return 1024 * int(next(one for one in text.splitlines() if one.startswith(f"{line}:")).split()[1])
+    return 1024 * int(next(entry for entry in text.splitlines() if entry.startswith(f"{line}:")).split()[1])
 
 
-def tables(record: Record) -> list[Table]:
-    """The record to read."""
-    table = Table("allocator", "launch", "peak GiB", "baseline", "above it", "anonymous", title="memory of a rank")
-    phases = Table("allocator", "phase", *[f"{name}, GiB" for name in (ONE, SHARED)], title="peak of each phase")
+def build_tables(record: Record) -> list[Table]:
+    """Return the record as tables."""
+    table = Table("allocator", "launch", "peak", "baseline", "above it", "anonymous", title="memory of a rank")
+    phases = Table("allocator", "phase", ONE, SHARED, title="peak of each phase")
     for case in record["cases"]:
         kinds = ("peak_bytes", "baseline_bytes", "above_baseline_bytes", "anonymous_peak_bytes")
         for name in (ONE, SHARED):
-            numbers = (f"{max(case[kind][name]) / 2**30:.2f}" for kind in kinds)
+            numbers = (format_bytes(max(case[kind][name])) for kind in kinds)
             table.add_row(case["allocator"], name, *numbers)
         names = dict.fromkeys(phase for found in case["phase_peak_bytes"].values() for phase in found)
         for phase in names:
-            found = (case["phase_peak_bytes"][name].get(phase, {}).get("resident", 0) for name in (ONE, SHARED))
-            phases.add_row(case["allocator"], phase, *(f"{number / 2**30:.2f}" for number in found))
+            peaks = (case["phase_peak_bytes"][name].get(phase, {}).get("resident", 0) for name in (ONE, SHARED))
+            phases.add_row(case["allocator"], phase, *map(format_bytes, peaks))
         table.add_section()
         phases.add_section()
     return [table, phases]

@@ -1,4 +1,4 @@
-"""What the training benchmarks train: models, blocks, arguments; and what they watch it with."""
+"""Models, data and arguments of the training benchmarks, and the clocks that watch them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTra
 from slop_hf.cost.flops import count_parameters
 from slop_hf.training import saving, stage_trainer
 
-#: Tied embeddings and 32,000 words; each target has about twice the parameters. By operator, its structure.
+#: Initial structure, and targets with about twice its parameters by operator; embeddings are tied.
 INITIAL = {"full": ModelDims(768, 3072, 8, 12), "tiny": ModelDims(32, 64, 2, 4)}
 TARGETS = {
     "full": {
@@ -41,43 +41,26 @@ TARGETS = {
 VOCAB = {"full": 32000, "tiny": 128}
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a part is told.
-
-    Args:
-        scale: "full" or "tiny", a key of each part's sizes.
-        repetitions: of every measurement.
-        workdir: an empty directory on the disk to measure.
-        peak_tflops: of the GPU, where its name does not tell.
-    """
-
-    scale: str
-    repetitions: int
-    workdir: Path
-    peak_tflops: float | None = None
-
-
 def llama_config(dims: ModelDims, vocab_size: int, block_size: int, *, tied: bool = True) -> LlamaConfig:
-    """The config of a Llama in float32."""
+    """Return the config of a Llama in float32."""
     base = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, max_position_embeddings=block_size)
     return dims.to_config(base)
 
 
-def build(config: LlamaConfig) -> PreTrainedModel:
-    """A model of random weights; under ZeRO-3, in parts, if the training arguments have been made before."""
+def build_model(config: LlamaConfig) -> PreTrainedModel:
+    """Build a model with random weights; under ZeRO-3 it is sharded if the training arguments exist already."""
     set_seed(0)
     return AutoModelForCausalLM.from_config(config)
 
 
-def random_blocks(count: int, block_size: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:
-    """Blocks of random tokens, the same for every contender."""
+def draw_blocks(count: int, block_size: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:
+    """Return blocks of random tokens, the same for every contender."""
     rows = torch.randint(0, vocab_size, (count, block_size), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def arguments(output: str | Path, *, slop: bool = True, **changes: Any) -> TrainingArguments:
-    """The recipe of `SlopTrainingArguments`, spelled out so that plain `TrainingArguments` say the same."""
+def make_arguments(output: str | Path, *, slop: bool = True, **changes: Any) -> TrainingArguments:
+    """Return the defaults of `SlopTrainingArguments`, written out so that plain `TrainingArguments` get them, too."""
     settings: Record = {
         "output_dir": str(output),
         "learning_rate": 3e-4,
@@ -87,7 +70,7 @@ def arguments(output: str | Path, *, slop: bool = True, **changes: Any) -> Train
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "warmup_steps": 0.05,
         "logging_steps": 10,
-        "logging_nan_inf_filter": False,  # SlopTrainer watches for such losses itself; Trainer would once more
+        "logging_nan_inf_filter": False,  # SlopTrainer checks losses itself
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -95,12 +78,12 @@ def arguments(output: str | Path, *, slop: bool = True, **changes: Any) -> Train
         **changes,
     }
     if slop:
-        settings["carry_optimizer_state"] = True  # the most that can cross a boundary
+        settings["carry_optimizer_state"] = True  # as much state as possible crosses the boundary
     logging.set_verbosity_error()
     return (SlopTrainingArguments if slop else TrainingArguments)(**settings)
 
 
-def staged_trainer(
+def build_staged_trainer(
     phases: Phases,
     *,
     output: str,
@@ -115,43 +98,43 @@ def staged_trainer(
     tied: bool = True,
     changes: Mapping[str, Any] | None = None,
 ) -> SlopTrainer:
-    """A run of two stages, ready to train, watched by `phases`.
+    """Build the trainer of a run of two stages, timed by `phases`.
 
     Args:
-        phases: told what happens when.
-        output: of the run.
+        phases: clock of the run's phases.
+        output: run directory.
         initial, target: dims before and after the growth.
-        operators, init: of the growth.
-        vocab_size, tied: of the model.
-        block_size: tokens of a block.
-        batch: blocks of a step over all ranks.
-        steps: of each stage.
-        changes: to the arguments.
+        operators, init: operators and init of the growth.
+        vocab_size, tied: vocabulary size and tied embeddings of the model.
+        block_size: tokens per block.
+        batch: blocks per step over all ranks.
+        steps: steps per stage.
+        changes: changes to the training arguments.
     """
     tokens = steps * batch * block_size
     stage = GrowthStage(tuple(operators), ModelDims(*target), tokens, init)
     schedule = GrowthSchedule(ModelDims(*initial), (stage,), tokens)
-    # AdamW's state stays beside the stages' weights: `same_states` writes and reads what the boundary did.
+    # AdamW's state is kept with the weights, so that `save_and_load` can write and read the same states.
     settings = {"batch_tokens": [batch * block_size], "keep_optimizer_states": True, **(changes or {})}
-    args = arguments(output, per_device_train_batch_size=batch, **settings)
+    args = make_arguments(output, per_device_train_batch_size=batch, **settings)
     phases.begin()
     with phases.within("building the model"):
-        model = build(llama_config(schedule.initial, vocab_size, block_size, tied=tied))
+        model = build_model(llama_config(schedule.initial, vocab_size, block_size, tied=tied))
     with phases.within("making the trainer"):
-        blocks = random_blocks(2 * steps * batch, block_size, vocab_size)
+        blocks = draw_blocks(2 * steps * batch, block_size, vocab_size)
         trainer = SlopTrainer(model, args, schedule=schedule, train_dataset=blocks)
     phases.watch(trainer, boundary=steps)
     return trainer
 
 
 class Phases:
-    """What a run of two stages is doing, and the seconds that the phases of its boundary take.
+    """A clock of the phases of a run of two stages and of the boundary between them.
 
-    A boundary lasts from the end of the last step of AdamW in one stage to the beginning of the first step of the
-    next. A phase's seconds are without those of phases within it; `other` is what is in none.
+    A boundary lasts from the end of AdamW's last step in one stage to the beginning of the first step in the next. The
+    seconds of a phase exclude those of nested phases; `other` is the time outside of all phases.
     """
 
-    #: What is wrapped: where it is, its name, the phase.
+    #: Functions to time: the owner, the name, and the phase.
     WRAPPED = (
         (SlopTrainer, "_finish", "rest of the stage's directory"),
         (saving, "leave", "writing states"),
@@ -163,8 +146,8 @@ class Phases:
     )
 
     def __init__(self) -> None:
-        self.boundary: Record | None = None  # its seconds and those of its phases
-        self.stage = 0  # the next one as soon as its model is about to be built
+        self.boundary: Record | None = None  # seconds in all and by phase
+        self.stage = 0  # changes when the next model is about to be built
         self._seconds: dict[str, float] = {}
         self._open = ["other"]
         self._since = time.perf_counter()
@@ -172,7 +155,7 @@ class Phases:
             setattr(owner, name, self._wrapped(getattr(owner, name), phase))
 
     def begin(self) -> None:
-        """Called once the arguments are there, before there is a model."""
+        """Do nothing; called when the arguments exist and the model does not."""
 
     @property
     def current(self) -> str:
@@ -181,7 +164,7 @@ class Phases:
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """A phase of the run."""
+        """Time the block as a phase."""
         self._turn()
         self._open.append(phase)
         try:
@@ -210,12 +193,12 @@ class Phases:
         return wrapped
 
     def leave_stage(self) -> None:
-        """The last step of a stage is done, as far as is known."""
+        """Start the boundary's clock: the last step so far has ended."""
         self._turn()
         self._seconds = {}
 
     def enter_stage(self) -> None:
-        """The first step of the second stage begins."""
+        """Stop the boundary's clock: the first step of the second stage begins."""
         self._turn()
         self.boundary = {"seconds": sum(self._seconds.values()), "phases": dict(self._seconds)}
 
@@ -242,7 +225,7 @@ def _wait_for_gpu() -> None:
 
 @dataclass
 class StepClock(TrainerCallback):
-    """When each step ended, and what was logged when."""
+    """Records when each step ended, and the logs with their times."""
 
     ends: list[float] = field(default_factory=list)
     logs: list[Record] = field(default_factory=list)
@@ -251,18 +234,18 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Record | None = None, **kwargs: Any) -> None:
-        # A loss that is logged has been computed: on a GPU the steps before it are really done.
+        # A logged loss has been computed: on a GPU, the steps before it have really ended.
         if logs and "loss" in logs:
             self.logs.append({"at": time.perf_counter(), "step": state.global_step, **logs})
 
 
-def operators_of(name: str) -> list[str]:
-    """What grows with an operator: heads follow hidden."""
+def list_operators(name: str) -> list[str]:
+    """Return the operators of a growth: heads follow hidden."""
     return ["hidden", "mha"] if name == "hidden" else [name]
 
 
-def growth_record(initial: ModelDims, target: ModelDims, config: LlamaConfig) -> Record:
-    """Both structures and their parameters."""
+def describe_growth(initial: ModelDims, target: ModelDims, config: LlamaConfig) -> Record:
+    """Return the record of both structures and their parameters."""
     return {
         "source_dims": initial.as_dict(),
         "target_dims": target.as_dict(),

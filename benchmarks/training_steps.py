@@ -1,7 +1,7 @@
-"""Steps of SlopTrainer beside steps of plain Trainer.
+"""Steps of SlopTrainer compared with steps of plain Trainer.
 
-Both train at once, each in a process of its own, and take turns: one makes a step while the other waits. Whatever else
-the machine does then hits both alike.
+Both train at the same time, in two processes that take turns: one makes a step while the other waits. So other work of
+the machine affects both equally.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from measuring import Record, goal
+from measuring import Context, Record, make_goal
 from rich.table import Table
-from training_launch import launch_together, start
-from training_setup import Context, StepClock, arguments, build, llama_config, random_blocks
+from training_launch import start, wait_for_all
+from training_setup import StepClock, build_model, draw_blocks, llama_config, make_arguments
 from transformers import Trainer, default_data_collator
 
 from slop_hf import GrowthSchedule, ModelDims, SlopTrainer
@@ -32,7 +32,7 @@ STEPS = {"full": 240, "tiny": 6}
 WARM_UP = {"full": 20, "tiny": 2}
 REPETITIONS = {"full": 3, "tiny": 1}
 CONTENDERS = ("SlopTrainer", "Trainer")
-SPEED = 0.98  # of plain Trainer's steps per second, at least
+SPEED = 0.98  # smallest speed relative to plain Trainer
 
 
 def run(context: Context) -> Record:
@@ -46,7 +46,7 @@ def run(context: Context) -> Record:
         "steps": STEPS[scale],
     }
     rounds = [
-        by_turns(CONTENDERS if number % 2 == 0 else CONTENDERS[::-1], settings, context.workdir)
+        train_in_turns(CONTENDERS if number % 2 == 0 else CONTENDERS[::-1], settings, context.workdir)
         for number in range(context.repetitions)
     ]
     config = llama_config(DIMS[scale], VOCAB[scale], BLOCK[scale])
@@ -62,15 +62,15 @@ def run(context: Context) -> Record:
 
 
 def compare(rounds: Sequence[Mapping[str, Sequence[float]]], warm_up: int) -> Record:
-    """Seconds of a step, and how many steps SlopTrainer makes in the time of one of Trainer's.
+    """Return the seconds per step of both, and the speed of SlopTrainer relative to Trainer.
 
     Args:
-        rounds: of each, the seconds of every step of both.
-        warm_up: first steps that do not count.
+        rounds: seconds of every step by trainer, for each round.
+        warm_up: number of first steps that do not count.
     """
     seconds = {name: [statistics.median(one[name][warm_up:]) for one in rounds] for name in CONTENDERS}
     lowest = {name: [_tenth(one[name][warm_up:]) for one in rounds] for name in CONTENDERS}
-    # Step beside step: what slows the machine down for a while is in both.
+    # Ratios of simultaneous steps: whatever slows the machine down for a while affects both.
     ratios = [
         statistics.median(
             theirs / ours for ours, theirs in zip(*(one[name][warm_up:] for name in CONTENDERS), strict=True)
@@ -84,31 +84,31 @@ def compare(rounds: Sequence[Mapping[str, Sequence[float]]], warm_up: int) -> Re
         "lowest_tenth_seconds": lowest,
         "ratios": {"steps_per_second": ratios},
         "ratio": ratio,
-        # Goals are upper limits: the ratio the other way round.
-        "goals": [goal("steps: Trainer's steps per second / SlopTrainer's", 1 / ratio, 1 / SPEED)],
+        # Goals are upper limits, so this one uses the inverse ratio.
+        "goals": [make_goal("steps: Trainer's steps per second / SlopTrainer's", 1 / ratio, 1 / SPEED)],
     }
 
 
 def _tenth(values: Sequence[float]) -> float:
-    """Below a tenth of the values: hardly anything else ran during such a step."""
+    """Return the lowest decile: during such a step hardly anything else ran."""
     return sorted(values)[len(values) // 10]
 
 
-def by_turns(names: Sequence[str], settings: Mapping[str, Any], workdir: Path) -> dict[str, list[float]]:
-    """Seconds of every step of both, the first one of `names` ahead."""
+def train_in_turns(names: Sequence[str], settings: Mapping[str, Any], workdir: Path) -> dict[str, list[float]]:
+    """Train both in turns, beginning with the first of `names`, and return the seconds of their steps."""
     with tempfile.TemporaryDirectory(dir=workdir) as directory:
         batons = [Path(directory, "there"), Path(directory, "back")]
         for baton in batons:
             os.mkfifo(baton)
         paths = [str(baton) for baton in batons]
-        begun = [
+        launches = [
             start(
                 "training_steps.train",
                 {**settings, "trainer": name, "output": str(Path(directory, name)), "batons": paths, "ahead": ahead},
             )
             for name, ahead in zip(names, (True, False), strict=True)
         ]
-        return {name: one["seconds"] for name, one in zip(names, launch_together(begun), strict=True)}
+        return {name: one["seconds"] for name, one in zip(names, wait_for_all(launches), strict=True)}
 
 
 def train(
@@ -125,24 +125,24 @@ def train(
     ahead: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Train from random weights; the seconds of each step, and what was logged.
+    """Train from random weights, and return the seconds of each step and the logs.
 
     Args:
         trainer: "SlopTrainer" or "Trainer".
-        output: where SlopTrainer writes its stage after the last step.
-        dims, vocab_size, tied: of the model.
-        block_size, batch, steps: tokens of a block, blocks of a step, number of steps.
-        batons: two pipes to take turns by with another process; without them it trains alone.
-        ahead: whether it makes the first step.
-        changes: to the arguments.
+        output: directory where SlopTrainer writes its stage after the last step.
+        dims, vocab_size, tied: structure, vocabulary size and tied embeddings of the model.
+        block_size, batch, steps: tokens per block, blocks per step, number of steps.
+        batons: two pipes for taking turns with another process; without them it trains alone.
+        ahead: whether this process makes the first step.
+        changes: changes to the training arguments.
     """
     slop = trainer == "SlopTrainer"
     structure = ModelDims(*dims)
-    clock = Turns(steps, [Path(one) for one in batons], ahead) if batons else StepClock()
+    clock = Turns(steps, [Path(baton) for baton in batons], ahead) if batons else StepClock()
     changes = {"per_device_train_batch_size": batch, **(changes or {}), **({} if slop else {"max_steps": steps})}
-    args = arguments(output, slop=slop, **changes)
-    model = build(llama_config(structure, vocab_size, block_size, tied=tied))
-    data = random_blocks(steps * batch, block_size, vocab_size)
+    args = make_arguments(output, slop=slop, **changes)
+    model = build_model(llama_config(structure, vocab_size, block_size, tied=tied))
+    data = draw_blocks(steps * batch, block_size, vocab_size)
     common: Record = {"train_dataset": data, "data_collator": default_data_collator, "callbacks": [clock]}
     if slop:
         schedule = GrowthSchedule(structure, (), steps * batch * block_size)
@@ -154,20 +154,21 @@ def train(
 
 
 class Turns(StepClock):
-    """Makes steps by turns with another process: at the end of a step, its partner makes one.
+    """Makes steps in turns with another process: after each step, the partner makes one.
 
-    A step lasts from the end of the wait to the next step's end: fetching its batch and all callbacks are in it.
+    A step lasts from the end of the wait to the end of the step, and includes fetching its batch and all callbacks.
 
     Args:
-        steps: of both. Neither the first, which nobody waits for, nor the last counts, after which SlopTrainer writes.
-        batons: pipes from the one ahead to the other, and back.
-        ahead: whether this is the one.
+        steps: number of steps of each process. The first one, without a wait before it, and the last one, after which
+            SlopTrainer writes, do not count.
+        batons: pipes from the process ahead to the other one, and back.
+        ahead: whether this process is ahead.
     """
 
     def __init__(self, steps: int, batons: Sequence[Path], ahead: bool) -> None:
         super().__init__()
         there, back = batons
-        # A pipe opens once both ends are: the same order on both sides, or they would wait for ever.
+        # A pipe opens once both ends are opened, so both sides use the same order; otherwise they would deadlock.
         if ahead:
             self._give, self._take = there.open("wb", buffering=0), back.open("rb", buffering=0)
         else:
@@ -177,24 +178,24 @@ class Turns(StepClock):
 
     @property
     def seconds(self) -> list[float]:
-        """Of all steps but the first and the last."""
+        """Seconds of all steps but the first and the last."""
         return [end - began for began, end in zip(self._began, self.ends[1:], strict=False)][: self._steps - 2]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         done = len(self.ends)
-        # The one behind has nothing to give after its first step, and the one ahead nobody to give to after its last.
+        # The process behind has no baton after its first step, and the one ahead has no partner left after its last.
         if (done > 1 or self._ahead) and not (done == self._steps and self._ahead):
             self._give.write(b".")
         if done < self._steps:
             if not self._take.read(1):
-                raise RuntimeError("the other process has ended early")
+                raise RuntimeError("the other process ended early")
             self._began.append(time.perf_counter())
 
 
-def tables(record: Record) -> list[Table]:
-    """The record to read."""
-    table = Table("trainer", "median ms a step", "lowest tenth", "steps / s", title="steps")
+def build_tables(record: Record) -> list[Table]:
+    """Return the record as tables."""
+    table = Table("trainer", "median ms per step", "lowest tenth", "steps / s", title="steps")
     for name, seconds in record["median_seconds"].items():
         lowest = statistics.median(record["lowest_tenth_seconds"][name])
         table.add_row(name, f"{seconds * 1e3:.1f}", f"{lowest * 1e3:.1f}", f"{1 / seconds:.2f}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from slop_hf import RunConfig, SlopError, train_run
 from slop_hf.cli.shared import read_changes, redirect_prints
 from slop_hf.cli.train import show_outcome, show_preview
-from slop_hf.training.launch import launched
+from slop_hf.training.launch import guard_exit
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         devices, zero_stage = options.devices, options.zero_stage
         show_preview(config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
-    with launched(), redirect_prints(as_json=as_json):
+    with guard_exit(), redirect_prints(as_json=as_json):
         train_run(config, output, scratch=scratch, resume=options.resume, report=print)
     show_outcome(output, as_json=as_json)
 

@@ -139,7 +139,7 @@ def test_the_peer_reads_the_source_and_writes_the_targets_size(benchmark, tmp_pa
     for number in range(2):
         save_file({"a": torch.rand(3, 5), "b": torch.rand(7).bfloat16()}, source / f"{number}.safetensors")
     checkpoints.read_and_write(source, tmp_path / "target", 400)
-    written = [tensor for _, tensor in checkpoints.weights(tmp_path / "target")]
+    written = [tensor for _, tensor in checkpoints.iterate_weights(tmp_path / "target")]
     assert 396 < sum(tensor.nbytes for tensor in written) <= 400
 
 
@@ -150,14 +150,19 @@ def test_differences_are_found(benchmark, tmp_path):
     for name, tensors in (("one", one), ("other", other)):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    assert checkpoints.differences(tmp_path / "one", tmp_path / "one") == []
-    assert checkpoints.differences(tmp_path / "one", tmp_path / "other") == ["dtype", "only here", "there", "value"]
+    assert checkpoints.find_differences(tmp_path / "one", tmp_path / "one") == []
+    assert checkpoints.find_differences(tmp_path / "one", tmp_path / "other") == [
+        "dtype",
+        "only here",
+        "there",
+        "value",
+    ]
 
 
 def test_a_failure_in_a_measured_process_is_told(benchmark):
     measuring = sys.modules["measuring"]
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        measuring.measured(divmod, 1, 0)
+        measuring.measure_in_process(divmod, 1, 0)
 
 
 def test_the_sizes_of_a_full_run_can_be_grown(benchmark):

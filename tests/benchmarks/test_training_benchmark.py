@@ -87,24 +87,24 @@ def test_the_parts_that_need_no_gpu_are_the_default(module):
 def test_parts_keep_the_records_of_others(module, tmp_path):
     training, path = module("training"), tmp_path / "training.json"
     for part, value in (("memory", 1), ("steps", 2), ("memory", 3)):
-        training.save(path, part, {"value": value})
+        training.save_part(path, part, {"value": value}, training.PARTS)
     assert json.loads(path.read_text()) == {"steps": {"value": 2}, "memory": {"value": 3}}
 
 
 def test_without_a_gpu_its_part_says_so(module, monkeypatch, tmp_path, capsys):
-    gpu, setup = module("training_gpu"), module("training_setup")
+    gpu, measuring = module("training_gpu"), module("measuring")
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu, "launch", lambda task, settings, **how: [gpu.device()])  # elsewhere, in a process
+    monkeypatch.setattr(gpu, "launch", lambda task, settings, **how: [gpu.describe_device()])  # else in a new process
     with pytest.raises(SystemExit, match="2"):
-        gpu.run(setup.Context("tiny", 1, tmp_path))
+        gpu.run(measuring.Context("tiny", 1, tmp_path))
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_gpu_on_the_cpu(module, tmp_path):
-    gpu, setup = module("training_gpu"), module("training_setup")
+    gpu, measuring = module("training_gpu"), module("measuring")
     found = gpu.measure(
-        setup.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False]
+        measuring.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False]
     )
     (case,) = found["cases"]
     assert case["ratios"]["steps_per_second"] == [case["ratio"]]
@@ -114,19 +114,19 @@ def test_gpu_on_the_cpu(module, tmp_path):
     ours, logged = case["tokens_per_second"]["SlopTrainer"], case["logged"]
     assert logged["mfu"] / logged["tokens_per_second"] == pytest.approx(case["mfu"]["SlopTrainer"] / ours)
     assert found["boundary"]["ratio"] > 0
-    assert gpu.tables(found)
+    assert gpu.build_tables(found)
 
 
 def test_the_speed_between_logs(module):
     gpu = module("training_gpu")
     logs = [{"at": at, "step": step} for at, step in ((50, 10), (90, 20), (92, 30), (94, 40), (100, 50))]
-    assert gpu.speed(logs, tokens_per_step=100, warm_up=20) == {
+    assert gpu.compute_speed(logs, tokens_per_step=100, warm_up=20) == {
         "seconds": 0.2,
         "tokens_per_second": 500.0,
         "logged": {},
     }
     logs = [{**one, "tokens_per_second": one["step"], "mfu": 0.4} for one in logs]
-    assert gpu.speed(logs, 100, 20)["logged"] == {"tokens_per_second": 40, "mfu": 0.4}
+    assert gpu.compute_speed(logs, 100, 20)["logged"] == {"tokens_per_second": 40, "mfu": 0.4}
 
 
 def test_speeds_are_compared(module):
@@ -140,7 +140,7 @@ def test_speeds_are_compared(module):
     assert found["ratio"] == pytest.approx(0.8)
     assert found["logged"] == {"tokens_per_second": 198.0}
     assert gpu.compare_speeds(speeds, flops=2e9, peak=None)["mfu"] is None
-    (one,) = gpu.goals([{"torch_compile": True, **found}])
+    (one,) = gpu.make_goals([{"torch_compile": True, **found}])
     assert not one["met"] and one["value"] == pytest.approx(1.25)
 
 
@@ -157,13 +157,13 @@ def test_a_process_that_fails_ends_those_that_wait_for_it(module, tmp_path):
     steps = module("training_steps")
     settings = {"dims": [16, 32, 2, 2], "vocab_size": 64, "block_size": 16, "batch": 2, "steps": 4}
     with pytest.raises(RuntimeError, match="unknown_argument"):
-        steps.by_turns(("SlopTrainer", "Trainer"), {**settings, "changes": {"unknown_argument": 1}}, tmp_path)
+        steps.train_in_turns(("SlopTrainer", "Trainer"), {**settings, "changes": {"unknown_argument": 1}}, tmp_path)
 
 
 def test_targets_have_twice_the_parameters(module):
     setup = module("training_setup")
     config = setup.llama_config(setup.INITIAL["full"], setup.VOCAB["full"], 64)
     for target in setup.TARGETS["full"].values():
-        growth = setup.growth_record(setup.INITIAL["full"], target, config)
+        growth = setup.describe_growth(setup.INITIAL["full"], target, config)
         assert 0.99e8 < growth["source_parameters"] < 1.01e8
         assert 1.97e8 < growth["target_parameters"] < 2.05e8

@@ -54,8 +54,7 @@ def compare_command(
 
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
-    from ..experiments.arms import build_jobs  # with torch, which `slop --help` does without
-    from ..experiments.jobs import add_shared_prefixes
+    from ..experiments.jobs import add_shared_prefixes, build_jobs  # with torch, which `slop --help` does without
     from ..experiments.running import find_ended
     from ..experiments.summary_text import summarize_comparison
     from ..experiments.tables import build_arms_table, build_ledger_table
@@ -73,7 +72,7 @@ def compare_command(
             progress.update(task, completed=done, description=f"{job.name} has ended")
 
         comparison = slop_hf.compare_arms(
-            experiment, root, devices=split_list(devices), workers=workers, told=told, train=not report_only
+            experiment, root, devices=split_list(devices), workers=workers, on_job_end=told, train=not report_only
         )
     if record is not None:
         comparison.save(record)
@@ -106,9 +105,7 @@ def _select_arms(experiment: Experiment, names: list[str], seeds: str | None) ->
 
 def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> None:
     """Print what would be trained, one row per run; shared stages appear in each run that begins with them."""
-    from ..experiments.arms import count_job_flops
-
-    flops = {job.directory: count_job_flops(experiment, job) for job in jobs}
+    flops = {job.directory: job.flops for job in jobs}
     rows: list[dict[str, Json]] = [
         {
             "run": job.name,

@@ -198,11 +198,11 @@ def _summarise(config: DataConfig) -> dict[str, Json]:
         `cached`; `tokenizer`, a description; `tokens_before_repeat`, and `scarcest`, the source that repeats first.
     """
     from ..data.corpus import is_cached
-    from ..data.estimate import tokens_before_repeat
+    from ..data.estimate import find_first_repeat
 
     in_cache = is_cached(config)
     rows, training_tokens, tokenizer = (_count if in_cache else _estimate)(config)
-    tokens, scarcest = tokens_before_repeat(training_tokens, config.weights) or (None, None)
+    tokens, scarcest = find_first_repeat(training_tokens, config.weights) or (None, None)
     return {
         "sources": rows,
         "total": {key: sum(row[key] or 0 for row in rows) for key in _QUANTITIES},
@@ -263,7 +263,7 @@ def _read_samples(config: DataConfig, count: int) -> dict[str, list[str]]:
     from ..data.sources import read_documents
 
     return {
-        name: [shorten(text) for text in islice(read_documents(source), count)]
+        name: [shorten(text) for text in islice(read_documents(source, cache_dir=config.cache_dir), count)]
         for name, source in config.sources.items()
     }
 

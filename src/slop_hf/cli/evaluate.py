@@ -92,9 +92,9 @@ def evaluate_command(
     if dry_run:
         _show_plan(source, list_task_names(tasks), stage, after_growth, as_json=as_json)
         return
-    from ..training.launch import launched  # with torch, which `slop --help` does without
+    from ..training.launch import guard_exit  # with torch, which `slop --help` does without
 
-    with launched(), redirect_prints(as_json=True):  # what lm-eval prints is no result
+    with guard_exit(), redirect_prints(as_json=True):  # what lm-eval prints is no result
         settings = slop_hf.EvalSettings(
             tasks=list_task_names(tasks),
             limit=limit,

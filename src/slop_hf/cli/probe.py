@@ -121,7 +121,7 @@ def probe_command(
         def told(job: Job, done: int, count: int) -> None:
             progress.update(task, completed=done, description=f"{job.name} has ended")
 
-        report = dataclasses.replace(trial, told=told).run(candidates)
+        report = dataclasses.replace(trial, on_job_end=told).run(candidates)
     if write_schedule is not None:
         report.best.schedule.to_yaml(write_schedule)
     if as_json:

@@ -69,9 +69,9 @@ def train_command(
             run_config = slop_hf.continue_from(run_config, stage, new_schedule)
         show_preview(run_config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
-    from ..training.launch import launched  # with torch, which `slop --help` does without
+    from ..training.launch import guard_exit  # with torch, which `slop --help` does without
 
-    with launched(), redirect_prints(as_json=as_json):
+    with guard_exit(), redirect_prints(as_json=as_json):
         slop_hf.train_run(
             run_config,
             output,
