@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import count_parameters, paper_params
+from slop_hf.cost.flops import count_parameters, count_paper_params
 from slop_hf.errors import PlanError
 
 PAPER = json.loads((Path(__file__).parent / "paper_products.json").read_text())
@@ -131,7 +131,7 @@ def test_equals_dijkstra_on_the_papers_graph():
         for name in order:
             goal = grown(dims.as_dict(), name, target.as_dict(), ["num_attention_heads", "num_key_value_heads"])
             after = ModelDims(**goal)
-            graph.add_edge(dims, after, weight=math.log(max(1, paper_params(after) - paper_params(dims))))
+            graph.add_edge(dims, after, weight=math.log(max(1, count_paper_params(after) - count_paper_params(dims))))
             dims = after
     length = networkx.dijkstra_path_length(graph, INITIAL, target)
     best = SlopPlanner(INITIAL, ConfigSpace(targets=[target]), objective="delta_params_eq3").plan(1)[0]
@@ -157,7 +157,7 @@ def test_space_finds_every_structure_that_enumeration_finds():
         for ffn in {-(-hidden * 8 // 3 // 256) * 256, 4 * hidden}:
             for layers in range(6, 65):
                 dims = ModelDims(hidden, ffn, layers, hidden // 128)
-                close = abs(paper_params(dims) / 3e8 - 1) <= 0.03
+                close = abs(count_paper_params(dims) / 3e8 - 1) <= 0.03
                 if close and 24 <= hidden / layers <= 384 and ffn >= 2048:
                     expected.add(dims)
     assert found == expected and found

@@ -9,8 +9,8 @@ from slop_hf.cost.hours import CostModel, Measurement
 from slop_hf.cost.memory import MemoryLimit
 from slop_hf.cost.scaling_law import ScalingLaw
 from slop_hf.errors import SlopError
-from slop_hf.planning.budget import utility_shares
-from slop_hf.schedule import token_shares
+from slop_hf.planning.budget import share_tokens_by_utility
+from slop_hf.schedule import share_tokens
 
 INITIAL = ModelDims(768, 2048, 6, 6)
 TARGET = ModelDims(1280, 3584, 40, 10)
@@ -53,7 +53,7 @@ CASES = {
     "vocabulary not shared": (dict(space={"target_params": 1e9, "tensor_parallel": 7}), "pad it to 32004"),
     "initial not shared": (
         dict(space={"targets": [TARGET], "tensor_parallel": 4}),
-        "the initial structure is not one",
+        "the space does not allow the initial structure: heads",
     ),
     "target not shared": (
         dict(initial=ModelDims(1024, 2048, 6, 8), space={"targets": [TARGET], "tensor_parallel": 4}),
@@ -61,7 +61,7 @@ CASES = {
     ),
     "does not fit": (
         dict(space={"targets": [TARGET], "memory": MemoryLimit(8e9)}),
-        r"does not fit: .*needs .* GB a device",
+        r"does not fit: .*needs .* GB per device",
     ),
     # what the search may do
     "unknown operator": (dict(operators=("depth",)), "unknown operator 'depth'; known: layer"),
@@ -70,12 +70,12 @@ CASES = {
     "unknown mode": (dict(mode="twice"), "mode must be 'once', 'repeated' or 'joint', got 'twice'"),
     "missing operator": (dict(operators=("layer", "ffn")), "needs mha, hidden among the operators"),
     "idle operator": (dict(operators=("layer", "ffn", "hidden", "head_dim")), "head_dim would grow nothing"),
-    "other number of stages": (dict(stages=5), "mode 'once' has a stage for each of 3 operators, got stages=5"),
+    "other number of stages": (dict(stages=5), "mode 'once' has one stage for each of 3 operators, got stages=5"),
     "no stages": (dict(mode="joint", stages=0), "stages must be at least 1, got 0"),
     "no most stages": (dict(mode="joint", max_stages=0, objective="flops"), "max_stages must be at least 1"),
     "product of a free number of stages": (
         dict(mode="repeated"),
-        "cannot choose the number of stages: .* depend on the unit .*; give stages, or take objective flops or hours",
+        "cannot choose the number of stages: .* depend on the unit .*; give stages, or use objective flops or hours",
     ),
     "loss per hour of a free number of stages": (
         dict(mode="joint", objective="loss_per_hour", cost_model=COST, request=TOKENS),
@@ -83,10 +83,10 @@ CASES = {
     ),
     "price of a stage in a product": (
         dict(mode="repeated", stages=4, stage_price=2.0),
-        "a stage has no price in the unit of 'delta_params'",
+        "objective 'delta_params' has no use for a stage_price; choose flops or hours",
     ),
     "negative price": (dict(objective="flops", stage_price=-1.0), "stage_price must be 0 or more, got -1.0"),
-    "too few stages": (dict(mode="repeated", stages=2), "no schedule of 2 stages leads to a target: take more"),
+    "too few stages": (dict(mode="repeated", stages=2), "no schedule of 2 stages leads to a target: use more"),
     "too many stages": (
         dict(space={"targets": [ModelDims(768, 2048, 8, 6)]}, operators=("layer",), mode="repeated", stages=4),
         "or fewer",
@@ -95,7 +95,10 @@ CASES = {
     "factor too small": (dict(max_factor=1.01), "no schedule keeps to max_factor"),
     "waypoint below the start": (dict(through=[ModelDims(640, 2048, 6, 5)]), "no schedule can pass through"),
     "waypoint beyond the target": (dict(through=[ModelDims(1280, 3584, 41, 10)]), "would shrink from 41 to 40"),
-    "waypoint off every order": (dict(through=[ModelDims(768, 2048, 7, 6)]), "passes through all that it has to"),
+    "waypoint off every order": (
+        dict(through=[ModelDims(768, 2048, 7, 6)]),
+        "passes through every structure of `through`",
+    ),
     "too large to search": (
         dict(
             space={"targets": [ModelDims(12288, 49152, 96, 96)], "ffn_multiple": 8},
@@ -115,11 +118,11 @@ CASES = {
     ),
     "tokens of free stages": (
         dict(mode="joint", objective="flops", request={"tokens": [1e9, 1e9]}),
-        "tokens for each stage need a given number of stages",
+        "tokens per stage need a fixed number of stages",
     ),
     "utility of given tokens": (
         dict(request={"tokens": [1e9] * 4, "sharing": "utility"}),
-        "shares out the tokens of a whole run: give one number",
+        "splits the tokens of a whole run: give one number",
     ),
     "unknown sharing": (dict(request={"tokens": 1e9, "sharing": "fair"}), "sharing must be 'paper' or 'utility'"),
     "negative share": (
@@ -151,8 +154,8 @@ def test_refused(case):
         (lambda: CostModel.fit([]), "needs at least 2 measurements, got 0"),
         (lambda: Measurement("small", 1e9, 0.0, 1.0), "'small': tokens must be a positive number, got 0"),
         (lambda: ScalingLaw(tokens_exponent=0.0), "tokens_exponent of a scaling law must be a positive number"),
-        (lambda: token_shares(math.inf, 3), "tokens must be positive"),
-        (lambda: utility_shares(0.0, [1e8, 1e9], [6e8, 6e9]), "tokens must be a positive number, got 0"),
+        (lambda: share_tokens(math.inf, 3), "tokens must be positive"),
+        (lambda: share_tokens_by_utility(0.0, [1e8, 1e9], [6e8, 6e9]), "tokens must be a positive number, got 0"),
     ],
 )
 def test_refused_values(make, message):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import count_parameters, flops_per_token, paper_params
+from slop_hf.cost.flops import count_parameters, count_flops_per_token, count_paper_params
 from slop_hf.cost.hours import CostModel
 from slop_hf.cost.scaling_law import ScalingLaw
 from slop_hf.errors import PlanError
-from slop_hf.operators import operators_between
+from slop_hf.operators import find_operators
 from slop_hf.planning.objectives import OBJECTIVES
 
 INITIAL = ModelDims(64, 128, 2, 4)
@@ -64,7 +64,7 @@ def may_grow(before, after, operators, joint, max_factor, through):
     if before == after:
         return False
     try:
-        grown = set(operators_between(before, after))
+        grown = set(find_operators(before, after))
     except ValueError:
         return False
     if not joint and len(grown & set(operators)) != 1:
@@ -82,8 +82,10 @@ def value(objective, path, tokens):
     """An objective of one path, in plain Python."""
     if objective.startswith("delta"):
         bases = [path[0]] * len(path) if objective == "delta_params" else path
-        return math.prod(max(1, paper_params(b) - paper_params(a)) for a, b in zip(bases, path[1:], strict=False))
-    flops = [flops_per_token(dims, CONFIG, SEQUENCE_LENGTH) for dims in path]
+        return math.prod(
+            max(1, count_paper_params(b) - count_paper_params(a)) for a, b in zip(bases, path[1:], strict=False)
+        )
+    flops = [count_flops_per_token(dims, CONFIG, SEQUENCE_LENGTH) for dims in path]
     if objective == "flops":
         return sum(one * count for one, count in zip(flops, tokens, strict=True))
     hours = [
@@ -161,7 +163,7 @@ def problems(draw):
     if mode == "once":
         stages = len(operators)
     elif mode == "repeated":  # each dimension that grows takes a stage at least
-        stages = max([stages, *(len(set(operators) & set(operators_between(INITIAL, one))) for one in targets)])
+        stages = max([stages, *(len(set(operators) & set(find_operators(INITIAL, one))) for one in targets)])
     if mode != "once" and OBJECTIVES[objective].compares_stages and draw(st.booleans()):
         stages = None
     price = draw(st.sampled_from([0.0, 1e5])) if OBJECTIVES[objective].compares_stages else 0.0
@@ -222,4 +224,4 @@ def test_enumeration_is_not_empty():
     paths = list(all_paths(target, [target], ("layer", "ffn", "hidden"), 3, False, None, ()))
     assert len(paths) == 6
     assert all(len(set(path)) == 4 for path in paths)
-    assert all(operators_between(a, b) for path in paths for a, b in pairwise(path))
+    assert all(find_operators(a, b) for path in paths for a, b in pairwise(path))

@@ -317,7 +317,7 @@ def _norm(row: Parameter, family: Architecture, sizes: Mapping[str, Size], eleme
     normalised = _FLOAT32 if family.gain_offset else element
     if row.axes == ("head_dim",):  # of queries or keys, which a rotation reads: that keeps nothing
         return (_FLOAT32 + normalised) * sizes["query" if ".q_norm." in row.name else "key_value"]
-    return (_FLOAT32 + normalised + (0 if row.closes else element)) * sizes["hidden"]
+    return (_FLOAT32 + normalised + (0 if row.is_post_norm else element)) * sizes["hidden"]
 
 
 def _attention(

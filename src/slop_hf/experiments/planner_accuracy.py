@@ -1,9 +1,8 @@
-"""What the planner predicted of the schedules of a comparison, beside what was measured."""
+"""The planner's predictions for the schedules of a comparison, and how well they agree with the measurements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,46 +13,56 @@ from ..cost.flops import count_flops_per_token
 from ..cost.hours import CostModel
 from ..errors import RunError
 from ..io.serialization import parse
+from ..io.units import format_power, format_significant
 from ..planning.budget import Budget
-from ..planning.objectives import OBJECTIVES, score
-from ..planning.structures import DimsArray, CostInputs, DimsTable
+from ..planning.objectives import OBJECTIVES, evaluate_objective
+from ..planning.structures import CostInputs, DimsArray, DimsTable
 from ..report.tables import TextTable
-from ..io.units import format_significant
-from ..io.units import format_power
-from ..training import RunConfig
+from ..training.config import RunConfig
 from .arms import get_model_fields
-from .final_losses import draw_scatter
 from .comparison import Comparison, RunResult
+from .final_losses import draw_scatter
 from .results import Spread, compute_rank_correlation
 from .tables import format_spread
 
-#: Utilities are told in nats for so many FLOPs; ranks do not depend on it.
+#: Utilities are in nats per this many FLOPs; ranks do not depend on it.
 UTILITY_FLOPS = 1e12
-#: Through two points there is always a line.
+#: Fewest points of a rank correlation: two points always lie on a line.
 MIN_CORRELATED = 3
 _PER_FLOP = CostModel(hours_per_flop=1.0 / UTILITY_FLOPS)
+_COLUMNS = (
+    ("arm", False),
+    ("Π Δparams", True),
+    ("FLOPs predicted", True),
+    ("FLOPs run", True),
+    ("utility predicted", True),
+    ("utility measured", True),
+    ("held-out loss", True),
+)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A schedule, as the planner sees it and as it was.
+    """One schedule, as predicted by the planner and as measured.
 
     Args:
-        arm: its name.
-        products: Π Δparams as Eq. 11 takes it, what the paper ranks by; small is good.
-        flops: training FLOPs by the planner's count, in whole tokens.
-        measured_flops: those of the run, in whole optimizer steps.
-        utility: Σ Δloss / ΔFLOPs over its growth stages by the scaling law, in nats for 1e12 FLOPs.
-        measured_utility: the same of the losses measured, over seeds.
-        loss: held-out, at the end, over seeds.
+        arm: name of the arm.
+        products: Π Δparams as in Eq. 11, the paper's objective; small is good.
+        flops: training FLOPs predicted, for whole tokens.
+        measured_flops: training FLOPs of the run, for whole optimizer steps.
+        stage_flops: predicted and measured FLOPs of each stage.
+        utility: Σ Δloss / ΔFLOPs over the growth stages, predicted by the scaling law, in nats per 1e12 FLOPs.
+        measured_utility: the same quantity measured, over seeds.
+        loss: held-out loss at the end, over seeds.
     """
 
     arm: str
     products: float
     flops: float
     measured_flops: float
+    stage_flops: tuple[tuple[float, float], ...]
     utility: float
-    compute_measured_utility: Spread
+    measured_utility: Spread
     loss: Spread
 
 
@@ -62,12 +71,12 @@ class PlannerAccuracy:
     """Spearman's correlations over the schedules of a comparison; 1 is perfect agreement.
 
     Args:
-        schedules: how many.
+        schedules: number of schedules.
         flops: predicted and measured FLOPs of every stage of every schedule.
         utility: predicted and measured marginal utility.
         products: small Π Δparams and large measured utility.
-        products_and_loss: small Π Δparams and low loss at the end.
-        utility_and_loss: large measured utility and low loss at the end.
+        products_and_loss: small Π Δparams and low final loss.
+        utility_and_loss: large measured utility and low final loss.
     """
 
     schedules: int
@@ -79,70 +88,78 @@ class PlannerAccuracy:
 
 
 def compute_predictions(comparison: Comparison) -> list[Prediction]:
-    """One for each arm that grows a model and trains every stage of it, at the whole budget, in the order of arms.
+    """Return one prediction per arm that grows a model and trains each of its stages, in the order of the arms.
 
-    Over the seeds that all of these arms have; over an arm's own where there is none.
-
-    Eq. 2 of the paper, with losses in place of perplexities and FLOPs in place of hours, which go with them
-    (`docs/reproduction.md`) and which other work on the machine does not touch.
+    Measurements are those at budget 1, over the seeds that all of these arms have in common; an arm without any of
+    them is measured over its own seeds. Utility is Eq. 2 of the paper with losses in place of perplexities, and with
+    FLOPs in place of hours: the two are proportional (`docs/reproduction.md`), and FLOPs do not depend on the load of
+    the machine.
 
     Raises:
-        RunError: for a record that does not hold the run's settings.
+        RunError: if the record lacks the config of the runs.
     """
-    run = _run_of(comparison)
-    prices = CostInputs(get_model_fields(run), run.data.block_size, _PER_FLOP)
-    grown = {arm: [run for run in comparison.of(arm) if _grows(run)] for arm in comparison.arms}
-    seeds = [{run.seed for run in runs} for runs in grown.values() if runs]
+    if "run" not in comparison.settings:
+        raise RunError(f"the record of {comparison.name} lacks the config of its runs; make it with `slop compare`")
+    where = f"the record of {comparison.name}"
+    run = parse(RunConfig, comparison.settings["run"], where=where, error=RunError)
+    inputs = CostInputs(get_model_fields(run), run.data.block_size, _PER_FLOP)
+    by_arm = {arm: [run for run in comparison.runs_of(arm) if _trains_growth(run)] for arm in comparison.arms}
+    seeds = [{run.seed for run in runs} for runs in by_arm.values() if runs]
+    # Losses vary more between seeds than between orders: schedules are compared on the seeds that all of them have.
     shared = set.intersection(*seeds) if seeds else set()
-    found = []
-    for arm, all_runs in grown.items():
-        # Seeds move losses more than orders do: schedules are compared on those that all of them have.
-        runs = [run for run in all_runs if run.seed in shared] or all_runs
-        if not runs:
-            continue
-        schedule = runs[0].schedule
-        structures = DimsTable(DimsArray.of(schedule.structures)[np.newaxis], prices)
-        budget = Budget(schedule.tokens)
-        found.append(
-            Prediction(
-                arm=arm,
-                products=float(score(OBJECTIVES["delta_params"], structures, budget)[0]),
-                flops=schedule.flops(prices.config, prices.sequence_length),
-                measured_flops=runs[0].flops,
-                utility=float(score(OBJECTIVES["loss_per_hour"], structures, budget)[0]),
-                measured_utility=Spread(tuple(map(compute_measured_utility, runs))),
-                loss=Spread(tuple(run.eval_loss for run in runs)),
-            )
-        )
-    return found
+    return [
+        _predict(arm, [run for run in runs if run.seed in shared] or runs, inputs)
+        for arm, runs in by_arm.items()
+        if runs
+    ]
 
 
-def _grows(run: RunResult) -> bool:
-    """Whether it grows a model, and trains every stage."""
+def _trains_growth(run: RunResult) -> bool:
     return bool(run.schedule.stages) and all(run.schedule.tokens[1:])
 
 
+def _predict(arm: str, runs: list[RunResult], inputs: CostInputs) -> Prediction:
+    schedule, budget = runs[0].schedule, Budget(runs[0].schedule.tokens)
+    structures = DimsTable(DimsArray.of(schedule.structures)[np.newaxis], inputs)
+    predicted = [
+        float(count_flops_per_token(dims, inputs.config, inputs.sequence_length)) * tokens
+        for dims, tokens in zip(schedule.structures, schedule.tokens, strict=True)
+    ]
+    return Prediction(
+        arm=arm,
+        products=float(evaluate_objective(OBJECTIVES["delta_params"], structures, budget)[0]),
+        flops=schedule.flops(inputs.config, inputs.sequence_length),
+        measured_flops=runs[0].flops,
+        stage_flops=tuple(zip(predicted, (stage.flops for stage in runs[0].stages), strict=True)),
+        utility=float(evaluate_objective(OBJECTIVES["loss_per_hour"], structures, budget)[0]),
+        measured_utility=Spread(tuple(map(compute_measured_utility, runs))),
+        loss=Spread(tuple(run.eval_loss for run in runs)),
+    )
+
+
 def compute_measured_utility(run: RunResult) -> float:
-    """Σ Δloss / ΔFLOPs over the growth stages of a run, in nats for 1e12 FLOPs."""
-    steps = pairwise(run.stages)
-    return sum((before.eval_loss - after.eval_loss) / (after.flops / UTILITY_FLOPS) for before, after in steps)
+    """Return Σ Δloss / ΔFLOPs over the growth stages of a run, in nats per 1e12 FLOPs."""
+    pairs = pairwise(run.stages)
+    return sum((before.eval_loss - after.eval_loss) / (after.flops / UTILITY_FLOPS) for before, after in pairs)
 
 
 def compute_planner_accuracy(comparison: Comparison) -> PlannerAccuracy | None:
-    """How well the planner's ranks agree with what was measured; None for fewer than three schedules.
+    """Return the correlations of predictions and measurements; None for fewer than three schedules.
 
     Raises:
-        RunError: as `compute_predictions`.
+        RunError: if the record lacks the config of the runs.
     """
-    found = compute_predictions(comparison)
-    if len(found) < MIN_CORRELATED:
+    predictions = compute_predictions(comparison)
+    if len(predictions) < MIN_CORRELATED:
         return None
-    measured = [one.measured_utility.mean for one in found]
-    small, low = [-one.products for one in found], [-one.loss.mean for one in found]
+    measured = [prediction.measured_utility.mean for prediction in predictions]
+    small = [-prediction.products for prediction in predictions]
+    low = [-prediction.loss.mean for prediction in predictions]
+    stage_flops = [pair for prediction in predictions for pair in prediction.stage_flops]
     return PlannerAccuracy(
-        schedules=len(found),
-        flops=compute_rank_correlation(*_stage_flops(comparison, [one.arm for one in found])),
-        utility=compute_rank_correlation([one.utility for one in found], measured),
+        schedules=len(predictions),
+        flops=compute_rank_correlation(*zip(*stage_flops, strict=True)),
+        utility=compute_rank_correlation([prediction.utility for prediction in predictions], measured),
         products=compute_rank_correlation(small, measured),
         products_and_loss=compute_rank_correlation(small, low),
         utility_and_loss=compute_rank_correlation(measured, low),
@@ -150,88 +167,53 @@ def compute_planner_accuracy(comparison: Comparison) -> PlannerAccuracy | None:
 
 
 def describe_planner_accuracy(comparison: Comparison) -> str:
-    """The agreement in words; empty where there is no ranking to compare."""
-    agreed = compute_planner_accuracy(comparison)
-    if agreed is None or not math.isfinite(agreed.utility):
+    """Return the correlations as sentences; empty if the schedules have no ranking."""
+    accuracy = compute_planner_accuracy(comparison)
+    if accuracy is None or not math.isfinite(accuracy.utility):
         return ""
     return (
-        f"Over {agreed.schedules} schedules, Spearman's correlation of predicted and measured marginal utility is "
-        f"{agreed.utility:.2f}; that of small Π Δparams with large measured utility is {agreed.products:.2f}, with "
-        f"low loss at the end {agreed.products_and_loss:.2f}. Of predicted and run FLOPs, stage by stage, it is "
-        f"{agreed.flops:.4f}. Large measured utility and low loss at the end go together by "
-        f"{agreed.utility_and_loss:.2f}."
+        f"Over {accuracy.schedules} schedules, Spearman's correlation of predicted and measured marginal utility is "
+        f"{accuracy.utility:.2f}. A small Π Δparams correlates with a large measured utility by "
+        f"{accuracy.products:.2f} and with a low final loss by {accuracy.products_and_loss:.2f}; a large measured "
+        f"utility correlates with a low final loss by {accuracy.utility_and_loss:.2f}. Predicted and measured FLOPs "
+        f"of all stages correlate by {accuracy.flops:.4f}."
     )
 
 
-def build_prediction_cells(comparison: Comparison) -> TextTable:
-    """Predictions beside measurements, a row a schedule, best predicted utility first."""
-    columns = (
-        ("arm", False),
-        ("Π Δparams", True),
-        ("FLOPs predicted", True),
-        ("FLOPs run", True),
-        ("utility predicted", True),
-        ("utility measured", True),
-        ("held-out loss", True),
-    )
+def tabulate_predictions(comparison: Comparison) -> TextTable:
+    """Return a table of predictions and measurements, one row per schedule, best predicted utility first."""
     rows = (
         (
-            one.arm,
-            format_power(one.products),
-            f"{one.flops:.4g}",
-            f"{one.measured_flops:.4g}",
-            format_significant(one.utility),
-            format_spread(one.measured_utility, 3),
-            format_spread(one.loss, 4),
+            prediction.arm,
+            format_power(prediction.products),
+            f"{prediction.flops:.4g}",
+            f"{prediction.measured_flops:.4g}",
+            format_significant(prediction.utility),
+            format_spread(prediction.measured_utility, 3),
+            format_spread(prediction.loss, 4),
         )
-        for one in sorted(compute_predictions(comparison), key=lambda one: -one.utility)
+        for prediction in sorted(compute_predictions(comparison), key=lambda prediction: -prediction.utility)
     )
-    return TextTable(columns, tuple(rows))
+    return TextTable(_COLUMNS, tuple(rows))
 
 
 def draw_utility(comparison: Comparison, path: str | Path) -> Path | None:
-    """Draw measured against predicted marginal utility; None where there is no ranking to compare.
+    """Draw measured against predicted marginal utility; return None if the schedules have no ranking.
 
     Args:
-        comparison: with three or more schedules that the planner tells apart.
-        path: the PNG file to write, aside and renamed.
+        comparison: comparison with three or more schedules that the planner ranks.
+        path: PNG file to write.
     """
-    agreed = compute_planner_accuracy(comparison)
-    if agreed is None or not math.isfinite(agreed.utility):
+    accuracy = compute_planner_accuracy(comparison)
+    if accuracy is None or not math.isfinite(accuracy.utility):
         return None
-    found = compute_predictions(comparison)
+    predictions = compute_predictions(comparison)
     return draw_scatter(
-        [one.arm for one in found],
-        [one.utility for one in found],
-        [one.measured_utility.mean for one in found],
+        [prediction.arm for prediction in predictions],
+        [prediction.utility for prediction in predictions],
+        [prediction.measured_utility.mean for prediction in predictions],
         path,
         title="Marginal utility of schedules",
-        labels=("predicted by the scaling law (nats for 1e12 FLOPs)", "measured, mean over seeds"),
+        labels=("predicted by the scaling law (nats per 1e12 FLOPs)", "measured, mean over seeds"),
         source=comparison.fingerprint,
     )
-
-
-def _stage_flops(comparison: Comparison, arms: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Predicted and measured FLOPs of all stages."""
-    run = _run_of(comparison)
-    fields, length = get_model_fields(run), run.data.block_size
-    predicted, measured = [], []
-    for arm in arms:
-        one = comparison.of(arm)[0]
-        for dims, tokens, stage in zip(one.schedule.structures, one.schedule.tokens, one.stages, strict=True):
-            predicted.append(float(count_flops_per_token(dims, fields, length)) * tokens)
-            measured.append(stage.flops)
-    return predicted, measured
-
-
-def _run_of(comparison: Comparison) -> RunConfig:
-    """The run that its arms have in common.
-
-    Raises:
-        RunError: for a record that does not tell.
-    """
-    if "run" not in comparison.settings:
-        raise RunError(
-            f"the record of {comparison.name} does not hold the run's settings; make it with `slop compare`"
-        )
-    return parse(RunConfig, comparison.settings["run"], where=f"the record of {comparison.name}", error=RunError)

@@ -1,1 +1,1 @@
-"""The search for the best growth schedule."""
+"""The search for the best growth schedules."""

@@ -1,9 +1,8 @@
-"""`GrowthGraph`: the K best paths through all structures between a start and a goal.
+"""`GrowthGraph`: the K best paths from a start to any of several goals.
 
-Algorithm 1 of the paper in its general form: vertices are structures, an edge is the growth of one stage, by any
-amount. A stage's cost may depend on its number, so that a path is found by an exact dynamic programme over
-(structure, stage): backwards for the best cost that is left, then forwards, best first, which names the K best paths
-one after the other.
+Algorithm 1 of the paper in its general form: vertices are structures, and an edge is the growth of one stage, by any
+amount. The cost of a stage may depend on its number, so an exact dynamic programme runs over (structure, stage):
+backwards for the least remaining cost, then forwards, best first, which yields the K best paths one after the other.
 """
 
 from __future__ import annotations
@@ -14,61 +13,63 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
+from ..dims import IntArray
 from ..errors import PlanError
-from .structures import Structures
+from .structures import BoolArray, DimsTable, FloatArray
 
-#: More edges than this would take several GB.
+#: More edges would take several GB.
 MAX_EDGES = 50_000_000
 
-#: The cost of growing from structures to others (arrays of one shape) in the stage of a number.
-StageCost = Callable[[int, Structures, Structures], np.ndarray]
+#: Cost of growing each structure into another (arrays of one shape) in the stage of a number.
+StageCost: TypeAlias = Callable[[int, DimsTable, DimsTable], FloatArray]
 
 
 @dataclass(frozen=True)
 class Edges:
-    """Edges ordered by the vertex that they leave.
+    """Edges of a graph, sorted by the vertex that they leave.
 
     Args:
         sources: vertices with an edge, ascending.
-        starts: where each one's edges begin.
-        targets: the vertices that the edges lead to.
+        starts: position of each source's first edge.
+        targets: vertex that each edge leads to.
     """
 
-    sources: np.ndarray
-    starts: np.ndarray
-    targets: np.ndarray
+    sources: IntArray
+    starts: IntArray
+    targets: IntArray
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    @property
-    def from_each(self) -> np.ndarray:
-        """The vertex that each edge leaves."""
-        return np.repeat(self.sources, np.diff(self.starts, append=len(self.targets)))
-
-    def leaving(self, vertex: int) -> np.ndarray:
-        """The vertices that a vertex's edges lead to."""
-        place = np.searchsorted(self.sources, vertex)
-        if place == len(self.sources) or self.sources[place] != vertex:
-            return self.targets[:0]
-        end = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.targets)
-        return self.targets[self.starts[place] : end]
-
     @classmethod
-    def sorted(cls, sources: np.ndarray, targets: np.ndarray) -> Edges:
-        """Edges in any order; those of one vertex keep theirs."""
+    def sort(cls, sources: IntArray, targets: IntArray) -> Edges:
+        """Build from edges in any order; the edges of one vertex keep theirs."""
         order = np.argsort(sources, kind="stable")
         ordered = sources[order]
         starts = np.flatnonzero(np.diff(ordered, prepend=-1))
         return cls(ordered[starts], starts, targets[order])
 
+    @property
+    def origins(self) -> IntArray:
+        """The vertex that each edge leaves."""
+        return np.repeat(self.sources, np.diff(self.starts, append=len(self.targets)))
+
+    def find_leaving(self, vertex: int) -> slice:
+        """Return the positions of the edges that leave a vertex."""
+        position = int(np.searchsorted(self.sources, vertex))
+        if position == len(self.sources) or self.sources[position] != vertex:
+            return slice(0, 0)
+        end = self.starts[position + 1] if position + 1 < len(self.starts) else len(self.targets)
+        return slice(int(self.starts[position]), int(end))
+
 
 def count_edges(shape: Sequence[int], joint: bool) -> int:
-    """The number of `grid_edges`."""
+    """Return the number of edges that `build_grid_edges` would build."""
     vertices = math.prod(shape)
     if joint:
         return math.prod(size * (size + 1) // 2 for size in shape) - vertices
@@ -79,146 +80,152 @@ def check_size(shape: Sequence[int], joint: bool) -> None:
     """Refuse a grid whose edges would not fit into memory.
 
     Raises:
-        PlanError: with what to do.
+        PlanError: with the remedy.
     """
     vertices, count = math.prod(shape), count_edges(shape, joint)
     if count > MAX_EDGES:
         raise PlanError(
             f"{vertices:,} structures with {count:,} growths between them are too many to search (at most "
             f"{MAX_EDGES:,}); take coarser multiples, narrower bounds"
-            + (", or grow one dimension in a stage" if joint else ", or fewer operators")
+            + (", or mode 'repeated', which grows one dimension per stage" if joint else ", or fewer operators")
         )
 
 
-def grid_edges(shape: Sequence[int], joint: bool) -> Edges:
-    """The edges of a grid: each vertex to all with one larger coordinate, or if `joint` with any number of them.
+def build_grid_edges(shape: Sequence[int], joint: bool) -> Edges:
+    """Build the edges of a grid: from each vertex to all with one larger coordinate, or if `joint` with one or more.
 
     Raises:
-        PlanError: where they are too many for the memory.
+        PlanError: if they would not fit into memory.
 
-    >>> grid_edges((2, 2), joint=False).targets
+    >>> build_grid_edges((2, 2), joint=False).targets
     array([2, 1, 3, 3])
-    >>> grid_edges((2, 2), joint=True).targets
+    >>> build_grid_edges((2, 2), joint=True).targets
     array([1, 2, 3, 3, 3])
     """
     check_size(shape, joint)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     if joint:
         pairs = [(stride * np.stack(np.triu_indices(size))) for stride, size in zip(strides, shape, strict=True)]
-        sources, targets = reduce(_all_sums, pairs, np.zeros((2, 1), dtype=np.int64))
-        moving = sources != targets
-        return Edges.sorted(sources[moving], targets[moving])
+        sources, targets = reduce(_add_all_pairs, pairs, np.zeros((2, 1), dtype=np.int64))
+        is_growth = sources != targets
+        return Edges.sort(sources[is_growth], targets[is_growth])
     ids = np.arange(math.prod(shape)).reshape(shape)
-    both = []
+    per_axis = []
     for axis, size in enumerate(shape):
         before, after = np.triu_indices(size, 1)
         rows = np.moveaxis(ids, axis, -1)
-        both.append(np.stack([rows[..., before].ravel(), rows[..., after].ravel()]))
-    sources, targets = np.concatenate(both, axis=1)
-    return Edges.sorted(sources, targets)
+        per_axis.append(np.stack([rows[..., before].ravel(), rows[..., after].ravel()]))
+    sources, targets = np.concatenate(per_axis, axis=1)
+    return Edges.sort(sources, targets)
 
 
-def _all_sums(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return (one[:, :, None] + other[:, None, :]).reshape(2, -1)
+def _add_all_pairs(left: IntArray, right: IntArray) -> IntArray:
+    return (left[:, :, None] + right[:, None, :]).reshape(2, -1)
 
 
 class GrowthGraph:
     """Structures, and the growths that lead from one to another.
 
     Args:
-        structures: the vertices, shape [vertices].
-        edges: between them.
+        structures: vertices, shape [vertices].
+        edges: edges between them.
         allowed: whether a path may use each edge, shape [edges].
     """
 
-    def __init__(self, structures: Structures, edges: Edges, allowed: np.ndarray) -> None:
+    def __init__(self, structures: DimsTable, edges: Edges, allowed: BoolArray) -> None:
         self.structures = structures
         self.edges = edges
         self._forbidden = ~allowed
-        self._before = structures.take(edges.from_each)
-        self._after = structures.take(edges.targets)
+        self._before = structures.select(edges.origins)
+        self._after = structures.select(edges.targets)
 
-    def best_paths(
+    def find_best_paths(
         self, start: int, goals: Sequence[int], stages: int, cost: StageCost, *, fixed_cost: bool, top_k: int
     ) -> Iterator[tuple[float, tuple[int, ...]]]:
-        """The best paths of so many edges from `start` to any of `goals`, as (cost, vertices), best first.
+        """Yield the best paths from `start` to any of `goals` as (cost, vertices), best first.
 
         Paths of equal cost come in the order of their vertices.
 
         Args:
             start, goals: vertices.
-            stages: number of edges.
-            cost: of an edge in a stage; finite.
-            fixed_cost: whether it is the same in every stage.
-            top_k: at most how many.
+            stages: number of edges per path.
+            cost: cost of an edge in a stage; finite.
+            fixed_cost: whether an edge costs the same in every stage.
+            top_k: largest number of paths.
         """
-        left = self._costs_left(goals, stages, cost, fixed_cost)
-        if not np.isfinite(left[0][start]):
+        remaining = self._compute_remaining(goals, stages, cost, fixed_cost)
+        if not np.isfinite(remaining[0][start]):
             return
-        # A partial path is followed by all its continuations' best: what comes out of the heap complete is the next.
-        heap: list[tuple[float, tuple[int, ...], float]] = [(float(significant(left[0][start])), (start,), 0.0)]
-        found = 0
-        while heap and found < top_k:
+        # The key of a partial path is the cost of its best completion, so the first complete path to leave the heap is
+        # the next best one.
+        heap: list[tuple[float, tuple[int, ...], float]]
+        heap = [(float(round_for_ties(remaining[0][start])), (start,), 0.0)]
+        count = 0
+        while heap and count < top_k:
             _, path, spent = heapq.heappop(heap)
             number = len(path)
             if number == stages + 1:
                 yield spent, path
-                found += 1
+                count += 1
                 continue
-            for after, total, bound in self._continuations(path[-1], spent, cost, number, left[number]):
+            for after, total, bound in self._continue(path[-1], spent, cost, number, remaining[number]):
                 heapq.heappush(heap, (bound, (*path, after), total))
 
-    def choices(
+    def find_alternatives(
         self, path: Sequence[int], goals: Sequence[int], cost: StageCost, *, fixed_cost: bool
     ) -> list[list[tuple[int, float]]]:
-        """What could have been done at each step of a path: the next vertex, and the least cost of a path that goes on
-        from it to a goal in as many stages, best first."""
-        left = self._costs_left(goals, len(path) - 1, cost, fixed_cost)
-        found, spent = [], 0.0
-        for number, (vertex, taken) in enumerate(pairwise(path), start=1):
-            steps = list(self._continuations(vertex, spent, cost, number, left[number]))
-            found.append(sorted([(after, bound) for after, _, bound in steps], key=lambda one: (one[1], one[0])))
-            spent = next(total for after, total, _ in steps if after == taken)
-        return found
+        """Return the alternatives at each step of a path, best first.
 
-    def _continuations(
-        self, vertex: int, spent: float, cost: StageCost, number: int, left: np.ndarray
+        Each is a possible next vertex with the cost of the best path of as many stages through it.
+        """
+        remaining = self._compute_remaining(goals, len(path) - 1, cost, fixed_cost)
+        alternatives, spent = [], 0.0
+        for number, (vertex, following) in enumerate(pairwise(path), start=1):
+            steps = list(self._continue(vertex, spent, cost, number, remaining[number]))
+            ranked = sorted((bound, after) for after, _, bound in steps)
+            alternatives.append([(after, bound) for bound, after in ranked])
+            spent = next(total for after, total, _ in steps if after == following)
+        return alternatives
+
+    def _continue(
+        self, vertex: int, spent: float, cost: StageCost, number: int, remaining: FloatArray
     ) -> Iterator[tuple[int, float, float]]:
-        targets = self.edges.leaving(vertex)
-        place = np.searchsorted(self.edges.sources, vertex)
-        begin = self.edges.starts[place] if len(targets) else 0
-        usable = np.isfinite(left[targets]) & ~self._forbidden[begin : begin + len(targets)]
-        targets = targets[usable]
+        """Yield each next vertex, the cost up to it, and the cost of the best completion."""
+        leaving = self.edges.find_leaving(vertex)
+        targets = self.edges.targets[leaving]
+        targets = targets[np.isfinite(remaining[targets]) & ~self._forbidden[leaving]]
         if not len(targets):
             return
-        here = self.structures.take(np.full(len(targets), vertex))
-        totals = spent + cost(number, here, self.structures.take(targets))
-        bounds = significant(totals + left[targets])
+        before = self.structures.select(np.full(len(targets), vertex))
+        totals = spent + cost(number, before, self.structures.select(targets))
+        bounds = round_for_ties(totals + remaining[targets])
         yield from zip(targets.tolist(), totals.tolist(), bounds.tolist(), strict=True)
 
-    def _costs_left(self, goals: Sequence[int], stages: int, cost: StageCost, fixed_cost: bool) -> list[np.ndarray]:
-        """Of each number of stages done, the least cost from every vertex to a goal; infinite without a way."""
-        left = np.full(len(self.structures.dims), np.inf)
-        left[list(goals)] = 0.0
-        found = [left]
+    def _compute_remaining(
+        self, goals: Sequence[int], stages: int, cost: StageCost, fixed_cost: bool
+    ) -> list[FloatArray]:
+        """Return the least cost from every vertex to a goal after each number of stages; infinite without a path."""
+        least = np.full(len(self.structures.dims), np.inf)
+        least[list(goals)] = 0.0
+        remaining = [least]
         edge_cost = None
         for number in range(stages, 0, -1):
             if edge_cost is None or not fixed_cost:
                 edge_cost = cost(number, self._before, self._after)
                 edge_cost[self._forbidden] = np.inf
-            left = np.full_like(left, np.inf)
+            least = np.full_like(least, np.inf)
             if len(self.edges):
-                totals = edge_cost + found[-1][self.edges.targets]
-                left[self.edges.sources] = np.minimum.reduceat(totals, self.edges.starts)
-            found.append(left)
-        return found[::-1]
+                totals = edge_cost + remaining[-1][self.edges.targets]
+                least[self.edges.sources] = np.minimum.reduceat(totals, self.edges.starts)
+            remaining.append(least)
+        return remaining[::-1]
 
 
-def significant(values: Any) -> Any:
-    """Values to about eleven digits: sums of the same costs in another order differ in the last ones.
+def round_for_ties(values: npt.ArrayLike) -> FloatArray:
+    """Round to about eleven significant digits, so that sums of the same costs in another order are equal.
 
-    >>> float(significant(np.float64(0.1 + 0.2))) == float(significant(np.float64(0.3)))
+    >>> float(round_for_ties(0.1 + 0.2)) == float(round_for_ties(0.3))
     True
     """
     mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.round(mantissa, 11), exponent)
+    return np.asarray(np.ldexp(np.round(mantissa, 11), exponent))

@@ -1,23 +1,26 @@
-"""`Budget`: the tokens of each stage of a schedule; `TokenRule`: how a planner comes by them."""
+"""How tokens are split between the stages of a schedule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ..cost.scaling_law import ScalingLaw
 from ..errors import PlanError, ScheduleError
-from ..schedule import PAPER_INITIAL_SHARE, token_shares
+from ..io.numbers import is_finite_number
+from ..schedule import PAPER_INITIAL_SHARE, share_tokens
+
+Sharing: TypeAlias = Literal["paper", "utility"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens that schedules of one number of stages train on.
+    """The tokens of schedules with one number of stages.
 
     Args:
-        tokens: of each stage, the initial model's first; zeros where there is no budget.
+        tokens: training tokens per stage, the initial model's first; zeros without a budget.
         already_seen: tokens that the initial model was trained on before.
     """
 
@@ -30,99 +33,126 @@ class Budget:
         return len(self.tokens) - 1
 
     @property
-    def is_given(self) -> bool:
-        """Whether there are any tokens."""
+    def has_tokens(self) -> bool:
+        """Whether any stage has tokens."""
         return any(self.tokens)
 
     def seen_before(self, number: int) -> float:
-        """Tokens seen before the stage of that number begins; 0 is the initial model's training."""
+        """Tokens seen before stage `number` begins; stage 0 is the training of the initial model."""
         return self.already_seen + sum(self.tokens[:number])
 
 
 @dataclass(frozen=True)
-class TokenRule:
-    """How tokens are shared out over the stages of a schedule.
+class TokenAllocation:
+    """A planner's rule for splitting tokens between the stages of a schedule.
 
     Args:
-        tokens: of the whole run; or of each stage, the initial model's first; None without a budget.
-        initial_share: the initial model's share of a whole run's tokens, a growth stage having 1.
+        tokens: tokens of the whole run, or one number per stage, the initial model's first; None without a budget.
+        initial_share: the initial model's share of a whole run's tokens, relative to one growth stage.
         already_seen: tokens that the initial model was trained on before.
-        sharing: "paper", or "utility" to share them out by equal marginal utility once a schedule is chosen.
+        sharing: "paper", or "utility" to split by equal marginal utility once a schedule is chosen.
 
     Raises:
-        PlanError: for tokens that are none, and where there is nothing to share out.
+        PlanError: if a number is out of range, or "utility" has no total to split.
 
-    >>> TokenRule(65e9).budget(stages=4).tokens
+    >>> TokenAllocation(65e9).budget(stages=4).tokens
     (25000000000, 10000000000, 10000000000, 10000000000, 10000000000)
     """
 
     tokens: float | Sequence[float] | None = None
     initial_share: float = PAPER_INITIAL_SHARE
     already_seen: float = 0.0
-    sharing: Literal["paper", "utility"] = "paper"
+    sharing: Sharing = "paper"
 
     def __post_init__(self) -> None:
         if self.sharing not in ("paper", "utility"):
             raise PlanError(f"sharing must be 'paper' or 'utility', got {self.sharing!r}")
         for name in ("initial_share", "already_seen"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if not is_finite_number(getattr(self, name), least=0):
                 raise PlanError(f"{name} must be a number, 0 or more, got {getattr(self, name)}")
         if self.sharing == "utility" and not isinstance(self.tokens, (int, float)):
-            raise PlanError(
-                f"sharing 'utility' shares out the tokens of a whole run: give one number, got {self.tokens}"
-            )
-        if self.tokens is not None:
-            counts = self._counts
-            if not all(math.isfinite(count) and count >= 0 for count in counts) or not sum(counts) > 0:
-                raise PlanError(f"tokens must be positive numbers, got {self.tokens}")
+            raise PlanError(f"sharing 'utility' splits the tokens of a whole run: give one number, got {self.tokens}")
+        is_valid = all(is_finite_number(count, least=0) for count in self._counts) and sum(self._counts) > 0
+        if self.tokens is not None and not is_valid:
+            raise PlanError(f"tokens must be positive numbers, got {self.tokens}")
 
     @property
     def _counts(self) -> list[float]:
         return [self.tokens] if isinstance(self.tokens, (int, float)) else list(self.tokens or ())
 
     @property
-    def is_for_each_stage(self) -> bool:
+    def is_per_stage(self) -> bool:
         """Whether the tokens of each stage are given."""
         return self.tokens is not None and not isinstance(self.tokens, (int, float))
 
     @property
-    def knows_the_start(self) -> bool:
+    def trains_before_growth(self) -> bool:
         """Whether the initial model has seen any tokens before it is grown."""
-        first = self._counts[0] if self.is_for_each_stage else self.initial_share * (self.tokens is not None)
+        first = self._counts[0] if self.is_per_stage else self.initial_share * (self.tokens is not None)
         return bool(self.already_seen or first)
 
     def budget(self, stages: int) -> Budget:
-        """The tokens of so many growth stages, by the paper's rule or as given.
+        """Tokens of schedules with `stages` growth stages, by the paper's rule or as given.
 
         Raises:
-            PlanError: where tokens are given for another number of stages.
+            PlanError: if tokens are given for another number of stages.
         """
         if self.tokens is None:
             return Budget((0,) * (stages + 1), self.already_seen)
         if isinstance(self.tokens, (int, float)):
-            shares = token_shares(self.tokens, stages, initial_share=self.initial_share)
-            return Budget(tuple(shares), self.already_seen)
+            return Budget(
+                tuple(share_tokens(self.tokens, stages, initial_share=self.initial_share)), self.already_seen
+            )
         if len(self.tokens) != stages + 1:
             raise PlanError(
                 f"tokens has {len(self.tokens)} numbers for an initial model and {stages} stages: give one for each"
             )
         return Budget(tuple(round(count) for count in self.tokens), self.already_seen)
 
-    def by_utility(self, params: Sequence[float], costs: Sequence[float], law: ScalingLaw) -> Budget:
-        """The tokens of a schedule's stages by equal marginal utility, see `tokens.utility_shares`."""
+    def utility_budget(self, params: Sequence[float], costs: Sequence[float], law: ScalingLaw) -> Budget:
+        """Tokens of one schedule by equal marginal utility, see `share_tokens_by_utility`."""
         assert isinstance(self.tokens, (int, float))
-        shares = utility_shares(
-            self.tokens,
-            params,
-            costs,
-            law=law,
-            already_seen=self.already_seen,
-            train_initial=self.initial_share > 0,
+        train_initial = self.initial_share > 0
+        tokens = share_tokens_by_utility(
+            self.tokens, params, costs, law=law, already_seen=self.already_seen, train_initial=train_initial
         )
-        return Budget(tuple(shares), self.already_seen)
+        return Budget(tuple(tokens), self.already_seen)
 
 
-def utility_shares(
+def allocate_tokens(
+    shares: Sequence[float], total: float, costs_per_token: Sequence[float] | None = None
+) -> list[int]:
+    """Split a budget between stages in proportion to shares, in whole tokens.
+
+    Args:
+        shares: each stage's share of the tokens, 0 or more.
+        total: tokens to split; with `costs_per_token`, what all tokens cost together.
+        costs_per_token: cost of a token in each stage, such as `count_flops_per_token`. The last stage then takes up
+            what rounding the others leaves of the cost; without costs, each stage is rounded by itself.
+
+    Raises:
+        PlanError: if there is not one share per cost, or no share is positive.
+
+    >>> allocate_tokens([2.5, 1, 1], 450)
+    [250, 100, 100]
+    >>> allocate_tokens([1, 3], 6e9 * 10 + 8e9 * 30, costs_per_token=[6e9, 8e9])
+    [10, 30]
+    """
+    stages = len(shares if costs_per_token is None else costs_per_token)
+    if len(shares) != stages or min(shares, default=0) < 0 or not any(shares):
+        raise PlanError(
+            f"shares {list(shares)} do not split tokens between {stages} structures: give each 0 or more, and one of "
+            "them more than 0"
+        )
+    if costs_per_token is None:
+        return [round(total * share / sum(shares)) for share in shares]
+    scale = total / sum(cost * share for cost, share in zip(costs_per_token, shares, strict=True))
+    tokens = [round(scale * share) for share in shares[:-1]]
+    spent = sum(cost * count for cost, count in zip(costs_per_token, tokens, strict=False))
+    return [*tokens, max(round((total - spent) / costs_per_token[-1]), 0)]
+
+
+def share_tokens_by_utility(
     total: float,
     params: Sequence[float],
     costs: Sequence[float],
@@ -131,58 +161,58 @@ def utility_shares(
     already_seen: float = 0.0,
     train_initial: bool = True,
 ) -> list[int]:
-    """`total` tokens shared out so that at each growth the marginal utilities before and after it are equal.
+    """Split tokens between stages so that at each growth the marginal utilities before and after it are equal.
 
-    A model is trained until the next one would lose more loss in the next hour, by the scaling law and under growth
-    that keeps the loss (`ScalingLaw.handover_loss`); the last one has what is left. A stage that is never the best
+    A model is trained until the next model would reduce the loss more per hour, according to the scaling law and if
+    growth keeps the loss (`ScalingLaw.handover_loss`); the last model takes the rest. A stage that is never the best
     use of an hour has no tokens: growth then passes through it.
 
     Args:
-        total: the whole budget.
+        total: tokens of the whole run.
         params: parameters of each stage's model, the initial one first.
-        costs: of a token in each, in hours or FLOPs.
-        law: predicts losses.
+        costs: cost of a token in each stage, in hours or FLOPs.
+        law: scaling law that predicts losses; default `ScalingLaw()`.
         already_seen: tokens that the initial model was trained on before.
-        train_initial: whether it is trained further.
+        train_initial: whether the initial model is trained further.
 
     Raises:
-        ScheduleError: for a total that is none.
+        ScheduleError: if `total` is not a positive number.
 
-    >>> utility_shares(20e9, [1e8, 1e9], [6e8, 6e9])
+    >>> share_tokens_by_utility(20e9, [1e8, 1e9], [6e8, 6e9])
     [7308899045, 12691100955]
     """
-    if not (total > 0 and math.isfinite(total)):
+    if not (is_finite_number(total) and total > 0):
         raise ScheduleError(f"tokens must be a positive number, got {total}")
     law = law or ScalingLaw()
-    useful = _useful(params, costs, law, first=0 if train_initial else 1)
+    useful = _find_useful_stages(params, costs, law, first=0 if train_initial else 1)
     shares, left = [0] * len(params), total
     reached = float(law.loss(params[0], already_seen)) if already_seen else math.inf
-    for place, stage in enumerate(useful):
-        budget = left
-        if place + 1 < len(useful):
-            following = useful[place + 1]
+    for position, stage in enumerate(useful):
+        tokens = left
+        if position + 1 < len(useful):
+            following = useful[position + 1]
             end = law.handover_loss(params[stage], costs[stage], params[following], costs[following])
-            budget = law.tokens_to(params[stage], end) - law.tokens_to(params[stage], reached)
-        shares[stage] = round(min(max(budget, 0.0), left))
+            tokens = law.tokens_to(params[stage], end) - law.tokens_to(params[stage], reached)
+        shares[stage] = round(min(max(tokens, 0.0), left))
         left -= shares[stage]
-        begun = law.tokens_to(params[stage], reached)
-        reached = float(law.loss(params[stage], begun + shares[stage])) if begun + shares[stage] else math.inf
+        seen = law.tokens_to(params[stage], reached) + shares[stage]
+        reached = float(law.loss(params[stage], seen)) if seen else math.inf
     shares[-1] += round(left)
     return shares
 
 
-def _useful(params: Sequence[float], costs: Sequence[float], law: ScalingLaw, first: int) -> list[int]:
-    """The stages that are the best use of an hour at some loss; the last one always is, at the end."""
-    chosen: list[int] = []
+def _find_useful_stages(params: Sequence[float], costs: Sequence[float], law: ScalingLaw, first: int) -> list[int]:
+    """Return the stages that are the best use of an hour at some loss; the last stage always is, at the end."""
+    useful: list[int] = []
     for stage in range(first, len(params)):
 
-        def handover(before: int, after: int) -> float:
+        def compute_handover(before: int, after: int) -> float:
             return law.handover_loss(params[before], costs[before], params[after], costs[after])
 
-        # A stage that is left before it is entered is none: the losses of the handovers have to fall.
-        while chosen and handover(chosen[-1], stage) == math.inf:
-            chosen.pop()
-        while len(chosen) > 1 and handover(chosen[-1], stage) >= handover(chosen[-2], chosen[-1]):
-            chosen.pop()
-        chosen.append(stage)
-    return chosen
+        # The losses of the handovers have to fall, or a stage would be left before it is entered.
+        while useful and compute_handover(useful[-1], stage) == math.inf:
+            useful.pop()
+        while len(useful) > 1 and compute_handover(useful[-1], stage) >= compute_handover(useful[-2], useful[-1]):
+            useful.pop()
+        useful.append(stage)
+    return useful

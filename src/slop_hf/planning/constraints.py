@@ -1,4 +1,4 @@
-"""`PathRules`: which structures and which growths a path may use."""
+"""`PathConstraints`: which structures and which growths a path may use."""
 
 from __future__ import annotations
 
@@ -8,43 +8,45 @@ import numpy as np
 
 from ..dims import ModelDims
 from .space import ConfigSpace
-from .structures import DimsArray, Structures
+from .structures import BoolArray, DimsArray, DimsTable
 
 
 @dataclass(frozen=True)
-class PathRules:
-    """What paths keep to.
+class PathConstraints:
+    """Constraints on the structures and growths of a path.
 
     Args:
-        space: its limits hold for every structure on the way.
-        max_factor: largest growth of the parameters in one stage; None for any.
-        through: structures that a path has to pass.
+        space: its limits hold for every structure of the path.
+        max_factor: largest growth of the parameters in one stage; None for no limit.
+        through: structures that every path passes through.
     """
 
     space: ConfigSpace
     max_factor: float | None = None
     through: tuple[ModelDims, ...] = ()
 
-    def vertices(self, structures: Structures) -> np.ndarray:
-        """Whether a path may use each structure."""
-        return self.space.allows(structures.dims)
+    def allow_structures(self, structures: DimsArray) -> BoolArray:
+        """Return whether a path may use each structure."""
+        return self.space.allows(structures)
 
-    def edges(self, before: Structures, after: Structures) -> np.ndarray:
-        """Whether a path may grow each structure into the other."""
-        allowed = np.ones(len(before), dtype=bool)
+    def allow_growths(self, before: DimsTable, after: DimsTable) -> BoolArray:
+        """Return whether a path may grow each structure into the other; one True for all without constraints."""
+        allowed = np.asarray(True)
         if self.max_factor is not None:
-            allowed &= after.parameters <= before.parameters * self.max_factor
+            allowed = allowed & (after.parameters <= before.parameters * self.max_factor)
         for waypoint in self.through:
-            # A path all of whose growths end below the waypoint or begin above it has been at the waypoint.
-            allowed &= within(after.dims, waypoint) | beyond(before.dims, waypoint)
+            # If every growth of a path ends below the waypoint or begins above it, the path visits the waypoint.
+            allowed = allowed & (is_at_most(after.dims, waypoint) | is_at_least(before.dims, waypoint))
         return allowed
 
 
-def within(structures: DimsArray, bound: ModelDims) -> np.ndarray:
-    """Whether no size of a structure is above the bound's."""
-    return np.logical_and.reduce([getattr(structures, name) <= size for name, size in bound.as_dict().items()])
+def is_at_most(structures: DimsArray, bound: ModelDims) -> BoolArray:
+    """Return whether no size of each structure is above the bound's."""
+    sizes = bound.as_dict().items()
+    return np.asarray(np.logical_and.reduce([getattr(structures, name) <= size for name, size in sizes]))
 
 
-def beyond(structures: DimsArray, bound: ModelDims) -> np.ndarray:
-    """Whether no size of a structure is below the bound's."""
-    return np.logical_and.reduce([getattr(structures, name) >= size for name, size in bound.as_dict().items()])
+def is_at_least(structures: DimsArray, bound: ModelDims) -> BoolArray:
+    """Return whether no size of each structure is below the bound's."""
+    sizes = bound.as_dict().items()
+    return np.asarray(np.logical_and.reduce([getattr(structures, name) >= size for name, size in sizes]))

@@ -1,15 +1,14 @@
-"""`explain`: why a schedule grows what it grows when it does."""
+"""`explain`: why a schedule grows each dimension when it does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..dims import ModelDims
 from ..errors import PlanError
-from ..operators import operators_between
+from ..operators import find_operators
 from ..schedule import GrowthSchedule, GrowthStage
 from .budget import Budget
 from .grid import build_grid
@@ -19,11 +18,11 @@ from .planner import SlopPlanner
 
 @dataclass(frozen=True)
 class Alternative:
-    """A growth that a schedule could make at some point.
+    """A growth that is possible at some point of a schedule.
 
     Args:
         stage: the growth.
-        value: the objective of the best schedule that goes on this way, to the same target in as many stages.
+        value: objective of the best schedule that makes this growth next, to the same target in as many stages.
     """
 
     stage: GrowthStage
@@ -32,12 +31,12 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """One growth of a schedule beside those that it could have made instead.
+    """One growth of a schedule, and its alternatives.
 
     Args:
-        before: the structure that is grown.
-        taken: the growth that was made.
-        others: the best growth of every other set of dimensions, best first; empty where there was no choice.
+        before: structure that is grown.
+        taken: growth of the schedule.
+        others: best growth of every other set of dimensions, best first; empty without alternatives.
     """
 
     before: ModelDims
@@ -46,15 +45,15 @@ class Choice:
 
 
 def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float = 0.0) -> list[Choice]:
-    """What each growth of a schedule was chosen over.
+    """Compare each growth of a schedule with its alternatives.
 
     Args:
-        planner: that made the schedule; its objective, mode and rules hold.
-        schedule: one that it made.
+        planner: planner that made the schedule; its objective, mode and constraints apply.
+        schedule: one of its schedules.
         already_seen: tokens that the initial model was trained on before.
 
     Raises:
-        PlanError: for a schedule that is not one of the planner's.
+        PlanError: if the planner cannot make such a schedule.
 
     >>> from slop_hf import ConfigSpace
     >>> planner = SlopPlanner(ModelDims(768, 2048, 6, 6), ConfigSpace(targets=[ModelDims(2816, 7680, 8, 22)]))
@@ -62,35 +61,31 @@ def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float 
     >>> first.taken.stage.label, [(other.stage.label, f"{other.value:.3g}") for other in first.others]
     ('layer', [('ffn', '7.96e+24'), ('hidden', '1.36e+26')])
     """
-    grid = build_grid(
-        planner.initial, [schedule.target], planner.axes(_targets(planner, schedule)), planner.space.ffn_multiple
-    )
-    graph = planner.graph(grid)
-    places = {graph.structures.dims.at(vertex): vertex for vertex in range(len(graph.structures.dims))}
-    if strays := [dims for dims in schedule.structures if dims not in places]:
-        raise PlanError(f"{strays[0]} is not among the structures of this planner; explain a schedule that it made")
-    objective = OBJECTIVES[planner.objective]
+    targets = [schedule.target] if planner.mode == "once" else planner.space.structures(planner.initial)
+    grid = build_grid(planner.initial, [schedule.target], planner.list_axes(targets), planner.space.ffn_multiple)
+    graph = planner.build_graph(grid)
+    loadable = np.flatnonzero(grid.structures.loadable).tolist()
+    vertices = {grid.structures.at(vertex): vertex for vertex in loadable}
+    if unknown := [dims for dims in schedule.structures if dims not in vertices]:
+        raise PlanError(
+            f"{unknown[0]} is not among the structures of this planner; explain a schedule that the planner made"
+        )
     budget = Budget(schedule.tokens, already_seen)
-    cost, first = planner.stage_cost(budget)
-    steps = graph.choices(
-        [places[dims] for dims in schedule.structures], grid.goals, cost, fixed_cost=planner.has_fixed_costs(budget)
-    )
+    cost, initial_cost = planner.stage_cost(budget)
+    path = [vertices[dims] for dims in schedule.structures]
+    steps = graph.find_alternatives(path, grid.goals, cost, fixed_cost=planner.has_fixed_costs(budget))
     choices = []
     for before, stage, options in zip(schedule.structures, schedule.stages, steps, strict=False):
         best: dict[tuple[str, ...], Alternative] = {}
         taken = None
         for vertex, total in options:
-            dims = graph.structures.dims.at(vertex)
-            value = float(objective.value(np.float64(first + total)))
+            dims = grid.structures.at(vertex)
+            value = float(OBJECTIVES[planner.objective].value(initial_cost + total))
             if dims == stage.dims:
                 taken = Alternative(stage, value)
-            operators = operators_between(before, dims)
+            operators = find_operators(before, dims)
             best.setdefault(operators, Alternative(replace(stage, operators=operators, dims=dims), value))
         assert taken is not None
-        best.pop(operators_between(before, stage.dims))
+        best.pop(find_operators(before, stage.dims))
         choices.append(Choice(before, taken, tuple(best.values())))
     return choices
-
-
-def _targets(planner: SlopPlanner, schedule: GrowthSchedule) -> Sequence[ModelDims]:
-    return [schedule.target] if planner.mode == "once" else planner.space.structures(planner.initial)

@@ -1,56 +1,57 @@
 """Objectives: what a planner ranks growth schedules by.
 
-An objective is a pure function of a `Step`, one stage of many schedules side by side, and a rule that joins the
-stages: their product or their sum, the smallest or the largest being best. To add one, write it and register it in
-`OBJECTIVES`.
+An objective is a pure function of a `Step`, one stage of many schedules at once, and a rule that joins the stages:
+their product or their sum, of which the smallest or the largest is best. To add one, write the function and register
+it in `OBJECTIVES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from .budget import Budget
-from .structures import Structures
+from .structures import DimsTable, FloatArray
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of many schedules side by side.
+    """One stage of many schedules at once.
 
     Args:
-        initial: the structure that the schedules begin with.
+        initial: structure that the schedules begin with.
         before, after: structures before and after the growth of this stage; arrays of one shape.
-        tokens: trained on in this stage.
-        seen: tokens trained on before it.
+        tokens: training tokens of this stage.
+        seen: training tokens before this stage.
     """
 
-    initial: Structures
-    before: Structures
-    after: Structures
+    initial: DimsTable
+    before: DimsTable
+    after: DimsTable
     tokens: float = 0.0
     seen: float = 0.0
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What schedules are ranked by.
+    """How a planner ranks schedules.
 
     Args:
-        term: what one stage adds, a number for each schedule.
+        term: function that returns the term of one stage, one number per schedule.
         join: "product" or "sum" of the terms of all stages.
-        best: the smallest value, or the largest.
-        title: a column's heading.
-        counts_initial: whether training the initial model is a stage too.
-        needs_tokens, needs_cost_model: what it cannot be told without.
-        needs_start: whether it cannot be told of an initial model that has seen no tokens, or of a stage without any.
-        compares_stages: whether schedules with different numbers of stages may be compared by it.
+        best: whether the smallest or the largest value is best.
+        title: heading of a column.
+        counts_initial: whether training the initial model counts as a stage.
+        needs_tokens, needs_cost_model: inputs the objective requires.
+        needs_start: whether it is undefined if the initial model, or some stage, has trained on no tokens.
+        compares_stages: whether it can compare schedules with different numbers of stages.
     """
 
-    term: Callable[[Step], np.ndarray]
+    term: Callable[[Step], FloatArray]
     join: Literal["product", "sum"]
     best: Literal["smallest", "largest"]
     title: str
@@ -60,55 +61,56 @@ class Objective:
     needs_start: bool = False
     compares_stages: bool = False
 
-    def cost(self, step: Step) -> np.ndarray:
-        """What a stage adds to a total that is to be as small as possible."""
+    def cost(self, step: Step) -> FloatArray:
+        """What a stage adds to the total that a search minimises."""
         term = self.term(step)
         if self.join == "product":
             term = np.log(term)
         return term if self.best == "smallest" else -term
 
-    def value(self, cost: Any) -> Any:
-        """The value that a total of `cost`s stands for."""
-        signed = cost if self.best == "smallest" else -cost
-        return np.exp(signed) if self.join == "product" else signed
+    def value(self, cost: npt.ArrayLike) -> FloatArray:
+        """The value of the objective that belongs to a sum of `cost`s."""
+        total = np.asarray(cost, dtype=np.float64)
+        signed = total if self.best == "smallest" else -total
+        return np.asarray(np.exp(signed)) if self.join == "product" else signed
 
 
-def delta_params(step: Step) -> np.ndarray:
-    """The parameters added **since the initial model**: the product is Eq. 11 as Tables 1 and 3 take it.
+def delta_params(step: Step) -> FloatArray:
+    """Return the parameters added **since the initial model**; the product is Eq. 11 as used in Tables 1 and 3.
 
-    `prod_k max(1, params(M_{k+1}) - params(M_1))`, with `cost.paper_params`. Eq. 3 of the paper defines the
-    increment of a stage instead (`delta_params_eq3`); its Table 1 is reproduced by this one only.
+    `prod_k max(1, params(M_{k+1}) - params(M_1))`, with `count_paper_params`. Eq. 3 of the paper defines the
+    increment of a stage instead (`delta_params_eq3`), but only this one reproduces Table 1.
     """
     return np.maximum(step.after.paper_params - step.initial.paper_params, 1.0)
 
 
-def delta_params_eq3(step: Step) -> np.ndarray:
-    """The parameters added **by the stage**: the product is Eq. 3 and 11; Table 4 is made by it.
+def delta_params_eq3(step: Step) -> FloatArray:
+    """Return the parameters added **by the stage**; the product is Eq. 3 and 11 and reproduces Table 4.
 
-    `prod_k max(1, params(M_{k+1}) - params(M_k))`, with `cost.paper_params`.
+    `prod_k max(1, params(M_{k+1}) - params(M_k))`, with `count_paper_params`.
     """
     return np.maximum(step.after.paper_params - step.before.paper_params, 1.0)
 
 
-def flops(step: Step) -> np.ndarray:
-    """Training FLOPs; the sum is over all stages, the initial model's included."""
+def flops(step: Step) -> FloatArray:
+    """Return the training FLOPs; the sum is over all stages, including the initial model's."""
     return step.after.flops_per_token * step.tokens
 
 
-def hours(step: Step) -> np.ndarray:
-    """Device hours by the cost model; the sum is over all stages, the initial model's included."""
+def hours(step: Step) -> FloatArray:
+    """Return the device hours by the cost model; the sum is over all stages, including the initial model's."""
     return step.after.hours_per_token * step.tokens
 
 
-def loss_per_hour(step: Step) -> np.ndarray:
-    """The marginal utility of a stage: the loss that it takes away in each hour; the sum is Eq. 2 of the paper.
+def loss_per_hour(step: Step) -> FloatArray:
+    """Return the marginal utility of a stage: loss reduction per hour; the sum is Eq. 2 of the paper.
 
-    With the loss in place of the perplexity, and both ends predicted by the scaling law from the parameters and all
-    tokens seen so far: the paper's argument for leaving the perplexities out of its objective is that size and data
-    decide them, and shape hardly does. What a smaller model has learnt then counts in full.
-    `ScalingLaw.staged_losses` counts more carefully, but what it says of a stage depends on all before it.
+    The loss replaces the perplexity, and the scaling law predicts it at both ends from the parameters and all tokens
+    seen so far. The paper argues in the same way when it leaves perplexities out of its objective: size and data
+    decide them, and shape hardly matters. What a smaller model has learnt then counts in full.
+    `ScalingLaw.staged_losses` counts more carefully, but its loss of a stage depends on all stages before it.
     """
-    law = step.after.prices.law
+    law = step.after.inputs.law
     by_size = step.before.loss_floor - step.after.loss_floor
     gain = by_size + law.above_floor(step.seen) - law.above_floor(step.seen + step.tokens)
     return gain / (step.after.hours_per_token * step.tokens)
@@ -136,26 +138,23 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def step_of(budget: Budget, number: int, initial: Structures, before: Structures, after: Structures) -> Step:
-    """The stage of that number; 0 is the initial model's training."""
+def make_step(budget: Budget, number: int, initial: DimsTable, before: DimsTable, after: DimsTable) -> Step:
+    """Return stage `number` of schedules with a budget; stage 0 is the training of the initial model."""
     return Step(initial, before, after, budget.tokens[number], budget.seen_before(number))
 
 
-def score(objective: Objective, structures: Structures, budget: Budget) -> np.ndarray:
-    """The value of an objective for whole schedules.
+def evaluate_objective(objective: Objective, structures: DimsTable, budget: Budget) -> FloatArray:
+    """Return the value of an objective for whole schedules, shape [schedules].
 
     Args:
         objective: one of `OBJECTIVES`.
         structures: shape [schedules, stages + 1], the initial structure first.
-        budget: tokens of the stages.
-
-    Returns:
-        Shape [schedules].
+        budget: tokens per stage.
     """
-    columns = [Structures(structures.dims[:, number], structures.prices) for number in range(budget.stages + 1)]
-    total = np.zeros(len(columns[0].dims))
+    stages = [structures.select((slice(None), number)) for number in range(budget.stages + 1)]
+    total = np.zeros(len(structures.dims))
     if objective.counts_initial:
-        total += objective.cost(step_of(budget, 0, columns[0], columns[0], columns[0]))
+        total += objective.cost(make_step(budget, 0, stages[0], stages[0], stages[0]))
     for number in range(1, budget.stages + 1):
-        total += objective.cost(step_of(budget, number, columns[0], columns[number - 1], columns[number]))
-    return np.asarray(objective.value(total))
+        total += objective.cost(make_step(budget, number, stages[0], stages[number - 1], stages[number]))
+    return objective.value(total)

@@ -1,21 +1,21 @@
-"""`ConfigSpace`: which target structures a planner may choose from."""
+"""`ConfigSpace`: the target structures that a planner chooses from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from ..architectures import read_setting
-from ..cost.flops import DEFAULT_CONFIG, count_parameters, count_paper_params
+from ..cost.flops import DEFAULT_CONFIG, count_paper_params, count_parameters
 from ..cost.memory import MemoryLimit
-from ..dims import ModelDims
+from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
-from .structures import DimsArray
+from .structures import BoolArray, DimsArray
 
 _BOUNDS = (
     "tensor_parallel",
@@ -26,29 +26,33 @@ _BOUNDS = (
 
 @dataclass(frozen=True)
 class ConfigSpace:
-    """The targets: given, or every structure of about `target_params` parameters that meets the constraints.
+    """The targets: a list, or every structure of about `target_params` parameters that meets the constraints.
 
-    The constraints are those of Section 4.1 of the paper, with bounds on depth and shape: over all structures
-    of a size, the paper's objective is smallest at the deepest or the shallowest ones, so it needs them.
+    The constraints are those of Section 4.1 of the paper, with bounds on depth and shape. They need these bounds:
+    among all structures of a size, the paper's objective is smallest for the deepest or the shallowest ones.
 
     Args:
-        targets: the structures to choose from, a `DimsArray` where they are very many; excludes `target_params`.
+        targets: structures to choose from, as a `DimsArray` if there are very many; excludes `target_params`.
         target_params: number of parameters N of a target.
-        tolerance: how far a target's parameters may be from N, as a share of it.
+        tolerance: largest relative deviation of a target's parameters from N.
         count: "model" counts every parameter with `config`'s vocabulary, "paper" counts `l * (6h^2 + 3hf)`.
-        config: what growth leaves alone: `model_type`, `vocab_size`, `tie_word_embeddings`; a config or a dict.
-        sequence_length: tokens of a training sequence, for FLOPs.
-        hidden_multiple: hidden sizes are multiples of it.
+        config: settings that growth does not change: `model_type`, `vocab_size`, `tie_word_embeddings`; a config or
+            a dict.
+        sequence_length: tokens per training sequence, for FLOPs.
+        hidden_multiple: divisor of hidden sizes.
         ffn_ratios: ffn sizes as multiples of the hidden size, each rounded up to `ffn_multiple`.
-        ffn_multiple: see there.
+        ffn_multiple: divisor of ffn sizes.
         min_layers, max_layers: bounds on depth.
         min_aspect, max_aspect: bounds on hidden size / layers.
-        min_hidden, max_hidden, min_ffn, max_ffn, min_heads, max_heads: bounds on a target's sizes; None for none.
-        heads: "follow": a wider model has more heads of the same size; "fixed": as many, of a larger size.
-        kv_heads: key/value heads of a target; by default as many query heads to each as before.
-        tensor_parallel: number of devices that share each matrix: heads, key/value heads and ffn of every structure
-            on the way, and the vocabulary, are multiples of it.
-        memory: what a structure may take on a device; None for any.
+        min_hidden, max_hidden, min_ffn, max_ffn, min_heads, max_heads: bounds on a target's sizes; None for no bound.
+        heads: "follow": a wider model has more heads of the same size; "fixed": as many heads of a larger size.
+        kv_heads: key/value heads of a target; by default each serves as many query heads as in the initial model.
+        tensor_parallel: number of devices that share each matrix: the vocabulary, and the heads, key/value heads and
+            ffn of every structure on the way, are multiples of it.
+        memory: memory that a structure may take per device; None for no limit.
+
+    Raises:
+        PlanError: if arguments contradict each other or are out of range.
 
     >>> space = ConfigSpace(target_params=1e9)
     >>> str(space.structures(ModelDims(768, 2048, 6, 6))[0])
@@ -59,7 +63,7 @@ class ConfigSpace:
     target_params: float | None = None
     tolerance: float = 0.05
     count: Literal["model", "paper"] = "model"
-    config: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_CONFIG))
+    config: ModelConfig = field(default_factory=lambda: DEFAULT_CONFIG)
     sequence_length: int = 2048
     hidden_multiple: int = 128
     ffn_ratios: tuple[Fraction, ...] = (Fraction(8, 3), Fraction(4))
@@ -83,7 +87,7 @@ class ConfigSpace:
         if not isinstance(self.targets, DimsArray):
             object.__setattr__(self, "targets", tuple(self.targets))
         if bool(len(self.targets)) == (self.target_params is not None):
-            raise PlanError("give either targets or target_params, not both and not neither")
+            raise PlanError("give either targets or target_params, exactly one of them")
         if self.target_params is not None and not (self.target_params > 0 and math.isfinite(self.target_params)):
             raise PlanError(f"target_params must be a positive number, got {self.target_params}")
         if not 0 <= self.tolerance < 1:
@@ -107,31 +111,26 @@ class ConfigSpace:
             low, high = f"min_{name}", f"max_{name}"
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and not 0 < least <= most:
-                raise PlanError(f"bounds contradict: {low} {least:g} and {high} {most:g}; the first has to be smaller")
+                raise PlanError(
+                    f"bounds contradict: {low} {least:g} and {high} {most:g}; give a positive minimum, and a maximum "
+                    "that is not below it"
+                )
 
-    def allows(self, structures: DimsArray) -> np.ndarray:
+    def allows(self, structures: DimsArray) -> BoolArray:
         """Whether growth may pass through structures, and end there: loadable, divisible, and not too large."""
-        return structures.loadable & self.within_limits(structures)
-
-    def within_limits(self, structures: DimsArray) -> np.ndarray:
-        """The same without the question whether they are loadable."""
-        allowed = np.ones(len(structures), dtype=bool)
+        allowed = structures.loadable
         if self.tensor_parallel > 1:
-            for sizes in (
-                structures.num_attention_heads,
-                structures.num_key_value_heads,
-                structures.intermediate_size,
-            ):
-                allowed &= sizes % self.tensor_parallel == 0
+            for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+                allowed &= getattr(structures, name) % self.tensor_parallel == 0
         if self.memory is not None:
             allowed &= self.memory.fits(structures, self.config, self.sequence_length)
         return allowed
 
-    def obstacle(self, dims: ModelDims) -> str | None:
-        """What forbids one structure; None where it is allowed."""
+    def find_obstacle(self, dims: ModelDims) -> str | None:
+        """Explain why one structure is forbidden; None if it is allowed."""
         if bool(self.allows(DimsArray.of([dims]))[0]):
             return None
-        if self.memory is not None and not bool(self.memory.fits(dims, self.config, self.sequence_length)):
+        if self.memory is not None and not self.memory.fits(dims, self.config, self.sequence_length):
             return f"{dims} does not fit: {self.memory.explain(dims, self.config, self.sequence_length)}"
         return (
             f"heads, key/value heads and ffn of {dims} are not all multiples of tensor_parallel "
@@ -139,56 +138,54 @@ class ConfigSpace:
         )
 
     def structures(self, initial: ModelDims) -> list[ModelDims]:
-        """The targets as a list; see `targets_from`."""
-        targets = self.targets_from(initial)
+        """The targets as a list, see `list_targets`."""
+        targets = self.list_targets(initial)
         return [targets.at(number) for number in range(len(targets))]
 
-    def targets_from(self, initial: ModelDims) -> DimsArray:
-        """The targets: those given, or those to be grown from `initial` in the order of hidden size, ffn and depth.
+    def list_targets(self, initial: ModelDims) -> DimsArray:
+        """Return `targets`, or all structures that `initial` can grow to, in the order of hidden size, ffn and depth.
 
         Raises:
-            PlanError: where none is left; it names the nearest.
+            PlanError: if there is none; the message names the nearest.
         """
         if isinstance(self.targets, DimsArray):
             return self.targets
         if self.targets:
             return DimsArray.of(self.targets)
-        candidates = self._candidates(initial)
+        candidates = self._list_candidates(initial)
         counts = count_parameters(candidates, self.config) if self.count == "model" else count_paper_params(candidates)
         assert self.target_params is not None
-        off = np.abs(counts / self.target_params - 1)
-        chosen = np.flatnonzero(off <= self.tolerance)
-        if not len(chosen):
-            nearest = ""
-            if len(off):
-                best = int(np.argmin(off))
-                nearest = f"; the nearest is {candidates.at(best)} with {counts[best]:.4g}"
-            raise PlanError(
-                f"no structure grown from {initial} has {self.target_params:.4g} parameters within "
-                f"{self.tolerance:.1%}{nearest}; raise the tolerance or loosen the bounds on layers and shape"
-            )
-        return candidates[chosen]
-
-    def _candidates(self, initial: ModelDims) -> DimsArray:
-        rows = []
-        hidden = (
-            math.ceil(max(initial.hidden_size, self.min_hidden or 1) / self.hidden_multiple) * self.hidden_multiple
+        deviations = np.abs(counts / self.target_params - 1)
+        if (deviations <= self.tolerance).any():
+            return candidates[deviations <= self.tolerance]
+        nearest = ""
+        if len(deviations):
+            best = int(np.argmin(deviations))
+            nearest = f"; the nearest is {candidates.at(best)} with {counts[best]:.4g}"
+        raise PlanError(
+            f"no structure grown from {initial} has {self.target_params:.4g} parameters within "
+            f"{self.tolerance:.1%}{nearest}; raise the tolerance or loosen the bounds on layers and shape"
         )
+
+    def _list_candidates(self, initial: ModelDims) -> DimsArray:
+        rows = []
+        multiple = self.hidden_multiple
+        hidden = math.ceil(max(initial.hidden_size, self.min_hidden or 1) / multiple) * multiple
         while hidden <= min(self.max_aspect * self.max_layers, self.max_hidden or math.inf):
             low = max(self.min_layers, initial.num_hidden_layers, math.ceil(hidden / self.max_aspect))
             high = min(self.max_layers, math.floor(hidden / self.min_aspect))
-            if heads := self._heads(initial, hidden):
+            if heads := self._choose_heads(initial, hidden):
                 for ratio in self.ffn_ratios:
                     ffn = math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple
                     if max(initial.intermediate_size, self.min_ffn or 1) <= ffn <= (self.max_ffn or math.inf):
                         rows += [(hidden, ffn, layers, *heads) for layers in range(low, high + 1)]
-            hidden += self.hidden_multiple
+            hidden += multiple
         table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 6)
         candidates = DimsArray(*table.T)
         return candidates[self.allows(candidates)]
 
-    def _heads(self, initial: ModelDims, hidden: int) -> tuple[int, int, int] | None:
-        """Heads, key/value heads and head size of a target; None where its hidden size allows none."""
+    def _choose_heads(self, initial: ModelDims, hidden: int) -> tuple[int, int, int] | None:
+        """Return heads, key/value heads and head size of a target; None if its hidden size allows no such heads."""
         heads, remainder = initial.num_attention_heads, hidden % initial.num_attention_heads
         if self.heads == "follow":
             heads, remainder = divmod(hidden * initial.num_attention_heads, initial.hidden_size)
@@ -197,9 +194,7 @@ class ConfigSpace:
         kv_heads, remainder = divmod(heads * initial.num_key_value_heads, initial.num_attention_heads)
         if self.kv_heads is not None:
             kv_heads, remainder = self.kv_heads, heads % self.kv_heads
-        head_dim = (
-            initial.head_dim
-            if self.heads == "follow"
-            else hidden // heads * initial.head_dim // (initial.hidden_size // initial.num_attention_heads)
-        )
+        head_dim = initial.head_dim
+        if self.heads == "fixed":
+            head_dim = hidden // heads * head_dim // (initial.hidden_size // initial.num_attention_heads)
         return None if remainder or head_dim % 2 else (heads, kv_heads, head_dim)

@@ -1,145 +1,143 @@
-"""Many structures at once: `DimsArray`, and what they cost: `Structures`."""
+"""Many structures at once: `DimsArray` holds their sizes, `DimsTable` adds what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from ..cost.flops import DEFAULT_CONFIG, count_parameters, flops_per_token, paper_params
+from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_paper_params, count_parameters
 from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
-from ..dims import ModelDims
+from ..dims import IntArray, ModelConfig, ModelDims
 from ..errors import PlanError
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+#: Whatever numpy accepts in square brackets.
+Index: TypeAlias = Any
 
 
 @dataclass(frozen=True)
 class DimsArray:
-    """Many structures at once: `ModelDims` whose fields are integer arrays of one shape."""
+    """Many structures: `ModelDims` whose fields are integer arrays of one shape."""
 
-    hidden_size: np.ndarray
-    intermediate_size: np.ndarray
-    num_hidden_layers: np.ndarray
-    num_attention_heads: np.ndarray
-    num_key_value_heads: np.ndarray
-    head_dim: np.ndarray
+    hidden_size: IntArray
+    intermediate_size: IntArray
+    num_hidden_layers: IntArray
+    num_attention_heads: IntArray
+    num_key_value_heads: IntArray
+    head_dim: IntArray
 
     @classmethod
     def of(cls, structures: Sequence[ModelDims]) -> DimsArray:
-        """The arrays of a list of structures, shape [structures]."""
+        """Build the arrays from a list of structures, shape [structures]."""
         names = [item.name for item in fields(cls)]
         return cls(**{name: np.array([getattr(dims, name) for dims in structures], dtype=np.int64) for name in names})
 
-    def at(self, index: Any) -> ModelDims:
-        """The structure at one index."""
+    def at(self, index: Index) -> ModelDims:
+        """Return the structure at one index."""
         return ModelDims(**{item.name: int(getattr(self, item.name)[index]) for item in fields(self)})
 
-    def __getitem__(self, index: Any) -> DimsArray:
-        """Some of the structures, or another shape of them, by numpy's rules."""
+    def __getitem__(self, index: Index) -> DimsArray:
+        """Index or reshape, with numpy semantics."""
         return DimsArray(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
 
     def __len__(self) -> int:
         return len(self.hidden_size)
 
     @property
-    def loadable(self) -> np.ndarray:
-        """Where transformers would build the structure: heads divide hidden, key/value heads divide heads."""
+    def loadable(self) -> BoolArray:
+        """Whether transformers would build each structure: heads divide hidden, key/value heads divide heads."""
         heads, kv_heads = np.maximum(self.num_attention_heads, 1), np.maximum(self.num_key_value_heads, 1)
-        whole = (self.hidden_size % heads == 0) & (heads % kv_heads == 0) & (self.head_dim % 2 == 0)
-        return whole & (self.num_attention_heads > 0)
+        divisible = (self.hidden_size % heads == 0) & (heads % kv_heads == 0) & (self.head_dim % 2 == 0)
+        return divisible & (self.num_attention_heads > 0)
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What the cost and the loss of a structure follow from.
+class CostInputs:
+    """Everything besides its sizes that decides the cost and the predicted loss of a structure.
 
     Args:
-        config: what growth leaves alone (`ConfigSpace.config`).
-        sequence_length: tokens of a training sequence.
-        cost_model: hours of the hardware; None where no objective asks for them.
-        law: predicts losses.
+        config: settings that growth does not change (`ConfigSpace.config`).
+        sequence_length: tokens per training sequence.
+        cost_model: device hours of the hardware; None if no objective needs them.
+        law: scaling law that predicts losses.
     """
 
-    config: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_CONFIG))
+    config: ModelConfig = field(default_factory=lambda: DEFAULT_CONFIG)
     sequence_length: int = 2048
     cost_model: CostModel | None = None
     law: ScalingLaw = field(default_factory=ScalingLaw)
 
 
-class Structures:
-    """Structures side by side, and what they cost: float64 arrays, each computed when it is first asked for.
+class DimsTable:
+    """Structures and their costs: float64 arrays of one shape, each computed on first use.
 
     Args:
-        dims: arrays of one shape.
-        prices: see there.
+        dims: sizes of the structures.
+        inputs: see `CostInputs`.
     """
 
-    def __init__(self, dims: DimsArray, prices: Prices) -> None:
+    def __init__(self, dims: DimsArray, inputs: CostInputs) -> None:
         self.dims = dims
-        self.prices = prices
+        self.inputs = inputs
 
-    def __len__(self) -> int:
-        return len(self.dims)
-
-    def take(self, index: np.ndarray) -> Structures:
-        """Some of them, in any order and as often as asked for; what has been computed here is not computed again."""
-        return _Taken(self, index)
+    def select(self, index: Index) -> DimsTable:
+        """Index with numpy semantics. Costs are looked up in this table, so none is computed twice."""
+        return _Selection(self, index)
 
     @cached_property
-    def paper_params(self) -> np.ndarray:
-        """Parameters as the paper's objective counts them, `cost.paper_params`."""
-        return self._figure("paper_params", lambda: paper_params(self.dims))
+    def paper_params(self) -> FloatArray:
+        """Parameters as the paper's objective counts them, see `count_paper_params`."""
+        return self._column("paper_params", lambda: count_paper_params(self.dims))
 
     @cached_property
-    def parameters(self) -> np.ndarray:
+    def parameters(self) -> FloatArray:
         """All parameters."""
-        return self._figure("parameters", lambda: count_parameters(self.dims, self.prices.config))
+        return self._column("parameters", lambda: count_parameters(self.dims, self.inputs.config))
 
     @cached_property
-    def flops_per_token(self) -> np.ndarray:
-        """Training FLOPs of a token."""
-        prices = self.prices
-        return self._figure(
-            "flops_per_token", lambda: flops_per_token(self.dims, prices.config, prices.sequence_length)
-        )
+    def flops_per_token(self) -> FloatArray:
+        """Training FLOPs per token."""
+        config, length = self.inputs.config, self.inputs.sequence_length
+        return self._column("flops_per_token", lambda: count_flops_per_token(self.dims, config, length))
 
     @cached_property
-    def loss_floor(self) -> np.ndarray:
-        """The loss after endless training."""
-        return self._figure("loss_floor", lambda: self.prices.law.floor(self.parameters))
+    def loss_floor(self) -> FloatArray:
+        """Predicted loss after unlimited training."""
+        return self._column("loss_floor", lambda: self.inputs.law.floor(self.parameters))
 
     @cached_property
-    def hours_per_token(self) -> np.ndarray:
-        """Device hours of a token.
+    def hours_per_token(self) -> FloatArray:
+        """Device hours per token.
 
         Raises:
             PlanError: without a cost model.
         """
-        cost_model = self.prices.cost_model
+        cost_model = self.inputs.cost_model
         if cost_model is None:
-            raise PlanError("hours need a cost model: give that of `slop calibrate`, or paper.cost_model()")
-        return self._figure("hours_per_token", lambda: cost_model.hours(self.flops_per_token, 1.0))
+            raise PlanError("hours need a cost model: measure one with `slop calibrate`, or use the paper's")
+        return self._column("hours_per_token", lambda: cost_model.hours(self.flops_per_token, 1.0))
 
-    def _figure(self, name: str, compute: Callable[[], Any]) -> np.ndarray:
+    def _column(self, name: str, compute: Callable[[], npt.ArrayLike]) -> FloatArray:
         return np.asarray(compute(), dtype=np.float64)
 
 
-class _Taken(Structures):
-    """Structures taken out of others."""
+class _Selection(DimsTable):
+    """Part of another table."""
 
-    def __init__(self, whole: Structures, index: np.ndarray) -> None:
-        self.prices = whole.prices
-        self._whole, self._index = whole, index
-
-    def __len__(self) -> int:
-        return len(self._index)
+    def __init__(self, table: DimsTable, index: Index) -> None:
+        self.inputs = table.inputs
+        self._table, self._index = table, index
 
     @cached_property
     def dims(self) -> DimsArray:  # type: ignore[override]
-        return self._whole.dims[self._index]
+        return self._table.dims[self._index]
 
-    def _figure(self, name: str, compute: Callable[[], Any]) -> np.ndarray:
-        return np.asarray(getattr(self._whole, name)[self._index])
+    def _column(self, name: str, compute: Callable[[], npt.ArrayLike]) -> FloatArray:
+        return np.asarray(getattr(self._table, name)[self._index])
