@@ -1,4 +1,4 @@
-"""Data of the paper's benchmarks in the columns of their datasets: a few made-up rows; of BBH what lm-eval has."""
+"""Data for the paper's benchmarks in the columns of their data sets: a few made-up rows, and lm-eval's for BBH."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _gsm8k() -> dict[str, list[dict[str, Any]]]:
 
 
 def _bbh() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The examples that each task of the group shows the model, as its questions."""
+    """Return the few-shot examples of each task of the group, as its questions."""
     import lm_eval.tasks
 
     found = {}

@@ -1,4 +1,4 @@
-"""Exact perplexity, against a reference that goes token by token."""
+"""Exact perplexity, compared with a reference that is computed token by token."""
 
 import math
 
@@ -8,12 +8,12 @@ from benchmark_data import TEXTS
 
 from slop_hf.data import DataConfig, Mixture, Source, prepare_data
 from slop_hf.errors import EvaluationError
-from slop_hf.evaluation.held_out import HeldOut, perplexity_of
+from slop_hf.evaluation.held_out import HeldOut, measure_perplexity
 from slop_hf.training.ranks import Ranks
 
 
 def losses(model, ids):
-    """The loss of every token of one block but the first, in float64 from the logits on."""
+    """Return the loss of every token of a block except the first, in float64 from the logits on."""
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits[0].double()
     return [-float(row.log_softmax(-1)[token]) for row, token in zip(logits[:-1], ids[1:], strict=True)]
@@ -26,11 +26,11 @@ def reference(model, blocks):
 
 @pytest.fixture(scope="module")
 def two(tokenizer):
-    return HeldOut.of_texts({"a": TEXTS[0], "b": TEXTS[1][:200]}, tokenizer, 32)
+    return HeldOut.from_texts({"a": TEXTS[0], "b": TEXTS[1][:200]}, tokenizer, 32)
 
 
 def test_it_is_exact_over_all_tokens(model, two):
-    record = perplexity_of(model, two, batch_size=4)
+    record = measure_perplexity(model, two, batch_size=4)
     every = [block for blocks in two.sources.values() for block in blocks]
     assert len({len(block["input_ids"]) for block in every}) == 3  # last blocks are shorter, and count for less
     assert record.metrics["loss"] == pytest.approx(reference(model, every), rel=1e-6)
@@ -42,11 +42,11 @@ def test_it_is_exact_over_all_tokens(model, two):
 
 
 def test_it_does_not_depend_on_the_batch_size(model, two):
-    found = [perplexity_of(model, two, batch_size=size).metrics["loss"] for size in (1, 2, 5, 64, "auto")]
+    found = [measure_perplexity(model, two, batch_size=size).metrics["loss"] for size in (1, 2, 5, 64, "auto")]
     assert max(found) - min(found) < 1e-6 * found[0]
 
 
-def test_what_auto_does_without_memory(model, two, monkeypatch):
+def test_auto_halves_the_batch_until_it_fits(model, two, monkeypatch):
     sizes, forward = [], model.forward
 
     def scarce(input_ids, **kwargs):
@@ -55,29 +55,29 @@ def test_what_auto_does_without_memory(model, two, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return forward(input_ids, **kwargs)
 
-    expected = perplexity_of(model, two, batch_size=3).metrics
+    expected = measure_perplexity(model, two, batch_size=3).metrics
     monkeypatch.setattr(model, "forward", scarce)
-    assert perplexity_of(model, two).metrics == expected and sizes[0] == 8
+    assert measure_perplexity(model, two).metrics == expected and sizes[0] == 8
 
 
 def test_ranks_share_the_blocks(model, two):
     gathered = []
 
     class Rank(Ranks):
-        def all_gather(self, value):
+        def gather_all(self, value):
             gathered.append(value)
             return gathered
 
-    alone = perplexity_of(model, two, batch_size=1).metrics
+    alone = measure_perplexity(model, two, batch_size=1).metrics
     for rank in range(3):
-        together = perplexity_of(model, two, batch_size=1, ranks=Rank(rank, 3)).metrics
+        together = measure_perplexity(model, two, batch_size=1, ranks=Rank(rank, 3)).metrics
     assert together == pytest.approx(alone, rel=1e-12)
     tokens = [[tokens for _, tokens in one.values()] for one in gathered]
     assert all(sum(of_rank) < sum(map(sum, tokens)) / 2 for of_rank in tokens)
 
 
 def test_a_limit_takes_the_first_blocks_of_each_source(model, two):
-    record = perplexity_of(model, two, limit=2)
+    record = measure_perplexity(model, two, limit=2)
     chosen = [block for blocks in two.sources.values() for block in blocks[:2]]
     assert record.limit == 2 and record.documents == 4
     assert record.metrics["loss"] == pytest.approx(reference(model, chosen), rel=1e-6)
@@ -106,17 +106,18 @@ def corpus(tmp_path_factory, model_dir):
 
 def test_sources_are_weighted_as_the_mixture_is(model, corpus):
     data = corpus()
-    metrics = perplexity_of(model, HeldOut.of_corpus(data)).metrics
+    metrics = measure_perplexity(model, HeldOut.from_corpus(data)).metrics
     for name, source in data.sources.items():
         blocks = [source.held_out[index] for index in range(len(source.held_out))]
         assert metrics[f"loss/{name}"] == pytest.approx(reference(model, blocks), rel=1e-6)
     assert metrics["loss"] == pytest.approx(0.9 * metrics["loss/web"] + 0.1 * metrics["loss/books"], rel=1e-12)
 
 
-def test_masked_documents_are_predicted_by_themselves(model, corpus, tokenizer):
-    held_out = HeldOut.of_corpus(corpus(document_mask=True))
-    record = perplexity_of(model, held_out, batch_size=3)
-    assert record.metrics["loss"] != pytest.approx(perplexity_of(model, HeldOut.of_corpus(corpus())).metrics["loss"])
+def test_masked_documents_are_predicted_independently(model, corpus, tokenizer):
+    held_out = HeldOut.from_corpus(corpus(document_mask=True))
+    record = measure_perplexity(model, held_out, batch_size=3)
+    unmasked = measure_perplexity(model, HeldOut.from_corpus(corpus()))
+    assert record.metrics["loss"] != pytest.approx(unmasked.metrics["loss"])
     found = []
     for index in range(len(blocks := held_out.sources["web"])):
         ids = blocks[index]["input_ids"]
@@ -130,26 +131,26 @@ def test_masked_documents_are_predicted_by_themselves(model, corpus, tokenizer):
 def test_other_cuts_and_texts_have_other_fingerprints(corpus, tokenizer, two):
     texts = {"a": TEXTS[0]}
     found = {
-        HeldOut.of_corpus(corpus()).fingerprint,
-        HeldOut.of_corpus(corpus(document_mask=True)).fingerprint,
+        HeldOut.from_corpus(corpus()).fingerprint,
+        HeldOut.from_corpus(corpus(document_mask=True)).fingerprint,
         two.fingerprint,
-        HeldOut.of_texts(texts, tokenizer, 32).fingerprint,
-        HeldOut.of_texts(texts, tokenizer, 64).fingerprint,
+        HeldOut.from_texts(texts, tokenizer, 32).fingerprint,
+        HeldOut.from_texts(texts, tokenizer, 64).fingerprint,
     }
     assert len(found) == 5
 
 
-def test_what_cannot_be_measured(model, tokenizer, tmp_path, model_dir):
+def test_unmeasurable_text_is_refused(model, tokenizer, tmp_path, model_dir):
     with pytest.raises(EvaluationError, match="empty has no text to predict"):
-        HeldOut.of_texts({"empty": " \n"}, tokenizer, 32)
+        HeldOut.from_texts({"empty": " \n"}, tokenizer, 32)
     with pytest.raises(EvaluationError, match="block_size must be at least 2"):
-        HeldOut.of_texts({"a": "text"}, tokenizer, 1)
-    long = HeldOut.of_texts({"a": " ".join(TEXTS * 3)}, tokenizer, 2000)
+        HeldOut.from_texts({"a": "text"}, tokenizer, 1)
+    long = HeldOut.from_texts({"a": " ".join(TEXTS * 3)}, tokenizer, 2000)
     with pytest.raises(EvaluationError, match=r"the model reads 1024: cut shorter ones"):
-        perplexity_of(model, long)
+        measure_perplexity(model, long)
     (tmp_path / "a.txt").write_text("the door was red " * 50)
     none = DataConfig(
         source=str(tmp_path / "a.txt"), tokenizer=str(model_dir), block_size=8, held_out=0, cache_dir=str(tmp_path)
     )
     with pytest.raises(EvaluationError, match="no block of the data is held out"):
-        HeldOut.of_corpus(prepare_data(none, progress=False))
+        HeldOut.from_corpus(prepare_data(none, progress=False))

@@ -1,4 +1,4 @@
-"""Stages of a launch with two ranks are scored on the first, whatever holds the model in training."""
+"""Stages of a two-rank launch are scored on the first rank, under DDP and ZeRO-3."""
 
 import os
 import subprocess

@@ -4,9 +4,9 @@ import pytest
 from benchmark_data import TEXTS
 
 from slop_hf.errors import EvaluationError
-from slop_hf.evaluation.held_out import HeldOut, perplexity_of
+from slop_hf.evaluation.held_out import HeldOut, measure_perplexity
 from slop_hf.evaluation.measurements import path_of
-from slop_hf.report.summary import marginal_utility
+from slop_hf.report.summary import compute_marginal_utility
 
 evaluate = pytest.importorskip("evaluate")
 
@@ -18,7 +18,8 @@ def load(tmp_path, no_network):
 
 def test_perplexity(load, model, model_dir, tokenizer):
     found = load("perplexity").compute(data=TEXTS, model_id=str(model_dir), block_size=32, batch_size=3)
-    expected = perplexity_of(model, HeldOut.of_texts(dict(zip("ab", TEXTS, strict=True)), tokenizer, 32)).metrics
+    held_out = HeldOut.from_texts(dict(zip("ab", TEXTS, strict=True)), tokenizer, 32)
+    expected = measure_perplexity(model, held_out).metrics
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found["perplexities"] == [pytest.approx(expected[f"perplexity/{name}"], rel=1e-6) for name in "ab"]
@@ -32,9 +33,9 @@ def test_perplexity_of_one_text(load, model_dir):
 def test_marginal_utility(load):
     perplexities, hours = [40.0, 30.0, 32.0, 27.0], [2.0, 4.0, 5.0]
     found = load("marginal_utility").compute(data=perplexities, hours=hours)
-    assert found == {"marginal_utility": marginal_utility(perplexities, hours)}
+    assert found == {"marginal_utility": compute_marginal_utility(perplexities, hours)}
 
 
 def test_an_unknown_one():
-    with pytest.raises(EvaluationError, match="there are marginal_utility, perplexity"):
+    with pytest.raises(EvaluationError, match="choose one of marginal_utility, perplexity"):
         path_of("bleu")

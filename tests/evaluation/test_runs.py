@@ -1,4 +1,4 @@
-"""Scores of a run's stages, beside the stages, against what the trainer measured itself."""
+"""Scores of a run's stages, compared with the losses that training measured."""
 
 import re
 import shutil
@@ -22,8 +22,8 @@ from slop_hf.data import load_tokenizer
 from slop_hf.errors import EvaluationError, RunError
 from slop_hf.evaluation import runs
 from slop_hf.evaluation.held_out import HeldOut
-from slop_hf.evaluation.runs import utility_of
-from slop_hf.growth import weights_hash
+from slop_hf.evaluation.runs import compute_run_utility
+from slop_hf.growth import hash_weights
 from slop_hf.report import summarise
 from slop_hf.runs.directory import EVAL_FILE
 from slop_hf.runs.records import EvalRecord
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def settings(config, tmp_path):
     def make(**more):
-        held_out = HeldOut.of_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
+        held_out = HeldOut.from_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
         return EvalSettings(
             **{"tasks": "perplexity", "held_out": held_out, "cache_dir": tmp_path / "results", "device": "cpu", **more}
         )
@@ -61,7 +61,7 @@ def train(config):
 
 @pytest.fixture
 def run(train, settings, trained, tmp_path):
-    """A run that was scored while it trained: trained for the first test that wants it, and copied."""
+    """A copy of a run that was scored while it trained; trained for the first test that needs it."""
     if not trained.exists():
         train(EvaluateStages(settings(), after_growth=True), trained)
     return RunDirectory(shutil.copytree(trained, tmp_path / "run"))
@@ -82,20 +82,20 @@ def test_stages_have_the_losses_that_training_measured(run, settings):
         grown = [] if number == 0 else [pytest.approx(record.eval_loss_after_growth, rel=1e-5)]
         assert losses(found[number], "after_growth") == grown
         assert run.evaluations(number) == found[number]
-    assert utility_of(run, found) == pytest.approx(summarise(run).marginal_utility, rel=1e-3)
+    assert compute_run_utility(run, found) == pytest.approx(summarise(run).marginal_utility, rel=1e-3)
     assert len({one.weights_hash for records in found.values() for one in records}) == 5
     after = {path for path in run.path.rglob("*") if path.is_file()}
     assert after - set(before) == {run.stage_dir(number) / EVAL_FILE for number in range(3)}
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_what_is_scored_after_growth_has_the_bits_that_training_began_with(run):
+def test_models_scored_after_growth_have_the_bits_that_training_began_with(run):
     for number, record in enumerate(run.records()[1:], start=1):
         small = AutoModelForCausalLM.from_pretrained(run.stage_dir(number - 1), dtype="auto")
         drawn = {"seed": record.growth_seed, "noise": record.growth_noise}
         grown = grow_model(small, record.operators[0], record.dims, init=record.init, **drawn)
         scored = next(one for one in run.evaluations(number) if one.when == "after_growth")
-        assert scored.weights_hash == weights_hash(grown.named_parameters())
+        assert scored.weights_hash == hash_weights(grown.named_parameters())
         assert drawn == {"seed": 7 + number, "noise": 2.0}
 
 
@@ -110,15 +110,15 @@ def test_other_records_are_kept(run, settings):
     assert run.evaluations(1) == [others[0], limited, record]
 
 
-def test_runs_and_stages_that_are_not_there(run, settings, tmp_path):
+def test_missing_runs_and_stages_are_refused(run, settings, tmp_path):
     chosen = settings()
     with pytest.raises(RunError, match="is not a run"):
         evaluate_run(tmp_path / "none", chosen)
-    with pytest.raises(RunError, match=r"stage 3 of .* has not finished; finished are 0 to 2"):
+    with pytest.raises(RunError, match="has no finished stage 3: choose one from 0 to 2"):
         evaluate_run(run, chosen, stages=[0, 3])
     for number in range(3):
         run.stage_dir(number).rename(run.path / f"gone-{number}")
-    with pytest.raises(RunError, match="has no finished stage to evaluate"):
+    with pytest.raises(RunError, match="has no finished stage yet"):
         evaluate_run(run, chosen)
 
 
@@ -127,11 +127,11 @@ def test_stages_are_scored_while_the_run_trains(run):
     assert [[one.when for one in run.evaluations(number)] for number in range(3)] == [["end"], both, both]
 
 
-def test_what_fails_does_not_stop_the_run_nor_change_it(run, train, settings, monkeypatch, tmp_path):
+def test_a_failed_evaluation_neither_stops_nor_changes_the_run(run, train, settings, monkeypatch, tmp_path):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(runs, "score_all", fails)
+    monkeypatch.setattr(runs, "score_tasks", fails)
     failed = train(EvaluateStages(settings(), after_growth=True), tmp_path / "failed")
     assert failed.is_finished
     for number in range(3):
@@ -150,7 +150,7 @@ def test_unknown_tasks_are_refused_before_training():
     "changes, said",
     [
         (["evaluation.tasks=[perplexity, pika]"], "no task 'pika'"),
-        (["evaluation.tasks=perplexity", "evaluation.limit=0"], "limit must be a whole number of at least 1, got 0"),
+        (["evaluation.tasks=perplexity", "evaluation.limit=0"], "limit must be a whole number, 1 or more, got 0"),
         (["evaluation.tasks=piqa", "evaluation.datasets=nowhere"], "datasets .*nowhere: no such directory"),
         (["evaluation.task=piqa"], "unknown key 'evaluation.task'"),
         (["evaluation.limit=10"], "missing key 'evaluation.tasks'"),
@@ -158,17 +158,17 @@ def test_unknown_tasks_are_refused_before_training():
         (["evaluation.tasks=perplexity", "data.held_out=0"], "no block of the data is held out"),
     ],
 )
-def test_what_a_run_cannot_be_scored_on_is_refused_before_it_trains(config, error_of, tmp_path, changes, said):
+def test_a_wrong_evaluation_section_is_refused_before_training(config, error_of, tmp_path, changes, said):
     if "pika" in said:
         pytest.importorskip("lm_eval")
     settings = [part for change in changes for part in ("--set", change)]
     assert re.search(said, error_of("train", config, "-o", tmp_path / "run", *settings))
     assert not RunDirectory(tmp_path / "run").exists
-    # Data may take hours to tokenize: only what they have to be known for comes after them.
+    # Tokenizing may take hours: only what depends on the data is refused after it.
     assert (tmp_path / "cache").exists() is ("held out" in said)
 
 
-def test_a_run_that_names_no_tasks_is_not_scored(config):
+def test_a_run_without_tasks_is_not_scored(config):
     assert EvaluateStages.of_run(RunConfig.from_yaml(config)) is None
 
 
@@ -176,13 +176,13 @@ def test_tasks_of_a_run_and_its_own_held_out_text(config, datasets_dir):
     asked = {"tasks": ["perplexity", "piqa"], "limit": 3, "datasets": str(datasets_dir), "after_growth": True}
     found = EvaluateStages.of_run(RunConfig.from_yaml(config, {"evaluation": asked}))
     assert found.after_growth and (found.settings.tasks, found.settings.limit) == (("perplexity", "piqa"), 3)
-    held_out = HeldOut.of_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
+    held_out = HeldOut.from_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
     assert found.settings.held_out.fingerprint == held_out.fingerprint
 
 
 def test_perplexity_of_texts_and_tasks_together(run, settings, datasets_dir):
-    texts = HeldOut.of_texts({"a": TEXTS[0]}, load_tokenizer(run.stage_dir(0)), 32)
+    texts = HeldOut.from_texts({"a": TEXTS[0]}, load_tokenizer(run.stage_dir(0)), 32)
     both = settings(tasks=("perplexity", "piqa"), held_out=texts, datasets=datasets_dir, limit=2)
     found = evaluate_run(run, both, stages=[2])
     assert [one.task for one in found[2]] == ["perplexity", "piqa"]
-    assert utility_of(run, found) is None
+    assert compute_run_utility(run, found) is None

@@ -1,4 +1,4 @@
-"""Stages published while a run trains: training neither waits for the Hub nor fails by it."""
+"""Stages published while a run trains: training neither waits for the Hub nor fails because of it."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from slop_hf import PublishCallback, RunConfig, RunDirectory, build_trainer, publish_run
 from slop_hf.errors import HubError, RunError
-from slop_hf.report.tables import significant
+from slop_hf.io.units import format_significant
 from slop_hf.training.callbacks import StageCallback
 
 REPO = "tester/grown"
@@ -57,7 +57,7 @@ def test_a_run_is_published_while_it_trains_over_a_failing_hub(finished, hub, tm
     assert hub.token not in said and not any(hub.token.encode() in content for content in files + sent)
 
 
-def test_what_a_stage_scores_in_training_is_published_with_it(finished, hub, tmp_path, output_of):
+def test_scores_of_a_stage_are_published_with_it(finished, hub, tmp_path, output_of):
     _, config = finished
     asked = {
         "training.push_to_hub": "true",
@@ -71,31 +71,31 @@ def test_what_a_stage_scores_in_training_is_published_with_it(finished, hub, tmp
     assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
     for number, name in enumerate([*STAGES, "main"]):
         files = hub.repos[REPO].files(name)
-        scored = json.loads(files["growth.json"])["evaluations"]
+        scored = json.loads(files["lineage.json"])["evaluations"]
         assert [(one["task"], one["when"]) for one in scored] == [
             ("perplexity", when) for when in (["after_growth", "end"] if number else ["end"])
         ]
-        assert f"| perplexity | perplexity | {significant(scored[-1]['metrics']['perplexity'])} |" in (
+        assert f"| perplexity | perplexity | {format_significant(scored[-1]['metrics']['perplexity'])} |" in (
             files["README.md"].decode()
         )
 
 
-def test_who_publishes_hears_of_a_stage_last(finished, tmp_path):
-    heard = []
+def test_publishing_callbacks_are_called_last(finished, tmp_path):
+    calls = []
 
     class Listener(StageCallback):
         def __init__(self, publishes):
             self.publishes = publishes
 
         def on_stage_written(self, run, stage, ranks):
-            heard.append((stage, self.publishes))
+            calls.append((stage, self.publishes))
 
     run_config = RunConfig.from_yaml(finished[1])
     build_trainer(run_config, tmp_path / "run", callbacks=[Listener(True), Listener(False)]).train()
-    assert heard == [(0, False), (0, True), (1, False), (1, True), (2, False), (2, True)]
+    assert calls == [(0, False), (0, True), (1, False), (1, True), (2, False), (2, True)]
 
 
-def test_what_could_not_be_sent_is_kept_and_sent_later(finished, hub, api, tmp_path):
+def test_unsent_stages_are_kept_and_sent_later(finished, hub, api, tmp_path):
     run, config = finished
     hub.fail(r"POST .*/commit/stage-1", 403, 100)
     publishing = PublishCallback(REPO, api=api, retries=QUICK)
@@ -123,14 +123,14 @@ def test_training_does_not_wait_for_the_hub(finished, hub, api, tmp_path, monkey
     publishing = PublishCallback(REPO, api=api, retries=QUICK, patience=0.05)
     trainer(config, tmp_path / "run", publishing).train()
     assert RunDirectory(tmp_path / "run").is_finished and not hub.repos[REPO].messages
-    assert f"not published: {STAGES[0]} (still on its way)" in publishing.finish()
+    assert f"not published: {STAGES[0]} (still being sent)" in publishing.finish()
     release.set()
     publishing.patience = 30
     assert "not published" not in publishing.finish()
     assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
 
 
-def test_a_hub_that_is_not_there_stops_nothing(finished, tmp_path):
+def test_an_unreachable_hub_stops_nothing(finished, tmp_path):
     run, config = finished
     publishing = PublishCallback(REPO, api=HfApi("http://127.0.0.1:9", token="hf_x"), retries=QUICK)
     trainer(config, tmp_path / "run", publishing).train()
@@ -155,7 +155,9 @@ def test_a_run_that_had_finished_is_published_at_the_end(finished, hub, api, tmp
     assert not publishing.published
     publishing.finish()
     assert sorted(publishing.published) == [0, 1, 2]
-    with pytest.raises(HubError, match="no checkpoints; expected one of every_save, end"):
+    with pytest.raises(
+        HubError, match="are published, no checkpoints; expected one of every_save, end"
+    ):
         PublishCallback.from_arguments({"hub_strategy": "checkpoint"})
 
 

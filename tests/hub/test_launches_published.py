@@ -1,4 +1,4 @@
-"""A launch on two ranks publishes each stage once, and its first rank does it alone."""
+"""A two-rank launch publishes each stage once, from its first rank."""
 
 import subprocess
 import sys
@@ -33,9 +33,9 @@ def test_two_ranks_publish_each_stage_once(hub, api, tmp_path):
     assert done.stdout.count(f"published to {REPO}: {', '.join(STAGES)}") == 1 and "not published" not in done.stdout
 
     assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
-    # A second rank would have asked for the repository too, and looked at what it found there.
+    # A second rank would have created the repository too, and read the lineage that it found there.
     assert hub.requests.count("POST /api/repos/create") == 1
-    assert not any(request.endswith("growth.json") for request in hub.requests)
+    assert not any(request.endswith("lineage.json") for request in hub.requests)
     assert [record.devices for record in RunDirectory(output).records()] == [2, 2, 2]
     for name in STAGES:
         fetched = fetch_stage(f"{REPO}@{name}", api).path

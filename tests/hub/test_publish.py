@@ -1,4 +1,4 @@
-"""Stages published to a Hub that fails now and then: each once, whole or not at all."""
+"""Stages published to a Hub that sometimes fails: each arrives once, whole or not at all."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ FILES = {
     "README.md",
     "config.json",
     "generation_config.json",
-    "growth.json",
+    "lineage.json",
     "loss.png",
     "model.safetensors",
     "tokenizer.json",
@@ -52,10 +52,10 @@ def test_every_stage_is_a_branch_and_the_last_is_main(finished, hub, api):
     assert not any(one.is_new for one in again) and len(repo.messages) == 4
 
 
-def test_growth_json_and_the_card_tell_where_a_stage_comes_from(finished, hub, api):
+def test_lineage_and_card_of_a_stage(finished, hub, api):
     run, _ = finished
     publish(run, api, base_model="somebody/seed")
-    first, second, _ = (json.loads(hub.repos[REPO].files(name)["growth.json"]) for name in STAGES)
+    first, second, _ = (json.loads(hub.repos[REPO].files(name)["lineage.json"]) for name in STAGES)
     assert "parent" not in first and second["parent"] == {
         "revision": STAGES[0],
         "weights_hash": first["weights_hash"],
@@ -70,12 +70,12 @@ def test_growth_json_and_the_card_tell_where_a_stage_comes_from(finished, hub, a
     assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]
     for needed in (f'revision="{STAGES[1]}"', "AutoTokenizer", "loss.png", f"slop train RUN.yaml --from {REPO}@"):
         assert needed in card.text
-    assert "here in the order layer, ffn." in card.text
-    assert "stage-2-ffn comes after it in the run's schedule" in card.text
+    assert "This run grows layer, then ffn." in card.text
+    assert "Stage: intermediate; the run continues with stage-2-ffn" in card.text
     assert card.text.count("\n| 0 |") == card.text.count("\n| 1 |") == 1 and "\n| 2 |" not in card.text
 
 
-def test_failures_that_pass_are_outlasted_and_nothing_comes_twice(finished, hub, api):
+def test_transient_failures_are_retried_and_nothing_is_sent_twice(finished, hub, api):
     run, _ = finished
     for pattern, how, times in [
         ("POST /api/repos/create", 500, 1),
@@ -110,7 +110,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(finished, hub, api, mo
     assert lost and [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
 
 
-def test_what_fails_before_the_commit_leaves_no_file(finished, hub, api):
+def test_a_failure_before_the_commit_leaves_no_file(finished, hub, api):
     run, _ = finished
     hub.fail(r"POST .*/commit/stage-0", 500, 100)
     with pytest.raises(HubError, match="can be tried again"):
@@ -134,7 +134,7 @@ def test_a_publisher_that_is_killed_leaves_no_file(finished, hub, api):
     assert publish_stage(run, 0, REPO, api=api, retries=QUICK)[0].is_new
 
 
-def test_results_that_come_later_are_published_then(finished, hub, api, tmp_path):
+def test_later_results_are_published_by_the_next_call(finished, hub, api, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     publish(run, api)
     scored = {"task": "arc_easy", "metrics": {"acc": 0.25}, "stderr": {"acc": 0.01}, "documents": 100}
@@ -169,17 +169,17 @@ assert final.config.intermediate_size == 48
     assert done.returncode == 0, done.stderr
 
 
-def test_what_cannot_be_published_is_refused_in_words(finished, hub, api, tmp_path):
+def test_failures_are_explained(finished, hub, api, tmp_path):
     run, _ = finished
     with pytest.raises(RunError, match="is not a run"):
         publish(tmp_path, api)
-    with pytest.raises(RunError, match="no finished stage 7: give one from 0 to 2"):
+    with pytest.raises(RunError, match="no finished stage 7: choose one from 0 to 2"):
         publish(run, api, stages=[0, 7])
     empty = tmp_path / "empty"
     RunDirectory(run).schedule.to_yaml(empty / "schedule.yaml")
-    with pytest.raises(RunError, match="no finished stage to publish"):
+    with pytest.raises(RunError, match="has no finished stage yet"):
         publish(empty, api)
-    with pytest.raises(HubError, match="is no name of a repository"):
+    with pytest.raises(HubError, match="is not a valid repository name"):
         list(publish_run(run, "a/b/c", api=api))
     assert not hub.repos
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_published_is_refused_in_words(finished, hub, api, tmp_pa
         list(publish_run(run, REPO, api=HfApi("http://127.0.0.1:9", token=hub.token), retries=QUICK))
 
 
-def test_what_belongs_to_others_is_not_overwritten(finished, hub, api, tmp_path):
+def test_repositories_of_others_are_not_overwritten(finished, hub, api, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     other = hub.make(REPO)
     other.commit("main", {"model.safetensors": b"mine"})
@@ -212,7 +212,7 @@ def test_what_belongs_to_others_is_not_overwritten(finished, hub, api, tmp_path)
         publish(run, api)
 
 
-def test_a_stage_that_is_not_what_was_written_is_not_published(finished, hub, api, tmp_path):
+def test_a_corrupted_stage_is_not_published(finished, hub, api, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     weights = run / STAGES[1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -220,18 +220,18 @@ def test_a_stage_that_is_not_what_was_written_is_not_published(finished, hub, ap
         publish_stage(run, 1, REPO, api=api)
 
 
-def test_a_stage_that_was_trained_anew_replaces_the_one_before(finished, hub, api, tmp_path):
+def test_a_stage_that_was_trained_again_replaces_the_earlier_one(finished, hub, api, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     publish(run, api)
     repo = hub.repos[REPO]
     repo.commit(STAGES[1], {**repo.files(STAGES[1]), "model-00001-of-00002.safetensors": b"older"})
-    growth = json.loads(repo.files(STAGES[1])["growth.json"])
-    repo.files(STAGES[1])["growth.json"] = json.dumps({**growth, "weights_hash": "older"}).encode()
+    growth = json.loads(repo.files(STAGES[1])["lineage.json"])
+    repo.files(STAGES[1])["lineage.json"] = json.dumps({**growth, "weights_hash": "older"}).encode()
     assert [one.is_new for one in publish_stage(run, 1, REPO, api=api)] == [True]
     assert repo.files(STAGES[1]).keys() == FILES
 
 
-def test_a_plan_tells_files_and_sizes_and_sends_nothing(finished, hub):
+def test_a_plan_lists_files_and_sizes_and_sends_nothing(finished, hub):
     run, _ = finished
     plan = plan_revision(run, 2, REPO)
     assert plan.branches == (STAGES[2], "main") and plan.sizes.keys() == FILES - {".gitattributes"}

@@ -1,4 +1,4 @@
-"""A run put back to the end of a stage: what moves, what stays, and that the run then goes on as it would have."""
+"""Rollback of a run to the end of a stage: what moves, what stays, and that training then continues as before."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,7 @@ LONGER = replace(SCHEDULE, stages=(LAYER, FFN, HIDDEN, GrowthStage(("layer",), L
 
 
 def write_run(path, *, finished=4, running=None, facts=(4, 4, 2, 2)):
-    """A run's directory, with the name of each stage in place of what it holds."""
+    """Write a run directory whose stages hold only a file with their name."""
     path.mkdir()
     SCHEDULE.to_yaml(path / "schedule.yaml")
     run = RunDirectory(path)
@@ -40,7 +40,7 @@ def write_run(path, *, finished=4, running=None, facts=(4, 4, 2, 2)):
 
 
 def content(path):
-    """Every file below a directory with its text, but for what was rolled back."""
+    """Return the text of every file below a directory, without those that were rolled back."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return {
         f"{file.relative_to(path)}": file.read_text()
@@ -104,7 +104,7 @@ def test_whether_the_optimizers_state_is_still_there(tmp_path, files):
     [(SHORTER, (4, 3)), (OTHER, (4, 3, 2)), (SCHEDULE, (4, 3, 2, 1)), (LONGER, (4, 3, 2, 1, 1))],
 )
 def test_another_schedule_after_the_stage(tmp_path, schedule, blocks):
-    """New stages take the batch of the run's last one; the schedule that was lies with the stages that were."""
+    """New stages take the batch size of the run's last one; the old schedule is kept with the moved stages."""
     run = write_run(tmp_path / "run", facts=(4, 3, 2, 1))
     plan = plan_rollback(run, 1, schedule)
     assert plan.schedule == schedule
@@ -115,7 +115,7 @@ def test_another_schedule_after_the_stage(tmp_path, schedule, blocks):
     assert RunFacts.load(now).batches(len(schedule.structures)) == blocks
 
 
-def test_a_finished_run_goes_further(tmp_path):
+def test_a_finished_run_can_be_extended(tmp_path):
     run = write_run(tmp_path / "run")
     plan = plan_rollback(run, 3, LONGER)
     assert plan.moved == ()
@@ -136,14 +136,14 @@ def test_a_run_of_a_release_without_facts_takes_another_schedule(tmp_path):
 @pytest.mark.parametrize(
     ("finished", "stage", "schedule", "message"),
     [
-        (2, 2, None, "stage 2 has not finished; finished are 0 to 1"),
-        (4, 4, None, "stage 4 has not finished; finished are 0 to 3"),
-        (4, -1, None, "stage -1 has not finished; finished are 0 to 3"),
-        (0, 0, None, "stage 0 has not finished; finished are none yet"),
+        (2, 2, None, "no finished stage 2: choose one from 0 to 1"),
+        (4, 4, None, "no finished stage 4: choose one from 0 to 3"),
+        (4, -1, None, "no finished stage -1: choose one from 0 to 3"),
+        (0, 0, None, "has no finished stage yet: let `slop train` finish its first one"),
         (4, 3, None, "ends with stage-3-hidden; there is nothing after it"),
         (2, 1, None, "ends with stage-1-layer; there is nothing after it"),
-        (4, 2, OTHER, r"differs from the run's in stage 2, which is to stay: .*'ffn'"),
-        (4, 2, SHORTER, "differs from the run's in stage 2, which is to stay: None"),
+        (4, 2, OTHER, r"differs from the run's in stage 2, which must stay the same: .*'ffn'"),
+        (4, 2, SHORTER, "differs from the run's in stage 2, which must stay the same: None"),
         (4, 1, replace(SCHEDULE, initial_tokens=1), "differs from the run's in stage 0"),
         (4, 1, GrowthSchedule(DEEP, (FFN,), TOKENS), "differs from the run's in stage 0"),
         (4, 1, replace(SCHEDULE, stages=(replace(LAYER, init="preserving"),)), "differs from the run's in stage 1"),
@@ -166,7 +166,7 @@ def test_no_run_is_refused(tmp_path):
 
 
 def killed_at_rename(monkeypatch, plan, number):
-    """Apply a plan in a process that dies before one of its moves."""
+    """Apply a plan in a process that is killed before one of its moves."""
     real, calls = Path.rename, []
 
     def rename(self, target):
@@ -183,10 +183,10 @@ def killed_at_rename(monkeypatch, plan, number):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("schedule", [None, OTHER])
-def test_killed_between_moves_it_can_be_done_again(tmp_path, monkeypatch, schedule, number):
-    """At no time is there a gap in the finished stages, and nothing is lost."""
+def test_a_rollback_killed_between_moves_can_be_repeated(tmp_path, monkeypatch, schedule, number):
+    """The finished stages never have a gap, and nothing is lost."""
     run = write_run(tmp_path / "run", finished=3, running=3)
-    (run.path / "stage-2-ffn.running").mkdir()  # left by a process that died as the stage was written
+    (run.path / "stage-2-ffn.running").mkdir()  # left by a process that died while the stage was written
     killed_at_rename(monkeypatch, plan_rollback(run, 1, schedule), number)
     left = RunDirectory(run.path)
     assert left.schedule == SCHEDULE and left.finished_stages == 3  # stage 2 moves last, and whole
@@ -201,7 +201,7 @@ def test_killed_between_moves_it_can_be_done_again(tmp_path, monkeypatch, schedu
 
 
 def train(path, schedule=SCHEDULE, **settings):
-    """Train or go on with a run of two steps a stage; its final weights."""
+    """Train or resume a run of two steps per stage, and return its final weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -232,8 +232,8 @@ def train(path, schedule=SCHEDULE, **settings):
     return trainer.model.state_dict()
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+def same(weights, expected):
+    return weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in weights)
 
 
 def losses(path):
@@ -242,7 +242,7 @@ def losses(path):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A finished run that keeps its optimizer's states, and its weights."""
+    """A finished run that keeps its optimizer states, and its weights."""
     path = tmp_path_factory.mktemp("first") / "run"
     return path, train(path, keep_optimizer_states=True)
 
@@ -252,8 +252,8 @@ def copied(first, tmp_path):
     return shutil.copytree(first[0], tmp_path / "run")
 
 
-def test_a_run_goes_on_from_where_it_was_put_back_to(first, copied):
-    """Twice, to ever earlier stages; with AdamW's state every time to the same end, bit for bit."""
+def test_a_run_continues_from_where_it_was_rolled_back_to(first, copied):
+    """Rolled back twice, to earlier and earlier stages; with AdamW's state it always ends with the same bits."""
     path, weights = first
     for number, stage in enumerate((1, 0), start=1):
         plan = plan_rollback(RunDirectory(copied), stage)
@@ -274,7 +274,7 @@ def test_without_the_optimizers_state_a_new_one_begins(first, copied):
     assert not same(weights, first[1]) and all(value.isfinite().all() for value in weights.values())
 
 
-def test_a_run_goes_on_by_another_schedule(first, copied):
+def test_a_run_continues_with_another_schedule(first, copied):
     plan_rollback(RunDirectory(copied), 1, OTHER).apply()
     with pytest.raises(RunError, match="holds a run of another schedule"):
         train(copied)
@@ -287,7 +287,7 @@ def test_a_run_goes_on_by_another_schedule(first, copied):
 
 
 def test_another_schedule_may_leave_inits_to_growth_init(tmp_path):
-    """As a first one may: its stages grow by the argument, whether they name an init or not."""
+    """A schedule may leave inits open, as the first one may: the argument then decides."""
     path = tmp_path / "run"
     train(path, growth_init="preserving")
     other = replace(SCHEDULE, stages=(LAYER, replace(FFN, tokens=2 * TOKENS)))

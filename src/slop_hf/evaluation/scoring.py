@@ -1,4 +1,4 @@
-"""`evaluate_model`: a model's scores, each from the cache where it is known."""
+"""`evaluate_model`: the scores of a model, taken from the cache if it has them."""
 
 from __future__ import annotations
 
@@ -9,88 +9,83 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..data.tokenizing import vocabulary_of
+from ..data.tokenizing import hash_vocabulary
 from ..errors import EvaluationError, GrowthError
-from ..growth import checkpoint_directory, no_progress_bars, stored_weights_hash, weights_hash
+from ..growth import find_checkpoint_directory, hash_stored_weights, hash_weights, hide_progress_bars
+from ..io.serialization import Json
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord
 from ..training.ranks import Ranks
-from . import harness
-from .cache import ResultCache, digest_of
-from .held_out import LARGEST_BATCH_ON_CPU, HeldOut, perplexity_of
+from . import lm_eval
+from .cache import ResultCache, hash_directory
+from .held_out import LARGEST_BATCH_ON_CPU, measure_perplexity
 from .settings import EvalSettings
 from .tasks import PAPER, PERPLEXITY
 
-#: How long processes wait for one another: answers that are generated take longer in some than in others.
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+#: Longest wait of processes for one another: generated answers take longer in some processes than in others.
 LAUNCH_TIMEOUT = timedelta(days=1)
 
 
 def evaluate_model(
     model: PreTrainedModel | str | Path,
-    tasks: str | Iterable[str] = PAPER,
+    tasks: str | Iterable[str] | EvalSettings = PAPER,
     *,
-    limit: int | None = None,
-    batch_size: int | str = "auto",
-    num_fewshot: int | None = None,
-    device: str | None = None,
-    cache_dir: str | Path | None = None,
-    held_out: HeldOut | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    include_path: str | Path | None = None,
-    datasets: str | Path | None = None,
+    **options: Any,
 ) -> list[EvalRecord]:
     """Score a model on tasks of lm-eval, and measure its perplexity on held-out text.
 
-    Results are kept by the model's weights, its tokenizer, the task and its settings, and lm-eval's version: a second
-    call scores nothing. The model and the process's random numbers are left as they are.
+    Results are cached by the model's weights, its tokenizer, the task and its settings, and lm-eval's version: the
+    same call scores nothing the second time. The model and the process's random state are left unchanged.
 
-    In a launch with several processes (`accelerate launch`) all of them call this, with a directory: each loads the
-    model, and they share the documents.
+    In a launch of several processes (`accelerate launch`), all of them make this call, with a directory: each loads
+    the model, and they share the documents.
+
+        evaluate_model("runs/tiny/stage-1-layer", "piqa,hellaswag", limit=100)
 
     Args:
-        model: a directory or Hub id[@revision]; or a model, which is scored on the device that it is on.
+        model: directory or Hub id[@revision] of a model; or a model, which is scored on its own device.
         tasks: "paper" (`PAPER_TASKS`: PIQA, HellaSwag, BBH, LAMBADA, GSM8K), "perplexity", or any tasks and groups of
-            lm-eval.
-        limit, batch_size, num_fewshot, device, cache_dir, held_out, include_path, datasets: as for `EvalSettings`.
-        tokenizer: of a model that is not a directory.
+            lm-eval; or settings that name them.
+        tokenizer: tokenizer of the model; default, the one in its directory.
+        options: further fields of `EvalSettings`: limit, batch_size, num_fewshot, device, cache_dir, held_out,
+            include_path, datasets.
 
     Returns:
-        A record for each task in the order given, that of a group before those of its tasks.
+        One record per task in the given order; a group's record comes before those of its tasks.
 
     Raises:
-        EvaluationError: an unknown task, data that cannot be had, held-out text of another tokenizer.
-        GrowthError: what is no model directory.
+        EvaluationError: if a task is unknown, its data cannot be loaded, or the held-out text was tokenized by another
+            tokenizer.
+        GrowthError: if there is no such model.
     """
-    settings = EvalSettings(
-        tasks=tuple([tasks] if isinstance(tasks, str) else tasks),
-        limit=limit,
-        batch_size=batch_size,
-        num_fewshot=num_fewshot,
-        device=device,
-        cache_dir=cache_dir,
-        held_out=held_out,
-        include_path=include_path,
-        datasets=datasets,
-    )
-    return score_all(Subject(model, device, tokenizer), settings, launched_ranks())
+    if isinstance(tasks, EvalSettings):
+        settings = replace(tasks, **options)
+    else:
+        settings = EvalSettings(tasks if isinstance(tasks, str) else tuple(tasks), **options)
+    return score_tasks(EvaluatedModel(model, settings.device, tokenizer), settings, get_launched_ranks())
 
 
-class Subject:
-    """A model to score; it is loaded only when something has to be.
+class EvaluatedModel:
+    """A model to score. It is loaded only when something has to be scored.
 
     Args:
-        model: a directory, a Hub id[@revision], or a model.
-        device: to load it to; None, a GPU if there is one.
-        tokenizer: None, that in the directory.
+        model: directory or Hub id[@revision] of a model, or a model.
+        device: device to load it to; None for a GPU if there is one.
+        tokenizer: tokenizer of the model; None for the one in its directory.
 
     Raises:
-        GrowthError: for what is no model directory.
+        GrowthError: if there is no such model.
     """
 
     def __init__(
@@ -99,30 +94,31 @@ class Subject:
         device: str | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
-        self.directory = None if isinstance(model, PreTrainedModel) else _checkpoint(model)
-        on = str(model.device) if isinstance(model, PreTrainedModel) else device
-        self.device = on or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._given, self._tokenizer = model, tokenizer
+        self.directory = None if isinstance(model, PreTrainedModel) else _find_checkpoint(model)
+        if isinstance(model, PreTrainedModel):
+            device = str(model.device)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model, self._tokenizer = model, tokenizer
 
     @cached_property
     def weights_hash(self) -> str:
-        """Of its weights, the same for a directory and for the model loaded from it."""
+        """Hash of the weights, the same for a directory and for the model loaded from it."""
         if self.directory is not None:
-            return stored_weights_hash(self.directory)
-        return weights_hash(cast(PreTrainedModel, self._given).named_parameters())
+            return hash_stored_weights(self.directory)
+        return hash_weights(cast(PreTrainedModel, self._model).named_parameters())
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model on its device."""
         if self.directory is None:
-            return cast(PreTrainedModel, self._given)
-        with no_progress_bars():
+            return cast(PreTrainedModel, self._model)
+        with hide_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(self.directory, dtype="auto")
         return cast(PreTrainedModel, loaded.to(self.device))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """Its tokenizer; None where there is none."""
+        """The tokenizer of the model; None if it has none."""
         if self._tokenizer is not None or self.directory is None:
             return self._tokenizer
         try:
@@ -132,40 +128,40 @@ class Subject:
 
     @cached_property
     def vocabulary(self) -> str:
-        """A hash of its tokenizer; "" where there is none."""
-        return vocabulary_of(self.tokenizer) if isinstance(self.tokenizer, PreTrainedTokenizerFast) else ""
+        """Hash of the tokenizer; "" if there is none."""
+        return hash_vocabulary(self.tokenizer) if isinstance(self.tokenizer, PreTrainedTokenizerFast) else ""
 
 
-def score_all(subject: Subject, settings: EvalSettings, ranks: Ranks) -> list[EvalRecord]:
-    """The records of all tasks, on all ranks; those that are not in the cache are scored, and kept there."""
-    results = ResultCache(settings.cache_dir)
-    found: list[EvalRecord] = []
+def score_tasks(model: EvaluatedModel, settings: EvalSettings, ranks: Ranks) -> list[EvalRecord]:
+    """Return the records of all tasks, on all ranks, scoring those that the cache does not have."""
+    cache = ResultCache(settings.cache_dir)
+    results: list[EvalRecord] = []
     with ExitStack() as stack:
-        scorer = _Scorer(subject, settings, ranks, stack)
+        scorer = _Scorer(model, settings, ranks, stack)
         for task in settings.tasks:
-            ingredients = _ingredients(subject, task, settings)
-            known = ranks.from_first(results.load(ingredients) if ranks.is_first else None)
-            if known is None:
-                known = ranks.from_first(scorer.score(task))
+            ingredients = _list_ingredients(model, task, settings)
+            records = ranks.from_first(cache.load(ingredients) if ranks.is_first else None)
+            if records is None:
+                records = ranks.from_first(scorer.score(task))
                 if ranks.is_first:
-                    results.save(ingredients, known)
-            found += [replace(record, weights_hash=subject.weights_hash) for record in known]
-    return found
+                    cache.save(ingredients, records)
+            results += [replace(record, weights_hash=model.weights_hash) for record in records]
+    return results
 
 
 def check_tasks(settings: EvalSettings) -> None:
-    """Refuse tasks that there are not, before work begins.
+    """Refuse unknown tasks before any work begins.
 
     Raises:
-        EvaluationError: for an unknown task, or without lm-eval.
+        EvaluationError: if a task is unknown, or lm-eval is needed and not installed.
     """
-    if settings.harness_tasks:
-        with harness.task_manager(settings):
+    if settings.lm_eval_tasks:
+        with lm_eval.open_task_manager(settings):
             pass
 
 
-def launched_ranks() -> Ranks:
-    """The processes of `accelerate launch`; this one alone where there is no launch."""
+def get_launched_ranks() -> Ranks:
+    """Return the processes of `accelerate launch`; this process alone without a launch."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=LAUNCH_TIMEOUT)
@@ -174,83 +170,85 @@ def launched_ranks() -> Ranks:
 
 
 class _Scorer:
-    """Scores tasks that are not known; what it takes is made for the first of them.
+    """Scores tasks, building what they need (the model, lm-eval's tasks) when the first of them needs it.
 
     Args:
-        stack: what has to be put back when all is done.
+        stack: closes what was opened when all tasks are done.
     """
 
-    def __init__(self, subject: Subject, settings: EvalSettings, ranks: Ranks, stack: ExitStack) -> None:
+    def __init__(self, subject: EvaluatedModel, settings: EvalSettings, ranks: Ranks, stack: ExitStack) -> None:
         self._subject, self._settings, self._ranks, self._stack = subject, settings, ranks, stack
 
     def score(self, task: str) -> list[EvalRecord]:
         if task == PERPLEXITY:
-            return [self._perplexity()]
-        return harness.score(self._lm, task, self._manager, self._settings)
+            return [self._measure_perplexity()]
+        return lm_eval.score_task(self._lm, task, self._manager, self._settings)
 
-    def _perplexity(self) -> EvalRecord:
-        held_out, own = self._settings.held_out, self._subject.vocabulary
-        assert held_out is not None  # settings see to it
-        if held_out.vocabulary and own and held_out.vocabulary != own:
+    def _measure_perplexity(self) -> EvalRecord:
+        held_out, vocabulary = self._settings.held_out, self._subject.vocabulary
+        assert held_out is not None  # EvalSettings checks it
+        if held_out.vocabulary and vocabulary and held_out.vocabulary != vocabulary:
             raise EvaluationError(
                 "the held-out text was tokenized by another tokenizer than the model's; prepare it with the model's "
                 "(`tokenizer` of the data's config)"
             )
         limit, batch_size = self._settings.limit, self._settings.batch_size
-        return perplexity_of(self._model, held_out, limit=limit, batch_size=batch_size, ranks=self._ranks)
+        return measure_perplexity(self._model, held_out, limit=limit, batch_size=batch_size, ranks=self._ranks)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
         model = self._subject.model
-        self._stack.enter_context(_evaluating(model))
+        self._stack.enter_context(_switch_to_eval(model))
         return model
 
     @cached_property
-    def _manager(self) -> Any:
-        return self._stack.enter_context(harness.task_manager(self._settings))
+    def _manager(self) -> TaskManager:
+        return self._stack.enter_context(lm_eval.open_task_manager(self._settings))
 
     @cached_property
-    def _lm(self) -> Any:
+    def _lm(self) -> HFLM:
         subject, tokenizer = self._subject, self._subject.tokenizer
-        assert self._manager  # an unknown task is refused before a model is loaded
+        assert self._manager  # refuses an unknown task before the model is loaded
         if tokenizer is None:
-            where = subject.directory or "a model in memory: give it as `tokenizer`"
-            raise EvaluationError(f"tasks need the model's tokenizer, and there is none in {where}")
+            place = subject.directory or "a model in memory: give it as `tokenizer`"
+            raise EvaluationError(f"tasks need the model's tokenizer, and there is none in {place}")
         processes = self._ranks.count
         if processes > 1 and subject.directory is None:
             raise EvaluationError("several processes can score a directory, not a model in memory: save it first")
         source = cast(Path, subject.directory) if processes > 1 else self._model
-        return harness.language_model(source, tokenizer, self._batch_size(), subject.device, processes)
-
-    def _batch_size(self) -> int | str:
-        """On a CPU a batch that is too large is not refused: the process is killed."""
-        chosen, on_cpu = self._settings.batch_size, self._subject.device.startswith("cpu")
-        return LARGEST_BATCH_ON_CPU if chosen == "auto" and on_cpu else chosen
+        batch_size = self._settings.batch_size
+        if batch_size == "auto" and subject.device.startswith("cpu"):
+            batch_size = LARGEST_BATCH_ON_CPU  # a CPU process with too large a batch is killed: nothing can be tried
+        return lm_eval.build_language_model(source, tokenizer, batch_size, subject.device, processes)
 
 
-def _ingredients(subject: Subject, task: str, settings: EvalSettings) -> dict[str, Any]:
-    """All that a score depends on."""
-    always = {"weights": subject.weights_hash, "task": task, "limit": settings.limit}
+def _list_ingredients(model: EvaluatedModel, task: str, settings: EvalSettings) -> dict[str, Json]:
+    """Return everything that a score depends on."""
+    ingredients = {"weights": model.weights_hash, "task": task, "limit": settings.limit}
     if task == PERPLEXITY:
         assert settings.held_out is not None
-        return {**always, "held_out": settings.held_out.fingerprint}
-    given = {name: digest_of(path) for name, path in settings.directories.items()}
-    more = {"num_fewshot": settings.num_fewshot, "tokenizer": subject.vocabulary}
-    return {**always, **more, "harness": harness.harness_version(), **given}
+        return {**ingredients, "held_out": settings.held_out.fingerprint}
+    return {
+        **ingredients,
+        "num_fewshot": settings.num_fewshot,
+        "tokenizer": model.vocabulary,
+        "harness": lm_eval.get_lm_eval_version(),
+        **{name: hash_directory(path) for name, path in settings.directories.items()},
+    }
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
+def _switch_to_eval(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train(was_training)
 
 
-def _checkpoint(model: str | Path) -> Path:
-    directory = checkpoint_directory(model)
+def _find_checkpoint(model: str | Path) -> Path:
+    directory = find_checkpoint_directory(model)
     if RunDirectory(directory).exists:
         raise EvaluationError(f"{directory} is a run, not a model: name one of its stages, or use evaluate_run")
     if not (directory / "config.json").is_file():

@@ -1,52 +1,51 @@
-"""`EvalSettings`: what to score, and how."""
+"""`EvalSettings`: which tasks to score, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import EvaluationError
+from ..io.numbers import is_whole_number, require_whole_number
+from ..training.config import EvalOptions
 from .held_out import HeldOut
-from .tasks import PAPER, PERPLEXITY, task_names
+from .tasks import PAPER, PERPLEXITY, list_task_names
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """What to score, and how.
+class EvalSettings(EvalOptions):
+    """Which tasks to score, and how: the options of a run's section `evaluation`, the held-out text and the cache.
 
     Args:
-        tasks: `"paper"`, `"perplexity"`, or any tasks and groups of lm-eval; several with commas or as a sequence.
-        limit: score the first so many documents of each task, or blocks of each source; None, all.
-        batch_size: `"auto"`, the largest that the device has memory for, or a number.
-        num_fewshot: solved examples before each question; None, each task's own. Tasks that lm-eval lays down as
-            zero-shot stay so.
-        device: such as `"cuda"`; None, a GPU if there is one.
-        cache_dir: where results are kept; None, `slop_hf/evaluations` in the Hugging Face home.
-        held_out: what `perplexity` is measured on.
-        include_path: a directory with tasks of your own, as YAML of lm-eval.
-        datasets: a directory with the data of tasks, `TASK/SPLIT.jsonl`, used in place of the Hub's.
+        tasks: `"paper"`, `"perplexity"`, or any tasks and groups of lm-eval; several as a comma-separated string or a
+            sequence.
+        limit: largest number of documents per task, or of blocks per source; the first ones are scored. None for all.
+        num_fewshot: solved examples before each question; None for each task's own number. Tasks that lm-eval defines
+            as zero-shot stay zero-shot.
+        batch_size: documents per batch; `"auto"` for as many as the device has memory for.
+        device: device of a model that has to be loaded, such as `"cuda"`; None for a GPU if there is one.
+        include_path: directory with tasks of your own, in lm-eval's YAML.
+        datasets: directory with data of tasks as `TASK/SPLIT.jsonl`, used instead of the Hub's.
+        cache_dir: directory of the cache of results; None for `slop_hf/evaluations` in the Hugging Face home.
+        held_out: text that `perplexity` is measured on.
 
     Raises:
-        EvaluationError: for a value out of its range, and for `perplexity` without `held_out`.
+        EvaluationError: if a value is out of its range, or `perplexity` is asked for without `held_out`.
     """
 
     tasks: str | tuple[str, ...] = PAPER
-    limit: int | None = None
-    batch_size: int | str = "auto"
-    num_fewshot: int | None = None
-    device: str | None = None
     cache_dir: str | Path | None = None
     held_out: HeldOut | None = None
-    include_path: str | Path | None = None
-    datasets: str | Path | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", task_names(self.tasks))
-        _check_count("limit", self.limit, 1)
-        _check_count("num_fewshot", self.num_fewshot, 0)
-        if self.batch_size != "auto":
-            _check_count("batch_size", self.batch_size, 1, "'auto', or ")
+        object.__setattr__(self, "tasks", list_task_names(self.tasks))
+        if self.limit is not None:
+            require_whole_number(self.limit, "limit", error=EvaluationError)
+        if self.num_fewshot is not None:
+            require_whole_number(self.num_fewshot, "num_fewshot", least=0, error=EvaluationError)
+        if self.batch_size != "auto" and not is_whole_number(self.batch_size, least=1):
+            raise EvaluationError(f"batch_size must be 'auto', or a whole number, 1 or more, got {self.batch_size!r}")
         for name, value in self.directories.items():
             if not value.is_dir():
                 raise EvaluationError(f"{name} {value}: no such directory")
@@ -56,20 +55,27 @@ class EvalSettings:
                 "`--data` with a run's or a mixture's file, or `--text` with text files)"
             )
 
+    @classmethod
+    def from_options(cls, options: EvalOptions, held_out: HeldOut | None) -> EvalSettings:
+        """Return the settings with the given options.
+
+        Args:
+            options: options of a run's section `evaluation`.
+            held_out: text that `perplexity` is measured on.
+
+        Raises:
+            EvaluationError: as for `EvalSettings`.
+        """
+        shared = {option.name: getattr(options, option.name) for option in fields(EvalOptions)}
+        return cls(**shared, held_out=held_out)
+
     @property
     def directories(self) -> Mapping[str, Path]:
-        """`include_path` and `datasets`, those that are given."""
-        given = {"include_path": self.include_path, "datasets": self.datasets}
-        return {name: Path(value).expanduser().absolute() for name, value in given.items() if value is not None}
+        """`include_path` and `datasets` as absolute paths, without those that are None."""
+        directories = {"include_path": self.include_path, "datasets": self.datasets}
+        return {name: Path(value).expanduser().absolute() for name, value in directories.items() if value is not None}
 
     @property
-    def harness_tasks(self) -> tuple[str, ...]:
-        """Those that lm-eval scores."""
+    def lm_eval_tasks(self) -> tuple[str, ...]:
+        """The tasks that lm-eval scores."""
         return tuple(name for name in self.tasks if name != PERPLEXITY)
-
-
-def _check_count(name: str, value: object, least: int, or_else: str = "") -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise EvaluationError(f"{name} must be {or_else}a whole number of at least {least}, got {value!r}")

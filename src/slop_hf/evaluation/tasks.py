@@ -1,4 +1,4 @@
-"""The tasks that the paper reports, by their names in lm-eval, and what stands for a task in a table."""
+"""Names of evaluation tasks, and the metric that represents a task in a table."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from ..errors import EvaluationError
 from ..runs.records import EvalRecord
 
-#: Stands for `PAPER_TASKS` wherever tasks are named.
+#: Name that stands for all `PAPER_TASKS`.
 PAPER = "paper"
-#: Held-out text, which slop-hf scores by itself.
+#: Task of slop-hf itself: exact perplexity on held-out text.
 PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
 class PaperTask:
-    """A benchmark of the paper as lm-eval has it.
+    """A benchmark of the SLOP paper as a task of lm-eval.
 
     Args:
-        task: its name in lm-eval.
+        task: name of the task in lm-eval.
         num_fewshot: solved examples before each question, lm-eval's default.
-        metric: what is reported.
-        note: what else one has to know.
+        metric: metric that is reported.
+        note: remark on the choice.
     """
 
     task: str
@@ -31,7 +31,7 @@ class PaperTask:
     note: str = ""
 
 
-#: Section 4.1 names the benchmarks, and neither variants, examples nor metrics: these are ours.
+#: Section 4.1 names the benchmarks, but no variants, numbers of examples or metrics: these are our choice.
 PAPER_TASKS: Mapping[str, PaperTask] = {
     "PIQA": PaperTask("piqa", 0, "acc_norm"),
     "HellaSwag": PaperTask("hellaswag", 0, "acc_norm"),
@@ -39,47 +39,47 @@ PAPER_TASKS: Mapping[str, PaperTask] = {
         "leaderboard_bbh",
         3,
         "acc_norm",
-        "the 24 tasks as multiple choice: `bbh` of lm-eval has the model reason in words to an answer, "
-        "where models of about 1B score near nothing",
+        "24 tasks as multiple choice; lm-eval's `bbh` has the model reason in free text, where models of about 1B "
+        "parameters score near zero",
     ),
-    "LAMBADA": PaperTask("lambada_openai", 0, "acc", "and its perplexity of the last word"),
+    "LAMBADA": PaperTask("lambada_openai", 0, "acc", "it also reports the perplexity of the last word"),
     "GSM8K": PaperTask("gsm8k", 5, "exact_match,strict-match"),
 }
 
-# What a task is known by, the first that it has.
-_HEADLINES = ("acc_norm", "acc", "exact_match", "perplexity", "word_perplexity", "f1")
+#: Metrics that may represent a task, in order of preference; larger is better.
+HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+_HEADLINES = (*HEADLINE_METRICS, "perplexity", "word_perplexity")
 
 
-def task_names(tasks: str | Iterable[str]) -> tuple[str, ...]:
-    """The single names in a list of tasks, in order; `paper` stands for those of `PAPER_TASKS`.
+def list_task_names(tasks: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the names in a comma-separated list, or in several, without repetitions; `paper` is expanded.
 
     Raises:
-        EvaluationError: where there is none.
+        EvaluationError: if no task is named.
 
-    >>> task_names("perplexity, paper")
+    >>> list_task_names("perplexity, paper")
     ('perplexity', 'piqa', 'hellaswag', 'leaderboard_bbh', 'lambada_openai', 'gsm8k')
     """
-    given = [tasks] if isinstance(tasks, str) else list(tasks)
+    lists = [tasks] if isinstance(tasks, str) else tasks
     names: dict[str, None] = {}
-    for name in (part.strip() for item in given for part in item.split(",")):
+    for name in (part.strip() for item in lists for part in item.split(",")):
         if name == PAPER:
-            names.update(dict.fromkeys(one.task for one in PAPER_TASKS.values()))
+            names.update(dict.fromkeys(benchmark.task for benchmark in PAPER_TASKS.values()))
         elif name:
             names[name] = None
     if not names:
-        raise EvaluationError(f"no task given: name {PAPER}, {PERPLEXITY}, or tasks of lm-eval, parted by commas")
+        raise EvaluationError(f"no task given: name {PAPER}, {PERPLEXITY}, or tasks of lm-eval, separated by commas")
     return tuple(names)
 
 
-def headline(record: EvalRecord) -> tuple[str, float] | None:
-    """The metric that stands for a task in a table, with its value; None where there is no metric.
+def find_headline(record: EvalRecord) -> tuple[str, float] | None:
+    """Return the metric that represents a task in a table, and its value; None if the record has no metric.
 
-    >>> headline(EvalRecord("lambada_openai", {"perplexity": 66.7, "acc": 0.59}))
+    >>> find_headline(EvalRecord("lambada_openai", {"perplexity": 66.7, "acc": 0.59}))
     ('acc', 0.59)
     """
-    chosen = next((one.metric for one in PAPER_TASKS.values() if one.task == record.task), None)
-    names = [chosen, *_HEADLINES, *(f"{name}," for name in _HEADLINES)]
-    for wanted in filter(None, names):
+    of_paper = [benchmark.metric for benchmark in PAPER_TASKS.values() if benchmark.task == record.task]
+    for wanted in (*of_paper, *_HEADLINES, *(f"{name}," for name in _HEADLINES)):
         for name, value in record.metrics.items():
             if name == wanted or (wanted.endswith(",") and name.startswith(wanted)):
                 return name, value

@@ -1,5 +1,4 @@
-"""Runs on the Hub: published stage by stage, and read back to be continued.
+"""Publishing of runs on the Hub stage by stage, and fetching of published stages to continue from.
 
-The only package that writes there. Its modules are imported one by one, so that planning from a published stage needs
-no torch.
+The only package that writes to the Hub. Import from its modules: planning from a published stage then needs no torch.
 """

@@ -1,4 +1,4 @@
-"""The Hub's failures in words, and trying again."""
+"""Calls of the Hub: readable errors, and retries."""
 
 from __future__ import annotations
 
@@ -26,94 +26,101 @@ from ..io.retry import RetryPolicy
 T = TypeVar("T")
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-_CONFLICTS = frozenset({409, 412})  # somebody else has committed meanwhile; looking again tells what
+_CONFLICTS = frozenset({409, 412})  # another process has committed meanwhile: the next attempt sees its commit
 
 
 class HubUnreachable(HubError):
-    """Nothing can be read or written at present."""
+    """The Hub cannot be reached at present."""
+
+
+class HubFileMissing(HubError):
+    """The revision exists, but not the file."""
 
 
 def call_hub(action: Callable[[], T], address: Address, doing: str, policy: RetryPolicy | None = None) -> T:
-    """Call a function that talks to the Hub; repeat it after failures that may pass.
+    """Call a function that talks to the Hub; repeat it after transient failures.
 
     Args:
         action: function that can be called any number of times.
-        address: the revision that it reads or writes.
+        address: revision that it reads or writes.
         doing: description of the action, for messages, such as `writing to`.
-        policy: how often to repeat it.
+        policy: how often to repeat it; None for the default policy.
 
     Raises:
-        HubError: readable, once it is clear that the action fails.
+        HubError: if the action fails for good; the message says what to do.
     """
     try:
         return (policy or RetryPolicy()).call(action, f"{doing} {address}", may_pass=_may_pass)
     except SlopError:
         raise
     except Exception as caught:
-        raise explain(caught, address, doing) from None
+        raise describe_failure(caught, address, doing) from None
 
 
 def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
-    """One file of a revision, in the cache of the Hub's client.
+    """Download one file of a revision into the Hub client's cache, and return its path there.
 
     Raises:
-        HubError: where there is no such repository, revision or file, no permission, or no network.
+        HubFileMissing: if the revision has no such file.
+        HubError: if there is no such repository or revision, no permission, or no network.
     """
-    with explained(address, f"reading {name} of", api):
+    with report_failures(address, f"reading {name} of", api):
         return Path((api or HfApi()).hf_hub_download(address.repo_id, name, revision=address.revision))
 
 
 @contextmanager
-def explained(address: Address, doing: str, api: HfApi | None = None) -> Iterator[None]:
-    """A block whose failures become `HubError`s; a wrong revision is told with those that there are."""
+def report_failures(address: Address, doing: str, api: HfApi | None = None) -> Iterator[None]:
+    """Turn any failure of the block into a `HubError`; for an unknown revision, it lists those that exist."""
     try:
         yield
     except SlopError:
         raise
     except Exception as caught:
-        raise explain(caught, address, doing, api) from None
+        raise describe_failure(caught, address, doing, api) from None
 
 
-def explain(caught: Exception, address: Address, doing: str, api: HfApi | None = None) -> HubError:
-    """What went wrong, and what to do about it; nothing in it is secret.
+def describe_failure(caught: Exception, address: Address, doing: str, api: HfApi | None = None) -> HubError:
+    """Return an error that says what went wrong and what to do about it, without secrets.
 
     Args:
-        caught: by a call of `huggingface_hub`.
-        address: what it was about, and `doing` what was done to it.
-        api: to ask for the revisions that there are.
+        caught: exception of a call of `huggingface_hub`.
+        address: revision that the call was about.
+        doing: description of the action, such as `reading`.
+        api: client to list the revisions with if `address` has an unknown one; None for the default client.
     """
-    root: BaseException = caught  # the client wraps what it was told
+    root: BaseException = caught  # the client wraps the answer of the server
     while find_status(root) is None and root.__cause__ is not None:
         root = root.__cause__
-    status, what, repo = find_status(root), f"{doing} {address}", address.repo_id
+    status, action, repo = find_status(root), f"{doing} {address}", address.repo_id
     if isinstance(caught, HFValidationError):
-        return HubError(f"{repo!r} is no name of a repository: {summarize_error(caught)}; give user/name")
+        return HubError(f"{repo!r} is not a valid repository name: {summarize_error(caught)}; give user/name")
     if isinstance(caught, RevisionNotFoundError):
-        return HubError(f"{repo} has no revision {address.revision!r}{_known_revisions(address, api)}")
+        return HubError(f"{repo} has no revision {address.revision!r}{_list_revisions(address, api)}")
     if status == 401 and not isinstance(caught, RepositoryNotFoundError):
-        return HubError(f"{what}: the Hub does not accept the token, or there is none (401); {_LOG_IN}")
+        return HubError(f"{action}: the Hub rejects the token, or there is none (401); {_LOG_IN}")
     if status == 403 or isinstance(caught, GatedRepoError):
         return HubError(
-            f"{what}: no permission (403); use a token that has it (`hf auth whoami` says whose), or another name"
+            f"{action}: no permission (403); use a token that has it (`hf auth whoami` names its user), "
+            "or another repository"
         )
     if isinstance(caught, RepositoryNotFoundError):
-        return HubError(f"{what}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
+        return HubError(f"{action}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
     if isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or (status is None and _may_pass(caught)):
         return HubUnreachable(
-            f"{what}: the Hub cannot be reached ({summarize_error(root)}); check the network, and HF_HUB_OFFLINE"
+            f"{action}: the Hub cannot be reached ({summarize_error(root)}); check the network, and HF_HUB_OFFLINE"
         )
     if isinstance(caught, EntryNotFoundError):
-        return HubError(f"{what}: there is no such file; choose a revision that was published by slop-hf")
-    return HubError(f"{what} failed: {summarize_error(root)}; it can be tried again at any time")
+        return HubFileMissing(f"{action}: there is no such file; choose a revision that slop-hf has published")
+    return HubError(f"{action} failed: {summarize_error(root)}; you can try again at any time")
 
 
 def _may_pass(caught: BaseException) -> bool:
     return not isinstance(caught, SlopError) and (is_transient(caught) or find_status(caught) in _CONFLICTS)
 
 
-def _known_revisions(address: Address, api: HfApi | None) -> str:
+def _list_revisions(address: Address, api: HfApi | None) -> str:
     try:
         refs = (api or HfApi()).list_repo_refs(address.repo_id)
-    except Exception:  # this is for a message only
+    except Exception:  # the list only completes a message
         return "; look at its branches on the Hub"
     return f"; it has {', '.join(ref.name for ref in [*refs.branches, *refs.tags])}"

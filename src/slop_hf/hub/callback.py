@@ -1,11 +1,11 @@
-"""`PublishCallback`: publishes a run's stages while it trains."""
+"""`PublishCallback`: publishing of a run's stages while it trains."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from huggingface_hub import HfApi
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..errors import HubError
 from ..io.network_errors import summarize_error
 from ..io.retry import RetryPolicy
+from ..io.serialization import Json
 from ..runs.directory import RunDirectory
 from ..training.callbacks import StageCallback
 from ..training.ranks import Ranks
@@ -23,35 +24,35 @@ from .publish import Published, Publisher
 logger = logging.get_logger(__name__)
 
 STRATEGIES = ("every_save", "end")
-STOPPED_PATIENCE = 20.0  # seconds, where a run was stopped: a cluster gives little time, and what is left can wait
+#: Seconds to wait at the end of a run that was stopped: a cluster gives little time, and the rest can be sent later.
+STOPPED_PATIENCE = 20.0
 
 
 class PublishCallback(StageCallback):
-    """Publishes each stage when it has finished, in a thread of its own; training neither waits nor fails by it.
+    """Publishes each finished stage in a background thread: training neither waits for it nor fails because of it.
 
-    What fails is tried again with waits in between, then after each later stage, and once more at the end. What could
-    not be sent stays in the run's directory: a resumed run, or `slop publish`, sends it later, and leaves alone what
-    is there.
+    A failed stage is retried with backoff, again after each later stage, and at the end. Whatever could not be sent
+    stays in the run's directory; the resumed run or `slop publish` sends it later, and skips what has arrived.
 
         with PublishCallback("user/name") as publishing:
             SlopTrainer(..., callbacks=[publishing]).train()
 
-    Leaving the block waits for what is still on its way.
+    The end of the block waits for stages that are still being sent.
 
     Args:
-        repo_id: such as `user/name`; default, the name of the run's directory, for the token's user.
-        private: whether the repository is private if it has to be made.
-        base_model: for the cards' metadata, the model on the Hub that the run began with.
-        strategy: `every_save`, each stage when it has finished, or `end`, all at the end.
-        api: the Hub's client; default, that of `huggingface_hub`, with the token that it finds.
-        retries: how often failures are tried again.
-        patience: seconds to wait at the end of a run for what is on its way.
+        repo_id: repository, such as `user/name`; default, the name of the run's directory, for the token's user.
+        private: whether the repository is private if it has to be created.
+        base_model: model on the Hub that the run started from, for the cards' metadata.
+        strategy: `every_save` to publish each stage when it has finished, `end` to publish all at the end.
+        api: client of the Hub; None for `huggingface_hub`'s default, with the token that it finds.
+        retries: how often transient failures are retried; None for the default policy.
+        patience: longest wait for unfinished uploads at the end of a run, in seconds.
 
     Raises:
-        HubError: for an unknown strategy.
+        HubError: if the strategy is unknown.
     """
 
-    publishes = True  # `SlopTrainer` lets others finish with a stage first, and sees that `push_to_hub` is seen to
+    publishes = True  # `SlopTrainer` calls the other callbacks first, and accepts `push_to_hub`
 
     def __init__(
         self,
@@ -66,23 +67,27 @@ class PublishCallback(StageCallback):
     ) -> None:
         if strategy not in STRATEGIES:
             raise HubError(
-                f"hub_strategy {strategy!r}: finished stages are published, no checkpoints; "
+                f"hub_strategy {strategy!r}: only finished stages are published, no checkpoints; "
                 f"expected one of {', '.join(STRATEGIES)}"
             )
         self.repo_id, self.strategy, self.patience = repo_id, strategy, patience
-        self._options: dict[str, Any] = {"private": private, "base_model": base_model, "api": api, "retries": retries}
+        self._make_publisher = partial(Publisher, private=private, base_model=base_model, api=api, retries=retries)
         self._publisher: Publisher | None = None
         self._is_working = False
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._waiting: set[int] = set()
+        self._waiting: set[int] = set()  # stages that are queued or being sent
         self._changed = threading.Condition()
         self.published: dict[int, tuple[Published, ...]] = {}
         self.failed: dict[int, str] = {}
 
     @classmethod
-    def from_arguments(cls, training: Mapping[str, Any], *, base_model: str | None = None) -> PublishCallback:
-        """The callback that Trainer's own arguments ask for: `hub_model_id`, `hub_private_repo`, `hub_token`,
-        `hub_strategy`. A repository is private unless `hub_private_repo` is false.
+    def from_arguments(cls, training: Mapping[str, Json], *, base_model: str | None = None) -> PublishCallback:
+        """Return the callback that Trainer's own arguments ask for.
+
+        Args:
+            training: training arguments, of which `hub_model_id`, `hub_private_repo`, `hub_token` and `hub_strategy`
+                are used. The repository is private unless `hub_private_repo` is false.
+            base_model: as for `PublishCallback`.
         """
         return cls(
             training.get("hub_model_id"),
@@ -93,37 +98,38 @@ class PublishCallback(StageCallback):
         )
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._meet(args)
+        self._prepare(args)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """A run begins, or goes on: stages that had finished are handed over."""
-        self._meet(args)
+        """Queue the stages that finished before, if the run is resumed."""
+        self._prepare(args)
         self._start()
         if self.strategy == "every_save":
-            self._look()
+            self._queue_finished_stages()
 
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
-        """A stage has finished."""
+        """Queue the stage."""
         if self.strategy == "every_save":
-            self._look()
+            self._queue_finished_stages()
 
     def finish(self) -> str | None:
-        """Publish what is left and wait for it; what has come of it, in words, None where this process publishes none.
+        """Publish the remaining stages and wait for them. It never raises.
 
-        It never raises.
+        Returns:
+            A summary of what was published and what was not; None if this process publishes nothing.
         """
         if self._publisher is None or not self._publisher.run.exists:
             return None
         self._start()
-        self._look()
+        self._queue_finished_stages()
         with self._changed:
             patience = self.patience if self._publisher.run.is_finished else min(self.patience, STOPPED_PATIENCE)
             self._changed.wait_for(lambda: not self._waiting, timeout=patience)
-        return self._summary(self._publisher)
+        return self._summarize(self._publisher)
 
     def __enter__(self) -> PublishCallback:
         return self
@@ -132,20 +138,20 @@ class PublishCallback(StageCallback):
         if kind is None and (summary := self.finish()):
             (logger.warning if self.failed or self._waiting else logger.info)(summary)
 
-    def _meet(self, args: TrainingArguments) -> None:
-        """Begin to work for a run, on its first process."""
+    def _prepare(self, args: TrainingArguments) -> None:
+        """Create the publisher, on the first process only."""
         if self._publisher is None and args.process_index == 0:
             run = RunDirectory(args.output_dir)
-            self._publisher = Publisher(run, self.repo_id or run.path.resolve().name, **self._options)
+            self._publisher = self._make_publisher(run, self.repo_id or run.path.resolve().name)
 
     def _start(self) -> None:
         if self._publisher is not None and not self._is_working:
             self._is_working = True
-            # A daemon: where the program ends in an error, nobody waits for an upload, of which nothing would be seen.
+            # A daemon: a program that ends in an error does not wait for an upload whose outcome nobody would see.
             threading.Thread(target=self._work, args=(self._publisher,), name="slop-publish", daemon=True).start()
 
-    def _look(self) -> None:
-        """Hand over the stages that have finished and are neither published nor on their way."""
+    def _queue_finished_stages(self) -> None:
+        """Queue the finished stages that are neither published nor queued."""
         if self._publisher is not None and self._publisher.run.exists:
             with self._changed:
                 finished = set(range(self._publisher.run.finished_stages))
@@ -156,14 +162,14 @@ class PublishCallback(StageCallback):
     def _work(self, publisher: Publisher) -> None:
         try:
             publisher.open()
-        except Exception as caught:  # better known now than at the end of a stage; it is tried again then
+        except Exception as caught:  # a warning now is better than one at the end of a stage, when it is tried again
             logger.warning(f"stages cannot be published yet: {summarize_error(caught)}")
         while True:
             number = self._queue.get()
             try:
                 self.published[number] = publisher.publish(number)
                 self.failed.pop(number, None)
-            except Exception as caught:  # whatever it is, training goes on
+            except Exception as caught:  # whatever it is, training continues
                 self.failed[number] = summarize_error(caught)
                 logger.warning(f"could not publish stage {number}: {self.failed[number]}")
                 if isinstance(caught, HubUnreachable):
@@ -173,19 +179,22 @@ class PublishCallback(StageCallback):
                 self._changed.notify_all()
 
     def _give_up(self, reason: str) -> None:
-        """For now: what has just failed for one stage, after many attempts, would for all that wait."""
+        """Empty the queue for now: many attempts have just failed, and would fail for the other stages too."""
         while not self._queue.empty():
             number = self._queue.get()
             self.failed[number] = reason
             with self._changed:
                 self._waiting.discard(number)
 
-    def _summary(self, publisher: Publisher) -> str:
+    def _summarize(self, publisher: Publisher) -> str:
         names = publisher.run.schedule.stage_names
         done = ", ".join(names[number] for number in sorted(self.published))
         lines = [f"published to {publisher.repo_id}: {done or 'nothing'}"]
         for number in sorted(self.failed.keys() | self._waiting):
-            lines.append(f"not published: {names[number]} ({self.failed.get(number, 'still on its way')})")
+            lines.append(f"not published: {names[number]} ({self.failed.get(number, 'still being sent')})")
         if len(lines) > 1:
-            lines.append(f"it stays in {publisher.run.path}; `slop publish` with --to {publisher.repo_id} sends it")
+            lines.append(
+                f"unpublished stages stay in {publisher.run.path}; "
+                f"`slop publish` with --to {publisher.repo_id} sends them"
+            )
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The model card of a published stage."""
+"""Model cards of published stages."""
 
 from __future__ import annotations
 
@@ -7,61 +7,64 @@ from collections.abc import Iterator
 from functools import cache
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ..evaluation.tasks import PERPLEXITY
-from ..report.tables import NOTHING, count, decimals, significant, stage_markdown
-from ..runs.records import EvalRecord
-from .lineage import GROWTH_FILE, PublishedGrowth
+from ..io.units import NOTHING, format_count, format_decimals, format_significant
+from ..report.tables import tabulate_stages
+from ..runs.records import END_OF_STAGE, EvalRecord
+from .lineage import LINEAGE_FILE, Lineage
 
 TAGS = ["slop-hf", "model-growth"]
-HELD_OUT = "held-out"  # what stands for a data set where perplexity was measured
-#: Where what scored a model is found, by its name: the Hub names no source without its address.
+#: Data-set id of held-out text in the metadata, which requires one.
+HELD_OUT_DATASET = "held-out"
+#: Address of each evaluation program; the Hub shows no source without one.
 SOURCES = {"lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness"}
 
 
-def model_card(
-    growth: PublishedGrowth,
+def render_card(
+    lineage: Lineage,
     repo_id: str,
     *,
     base_model: str | None = None,
     has_tokenizer: bool = True,
     has_figure: bool = True,
 ) -> str:
-    """The card of a stage, as Markdown with metadata.
+    """Return the model card of a stage, as Markdown with metadata.
 
     Args:
-        growth: what is told of the stage.
-        repo_id: where it is published.
-        base_model: the model on the Hub that the run began with.
-        has_tokenizer, has_figure: whether the revision holds a tokenizer, and `loss.png`.
+        lineage: history of the stage.
+        repo_id: repository that it is published in.
+        base_model: model on the Hub that the run started from.
+        has_tokenizer: whether the revision holds a tokenizer.
+        has_figure: whether the revision holds `loss.png`.
     """
-    name, record = repo_id.rpartition("/")[2], growth.record
-    results = list(_eval_results(growth))
-    data = ModelCardData(
+    name, record = repo_id.rpartition("/")[2], lineage.record
+    results = list(_list_results(lineage))
+    metadata = ModelCardData(
         base_model=base_model,
-        base_model_relation="finetune" if base_model else None,  # the Hub knows none that says "grown"
+        base_model_relation="finetune" if base_model else None,  # the Hub has no relation "grown"
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
         model_name=name if results else None,
         eval_results=results or None,
     )
-    text = _template().render(
-        card_data=data.to_yaml(),
+    text = _load_template().render(
+        metadata=metadata.to_yaml(),
         name=name,
         repo_id=repo_id,
-        growth=growth,
-        growth_file=GROWTH_FILE,
+        lineage=lineage,
+        lineage_file=LINEAGE_FILE,
         record=record,
-        total_tokens=sum(one.tokens for one in (*growth.ancestors, record)),
-        order=", ".join(" and ".join(stage.operators) for stage in growth.schedule.stages),
-        is_last=record.stage == len(growth.schedule.stages),
-        earlier=len(growth.ancestors) - record.stage,
+        total_tokens=sum(stage.tokens for stage in (*lineage.ancestors, record)),
+        order=", then ".join(" and ".join(stage.operators) for stage in lineage.schedule.stages),
+        is_last=record.stage == len(lineage.schedule.stages),
+        earlier=len(lineage.ancestors) - record.stage,
         base_model=base_model,
         target=f"{2 * record.parameters:.1e}".replace("e+0", "e").replace("e+", "e"),
-        table=stage_markdown([*growth.ancestors, record]),
-        results=[row for one in growth.evaluations for row in _rows(one)],
+        table=tabulate_stages([*lineage.ancestors, record]).markdown(),
+        scores=[row for scores in lineage.evaluations for row in _make_rows(scores)],
         has_tokenizer=has_tokenizer,
         has_figure=has_figure,
     )
@@ -69,7 +72,7 @@ def model_card(
 
 
 @cache
-def _template():  # type: ignore[no-untyped-def]  # jinja2 is loose about what it gives
+def _load_template() -> Template:
     environment = Environment(
         loader=PackageLoader(__package__),
         undefined=StrictUndefined,
@@ -77,41 +80,42 @@ def _template():  # type: ignore[no-untyped-def]  # jinja2 is loose about what i
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(count=count, decimals=decimals)
+    environment.filters.update(count=format_count, decimals=format_decimals)
     return environment.get_template("card.md.j2")
 
 
-def _rows(one: EvalRecord) -> Iterator[tuple[str, ...]]:
-    """A line of the table for each metric."""
-    when = "" if one.when == "end" else f" ({one.when.replace('_', ' ')})"
-    shots = NOTHING if one.num_fewshot is None else str(one.num_fewshot)
-    documents = NOTHING if one.documents is None else f"{one.documents:,}"
-    for metric, value in one.metrics.items():
-        yield one.task + when, metric, significant(value), significant(one.stderr.get(metric)), shots, documents
+def _make_rows(record: EvalRecord) -> Iterator[tuple[str, ...]]:
+    """Yield one row of the table of results per metric."""
+    task = record.task if record.when == END_OF_STAGE else f"{record.task} ({record.when.replace('_', ' ')})"
+    shots = NOTHING if record.num_fewshot is None else str(record.num_fewshot)
+    documents = NOTHING if record.documents is None else f"{record.documents:,}"
+    for metric, value in record.metrics.items():
+        error = format_significant(record.stderr.get(metric))
+        yield task, metric, format_significant(value), error, shots, documents
 
 
-def _eval_results(growth: PublishedGrowth) -> Iterator[EvalResult]:
-    """Results in the Hub's format: those of the trained stage, or at least its perplexity."""
-    at_end = [one for one in growth.evaluations if one.when == "end"]
-    for one in at_end:
-        source = SOURCES.get(one.harness.partition(" ")[0])
-        for metric, value in one.metrics.items():
+def _list_results(lineage: Lineage) -> Iterator[EvalResult]:
+    """Yield the scores of the trained stage in the Hub's format, or else the perplexity that training measured."""
+    at_end = [record for record in lineage.evaluations if record.when == END_OF_STAGE]
+    for record in at_end:
+        source = SOURCES.get(record.harness.partition(" ")[0])
+        for metric, value in record.metrics.items():
             if math.isfinite(value):
                 yield EvalResult(
                     task_type="text-generation",
-                    dataset_type=HELD_OUT if one.task == PERPLEXITY else one.task,
-                    dataset_name="held-out text" if one.task == PERPLEXITY else one.task,
+                    dataset_type=HELD_OUT_DATASET if record.task == PERPLEXITY else record.task,
+                    dataset_name="held-out text" if record.task == PERPLEXITY else record.task,
                     metric_type=metric,
                     metric_value=value,
-                    dataset_args=None if one.num_fewshot is None else {"num_few_shot": one.num_fewshot},
-                    source_name=one.harness if source else None,
+                    dataset_args=None if record.num_fewshot is None else {"num_few_shot": record.num_fewshot},
+                    source_name=record.harness if source else None,
                     source_url=source,
                 )
-    perplexity = growth.record.perplexity
+    perplexity = lineage.record.perplexity
     if not at_end and perplexity is not None and math.isfinite(perplexity):
         yield EvalResult(
             task_type="text-generation",
-            dataset_type=HELD_OUT,
+            dataset_type=HELD_OUT_DATASET,
             dataset_name="held-out part of the training data",
             metric_type="perplexity",
             metric_value=perplexity,

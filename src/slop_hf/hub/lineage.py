@@ -1,33 +1,31 @@
-"""`PublishedGrowth`: where a published stage comes from, its `growth.json`; `Origin`: where a continued run does."""
+"""`Lineage`: the history of a published stage; `Origin`: the published stage that a run starts from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
 
 from ..errors import HubError
-from ..io.files import write_text
-from ..io.serialization import parse, read_json, to_json
+from ..io.record import Record
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
 from ..schedule import GrowthSchedule
 
-GROWTH_FILE = "growth.json"
+LINEAGE_FILE = "lineage.json"
+#: Name of `LINEAGE_FILE` in stages that slop-hf 0.1.0 published.
+EARLIER_LINEAGE_FILE = "growth.json"
 ORIGIN_FILE = "origin.json"
+_IF_MISSING = "a stage published by slop-hf has one"
 
 
 @dataclass(frozen=True)
-class Parent:
-    """The model that a stage has grown from.
+class Parent(Record, error=HubError, if_missing=_IF_MISSING):
+    """The model that a stage was grown from, or that a run starts from.
 
     Args:
-        revision: that holds it.
-        weights_hash: of its weights (`growth.weights_hash`).
-        repo: where another repository than the stage's own holds it.
+        revision: revision that holds it.
+        weights_hash: hash of its weights (`growth.hash_weights`).
+        repo: repository that holds it; None for the stage's own repository.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     revision: str
     weights_hash: str
@@ -35,21 +33,19 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class PublishedGrowth:
-    """What is told of a published stage, in `growth.json` beside its weights.
+class Lineage(Record, error=HubError, if_missing=_IF_MISSING):
+    """History of a published stage, stored next to its weights as `lineage.json`.
 
     Args:
-        revision: the branch of its own; `main` may hold it too.
-        weights_hash: of its weights, by which one sees that they have arrived.
-        schedule: of its run.
-        record: what happened in the stage: operators, inits, seed, tokens and data, losses, versions.
-        run_id: of its run.
-        parent: what it has grown from; None for a run's initial model.
+        revision: the stage's own branch; if it is the last one, `main` holds it too.
+        weights_hash: hash of its weights, to check a download.
+        schedule: schedule of its run.
+        record: record of the stage: operators, inits, seed, tokens and data, losses, versions.
+        run_id: id of its run.
+        parent: model that it was grown from; None for the initial model of a run that starts from scratch.
         ancestors: records of the stages before it, those of earlier runs first.
-        evaluations: what it scored.
+        evaluations: its scores.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     revision: str
     weights_hash: str
@@ -60,60 +56,40 @@ class PublishedGrowth:
     ancestors: tuple[StageRecord, ...] = ()
     evaluations: tuple[EvalRecord, ...] = ()
 
-    def to_json(self) -> str:
-        """It as JSON text."""
-        return to_json(self)
-
-    @classmethod
-    def load(cls, path: Path) -> PublishedGrowth:
-        """Read a `growth.json`.
+    def remaining_schedule(self) -> GrowthSchedule:
+        """Return the part of its run's schedule that follows the stage.
 
         Raises:
-            HubError: for a file that is none.
-        """
-        return _load(cls, path)
-
-    def rest(self) -> GrowthSchedule:
-        """What its run's schedule still had to do, from the stage on.
-
-        Raises:
-            HubError: where that is nothing.
+            HubError: if nothing follows it.
         """
         stages = self.schedule.stages[self.record.stage :]
         if not stages:
-            raise HubError(f"{self.revision} is the last stage of its schedule; give one to go on with (--schedule)")
+            raise HubError(f"{self.revision} is the last stage of its schedule; give another one (--schedule)")
         return GrowthSchedule(self.record.dims, stages)
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The published stage that a run began with, kept as `origin.json` in its directory.
+class Origin(Record, error=HubError, if_missing=_IF_MISSING):
+    """The published stage that a run starts from, stored in the run's directory as `origin.json`.
 
     Args:
-        parent: that stage.
-        ancestors: the records of it and the stages before it.
+        parent: the published stage.
+        ancestors: records of that stage and the stages before it.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     parent: Parent
     ancestors: tuple[StageRecord, ...]
 
     def save(self, run: RunDirectory) -> None:
-        """Write it into a run's directory."""
-        write_text(run.path / ORIGIN_FILE, to_json(self))
+        """Write the origin into a run's directory."""
+        self.to_json(run.path / ORIGIN_FILE)
 
     @classmethod
     def load(cls, run: RunDirectory) -> Origin | None:
-        """That of a run; None where it began with no published stage.
+        """Read the origin of a run; return None if it does not start from a published stage.
 
         Raises:
-            HubError: for a file that is none.
+            HubError: if the file is not a valid `origin.json`.
         """
         path = run.path / ORIGIN_FILE
-        return _load(cls, path) if path.exists() else None
-
-
-def _load(cls: Any, path: Path) -> Any:
-    content = read_json(path, if_missing="a stage published by slop-hf has one", error=HubError)
-    return parse(cls, content, where=str(path), error=HubError)
+        return cls.from_json(path) if path.exists() else None

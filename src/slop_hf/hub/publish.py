@@ -10,26 +10,26 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..errors import HubError, RunError
+from ..errors import HubError
 from ..io.hub_address import Address
 from ..io.retry import RetryPolicy
 from ..runs.directory import RunDirectory
 from .access import call_hub
-from .lineage import GROWTH_FILE, PublishedGrowth
-from .revision import Revision, check_finished, plan_revision
+from .lineage import EARLIER_LINEAGE_FILE, LINEAGE_FILE, Lineage
+from .revision import Revision, plan_revision
 
-#: What a repository may hold before anything was published; the rest belongs to somebody.
+#: Files that may be in a repository before the first stage is published; any other file belongs to something else.
 _FURNITURE = {".gitattributes", "README.md", "LICENSE"}
 
 
 @dataclass(frozen=True)
 class Published:
-    """A revision that is on the Hub.
+    """A stage on the Hub.
 
     Args:
-        address: of it.
-        is_new: whether it was sent just now; otherwise it was there.
-        nbytes: that it holds.
+        address: revision that holds it.
+        is_new: whether it was sent just now; otherwise it was there already.
+        nbytes: size of its files in bytes.
     """
 
     address: Address
@@ -47,23 +47,26 @@ def publish_stage(
     api: HfApi | None = None,
     retries: RetryPolicy | None = None,
 ) -> tuple[Published, ...]:
-    """Publish a finished stage as a branch named like its directory; the last one of a schedule on `main` too.
+    """Publish a finished stage as a branch named like its directory; the last stage of a schedule on `main` too.
 
-    A revision arrives in one commit, whole or not at all, and one that is there already is left alone: this can be
-    called any number of times, also after a failure. Failures that may pass are tried again.
+    A revision arrives in one commit, whole or not at all, and a revision that is there already is left alone: the call
+    can be repeated any number of times, also after a failure. Transient failures are retried.
 
     Args:
-        run_dir: the run's directory.
-        number: of the stage, 0 for the initial model.
-        repo_id: such as `user/name`; made if there is none.
-        private: whether it is then private.
-        base_model: for the card's metadata, the model on the Hub that the run began with.
-        api: the Hub's client; default, that of `huggingface_hub`, with the token that it finds.
-        retries: how often failures are tried again.
+        run_dir: directory of the run.
+        number: number of the stage; 0 is the initial model.
+        repo_id: repository, such as `user/name`; created if it does not exist.
+        private: whether a created repository is private.
+        base_model: model on the Hub that the run started from, for the card's metadata.
+        api: client of the Hub; None for `huggingface_hub`'s default, with the token that it finds.
+        retries: how often transient failures are retried; None for the default policy.
+
+    Returns:
+        One value per branch.
 
     Raises:
-        RunError: where there is no such stage.
-        HubError: where the Hub cannot be reached or does not permit it, or the repository holds something else.
+        RunError: if there is no such finished stage.
+        HubError: if the Hub cannot be reached or denies permission, or the repository holds something else.
     """
     publisher = Publisher(run_dir, repo_id, private=private, base_model=base_model, api=api, retries=retries)
     return publisher.publish(number)
@@ -72,37 +75,25 @@ def publish_stage(
 def publish_run(
     run_dir: RunDirectory | str | Path, repo_id: str, *, stages: Sequence[int] | None = None, **options: object
 ) -> Iterator[Published]:
-    """Publish finished stages of a run, in order, as `publish_stage` does; each is told of when it is there.
+    """Publish finished stages of a run in order; yield each branch when it has arrived.
+
+    This is a generator: nothing is published before it is iterated.
 
     Args:
         run_dir, repo_id, options: as for `publish_stage`.
-        stages: their numbers; None, all that have finished.
+        stages: numbers of the stages; None for all finished ones.
 
     Raises:
-        RunError: where there is no run, or no finished stage.
+        RunError: if there is no run, or a stage has not finished.
         HubError: as for `publish_stage`.
     """
     publisher = Publisher(run_dir, repo_id, **options)  # type: ignore[arg-type]
-    for number in stages_to_publish(publisher.run, stages):
+    for number in publisher.run.select_stages(stages):
         yield from publisher.publish(number)
 
 
-def stages_to_publish(run: RunDirectory, stages: Sequence[int] | None = None) -> Sequence[int]:
-    """The numbers of the stages that are asked for, or of all that have finished.
-
-    Raises:
-        RunError: where there is no run, or a stage has not finished.
-    """
-    if run.schedule and not run.finished_stages:
-        raise RunError(f"{run.path} has no finished stage to publish; let `slop train` finish its first one")
-    chosen = range(run.finished_stages) if stages is None else stages
-    for number in chosen:
-        check_finished(run, number)  # before anything is sent
-    return chosen
-
-
 class Publisher:
-    """Publishes a run's stages into one repository; arguments and errors are those of `publish_stage`."""
+    """Publishes the stages of a run into one repository; arguments and errors are those of `publish_stage`."""
 
     def __init__(
         self,
@@ -121,7 +112,7 @@ class Publisher:
         self._is_open = False
 
     def open(self) -> None:
-        """Make the repository, if there is none. A name without a user is taken for the token's user."""
+        """Create the repository unless it exists. A name without a user gets the token's user."""
         if not self._is_open:
 
             def create() -> str:
@@ -132,61 +123,62 @@ class Publisher:
 
     def publish(self, number: int) -> tuple[Published, ...]:
         """Publish a finished stage."""
-        check_finished(self.run, number)  # before a repository is made for nothing
+        self.run.select_stages([number])  # before a repository is created for nothing
         self.open()
         revision = plan_revision(self.run, number, self.repo_id, base_model=self._base_model)
-        return tuple(self._put(revision, branch) for branch in revision.branches)
+        return tuple(self._write(revision, branch) for branch in revision.branches)
 
-    def _put(self, revision: Revision, branch: str) -> Published:
+    def _write(self, revision: Revision, branch: str) -> Published:
         address, nbytes = Address(self.repo_id, branch), sum(revision.sizes.values())
         additions = [
-            CommitOperationAdd(path, one if isinstance(one, bytes) else str(one))
-            for path, one in revision.content.items()
+            CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
+            for path, source in revision.content.items()
         ]
 
         def attempt() -> Published:
-            files = self._files(branch)
-            if self._holds(address, files, revision.growth):
+            files = self._list_files(branch)
+            if self._holds(address, files, revision.lineage):
                 return Published(address, is_new=False, nbytes=nbytes)
             strays = [path for path in files if path not in revision.content and path not in _FURNITURE]
             self._api.create_commit(
                 self.repo_id,
                 [*additions, *map(CommitOperationDelete, strays)],
-                commit_message=f"{revision.growth.revision}: {revision.growth.record.parameters:,} parameters",
+                commit_message=f"{revision.lineage.revision}: {revision.lineage.record.parameters:,} parameters",
                 revision=branch,
             )
             return Published(address, is_new=True, nbytes=nbytes)
 
         return call_hub(attempt, address, "writing", self._retries)
 
-    def _files(self, branch: str) -> list[str]:
-        """What a branch holds; it is made where there is none."""
+    def _list_files(self, branch: str) -> list[str]:
+        """Return the files of a branch, which is created unless it exists."""
         try:
             return self._api.list_repo_files(self.repo_id, revision=branch)
         except RevisionNotFoundError:
             self._api.create_branch(self.repo_id, branch=branch, exist_ok=True)
             return self._api.list_repo_files(self.repo_id, revision=branch)
 
-    def _holds(self, address: Address, files: list[str], growth: PublishedGrowth) -> bool:
+    def _holds(self, address: Address, files: list[str], lineage: Lineage) -> bool:
         """Whether a branch holds the stage already.
 
         Raises:
-            HubError: where it holds something else.
+            HubError: if it holds something else.
         """
-        if GROWTH_FILE not in files:
+        name = next((name for name in (LINEAGE_FILE, EARLIER_LINEAGE_FILE) if name in files), None)
+        if name is None:
             if strays := sorted(set(files) - _FURNITURE):
                 raise HubError(
-                    f"{address} holds something else ({', '.join(strays[:3])}); publish into a repository of its own"
+                    f"{address} holds something else ({', '.join(strays[:3])}); publish into another repository"
                 )
             return False
         with tempfile.TemporaryDirectory() as directory:  # the client's cache may be older than the branch
             path = self._api.hf_hub_download(
-                self.repo_id, GROWTH_FILE, revision=address.revision, local_dir=directory, force_download=True
+                self.repo_id, name, revision=address.revision, local_dir=directory, force_download=True
             )
-            there = PublishedGrowth.load(Path(path))
-        if there.run_id != growth.run_id:
+            there = Lineage.from_json(path)
+        if there.run_id != lineage.run_id:
             raise HubError(
-                f"{address} holds a stage of another run ({there.run_id}, not {growth.run_id}); "
-                "publish each run into a repository of its own"
+                f"{address} holds a stage of another run ({there.run_id}, not {lineage.run_id}); "
+                "publish each run into its own repository"
             )
-        return (there.weights_hash, there.evaluations) == (growth.weights_hash, growth.evaluations)
+        return (there.weights_hash, there.evaluations) == (lineage.weights_hash, lineage.evaluations)

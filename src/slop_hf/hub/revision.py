@@ -1,4 +1,4 @@
-"""`Revision`: all that a published stage holds, decided before anything is sent."""
+"""`plan_revision`: the content of a published stage, decided before anything is sent."""
 
 from __future__ import annotations
 
@@ -9,141 +9,117 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..errors import HubError, RunError
-from ..growth import stored_weights_hash
+from ..errors import HubError
+from ..growth import hash_stored_weights
 from ..io.hub_address import MAIN
-from ..report.figures import loss_figure
-from ..runs.directory import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory, RunFacts
-from ..training.checksums import CHECKSUM_FILE, fault_of
+from ..report.figures import draw_run_losses
+from ..runs.directory import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory
+from ..runs.snapshot import RunSnapshot
+from ..training.checksums import CHECKSUM_FILE, find_corruption
 from ..training.ranks import Ranks
-from .card import model_card
-from .lineage import GROWTH_FILE, Origin, Parent, PublishedGrowth
+from .card import render_card
+from .lineage import LINEAGE_FILE, Lineage, Origin, Parent
 
 CARD_FILE, FIGURE_FILE = "README.md", "loss.png"
-_OWN = {RECORD_FILE, STATE_FILE, EVAL_FILE, CHECKSUM_FILE}  # growth.json tells what they say
+_IN_LINEAGE = {RECORD_FILE, STATE_FILE, EVAL_FILE, CHECKSUM_FILE}  # not sent: lineage.json holds their content
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
 
 
 @dataclass(frozen=True)
 class Revision:
-    """What a published stage holds.
+    """Content of a published stage.
 
     Args:
-        branches: that are to hold it; `main` is one for the last stage of a schedule.
-        growth: what is told of it.
-        content: by path in the repository: a file, or bytes.
+        branches: branches that hold it: its own, and `main` for the last stage of a schedule.
+        lineage: its history.
+        content: local file or bytes, by path in the repository.
     """
 
     branches: tuple[str, ...]
-    growth: PublishedGrowth
+    lineage: Lineage
     content: Mapping[str, Path | bytes]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes by path in the repository."""
-        return {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in self.content.items()}
+        """Sizes in bytes, by path in the repository."""
+        return {
+            path: len(source) if isinstance(source, bytes) else source.stat().st_size
+            for path, source in self.content.items()
+        }
 
 
 def plan_revision(
     run: RunDirectory | str | Path, number: int, repo_id: str, *, base_model: str | None = None
 ) -> Revision:
-    """What a finished stage is published as; nothing is sent.
+    """Decide what a finished stage is published as, without sending anything.
 
-    Its files are checked by their checksums. AdamW's state and Trainer's stay where they are, and so does whatever
-    the trainer has not written itself.
+    The stage's files are checked against their checksums. Only files that the trainer wrote are included, without
+    AdamW's and Trainer's state.
 
     Args:
-        run: its directory.
-        number: of the stage, 0 for the initial model.
-        repo_id: for the card.
-        base_model: for the card's metadata, the model on the Hub that the run began with; a run that began with a
-            published stage knows its repository.
+        run: directory of the run.
+        number: number of the stage; 0 is the initial model.
+        repo_id: repository, for the model card.
+        base_model: model on the Hub that the run started from, for the card's metadata; not needed if it is a
+            published stage, which the run records.
 
     Raises:
-        RunError: where there is no such stage.
-        HubError: where its files are not what was written.
+        RunError: if there is no such finished stage.
+        HubError: if the stage's files are not what the trainer wrote.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
-    check_finished(run, number)
-    files, origin = _files_of(run.stage_dir(number)), Origin.load(run)
-    growth = _growth_of(run, number, origin)
-    figure = _figure(run, number)
-    has_tokenizer = bool(_TOKENIZER & files.keys())
+    run.select_stages([number])
+    snapshot, origin = RunSnapshot.read(run).up_to(number), Origin.load(run)
+    files = _list_files(run.stage_dir(number))
+    lineage = _trace_lineage(run, snapshot, origin)
     base_model = base_model or (origin.parent.repo if origin is not None else None)
-    card = model_card(growth, repo_id, base_model=base_model, has_tokenizer=has_tokenizer)
-    own = {GROWTH_FILE: growth.to_json().encode(), CARD_FILE: card.encode(), FIGURE_FILE: figure}
+    card = render_card(lineage, repo_id, base_model=base_model, has_tokenizer=bool(_TOKENIZER & files.keys()))
+    made = {LINEAGE_FILE: lineage.to_json().encode(), CARD_FILE: card.encode(), FIGURE_FILE: _draw_figure(snapshot)}
     is_last = number == len(run.schedule.stages)
-    return Revision((growth.revision, *([MAIN] if is_last else [])), growth, {**files, **own})
+    return Revision((lineage.revision, *([MAIN] if is_last else [])), lineage, {**files, **made})
 
 
-def check_finished(run: RunDirectory, number: int) -> None:
-    """Refuse a stage that has not finished, or that the schedule has not.
-
-    Raises:
-        RunError: with those that can be given.
-    """
-    finished = run.finished_stages if run.schedule else 0
-    if not 0 <= number < finished:
-        raise RunError(
-            f"{run.path} has no finished stage {number}: "
-            + (f"give one from 0 to {finished - 1}" if finished else "none is finished yet; let `slop train` go on")
-        )
-
-
-def _files_of(directory: Path) -> dict[str, Path]:
-    """What the trainer has written of the model and its tokenizer, by name."""
-    if fault := fault_of(directory, Ranks(), is_stage=True):
-        raise HubError(f"{directory} is not published: {fault}; it is not what the trainer wrote")
-    named = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
-    names = [name for name in named if name not in _OWN and not name.startswith(OPTIMIZER_STEM)]
-    templates = sorted(directory.glob("additional_chat_templates/*.jinja"))  # checksums are of the top level
+def _list_files(directory: Path) -> dict[str, Path]:
+    """Return the files of the model and its tokenizer that the trainer wrote, by path in the repository."""
+    if fault := find_corruption(directory, Ranks(), is_stage=True):
+        raise HubError(f"{directory} cannot be published: {fault}; it is not what the trainer wrote")
+    checked = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
+    names = [name for name in checked if name not in _IN_LINEAGE and not name.startswith(OPTIMIZER_STEM)]
+    templates = sorted(directory.glob("additional_chat_templates/*.jinja"))  # checksums cover the top level only
     return {
         **{name: directory / name for name in names},
         **{path.relative_to(directory).as_posix(): path for path in templates},
     }
 
 
-def _growth_of(run: RunDirectory, number: int, origin: Origin | None) -> PublishedGrowth:
-    records, facts = run.records(), RunFacts.load(run)
+def _trace_lineage(run: RunDirectory, snapshot: RunSnapshot, origin: Origin | None) -> Lineage:
+    """Return the history of the last stage of a snapshot."""
+    *before, record = snapshot.records
     parent = origin.parent if origin is not None else None
-    if number:
-        parent = Parent(run.schedule.stage_name(number - 1), _hash_of(run.stage_dir(number - 1)))
-    return PublishedGrowth(
-        revision=run.schedule.stage_name(number),
-        weights_hash=_hash_of(run.stage_dir(number)),
-        schedule=run.schedule,
-        record=records[number],
-        run_id=facts.run_id if facts is not None else "",
+    if before:
+        parent = Parent(before[-1].name, _hash_weights(run.path / before[-1].name))
+    return Lineage(
+        revision=record.name,
+        weights_hash=_hash_weights(run.path / record.name),
+        schedule=snapshot.schedule,
+        record=record,
+        run_id=snapshot.facts.run_id if snapshot.facts is not None else "",
         parent=parent,
-        ancestors=(*(origin.ancestors if origin is not None else ()), *records[:number]),
-        evaluations=tuple(run.evaluations(number)),
+        ancestors=(*(origin.ancestors if origin is not None else ()), *before),
+        evaluations=snapshot.evaluations[-1],
     )
 
 
-def _hash_of(directory: Path) -> str:
-    """The hash of a stage's weights, which are read once, unless the stage is trained anew."""
-    return _hash_at(directory.resolve(), (directory / CHECKSUM_FILE).stat().st_mtime_ns)
+def _hash_weights(directory: Path) -> str:
+    """Return the hash of a stage's weights, which are read once unless the stage is trained again."""
+    return _hash_weights_written_at(directory.resolve(), (directory / CHECKSUM_FILE).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _hash_at(directory: Path, written_at: int) -> str:
-    return stored_weights_hash(directory)
+def _hash_weights_written_at(directory: Path, time_ns: int) -> str:
+    return hash_stored_weights(directory)
 
 
-def _figure(run: RunDirectory, number: int) -> bytes:
+def _draw_figure(snapshot: RunSnapshot) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
-        return loss_figure([_RunUpTo(run, number)], Path(directory) / FIGURE_FILE).read_bytes()
-
-
-class _RunUpTo(RunDirectory):
-    """A run as it was when one of its stages had just finished."""
-
-    last: int
-
-    def __init__(self, run: RunDirectory, last: int) -> None:
-        super().__init__(run.path)
-        object.__setattr__(self, "last", last)
-
-    @property
-    def finished_stages(self) -> int:
-        return min(super().finished_stages, self.last + 1)
+        return draw_run_losses([snapshot], Path(directory) / FIGURE_FILE).read_bytes()

@@ -1,1 +1,1 @@
-"""What lies on disk of a run."""
+"""Run directories: records of finished stages, snapshots, branches and rollbacks."""

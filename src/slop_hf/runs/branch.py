@@ -13,22 +13,22 @@ from .directory import SCHEDULE_FILE, RunDirectory, RunFacts
 
 
 def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *, name: str) -> None:
-    """Begin a run with finished stages of another one; files are linked where the disk can do so.
+    """Begin a run with finished stages of another run; files are hard-linked if the disk supports it.
 
     Args:
-        source: the other one.
-        run: to begin.
-        schedule: of the run; stages that it has in common with what has finished of the source are taken over.
-        name: what its run id begins with.
+        source: run to take stages from.
+        run: run to begin.
+        schedule: schedule of the new run; its stages that `source` has finished are taken over.
+        name: prefix of the new run's id.
     """
     facts = RunFacts.load(source)
     finished = source.schedule.stage_names[: source.finished_stages]
-    with write_directory(run.path) as aside:
+    with write_directory(run.path) as temporary:
         for _, stage in zip(schedule.stage_names, finished, strict=False):
-            shutil.copytree(source.path / stage, aside / stage, copy_function=_link)
+            shutil.copytree(source.path / stage, temporary / stage, copy_function=_link)
         if facts is not None:
-            replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(aside))
-        schedule.to_yaml(aside / SCHEDULE_FILE)
+            replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(temporary))
+        schedule.to_yaml(temporary / SCHEDULE_FILE)
 
 
 def _link(source: str, target: str) -> None:

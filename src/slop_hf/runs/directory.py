@@ -1,4 +1,17 @@
-"""Where a run keeps what happened: `RunDirectory` and `RunFacts`."""
+"""`RunDirectory`: the files of a run.
+
+    output_dir/
+      schedule.yaml                       the growth schedule
+      run.json                            the facts that must not change when the run is resumed
+      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json;
+                                          evaluations.json once it has been evaluated
+      stage-1-layer/ ...                  the same for each stage
+      stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
+      report/                             tables and figures
+
+A stage's directory is complete or absent: it is written under a temporary name and renamed. It keeps
+`optimizer.safetensors` until the next stage has a checkpoint to resume from.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
 
 from ..errors import RunError
 from ..io.files import write_text
-from ..io.serialization import parse, read_json, to_json
+from ..io.record import Record
+from ..io.serialization import Json, parse, read_json, to_json
 from ..schedule import GrowthSchedule
-from .records import _INCOMPLETE, EvalRecord, StageRecord
+from .records import INCOMPLETE, EvalRecord, StageRecord
 
 SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
@@ -25,7 +38,7 @@ OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run on disk, for those who resume it and those who report on it."""
+    """The directory of a run, whether it is in training, finished or about to begin."""
 
     path: Path
 
@@ -34,7 +47,7 @@ class RunDirectory:
 
     @property
     def exists(self) -> bool:
-        """Whether a run lies here."""
+        """Whether the directory holds a run."""
         return (self.path / SCHEDULE_FILE).is_file()
 
     @cached_property
@@ -42,7 +55,7 @@ class RunDirectory:
         """The schedule of the run.
 
         Raises:
-            RunError: where there is no run.
+            RunError: if the directory holds no run.
         """
         if not self.exists:
             raise RunError(
@@ -51,84 +64,102 @@ class RunDirectory:
         return GrowthSchedule.from_yaml(self.path / SCHEDULE_FILE)
 
     def stage_dir(self, number: int) -> Path:
-        """Where a finished stage lies."""
+        """Return the directory of a finished stage."""
         return self.path / self.schedule.stage_name(number)
 
     def optimizer_files(self, number: int) -> list[Path]:
-        """AdamW's state of a finished stage: one file, several, or none any more."""
+        """Return the files of AdamW's state at the end of a finished stage; none if it has been removed."""
         return sorted(self.stage_dir(number).glob(f"{OPTIMIZER_STEM}*.safetensors"))
 
     def running_dir(self, number: int) -> Path:
-        """Where a stage in training keeps its checkpoints."""
+        """Return the directory of a stage in training, which holds its checkpoints."""
         return self.path / f"{self.schedule.stage_name(number)}.running"
 
     @property
     def finished_stages(self) -> int:
-        """How many stages have finished, the initial one counted; they come first and without a gap."""
+        """Number of finished stages, the initial one included; they come first and without a gap."""
         names = self.schedule.stage_names
         return next((n for n, name in enumerate(names) if not (self.path / name).is_dir()), len(names))
 
     @property
     def is_finished(self) -> bool:
-        """Whether every stage has."""
+        """Whether every stage has finished."""
         return self.finished_stages == len(self.schedule.structures)
 
+    def select_stages(self, numbers: Sequence[int] | None = None) -> Sequence[int]:
+        """Return the given numbers of stages, or those of all finished stages.
+
+        Raises:
+            RunError: if there is no run, no stage has finished, or one of the given stages has not.
+        """
+        finished = self.finished_stages
+        if not finished:
+            raise RunError(f"{self.path} has no finished stage yet: let `slop train` finish its first one")
+        numbers = range(finished) if numbers is None else numbers
+        for number in numbers:
+            if not 0 <= number < finished:
+                raise RunError(f"{self.path} has no finished stage {number}: choose one from 0 to {finished - 1}")
+        return numbers
+
     def records(self) -> list[StageRecord]:
-        """The records of the finished stages, in order."""
+        """Return the records of the finished stages, in order.
+
+        Raises:
+            RunError: if a stage's `stage.json` is missing or malformed.
+        """
         return [StageRecord.from_json(self.stage_dir(number) / RECORD_FILE) for number in range(self.finished_stages)]
 
     def evaluations(self, number: int) -> list[EvalRecord]:
-        """What a finished stage scored; empty where it was not evaluated.
+        """Return the scores of a finished stage; empty if it was not evaluated.
 
         Raises:
-            RunError: where the file is not one of evaluations.
+            RunError: if the stage's `evaluations.json` is malformed.
         """
         path = self.stage_dir(number) / EVAL_FILE
         if not path.exists():
             return []
-        return parse(
-            list[EvalRecord], read_json(path, if_missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError
-        )
+        content = read_json(path, if_missing=INCOMPLETE, error=RunError)
+        return parse(list[EvalRecord], content, where=str(path), error=RunError)
 
     def add_evaluations(self, number: int, records: Sequence[EvalRecord]) -> Path:
-        """Write what a finished stage scored beside what it scored before.
+        """Add scores to a finished stage; a record replaces an earlier one of the same `EvalRecord.key`.
 
-        A record takes the place of an earlier one of the same task, limit, examples and moment.
+        Returns:
+            the file that holds them.
 
         Raises:
-            RunError: where the file that is there is not one of evaluations.
+            RunError: if the stage's `evaluations.json` is malformed.
         """
-        kept = {one.key: one for one in self.evaluations(number)}
-        kept |= {one.key: one for one in records}
-        return write_text(self.stage_dir(number) / EVAL_FILE, to_json(list(kept.values())))
+        by_key = {record.key: record for record in [*self.evaluations(number), *records]}
+        return write_text(self.stage_dir(number) / EVAL_FILE, to_json(list(by_key.values())))
 
-    def history(self) -> list[dict[str, Any]]:
-        """The log of all finished stages on one axis.
+    def history(self) -> list[dict[str, Json]]:
+        """Return the log of all finished stages.
 
-        Entries hold `step`, `stage`, `tokens` and `train_flops` (all counted over the run) beside `loss` or
-        `eval_loss`.
+        Entries hold `step`, `stage`, `tokens` and `train_flops` (all counted over the run) and `loss` or `eval_loss`.
+
+        Raises:
+            RunError: if the last finished stage's `trainer_state.json` is missing or malformed.
         """
         if not self.finished_stages:
             return []
         path = self.stage_dir(self.finished_stages - 1) / STATE_FILE
-        return list(read_json(path, if_missing=_INCOMPLETE, error=RunError)["log_history"])
+        return list(read_json(path, if_missing=INCOMPLETE, error=RunError)["log_history"])
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What must be the same whenever a run is resumed, or it would see other data.
+class RunFacts(Record, error=RunError, if_missing=INCOMPLETE):
+    """Facts that must not change when a run is resumed: with others it would see other data. Stored as `run.json`.
 
     Args:
-        block_size: tokens of a training block.
-        blocks: of the training data.
-        blocks_per_step: of an optimizer step, in each stage.
-        data_seed: of their order.
-        data: the fingerprint of the data with its mixture; "" where it has none.
-        vocabulary: a hash of the tokenizer; "" where there is none.
-        run_id: a name for the tools that follow the run; "" until it has begun.
+        block_size: tokens per training block.
+        blocks: number of blocks of the training data.
+        blocks_per_step: blocks per optimizer step, for each stage.
+        data_seed: seed of the order of the blocks.
+        run_id: name of the run for experiment trackers; "" until it has begun.
+        data: fingerprint of the data and their mixture; "" if they have none.
+        vocabulary: hash of the tokenizer; "" if there is none.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     block_size: int
     blocks: int
@@ -139,35 +170,37 @@ class RunFacts:
     vocabulary: str = ""
 
     def batches(self, stages: int) -> tuple[int, ...]:
-        """`blocks_per_step` of a schedule of so many stages; those that the run did not have take its last one's."""
+        """Return `blocks_per_step` for a schedule of `stages` stages; stages new to the run take the last value."""
         return (*self.blocks_per_step[:stages], *self.blocks_per_step[-1:] * (stages - len(self.blocks_per_step)))
 
     def save(self, run: RunDirectory) -> None:
-        """Write it into a run's directory."""
-        write_text(run.path / RUN_FILE, to_json(self))
+        """Write the facts into a run's directory."""
+        self.to_json(run.path / RUN_FILE)
 
     @classmethod
     def load(cls, run: RunDirectory) -> RunFacts | None:
-        """That of a run; None for a run of a release that wrote none.
+        """Read the facts of a run; return None if the run predates `run.json`.
 
         Raises:
-            RunError: for a file that is none.
+            RunError: if the file is not a valid `run.json`.
         """
         path = run.path / RUN_FILE
-        if not path.exists():
-            return None
-        return parse(cls, read_json(path, if_missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
+        return cls.from_json(path) if path.exists() else None
 
     def check(self, given: RunFacts, run: RunDirectory) -> None:
-        """Refuse to resume with other data.
+        """Refuse to resume a run with other data.
+
+        Args:
+            given: facts of the data and arguments that the run is to be resumed with.
+            run: directory of the run, for the message.
 
         Raises:
-            RunError: naming what differs.
+            RunError: if a fact differs, naming it.
         """
         if self.vocabulary and given.vocabulary and self.vocabulary != given.vocabulary:
             raise RunError(
-                f"{run.path} was begun with another tokenizer: its vocabulary cannot change or grow between stages; "
-                f"resume with the one in {run.stage_dir(0)} (`tokenizer` in the data), or begin another run"
+                f"{run.path} was begun with another tokenizer, and a vocabulary cannot change between stages; "
+                f"resume with the tokenizer in {run.stage_dir(0)} (`tokenizer` in the data), or begin another run"
             )
         for name in ("block_size", "blocks", "data_seed"):
             if getattr(self, name) != getattr(given, name):

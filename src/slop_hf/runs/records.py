@@ -1,56 +1,43 @@
-"""`StageRecord`, `RunDirectory` and `RunFacts`: what really happened, and where a run keeps it.
-
-    output_dir/
-      schedule.yaml                       the plan, as run
-      run.json                            what has to be the same whenever it is resumed
-      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json;
-                                          evaluations.json once it has been evaluated
-      stage-1-layer/ ...                  the same after each stage
-      stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
-      report/                             tables and figures
-
-A stage's directory is complete or absent: it is written aside and renamed. `optimizer.safetensors` lies in it until
-the next stage has something of its own to resume from.
-"""
+"""Records of finished stages: what was trained, on which data, and with which evaluation results."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
 
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.serialization import parse, read_json, to_json
+from ..io.record import Record
 
-_INCOMPLETE = "the stage is not complete"
+#: Remedy for a file that a finished stage should have.
+INCOMPLETE = "the stage is not complete"
+
+#: Values of `EvalRecord.when`: after the stage's training, or between its growth and its training.
+END_OF_STAGE, AFTER_GROWTH = "end", "after_growth"
 
 
-def perplexity(loss: float) -> float:
-    """`exp(loss)` of a loss in nats a token; about 1e304 where a diverged run's would be no float.
+def compute_perplexity(loss: float) -> float:
+    """Return `exp(loss)` of a loss in nats per token, at most about 1e304: a diverged loss would overflow.
 
-    >>> perplexity(0.0), perplexity(1e6) < float("inf")
+    >>> compute_perplexity(0.0), compute_perplexity(1e6) < float("inf")
     (1.0, True)
     """
     return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
-class ConsumedTokens:
-    """What a stage has trained on of one source: a stretch of the source's own stream.
+class ConsumedTokens(Record, error=RunError, if_missing=INCOMPLETE):
+    """The tokens of one source that a stage trained on: a range of the source's own token stream.
 
-    The stream holds the source's blocks in passes, each pass in an order of its own (`data.order.StreamOrder`), which
-    the source's tokens, `data_seed` and `block_size` determine.
+    The stream repeats the source's blocks, reshuffled in every pass (`data.order.StreamOrder`); the source's tokens,
+    `data_seed` and `block_size` determine it.
 
     Args:
-        source: its name; `corpus` where there is one only.
-        first_token, end_token: of the stretch, counted from the beginning of the run.
-        available_tokens: in the source; what is above has been seen before.
-        weight: its share of the run's tokens.
+        source: name of the source; `corpus` if there is only one.
+        first_token, end_token: the range, counted from the beginning of the run.
+        available_tokens: size of the source; a range beyond it repeats tokens.
+        weight: the source's share of the run's tokens.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     source: str
     first_token: int
@@ -60,40 +47,39 @@ class ConsumedTokens:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return self.end_token - self.first_token
 
 
 @dataclass(frozen=True)
-class StageRecord:
-    """What happened in one stage.
+class StageRecord(Record, error=RunError, if_missing=INCOMPLETE):
+    """Record of one finished stage, stored as `stage.json`.
 
     Args:
-        stage: its number; 0 is the initial model.
-        name: the name of its directory.
-        operators: what grew at its beginning.
-        dims: its structure.
-        parameters: the model's true number of parameters.
-        tokens, total_tokens: tokens trained on in this stage, and up to its end.
+        stage: number of the stage; 0 is the initial model.
+        name: name of its directory.
+        operators: dimensions that grew at its beginning.
+        dims: structure of its model.
+        parameters: true number of parameters of its model.
+        tokens, total_tokens: tokens trained on in this stage, and in all stages up to its end.
         first_token: position of its first token in the run's token stream.
-        steps, global_step: optimizer steps of this stage, and up to its end.
-        flops, total_flops: training FLOPs (`cost.flops_per_token`) of this stage, and up to its end.
-        seconds: wall-clock seconds of training, without evaluation and saving.
-        devices: processes that shared the work; `seconds * devices / 3600` are device hours.
-        train_loss: mean training loss over the stage's last logging interval, in nats a token.
-        eval_loss: loss on the held-out data at the end of the stage.
-        eval_losses: the same of each source of a mixture; `eval_loss` is their mean by the sources' shares.
-        eval_loss_after_growth: the same right after the growth, before training.
+        steps, global_step: optimizer steps of this stage, and of all stages up to its end.
+        flops, total_flops: training FLOPs (`cost.flops_per_token`) of this stage, and of all stages up to its end.
+        seconds: wall-clock training time, without evaluation and saving.
+        devices: number of processes that shared the work; `seconds * devices / 3600` are device hours.
+        train_loss: mean training loss over the stage's last logging interval, in nats per token.
+        eval_loss: held-out loss at the end of the stage, in nats per token.
+        eval_losses: held-out loss per source of a mixture; `eval_loss` is their mean, weighted by the sources' shares.
+        eval_loss_after_growth: held-out loss after the growth, before training.
         perplexity: `exp(eval_loss)`.
-        data: what was trained on, by source.
-        data_fingerprint: of all of it, "" where the data has none; and `data_seed`, of its order.
-        init: the inits of the growth, by operator.
-        growth_seed: the seed that new entries were drawn with.
-        growth_noise: on copies, as a share of `initializer_range`; None in records of earlier releases.
-        versions: of slop_hf, transformers and torch.
+        data: tokens trained on, per source.
+        data_fingerprint: fingerprint of the training data; "" if they have none.
+        data_seed: seed of the order of the data.
+        init: initialisation of the new entries, per operator.
+        growth_seed: seed that new entries were drawn with.
+        growth_noise: noise on copies, as a fraction of `initializer_range`; None in records of earlier releases.
+        versions: versions of slop-hf, transformers and torch.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     stage: int
     name: str
@@ -124,40 +110,25 @@ class StageRecord:
 
     @property
     def device_hours(self) -> float:
-        """The hours of its training, times the devices that shared it."""
+        """Training time in hours, times the number of devices."""
         return self.seconds * self.devices / 3600
-
-    def to_json(self) -> str:
-        """The record as JSON text."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> StageRecord:
-        """Read a record.
-
-        Raises:
-            RunError: where the file is not one.
-        """
-        return parse(cls, read_json(path, if_missing=_INCOMPLETE, error=RunError), where=str(path), error=RunError)
 
 
 @dataclass(frozen=True)
-class EvalRecord:
-    """What a model scored on one task.
+class EvalRecord(Record, error=RunError, if_missing=INCOMPLETE):
+    """Scores of a model on one task.
 
     Args:
-        task: its name, as the harness has it; `perplexity` for held-out text.
-        metrics: value by metric, such as `acc_norm`.
-        stderr: standard error by metric, where there is one.
-        num_fewshot: examples before each question; None where a task has none of its own.
-        documents: how many were scored.
-        limit: the most that were asked for; None for all.
-        when: `end` of the stage, or `after_growth`, before it was trained.
-        weights_hash: of the model's weights.
-        harness: what scored it, with its version.
+        task: name of the task in lm-eval, or `perplexity` for held-out text.
+        metrics: value per metric, such as `acc_norm`.
+        stderr: standard error per metric, if it has one.
+        num_fewshot: solved examples before each question; None for a group whose tasks differ, and for held-out text.
+        documents: number of documents (blocks, for held-out text) that were scored.
+        limit: largest number of documents asked for; None for all.
+        when: `end` of the stage, or `after_growth`, before the grown model was trained.
+        weights_hash: hash of the model's weights.
+        harness: name and version of the program that scored the model.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     task: str
     metrics: dict[str, float]
@@ -165,11 +136,11 @@ class EvalRecord:
     num_fewshot: int | None = None
     documents: int | None = None
     limit: int | None = None
-    when: str = "end"
+    when: str = END_OF_STAGE
     weights_hash: str = ""
     harness: str = ""
 
     @property
     def key(self) -> tuple[str, int | None, int | None, str]:
-        """What a stage has one record of."""
+        """Task, limit, number of examples and moment; a stage keeps one record per key."""
         return self.task, self.limit, self.num_fewshot, self.when

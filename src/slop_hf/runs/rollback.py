@@ -1,4 +1,4 @@
-"""`plan_rollback`: a run put back to the end of one of its stages."""
+"""`plan_rollback`: returning a run to the end of one of its stages."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ASIDE = "rolled-back"
 
 @dataclass(frozen=True)
 class Rollback:
-    """What putting a run back to the end of a stage does; nothing of it is lost.
+    """The moves that return a run to the end of a stage; nothing is deleted.
 
     Args:
-        run: the run's directory.
-        stage: that will be the last one finished.
-        moved: directories and files that will be moved.
-        aside: where to.
-        keeps_optimizer: whether AdamW's state at the end of the stage, if there ever was one, is still there;
-            otherwise the next stage begins with a new one.
-        schedule: that will be the run's; None leaves it.
+        run: directory of the run.
+        stage: number of the stage that becomes the last finished one.
+        moved: directories and files to move.
+        aside: directory to move them to.
+        keeps_optimizer: whether AdamW's state at the end of the stage still exists, or there never was one; otherwise
+            the next stage begins with a new state.
+        schedule: new schedule of the run; None leaves the old one.
     """
 
     run: Path
@@ -35,7 +35,7 @@ class Rollback:
     schedule: GrowthSchedule | None = None
 
     def apply(self) -> None:
-        """Do it: a later stage before an earlier one, so that a run that is killed meanwhile can still be resumed."""
+        """Move the files, later stages first, so that a run killed in between can still be resumed."""
         self.aside.mkdir(parents=True)
         for path in self.moved:
             path.rename(self.aside / path.name)
@@ -45,47 +45,42 @@ class Rollback:
 
 
 def plan_rollback(run: RunDirectory, stage: int, schedule: GrowthSchedule | None = None) -> Rollback:
-    """Decide what putting a run back to the end of a stage does.
+    """Decide how to return a run to the end of a stage.
 
     Args:
-        run: its directory.
-        stage: its number; 0 is the initial model.
-        schedule: for the stages after it; up to it, it has to be the run's.
+        run: directory of the run.
+        stage: number of the stage; 0 is the initial model.
+        schedule: schedule for the stages after it; up to this stage it must equal the run's.
 
     Raises:
-        RunError: for a stage that has not finished, a run without later ones, or a schedule of another run.
+        RunError: if the stage has not finished, there is nothing after it, or `schedule` differs from the run's up to
+            this stage.
     """
-    found, finished = run.schedule, run.finished_stages
-    if not 0 <= stage < finished:
-        known = f"0 to {finished - 1}" if finished else "none yet"
-        raise RunError(f"{run.path}: stage {stage} has not finished; finished are {known}")
-    names = found.stage_names
+    run.select_stages([stage])
+    names = run.schedule.stage_names
     later = [run.path / name for name in names[stage + 1 :]]
     paths = [path for name in reversed(later) for path in (name.with_name(f"{name.name}.running"), name)]
     moved = tuple(path for path in paths if path.exists())
     if not moved and schedule is None:
         raise RunError(f"{run.path} ends with {names[stage]}; there is nothing after it to move away")
     if schedule is not None:
-        schedule = _keeping(found, schedule, stage)
+        schedule = _merge_schedules(run.schedule, schedule, stage)
     aside = next(path for n in count(1) if not (path := run.path / ASIDE / f"{n}").exists())
-    return Rollback(run.path, stage, moved, aside, _keeps_optimizer(run, stage), schedule)
+    keeps_optimizer = bool(run.optimizer_files(stage)) or not sum(run.schedule.tokens[: stage + 1])
+    return Rollback(run.path, stage, moved, aside, keeps_optimizer, schedule)
 
 
-def _keeps_optimizer(run: RunDirectory, stage: int) -> bool:
-    return bool(run.optimizer_files(stage)) or not sum(run.schedule.tokens[: stage + 1])
-
-
-def _keeping(found: GrowthSchedule, other: GrowthSchedule, stage: int) -> GrowthSchedule:
-    """Another schedule with the run's own stages up to one; it may leave their inits open.
+def _merge_schedules(old: GrowthSchedule, new: GrowthSchedule, stage: int) -> GrowthSchedule:
+    """Return the old schedule up to a stage and the new one after it; the new one may leave earlier inits open.
 
     Raises:
-        RunError: where it differs in what is to stay.
+        RunError: if the new schedule differs from the old one up to the stage.
     """
-    if (found.initial, found.initial_tokens) != (other.initial, other.initial_tokens):
-        given = f"{other.initial}, {other.initial_tokens:,} tokens"
-        raise RunError(f"the schedule differs from the run's in stage 0, which is to stay: {given}")
-    for number, own in enumerate(found.stages[:stage], 1):
-        there = other.stages[number - 1] if number <= len(other.stages) else None
-        if there is None or own != replace(there, init=there.init or own.init):
-            raise RunError(f"the schedule differs from the run's in stage {number}, which is to stay: {there}")
-    return replace(other, stages=(*found.stages[:stage], *other.stages[stage:]))
+    if (old.initial, old.initial_tokens) != (new.initial, new.initial_tokens):
+        got = f"{new.initial}, {new.initial_tokens:,} tokens"
+        raise RunError(f"the schedule differs from the run's in stage 0, which must stay the same: {got}")
+    for number, before in enumerate(old.stages[:stage], 1):
+        after = new.stages[number - 1] if number <= len(new.stages) else None
+        if after is None or before != replace(after, init=after.init or before.init):
+            raise RunError(f"the schedule differs from the run's in stage {number}, which must stay the same: {after}")
+    return replace(new, stages=(*old.stages[:stage], *new.stages[stage:]))

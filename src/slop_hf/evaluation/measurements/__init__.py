@@ -1,4 +1,4 @@
-"""Measurements for the library `evaluate`: perplexity and marginal utility, loadable by path, without a network."""
+"""Measurements for the library `evaluate`: perplexity and marginal utility, loaded by path, without a network."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ NAMES = ("marginal_utility", "perplexity")
 
 
 def path_of(name: str) -> str:
-    """What `evaluate.load` takes for a measurement.
+    """Return the path of a measurement, as `evaluate.load` takes it.
 
     Raises:
-        EvaluationError: for an unknown one.
+        EvaluationError: if there is no such measurement.
 
     >>> path_of("perplexity").endswith("measurements/perplexity")
     True
     """
     if name not in NAMES:
-        raise EvaluationError(f"no measurement is named {name!r}: there are {', '.join(NAMES)}")
+        raise EvaluationError(f"no measurement is named {name!r}: choose one of {', '.join(NAMES)}")
     return str(_HERE / name)

@@ -5,31 +5,29 @@ Load it by its path, without a network: `evaluate.load(slop_hf.evaluation.measur
 
 from __future__ import annotations
 
-from typing import Any
-
 import datasets
 import evaluate
 
-from slop_hf.report.summary import marginal_utility
+from slop_hf.report.summary import compute_marginal_utility
 
 _DESCRIPTION = """
-What each stage took off the perplexity for an hour of its training, summed over the stages of a growth schedule.
+The reduction of perplexity per device hour of a growth stage, summed over the stages of a growth schedule.
 """
 
 _INPUTS = """
 Args:
     data (list of float): perplexity after training of each structure, the initial one first.
-    hours (list of float): device hours of each growth stage, one less.
+    hours (list of float): device hours of each growth stage; one value less than `data`.
 Returns:
-    marginal_utility (float): in perplexity a device hour.
+    marginal_utility (float): perplexity per device hour.
 """
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class MarginalUtility(evaluate.Measurement):
-    """See above."""
+    """Marginal utility, for `evaluate.load`."""
 
-    def _info(self) -> Any:
+    def _info(self) -> evaluate.MeasurementInfo:
         return evaluate.MeasurementInfo(
             module_type="measurement",
             description=_DESCRIPTION,
@@ -39,4 +37,4 @@ class MarginalUtility(evaluate.Measurement):
         )
 
     def _compute(self, data: list[float], hours: list[float]) -> dict[str, float]:
-        return {"marginal_utility": marginal_utility(list(data), list(hours))}
+        return {"marginal_utility": compute_marginal_utility(list(data), list(hours))}

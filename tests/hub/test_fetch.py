@@ -1,7 +1,8 @@
-"""Published stages read back: fetched, checked, planned from and continued."""
+"""Published stages: fetched, checked, planned from and continued."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from server import READ_TOKEN
 
 from slop_hf import GrowthSchedule, RunDirectory, fetch_stage, publish_run, publish_stage
 from slop_hf.errors import HubError
+from slop_hf.hub.lineage import Lineage
 
 REPO = "tester/grown"
 FFN = "stage-2-ffn"
@@ -26,12 +28,46 @@ def test_a_stage_comes_back_bit_for_bit(published, finished, api):
     run, _ = finished
     stage = fetch_stage(f"{REPO}@{FFN}", api)
     assert (stage.path / "model.safetensors").read_bytes() == (run / FFN / "model.safetensors").read_bytes()
-    assert stage.growth.record == RunDirectory(run).records()[2]
-    assert stage.growth.schedule == RunDirectory(run).schedule
-    assert fetch_stage(REPO, api).growth == stage.growth
+    assert stage.lineage.record == RunDirectory(run).records()[2]
+    assert stage.lineage.schedule == RunDirectory(run).schedule
+    assert fetch_stage(REPO, api).lineage == stage.lineage
 
 
-def test_slop_train_goes_on_from_a_published_stage(published, finished, hub, api, tmp_path, output_of):
+def publish_as_an_earlier_release(repo, branch):
+    """Rename the branch's `lineage.json` to `growth.json`, as slop-hf 0.1.0 called it."""
+    files = dict(repo.files(branch))
+    files["growth.json"] = files.pop("lineage.json")
+    repo.commit(branch, files)
+
+
+def test_a_stage_published_by_an_earlier_release_is_fetched(published, hub, api, monkeypatch):
+    current = fetch_stage(f"{REPO}@{FFN}", api).lineage
+    publish_as_an_earlier_release(hub.repos[REPO], FFN)
+    assert fetch_stage(f"{REPO}@{FFN}", api).lineage == current
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch_stage(f"{REPO}@{FFN}", api).lineage == current
+
+
+def test_a_stage_published_by_an_earlier_release_is_left_alone_until_it_changes(published, finished, hub, api):
+    repo = hub.repos[REPO]
+    publish_as_an_earlier_release(repo, "stage-1-layer")
+    assert not publish_stage(finished[0], 1, REPO, api=api)[0].is_new
+    older = {**json.loads(repo.files("stage-1-layer")["growth.json"]), "weights_hash": "older"}
+    repo.files("stage-1-layer")["growth.json"] = json.dumps(older).encode()
+    assert publish_stage(finished[0], 1, REPO, api=api)[0].is_new
+    assert "lineage.json" in repo.files("stage-1-layer") and "growth.json" not in repo.files("stage-1-layer")
+
+
+def test_a_lineage_written_by_an_earlier_release_is_read():
+    written = Path(__file__).parents[1] / "runs" / "earlier_release" / "published" / "growth.json"
+    lineage = Lineage.from_json(written)
+    assert (lineage.revision, lineage.record.operators, lineage.parent.revision) == (FFN, ("ffn",), "stage-1-layer")
+    assert [record.stage for record in lineage.ancestors] == [0, 1]
+    assert lineage.remaining_schedule().sequence == "h"
+    assert json.loads(lineage.to_json()) == json.loads(written.read_text())
+
+
+def test_slop_train_starts_from_a_published_stage(published, finished, hub, api, tmp_path, output_of):
     run, config = finished
     middle, output = "stage-1-layer", tmp_path / "more"
     output_of("train", config, "--from", f"{REPO}@{middle}", "-o", output)
@@ -42,17 +78,17 @@ def test_slop_train_goes_on_from_a_published_stage(published, finished, hub, api
 
     list(publish_run(output, "tester/more", api=api))
     begun, grown = (
-        json.loads(hub.repos["tester/more"].files(name)["growth.json"]) for name in more.schedule.stage_names
+        json.loads(hub.repos["tester/more"].files(name)["lineage.json"]) for name in more.schedule.stage_names
     )
-    before = json.loads(hub.repos[REPO].files(middle)["growth.json"])
+    before = json.loads(hub.repos[REPO].files(middle)["lineage.json"])
     assert begun["parent"] == {"repo": REPO, "revision": middle, "weights_hash": before["weights_hash"]}
     assert begun["weights_hash"] == before["weights_hash"]
     assert [one["name"] for one in grown["ancestors"]] == ["stage-0-initial", middle, "stage-0-initial"]
     card = hub.repos["tester/more"].files("main")["README.md"].decode()
-    assert f"base_model: {REPO}" in card and f"after the first 2 rows, which are of `{REPO}`" in card
+    assert f"base_model: {REPO}" in card and f"The first 2 rows belong to `{REPO}`, which this run continues." in card
 
 
-def test_the_last_stage_goes_on_with_a_schedule_of_its_own(published, finished, tmp_path, output_of, error_of):
+def test_the_last_stage_needs_another_schedule(published, finished, tmp_path, output_of, error_of):
     run, config = finished
     asked = ("train", config, "--from", REPO, "-o", tmp_path / "more", "--dry-run", "--json")
     assert "last stage of its schedule" in error_of(*asked)
@@ -74,17 +110,17 @@ def test_slop_plan_begins_with_a_published_structure(published, output_of, error
     )
 
 
-def test_what_cannot_be_read_is_told_in_words(published, finished, hub, api, monkeypatch, tmp_path):
+def test_failures_are_explained(published, finished, hub, api, monkeypatch, tmp_path):
     with pytest.raises(HubError, match="has no revision 'stage-9'; it has main, stage-0-initial, stage-1-layer"):
         fetch_stage(f"{REPO}@stage-9", api)
-    with pytest.raises(HubError, match="no address on the Hub; expected user/name"):
+    with pytest.raises(HubError, match="is not an address on the Hub: expected user/name"):
         fetch_stage("not an address", api)
     with pytest.raises(HubError, match="no such repository, or you may not see it"):
         fetch_stage("tester/missing", api)
     with pytest.raises(HubError, match="no such repository, or you may not see it"):
         fetch_stage(REPO, HfApi(hub.endpoint, token=READ_TOKEN))
     hub.make("tester/plain")
-    with pytest.raises(HubError, match=r"reading growth.json of tester/plain@main: there is no such file"):
+    with pytest.raises(HubError, match=r"reading lineage.json of tester/plain@main: there is no such file"):
         fetch_stage("tester/plain", api)
     hub.fail(f"{REPO}/resolve", 403, 10)
     with pytest.raises(HubError, match=r"no permission \(403\)"):
@@ -93,16 +129,16 @@ def test_what_cannot_be_read_is_told_in_words(published, finished, hub, api, mon
         fetch_stage("tester/elsewhere", HfApi("http://127.0.0.1:9"))
 
 
-def test_weights_that_are_others_are_refused(published, hub, api):
+def test_other_weights_than_published_are_refused(published, hub, api):
     repo = hub.repos[REPO]
     files = dict(repo.files(FFN))
     repo.commit(FFN, {**files, "model.safetensors": files["model.safetensors"][:-1] + b"x"})
-    with pytest.raises(HubError, match=r"the weights in .* have the hash .* growth.json says"):
+    with pytest.raises(HubError, match=r"the weights in .* have the hash .* lineage.json says"):
         fetch_stage(f"{REPO}@{FFN}", api)
     repo.commit(FFN, {**files, "model.safetensors": files["model.safetensors"][:-100]})
     with pytest.raises(HubError, match="truncated or corrupt"):
         fetch_stage(f"{REPO}@{FFN}", api)
-    repo.commit(FFN, {**files, "growth.json": b"{}"})
+    repo.commit(FFN, {**files, "lineage.json": b"{}"})
     with pytest.raises(HubError, match=r"missing key 'revision'"):
         fetch_stage(f"{REPO}@{FFN}", api)
 
@@ -110,7 +146,7 @@ def test_weights_that_are_others_are_refused(published, hub, api):
 def test_a_stage_that_was_fetched_once_is_read_without_network(published, api, monkeypatch):
     fetch_stage(f"{REPO}@{FFN}", api)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert fetch_stage(f"{REPO}@{FFN}", api).growth.revision == FFN
+    assert fetch_stage(f"{REPO}@{FFN}", api).lineage.revision == FFN
 
 
 def test_slop_publish_plans_publishes_and_repeats(finished, hub, output_of, error_of, tmp_path):
@@ -124,7 +160,7 @@ def test_slop_publish_plans_publishes_and_repeats(finished, hub, output_of, erro
     assert "is not a run" in error_of("publish", tmp_path, "--to", REPO)
 
 
-def test_slop_publish_sends_what_was_scored_since(finished, hub, output_of, tmp_path):
+def test_slop_publish_sends_later_scores(finished, hub, output_of, tmp_path):
     run, config = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
 
     def sent():
@@ -133,7 +169,7 @@ def test_slop_publish_sends_what_was_scored_since(finished, hub, output_of, tmp_
     assert sent() == [True, True, True, True]
     output_of("eval", run, "--tasks", "perplexity", "--data", config, "--stage", 2, "--limit", 2)
     assert sent() == [False, False, True, True], "the last stage and main, which is the same"
-    (scored,) = json.loads(hub.repos[REPO].files("main")["growth.json"])["evaluations"]
+    (scored,) = json.loads(hub.repos[REPO].files("main")["lineage.json"])["evaluations"]
     assert (scored["task"], scored["limit"]) == ("perplexity", 2)
     results = ModelCard(hub.repos[REPO].files("main")["README.md"].decode()).data.eval_results
     assert [(one.dataset_type, one.metric_type, one.metric_value) for one in results] == [
@@ -148,7 +184,7 @@ def test_a_tag_and_a_commit_are_revisions_too(published, finished, hub, api, tmp
     publish_stage(finished[0], 1, REPO, api=api)  # a tag stays where it is, and disturbs nobody
     for revision in ("v1", commit):
         stage = fetch_stage(f"{REPO}@{revision}", api)
-        assert (stage.growth.revision, stage.origin.parent.revision) == ("stage-1-layer", revision)
+        assert (stage.lineage.revision, stage.origin.parent.revision) == ("stage-1-layer", revision)
     assert "it has main, stage-0-initial, stage-1-layer, stage-2-ffn, v1" in error_of(
         "train", finished[1], "--from", f"{REPO}@v2", "-o", tmp_path / "more"
     )

@@ -1,4 +1,4 @@
-"""lm-eval itself on its own tasks, moved to local data, by the call that scores them on the Hub's."""
+"""lm-eval on its own tasks with local data, by the same call that scores them on the Hub's data."""
 
 import random
 
@@ -8,9 +8,9 @@ import yaml
 
 from slop_hf import evaluate_model
 from slop_hf.errors import EvaluationError, GrowthError
-from slop_hf.evaluation import harness, scoring
+from slop_hf.evaluation import lm_eval, scoring
 from slop_hf.evaluation.held_out import HeldOut
-from slop_hf.evaluation.tasks import PAPER_TASKS, headline
+from slop_hf.evaluation.tasks import PAPER_TASKS, find_headline
 
 pytest.importorskip("lm_eval")
 
@@ -28,9 +28,9 @@ def nothing_is_scored(monkeypatch):
     def scored(*_, **__):
         raise AssertionError("something was scored")
 
-    monkeypatch.setattr(harness, "score", scored)
-    monkeypatch.setattr(scoring, "perplexity_of", scored)
-    monkeypatch.setattr(scoring.Subject, "model", property(scored))
+    monkeypatch.setattr(lm_eval, "score_task", scored)
+    monkeypatch.setattr(scoring, "measure_perplexity", scored)
+    monkeypatch.setattr(scoring.EvaluatedModel, "model", property(scored))
 
 
 def test_the_paper_s_tasks(evaluate, no_network):
@@ -38,7 +38,7 @@ def test_the_paper_s_tasks(evaluate, no_network):
     assert len(records) == len(PAPER_TASKS) + 24
     for one in PAPER_TASKS.values():
         record = records[one.task]
-        assert record.num_fewshot == one.num_fewshot and headline(record)[0] == one.metric
+        assert record.num_fewshot == one.num_fewshot and find_headline(record)[0] == one.metric
         assert 0 <= record.metrics[one.metric] <= 1 and record.harness.startswith("lm-eval ")
     group = [record for name, record in records.items() if name.startswith("leaderboard_bbh_")]
     mean = sum(one.metrics["acc_norm"] * one.documents for one in group) / sum(one.documents for one in group)
@@ -84,7 +84,7 @@ def test_a_model_in_memory_is_the_one_on_disk(evaluate, model, tokenizer, reques
     assert evaluate("piqa", model, tokenizer=tokenizer, limit=2) == on_disk
 
 
-def test_other_data_is_scored_anew(evaluate, datasets_dir, tmp_path):
+def test_other_data_is_scored_again(evaluate, datasets_dir, tmp_path):
     evaluate("piqa")
     changed = tmp_path / "datasets" / "piqa"
     changed.mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_examples_before_the_question(evaluate):
     assert few[0].limit == few[0].documents == 1
 
 
-def test_model_and_random_numbers_are_left_as_they_were(evaluate, model, tokenizer):
+def test_model_and_random_state_are_left_unchanged(evaluate, model, tokenizer):
     model.train()
     states = random.getstate(), torch.get_rng_state()
     evaluate("piqa", model, tokenizer=tokenizer, limit=1)
@@ -108,7 +108,7 @@ def test_model_and_random_numbers_are_left_as_they_were(evaluate, model, tokeniz
     model.eval()
 
 
-def test_tasks_of_one_s_own(evaluate, tmp_path):
+def test_your_own_tasks(evaluate, tmp_path):
     task = {
         "task": "doors",
         "tag": "houses",
@@ -129,7 +129,7 @@ def test_tasks_of_one_s_own(evaluate, tmp_path):
     assert record.task == "doors" and record.documents == 2 and set(record.metrics) == {"acc"}
 
 
-def test_data_that_cannot_be_had(evaluate, no_network):
+def test_unavailable_data_is_refused(evaluate, no_network):
     with pytest.raises(EvaluationError, match=r"piqa cannot be scored: .*TASK/SPLIT.jsonl .*--datasets") as caught:
         evaluate("piqa", datasets=None)
     assert len(str(caught.value).splitlines()) == 1
@@ -147,7 +147,7 @@ def test_unknown_tasks(evaluate, tmp_path, request):
         evaluate("piqa", datasets=tmp_path / "data")
 
 
-def test_what_is_no_model(evaluate, model, tmp_path):
+def test_anything_but_a_model_is_refused(evaluate, model, tmp_path):
     with pytest.raises(GrowthError, match="no such directory"):
         evaluate("piqa", tmp_path / "nothing")
     with pytest.raises(GrowthError, match="neither a run nor a model directory"):
@@ -162,21 +162,21 @@ def test_what_is_no_model(evaluate, model, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
-        ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0"),
+        ({"limit": 0}, "limit must be a whole number, 1 or more, got 0"),
+        ({"num_fewshot": -1}, "num_fewshot must be a whole number, 0 or more"),
         ({"batch_size": "many"}, "batch_size must be 'auto', or a whole number"),
         ({"include_path": "nowhere"}, "include_path .*nowhere: no such directory"),
         ({"tasks": "perplexity"}, "perplexity needs text to be measured on"),
     ],
 )
-def test_settings_that_cannot_be(evaluate, settings, message):
+def test_wrong_settings_are_refused(evaluate, settings, message):
     with pytest.raises(EvaluationError, match=message):
         evaluate(**{"tasks": "piqa", **settings})
 
 
-def test_perplexity_needs_no_harness(evaluate, tokenizer, monkeypatch, request):
-    monkeypatch.setattr(harness, "_require", lambda: 1 / 0)
-    held_out = HeldOut.of_texts({"a": "the door was red"}, tokenizer, 32)
+def test_perplexity_does_not_need_lm_eval(evaluate, tokenizer, monkeypatch, request):
+    monkeypatch.setattr(lm_eval, "_require_lm_eval", lambda: 1 / 0)
+    held_out = HeldOut.from_texts({"a": "the door was red"}, tokenizer, 32)
     (record,) = evaluate("perplexity", held_out=held_out, datasets=None)
     request.getfixturevalue("nothing_is_scored")
     assert evaluate("perplexity", held_out=held_out, datasets=None, batch_size=1) == [record]
@@ -185,6 +185,6 @@ def test_perplexity_needs_no_harness(evaluate, tokenizer, monkeypatch, request):
 def test_text_of_another_tokenizer(evaluate):
     from slop_hf.data import train_tokenizer
 
-    other = HeldOut.of_texts({"a": "the door was red"}, train_tokenizer(["ab ab cd cd"], 260), 32)
+    other = HeldOut.from_texts({"a": "the door was red"}, train_tokenizer(["ab ab cd cd"], 260), 32)
     with pytest.raises(EvaluationError, match="tokenized by another tokenizer than the model's"):
         evaluate("perplexity", held_out=other)
