@@ -1,7 +1,7 @@
 """The demo: plan, train through four growths, compare with training from scratch at equal FLOPs, report, sample.
 
-make demo                                        # or
-python recipes/demo.py --output-dir runs/demo    # again after a kill: it goes on where it stopped
+make demo                                        # or:
+python recipes/demo.py --output-dir runs/demo    # after a kill, the same command resumes
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from slop_hf import (
     GrowthSchedule,
     ModelDims,
     RunConfig,
-    RunDirectory,
     SlopPlanner,
-    build_trainer,
-    comparison_table,
+    build_comparison_table,
     summarise,
+    train_run,
     write_report,
 )
+from slop_hf.io.units import format_duration
 
 RECIPE = Path(__file__).parent / "grow_tiny.yaml"
 INITIAL = ModelDims(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
@@ -35,7 +35,7 @@ PROMPT = "def __init__(self"
 
 
 def plan(config: RunConfig, tokens: float) -> GrowthSchedule:
-    """The planner's best schedule from the recipe's initial structure to its target."""
+    """Find the best schedule from the recipe's initial structure to its target."""
     space = ConfigSpace(
         targets=[TARGET],
         config={"vocab_size": config.data.vocab_size, **config.model},
@@ -47,8 +47,10 @@ def plan(config: RunConfig, tokens: float) -> GrowthSchedule:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--tokens", type=float, default=TOKENS, help="training tokens of the staged run")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/demo"), help="directory of the runs and the report (%(default)s)"
+    )
+    parser.add_argument("--tokens", type=float, default=TOKENS, help="training tokens of the staged run (%(default)g)")
     options = parser.parse_args()
     began = time.perf_counter()
 
@@ -57,23 +59,23 @@ def main() -> None:
     print("plan:", schedule.sequence, " → ".join(str(dims) for dims in schedule.structures))
     config = config.with_schedule(schedule)
 
-    runs = [options.output_dir / "slop", options.output_dir / "from-scratch"]
-    for run, scratch in zip(runs, (False, True), strict=True):
-        print(f"\n{run}: training")
-        trainer = build_trainer(config, run, scratch=scratch)
-        trainer.train(resume_from_checkpoint=RunDirectory(run).exists)
+    runs = []
+    for name, scratch in (("slop", False), ("from-scratch", True)):
+        directory = options.output_dir / name
+        print(f"\ntraining {directory}")
+        runs.append(train_run(config, directory, scratch=scratch, resume=True))
 
-    report = write_report(runs, options.output_dir / "report")
-    Console().print(comparison_table([summarise(RunDirectory(run)) for run in runs]))
-    print(f"figures: {report}/loss.png and {report}/path.png; tables: {report}/report.md; all: {report}/report.html")
+    report = write_report([run.path for run in runs], options.output_dir / "report")
+    Console().print(build_comparison_table([summarise(run) for run in runs]))
+    print(f"written: {report}/report.html (everything), report.md (tables), loss.png and path.png (figures)")
 
-    final = RunDirectory(runs[0]).stage_dir(len(schedule.stages))
+    final = runs[0].stage_dir(len(schedule.stages))
     set_seed(0)
     logging.disable_progress_bar()
     write = pipeline("text-generation", model=str(final))
     sample = write(PROMPT, max_new_tokens=80, do_sample=True, temperature=0.7)[0]["generated_text"]
-    print(f"\na sample from {final}:\n\n{sample}\n")
-    print(f"done in {time.perf_counter() - began:.0f} s")
+    print(f"\nsample from {final}:\n\n{sample}\n")
+    print(f"done in {format_duration(time.perf_counter() - began)}")
 
 
 if __name__ == "__main__":

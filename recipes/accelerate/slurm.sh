@@ -2,9 +2,9 @@
 # A recipe on a Slurm cluster, from the repository's root:
 #   sbatch --nodes 8 recipes/accelerate/slurm.sh runs/1b
 #   sbatch --nodes 8 recipes/accelerate/slurm.sh runs/13b --config recipes/grow_7b_13b.yaml
-# The first argument is the run's directory, on a file system that all nodes see; the others go to recipes/grow_1b.py.
-# Five minutes before the time limit the run saves a checkpoint and ends, and the job goes back into the queue, until
-# the run is finished. Partition, account and processor cores are the cluster's: give them to sbatch, or add them here.
+# The first argument is the run directory, on a file system shared by all nodes; the others go to recipes/grow_1b.py.
+# Five minutes before the time limit, the run saves a checkpoint and ends, and the job is requeued until the run is
+# finished. Partition, account and processor cores depend on the cluster: give them to sbatch, or add them here.
 #SBATCH --job-name=slop
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@
 #SBATCH --output=slop-%j.log
 set -euo pipefail
 
-export RUN=${1:?the directory of the run, such as runs/1b}
+export RUN=${1:?missing the run directory, such as runs/1b}
 shift
 export LAUNCH_CONFIG=${LAUNCH_CONFIG:-recipes/accelerate/multi_node_zero3.yaml}
 export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?run this with sbatch --gpus-per-node}}
@@ -27,20 +27,20 @@ MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node must not sh
 export MAIN_IP MAIN_PORT
 
 on_node() {
-  # The launcher kills its ranks 30 seconds after a SIGTERM of its own, which is too soon for a large checkpoint. So it
-  # does not hear of it, and the ranks are told directly.
+  # After a SIGTERM the launcher kills its ranks within 30 seconds, too soon for a large checkpoint. So the launcher
+  # ignores the signal, and the ranks get it directly.
   (
     trap '' TERM
-    export PET_SIGNALS_TO_HANDLE=SIGINT # as --signals-to-handle of torchrun, which would undo the trap
+    export PET_SIGNALS_TO_HANDLE=SIGINT # like torchrun's --signals-to-handle, which would undo the trap
     exec accelerate launch --config_file "$LAUNCH_CONFIG" \
       --num_machines "$SLURM_JOB_NUM_NODES" --num_processes $((SLURM_JOB_NUM_NODES * PROCESSES_PER_NODE)) \
       --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_IP" --main_process_port "$MAIN_PORT" \
       recipes/grow_1b.py --output-dir "$RUN" --resume "$@"
   ) &
-  local launcher=$! code=0 told=false
-  trap 'told=true; pkill -TERM -P "$launcher"' TERM
+  local launcher=$! code=0 signalled=false
+  trap 'signalled=true; pkill -TERM -P "$launcher"' TERM
   wait "$launcher" || code=$?
-  if $told; then # the signal ended that wait, not the run
+  if $signalled; then # the signal ended the wait, not the run
     code=0
     wait "$launcher" || code=$?
   fi

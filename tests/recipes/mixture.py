@@ -1,4 +1,4 @@
-"""Seven sources shaped like RedPajama's, each in a file format of its own, made of texts that every machine has."""
+"""Seven sources with RedPajama's weights, each in another file format, made of texts that every machine has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from slop_hf.data import Source, documents
+from slop_hf.data import Source, read_documents
 
 #: Weights of the paper's Table 6.
 WEIGHTS = {
@@ -27,10 +27,10 @@ WEIGHTS = {
 
 
 def seven_sources(folder: Path, texts: int = 560) -> dict[str, Any]:
-    """Write the sources into a folder; the mixture, as YAML holds it."""
-    found = list(documents(Source("python-stdlib", max_documents=texts)))
+    """Write the sources into a folder, and return the mixture as plain data for YAML."""
+    found = list(read_documents(Source("python-stdlib", max_documents=texts)))
     shares = dict(zip(WEIGHTS, (found[number::7] for number in range(7)), strict=True))
-    # Documents of a line, where a line is one.
+    # Formats with one document per line need documents of one line.
     lines = {name: "\n".join(" ".join(text.split()) for text in shares[name]).encode() for name in ("c4", "books")}
     rows = {
         name: "\n".join(json.dumps({"id": number, column: text}) for number, text in enumerate(shares[name])).encode()

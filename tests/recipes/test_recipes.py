@@ -1,4 +1,4 @@
-"""Every recipe can be planned, and is what it says; every launch configuration can be read."""
+"""Every recipe can run and matches its description; every launch configuration can be read."""
 
 import importlib.util
 import json
@@ -12,8 +12,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from slop_hf import ConfigSpace, ModelDims, RunConfig, SlopPlanner, preview_run
 from slop_hf.cost.flops import count_parameters
+from slop_hf.io.units import format_bytes
 from slop_hf.paper import tables as paper
-from slop_hf.training.config import known_vocab_size
+from slop_hf.training.config import find_vocab_size
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -27,7 +28,7 @@ def stem(path):
 
 
 def script(name):
-    """A script among the recipes, as a module."""
+    """Import a script of the recipes as a module."""
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,7 +37,7 @@ def script(name):
 
 @pytest.fixture
 def launch(monkeypatch, capfd):
-    """Run grow_1b.py in this process, as a launcher does: (exit code, stdout, stderr)."""
+    """Run grow_1b.py in this process as a launcher does, and return its exit code, stdout and stderr."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*arguments):
@@ -54,7 +55,7 @@ def launch(monkeypatch, capfd):
 
 @pytest.mark.parametrize("path", RUNS, ids=stem)
 def test_every_recipe_can_run(path, tmp_path):
-    """Offline: neither a corpus nor a tokenizer is fetched, and no device that knows bf16 is needed."""
+    """Offline: neither a corpus nor a tokenizer is fetched, and no device with bf16 is needed."""
     config = RunConfig.from_yaml(path)
     spans = preview_run(config, tmp_path / "out")
     assert [span.steps > 0 for span in spans] == [tokens > 0 for tokens in config.read_schedule().tokens]
@@ -85,7 +86,7 @@ def test_the_1b_recipe_is_the_papers(tmp_path):
     assert schedule.structures == recommended.path(paper.INITIAL)
     assert schedule.sequence == recommended.sequence == "l-f-h"
     assert schedule.tokens == (paper.INITIAL_TOKENS, *recommended.stage_tokens)
-    # The paper's 65B are enough for a fourth growth.
+    # The paper's 65B tokens are enough for a fourth growth.
     assert sum(schedule.tokens) == paper.TOTAL_TOKENS - paper.STAGE_TOKENS == 55 * 10**9
     assert config.data.block_size == paper.SEQUENCE_LENGTH
     assert config.training["bf16"] is True
@@ -104,7 +105,7 @@ def test_the_105m_recipe_is_table_11(tmp_path):
     assert ends == [(384, 1024, 6), (768, 2048, 12)]
     assert [spans[0].parameters, spans[-1].parameters] == [27_583_872, 104_766_720]  # 27M and 105M
     assert sum(span.flops for span in spans) == pytest.approx(4.08e18, rel=1e-3)
-    assert schedule == schedule.with_tokens(sum(schedule.tokens))  # shared out by the paper's rule
+    assert schedule == schedule.with_tokens(sum(schedule.tokens))  # shared by the paper's rule
     for objective in ("delta_params", "delta_params_eq3", "flops"):
         space = ConfigSpace(targets=[schedule.target], config=config.model, sequence_length=config.data.block_size)
         best = SlopPlanner(schedule.initial, space, objective=objective).plan(top_k=1, tokens=sum(schedule.tokens))[0]
@@ -117,26 +118,25 @@ def test_the_13b_recipe_grows_llama_2(tmp_path):
     seven, thirteen = ModelDims(4096, 11008, 32, 32), ModelDims(5120, 13824, 40, 40)
     best = SlopPlanner(seven, ConfigSpace(targets=[thirteen])).plan(top_k=1)[0]
     assert schedule.structures == best.structures and schedule.sequence == best.sequence == "f-l-h"
-    assert known_vocab_size(config) == 32000  # said by the recipe, since its tokenizer is out of reach
+    assert find_vocab_size(config) == 32000  # from the recipe, since its tokenizer needs the network
     assert [count_parameters(dims, config.model) for dims in (seven, thirteen)] == [6_738_415_616, 13_015_864_320]
-    # What begins with trained weights keeps what they know.
+    # Growth keeps the function of trained weights.
     assert schedule.initial_tokens == 0 and config.training["growth_init"] == "preserving"
 
 
-def test_the_13b_recipes_memory_is_as_its_comment_says(tmp_path, output_of):
+def test_the_13b_recipe_needs_the_memory_that_its_comment_states(tmp_path, output_of):
     path = RECIPES / "grow_7b_13b.yaml"
     options = ["-o", tmp_path / "out", "--dry-run", "--devices", 64, "--zero-stage", 3]
     rows = json.loads(output_of("train", path, *options, "--json"))
     most = max((row["memory_bytes"] for row in rows), key=lambda memory: memory["total"])
-    parts = (most["total"], most["activations"])
-    said = "takes most, {:.3g} GiB on each of 64 GPUs, {:.3g} of them activations".format(*(n / 2**30 for n in parts))
-    assert said in path.read_text()
+    total, activations = (format_bytes(most[name]) for name in ("total", "activations"))
+    assert f"most memory, {total} on each of 64 GPUs, of which {activations} are activations" in path.read_text()
     text = output_of("train", path, *options)
-    assert "most in stage-3-hidden" in text and "64 devices, ZeRO stage 3, micro-batch 1, bf16" in text
+    assert f"largest in stage-3-hidden: {total} =" in text and "64 devices, ZeRO stage 3, micro-batch 1, bf16" in text
 
 
 def test_a_dry_run_through_the_script(tmp_path):
-    """In a process of its own: the paper's run by default, and nothing on stdout but JSON."""
+    """In a new process: the paper's run is the default, and stdout holds nothing but JSON."""
     command = [sys.executable, RECIPES / "grow_1b.py", "--dry-run", "--json", "--output-dir", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
@@ -145,7 +145,7 @@ def test_a_dry_run_through_the_script(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_speaks_on_the_main_process(launch, monkeypatch, tmp_path):
+def test_a_dry_run_prints_on_the_first_process_only(launch, monkeypatch, tmp_path):
     options = ["--dry-run", "--output-dir", tmp_path / "out", "--devices", 8, "--zero-stage", 3]
     monkeypatch.setenv("RANK", "0")
     code, out, err = launch(*options)
@@ -181,7 +181,7 @@ def test_accelerate_reads_its_configurations(path):
     assert config.num_processes % config.num_machines == 0
     assert not config.use_cpu  # it would turn DeepSpeed off
     if zero3:
-        # What else accelerate could be told here, it refuses beside a file.
+        # accelerate rejects all other settings if there is a file.
         assert set(config.deepspeed_config) <= {
             "deepspeed_config_file",
             "deepspeed_multinode_launcher",
@@ -196,7 +196,7 @@ def test_deepspeed_leaves_optimizer_and_sizes_to_the_trainer(path):
     assert not {"optimizer", "scheduler"} & set(settings)
     zero = settings["zero_optimization"]
     assert zero["stage"] == 3 and zero["stage3_gather_16bit_weights_on_model_save"]
-    # They follow the hidden size, which grows.
+    # These follow the hidden size, which grows.
     sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
     assert {zero[name] for name in sizes} == {"auto"}
     assert zero["overlap_comm"] is path.stem.endswith("gpu")

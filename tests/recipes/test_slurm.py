@@ -1,4 +1,4 @@
-"""The Slurm script, on a cluster of one node that is a few lines of bash."""
+"""The Slurm script, on a stand-in for a cluster made of a few lines of bash."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "accelerate" / "slurm.sh"
 
-# The rank, as Python sets the handlers of a training process; it stands below the launcher.
+# A rank that handles SIGTERM like a training process; the launcher starts it.
 RANK = """
 import pathlib, signal, sys, time
 log = pathlib.Path(sys.argv[1])
@@ -32,7 +32,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def submit(tmp_path):
-    """Start the script as Slurm does; the process, and the folder that tells what was called."""
+    """Start the script as Slurm does, and return the process; what it called is recorded in `tmp_path`."""
     (tmp_path / "rank.py").write_text(RANK)
     for name, body in PROGRAMS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -62,11 +62,11 @@ def test_it_is_valid_bash():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_it_tells_the_launcher_who_is_where(submit, tmp_path):
+def test_the_launcher_gets_ranks_and_addresses(submit, tmp_path):
     job = submit("runs/a b", "--set", "model={pretrained: some/model}")
     assert job.wait(30) == 0
-    told = (tmp_path / "arguments").read_text().splitlines()
-    assert told == [
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments == [
         *("launch", "--config_file", "recipes/accelerate/multi_node_zero3.yaml"),
         *("--num_machines", "2", "--num_processes", "8", "--machine_rank", "0"),
         *("--main_process_ip", "node1", "--main_process_port", "21234"),
@@ -76,8 +76,8 @@ def test_it_tells_the_launcher_who_is_where(submit, tmp_path):
     assert not (tmp_path / "calls").exists()
 
 
-def test_before_the_time_limit_it_saves_and_goes_back_into_the_queue(submit, tmp_path):
-    """SIGTERM reaches the rank; the launcher, which would kill it, ignores one of its own."""
+def test_before_the_time_limit_it_saves_and_is_requeued(submit, tmp_path):
+    """SIGTERM reaches the rank; the launcher, which would kill the rank, ignores it."""
     job = submit("runs/a", seconds=60, unfinished=1)
     deadline = time.monotonic() + 30
     while not (tmp_path / "training").exists():
@@ -91,11 +91,11 @@ def test_before_the_time_limit_it_saves_and_goes_back_into_the_queue(submit, tmp
     assert (tmp_path / "calls").read_text() == "requeue 41234\n"
 
 
-def test_a_run_that_failed_stays_out_of_the_queue(submit, tmp_path):
+def test_a_failed_run_is_not_requeued(submit, tmp_path):
     assert submit("runs/a", code=3, unfinished=1).wait(30) == 3
     assert not (tmp_path / "calls").exists()
 
 
-def test_it_asks_for_the_directory_of_the_run(submit):
+def test_the_run_directory_is_required(submit):
     job = submit()
-    assert job.wait(30) != 0 and "the directory of the run" in job.stderr.read()
+    assert job.wait(30) != 0 and "missing the run directory" in job.stderr.read()

@@ -1,4 +1,4 @@
-"""The tiny recipe for real, on a mixture of seven sources: under ZeRO-3 on two ranks, as its users launch it."""
+"""The tiny recipe on a mixture of seven sources, launched as users launch it: under ZeRO-3 on two ranks."""
 
 import subprocess
 import sys
@@ -15,12 +15,12 @@ from launching import ROOT, command, environment, kill, largest_difference
 
 from slop_hf import RunConfig, RunDirectory, build_trainer
 
-SHARE = 40  # of the recipe's tokens is one in so many trained on here
+SHARE = 40  # divisor of the recipe's tokens
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The recipe with fewer tokens, and data of its own."""
+    """The recipe with fewer tokens, and with the seven sources as data."""
     folder = tmp_path_factory.mktemp("recipe")
     content = yaml.safe_load((ROOT / "recipes" / "grow_tiny.yaml").read_text())
     del content["data"]["source"]
@@ -59,7 +59,7 @@ def two(recipe, tmp_path_factory):
 
 
 def log_of(output):
-    """What was logged at which step, without what the clock says."""
+    """Return the logs of a run without times and speeds."""
     timed = ("second", "runtime", "mfu")
     return [
         {name: value for name, value in entry.items() if not any(word in name for word in timed)}
@@ -79,8 +79,8 @@ def test_two_ranks_end_where_one_process_does(recipe, two, tmp_path):
 
 
 @pytest.mark.deepspeed
-def test_killed_and_resumed_it_logs_the_same(recipe, two, tmp_path):
-    """SIGKILL to all ranks in the third stage: losses, rates and tokens from there on are the same."""
+def test_a_killed_and_resumed_run_logs_the_same(recipe, two, tmp_path):
+    """After SIGKILL to all ranks in the third stage, the resumed run logs the same losses, rates and tokens."""
     output = tmp_path / "killed"
     process = subprocess.Popen(
         words(recipe, output), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -100,8 +100,8 @@ def test_killed_and_resumed_it_logs_the_same(recipe, two, tmp_path):
 
 
 @pytest.mark.deepspeed
-def test_the_books_of_a_mixture(two):
-    """Every stage says what it was trained on; shares follow the weights, ranges one another."""
+def test_the_consumed_tokens_of_a_mixture(two):
+    """Every stage records its tokens per source; shares follow the weights, and ranges are contiguous."""
     records = RunDirectory(two).records()
     ends = dict.fromkeys(WEIGHTS, 0)
     for record in records:
