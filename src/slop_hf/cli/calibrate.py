@@ -16,10 +16,10 @@ from ..errors import PlanError
 from ..io.serialization import Json
 from ..io.units import format_bytes, format_count
 from .model_config import build_config, read_structure
-from .shared import print_json, print_table, redirect_prints
+from .shared import AsJson, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
-    from ..training import StepTimes
+    from ..training.calibration import StepTimes
 
 #: Structures that take a few minutes on a small CPU. On a GPU they would measure Python's overhead.
 LADDER = (
@@ -65,7 +65,7 @@ def calibrate_command(
         Path, typer.Option("--output", "-o", help="File to write, for `slop plan --cost-model`.")
     ] = Path("cost_model.yaml"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured; measure nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the dry run, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the speed of this hardware: train a few structures for a few steps, and fit a cost model.
 

@@ -14,7 +14,7 @@ import slop_hf
 from ..errors import RunError
 from ..io.serialization import Json
 from ..io.units import NOTHING
-from .shared import make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
+from .shared import AsJson, make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
 
 if TYPE_CHECKING:
     from ..experiments.config import Experiment
@@ -41,7 +41,7 @@ def compare_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs, their stages and FLOPs; train nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record, or the dry run, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the arms of an experiment at equal budgets, and compare them.
 

@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..io.files import write_directory
 from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..io.units import NOTHING, format_bytes, format_count, format_duration
-from .shared import print_json, print_table, read_changes, redirect_prints
+from .shared import AsJson, print_json, print_table, read_changes, redirect_prints
 
 if TYPE_CHECKING:
     from ..data import DataConfig
@@ -44,7 +44,7 @@ def inspect_command(
     config: _Config,
     samples: Annotated[int, typer.Option(min=0, help="Number of documents to show per source, shortened.")] = 1,
     change: _Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a mixture holds, and how long it lasts. Nothing is written.
 
@@ -81,7 +81,7 @@ def tokenize_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cost; write nothing.")] = False,
     change: _Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts, or the cost, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tokenize a mixture into the cache, so that runs begin at once.
 
@@ -135,7 +135,7 @@ def train_tokenizer_command(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Vocabulary size. Default: the config's.")] = None,
     change: _Changes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a tokenizer on a mixture: on 64 MiB of its training documents, shared by the weights of the sources.
 

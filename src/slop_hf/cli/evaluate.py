@@ -19,7 +19,7 @@ from ..io.units import NOTHING
 from ..runs.directory import RunDirectory
 from ..runs.records import AFTER_GROWTH, END_OF_STAGE, EvalRecord
 from .data import read_data
-from .shared import is_first_process, print_json, print_table, redirect_prints
+from .shared import AsJson, is_first_process, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..evaluation.held_out import HeldOut
@@ -84,7 +84,7 @@ def evaluate_command(
     device: Annotated[str | None, typer.Option(help="Device, such as cuda:1. Default: a GPU if there is one.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Cache of the scores. Default: in the HF home.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be scored; score nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     run = RunDirectory(source)
     if not run.exists and (stage or after_growth):

@@ -16,7 +16,7 @@ from ..io.serialization import read_json
 from ..io.units import format_duration
 from ..operators import find_operators
 from ..schedule import GrowthSchedule, GrowthStage
-from .shared import print_json, split_list
+from .shared import AsJson, print_json, split_list
 
 
 def grow_command(
@@ -56,7 +56,7 @@ def grow_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done and the disk space needed; write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt, or the plan, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Grow a saved model into a larger one, without training. Memory holds one tensor at a time, so any size works.
 

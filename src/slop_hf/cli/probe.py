@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..experiments.jobs import Job
     from ..probing.candidates import Candidate, Start
     from ..probing.probe import PlannedTrial
-    from ..training import RunConfig
+    from ..training.config import RunConfig
 
 _WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output"
 
@@ -94,7 +94,7 @@ def probe_command(
     from ..probing.candidates import Start  # with torch, which `slop --help` does without
     from ..probing.report import build_probe_table, describe_probe
 
-    start = None if source is None else Start.of(source)
+    start = None if source is None else Start.parse(source)
     run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
     candidates = _choose_candidates(
         run, _read_schedule(run, schedule, start), start, top_k, objective, inits, next_stages
@@ -131,7 +131,7 @@ def probe_command(
     console.print(build_probe_table(report))
     for sentence in describe_probe(report):
         console.print(sentence)
-    if start is not None and run.training.get("carry_optimizer_state") and not start.keeps_optimizer:
+    if start is not None and run.training.get("carry_optimizer_state") and not start.has_optimizer_state:
         console.print("The start has no AdamW state any more: every trial began with a new one.")
     print(f"measurements written to {output / 'probe.json'}")
     if write_schedule is not None:

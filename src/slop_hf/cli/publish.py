@@ -12,7 +12,7 @@ import slop_hf
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
-from .shared import print_json
+from .shared import AsJson, print_json
 
 
 def publish_command(
@@ -28,7 +28,7 @@ def publish_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print revisions, files and sizes; upload nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the revisions as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Publish a run's finished stages on the Hub.
 

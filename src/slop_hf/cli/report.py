@@ -11,6 +11,7 @@ from rich.console import Console
 import slop_hf
 
 from ..runs.directory import RunDirectory
+from .shared import AsJson
 
 
 def report_command(
@@ -19,7 +20,7 @@ def report_command(
         Path | None,
         typer.Option("--output", "-o", help="Report directory. Default: `report` in the first run."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write tables and figures of one or more runs.
 

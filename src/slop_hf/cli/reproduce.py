@@ -14,7 +14,7 @@ from ..io.serialization import to_plain
 from ..paper import reproduction
 from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_row, write_reproduction_page
 from ..paper.reproduction import Hours, Product
-from .shared import print_json, print_table
+from .shared import AsJson, print_json, print_table
 
 _PARTS: dict[str, Callable[[], Sequence[Product] | Sequence[Hours]]] = {
     "table1": reproduction.reproduce_table_1,
@@ -29,7 +29,7 @@ def reproduce_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write a Markdown page about all parts to this file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Recompute the paper's printed numbers: products of parameter increments, and GPU hours.
 

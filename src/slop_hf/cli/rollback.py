@@ -10,7 +10,7 @@ import typer
 from ..runs.directory import SCHEDULE_FILE, RunDirectory
 from ..runs.rollback import plan_rollback
 from ..schedule import GrowthSchedule
-from .shared import print_json
+from .shared import AsJson, print_json
 
 
 def rollback_command(
@@ -22,7 +22,7 @@ def rollback_command(
         Path | None, typer.Option("--schedule", "-s", help="New schedule for the stages after it.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be moved; move nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what is moved as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Return a run to the end of one of its stages.
 

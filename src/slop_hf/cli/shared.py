@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.box import SIMPLE
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from ..errors import RunError
 from ..io.serialization import Json, parse_yaml, to_json
+
+#: The option `--json`, which every command has.
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def make_option(panel: str, *names: str, **settings: Any) -> Any:

@@ -14,11 +14,12 @@ import slop_hf
 from ..cost.memory import MemoryEstimate, estimate_training_memory
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
-from .shared import is_first_process, print_json, print_table, read_changes, redirect_prints
+from .shared import AsJson, is_first_process, print_json, print_table, read_changes, redirect_prints
 
 if TYPE_CHECKING:
     from ..cost.memory import Precision
-    from ..training import RunConfig, StageSpan
+    from ..training.config import RunConfig
+    from ..training.spans import StageSpan
 
 
 def train_command(
@@ -45,9 +46,7 @@ def train_command(
     ] = False,
     devices: Annotated[int, typer.Option(help="With --dry-run: number of devices that share the work.")] = 1,
     zero_stage: Annotated[int, typer.Option(help="With --dry-run: ZeRO stage, 0 to 3.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records of the stages, or the plan, as JSON.")] = (
-        False
-    ),
+    as_json: AsJson = False,
 ) -> None:
     """Train a model through a growth schedule.
 
@@ -163,7 +162,7 @@ def _estimate_memory(
 ) -> tuple[Precision, list[int], list[MemoryEstimate[int]]]:
     """Return the precision of a run, and the micro-batch size and the memory per device of each stage."""
     from ..training.batches import Batches, resolve_per_stage  # with torch, which `slop --help` does without
-    from ..training.config import known_vocab_size
+    from ..training.config import find_vocab_size
 
     defaults = {item.name: item.default for item in dataclasses.fields(slop_hf.SlopTrainingArguments)}
     settings = {**defaults, **config.training}
@@ -178,7 +177,7 @@ def _estimate_memory(
         Batches.share(span.blocks_per_step or size * devices, size, devices).micro_batch_size
         for span, size in zip(spans, sizes, strict=True)
     ]
-    model = config.model_config(spans[0].dims, known_vocab_size(config), as_described=True)
+    model = config.model_config(spans[0].dims, find_vocab_size(config), as_described=True)
     estimates = [
         estimate_training_memory(
             span.dims,
