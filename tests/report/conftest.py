@@ -30,5 +30,5 @@ def text_only(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"")
         return path
 
-    for name in ("loss_figure", "path_figure"):
+    for name in ("draw_run_losses", "draw_run_paths"):
         monkeypatch.setattr(f"slop_hf.report.write.{name}", empty)

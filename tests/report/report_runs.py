@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_flops_per_token, count_parameters
 from slop_hf.dims import ModelDims
 from slop_hf.io.serialization import to_json
 from slop_hf.runs.directory import EVAL_FILE, RECORD_FILE, SCHEDULE_FILE, STATE_FILE, RunDirectory
@@ -72,7 +72,7 @@ def write_run(
     for number, (dims, stage_tokens) in enumerate(zip(schedule.structures, schedule.tokens, strict=True)):
         if number == (len(schedule.structures) if stages is None else stages):
             break
-        per_token = flops_per_token(dims, CONFIG, 128)
+        per_token = count_flops_per_token(dims, CONFIG, 128)
         steps, floor = stage_tokens // TOKENS_PER_STEP, 4.2 - 0.12 * math.log(count_parameters(dims, CONFIG))
         before, losses = flops, {}
         for done in sorted({*range(0, steps, 5), steps}):

@@ -12,7 +12,14 @@ from report_runs import GROWN, INITIAL, OTHER_ORDER, SCRATCH, STEPS, TOKENS_PER_
 
 from slop_hf.errors import RunError
 from slop_hf.paper.tables import TABLE_1
-from slop_hf.report import comparisons, correlation_figure, drawing, heads_figure, radar_figure, time_correlation
+from slop_hf.report import (
+    comparisons,
+    compute_time_correlation,
+    draw_heads,
+    draw_radar,
+    draw_time_correlation,
+    drawing,
+)
 from slop_hf.runs.directory import EVAL_FILE
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
@@ -24,9 +31,9 @@ TOKENS = STEPS * TOKENS_PER_STEP
 def drawn(monkeypatch):
     """The figures that were made, in order."""
     made = []
-    new = comparisons.new_figure
+    new = comparisons.create_figure
     monkeypatch.setattr(drawing, "DPI", 72)
-    monkeypatch.setattr(comparisons, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
+    monkeypatch.setattr(comparisons, "create_figure", lambda *size: made.append(new(*size)) or made[-1])
     return made
 
 
@@ -45,7 +52,7 @@ def test_radar_has_an_axis_a_shared_task(make_run, tmp_path, drawn):
     one = write_evaluations(make_run("one"), {**TASKS, "mmlu": 0.9})
     two = write_evaluations(make_run("two", SCRATCH), {"piqa": 0.3, "boolq": 0.5, "arc": 0.6})
     bare = make_run("bare")
-    path = radar_figure([one, bare, two], tmp_path / "radar.png")
+    path = draw_radar([one, bare, two], tmp_path / "radar.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     axes = drawn[0].axes[0]
     labels = [label.get_text() for label in axes.get_xticklabels()]
@@ -57,7 +64,7 @@ def test_radar_has_an_axis_a_shared_task(make_run, tmp_path, drawn):
 
 def test_parts_of_a_task_are_no_axes(make_run, tmp_path, drawn):
     tasks = {**TASKS, "mmlu": 0.3, "mmlu_anatomy": 0.4, "mmlu_law": 0.2, "arc_easy": 0.5}
-    radar_figure([write_evaluations(make_run(name), tasks) for name in ("one", "two")], tmp_path / "radar.png")
+    draw_radar([write_evaluations(make_run(name), tasks) for name in ("one", "two")], tmp_path / "radar.png")
     labels = [label.get_text().split("\n")[0] for label in drawn[0].axes[0].get_xticklabels()]
     assert labels == ["arc", "boolq", "mmlu", "piqa"]
 
@@ -65,7 +72,7 @@ def test_parts_of_a_task_are_no_axes(make_run, tmp_path, drawn):
 def test_radar_labels_do_not_touch(make_run, tmp_path, drawn):
     tasks = {f"a_rather_long_task_{number}": 0.5 for number in range(8)}
     runs = [write_evaluations(make_run(f"a-rather-long-name-{number}"), tasks) for number in range(6)]
-    radar_figure(runs, tmp_path / "radar.png")
+    draw_radar(runs, tmp_path / "radar.png")
     figure = drawn[0]
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
     boxes += [figure.legends[0].get_window_extent(), figure._suptitle.get_window_extent()]
@@ -78,13 +85,13 @@ def test_radar_labels_do_not_touch(make_run, tmp_path, drawn):
 )
 def test_radar_needs_three_tasks_scored_alike(make_run, tmp_path, tasks, facts):
     runs = [write_evaluations(make_run("one"), TASKS), write_evaluations(make_run("two"), tasks, **facts)]
-    assert radar_figure(runs, tmp_path / "radar.png") is None
+    assert draw_radar(runs, tmp_path / "radar.png") is None
     assert not (tmp_path / "radar.png").exists()
 
 
 def test_radar_needs_two_finished_runs(make_run, tmp_path):
     runs = [write_evaluations(make_run("one"), TASKS), write_evaluations(make_run("two", stages=3), TASKS)]
-    assert radar_figure(runs, tmp_path / "radar.png") is None
+    assert draw_radar(runs, tmp_path / "radar.png") is None
 
 
 def test_radar_takes_the_end_of_the_last_stage_and_metrics_that_grow_better(make_run, tmp_path):
@@ -92,12 +99,12 @@ def test_radar_takes_the_end_of_the_last_stage_and_metrics_that_grow_better(make
     scores = [{"task": task, "metrics": {"ppl": 3.0}} for task in ("a", "b", "c")]
     scores += [{"task": task, "metrics": {"acc": 0.5}, "when": "after_growth"} for task in TASKS]
     (runs[1].stage_dir(3) / EVAL_FILE).write_text(json.dumps(scores))
-    assert radar_figure(runs, tmp_path / "radar.png") is None
+    assert draw_radar(runs, tmp_path / "radar.png") is None
 
 
 def test_correlation_of_the_papers_table_shows_its_phases():
     runs = sorted(TABLE_1.runs, key=lambda run: float(run.product))
-    values = np.array(time_correlation([(TABLE_1.initial_hours, *run.stage_hours) for run in runs]))
+    values = np.array(compute_time_correlation([(TABLE_1.initial_hours, *run.stage_hours) for run in runs]))
     assert np.allclose(values, values.T) and np.allclose(np.diag(values), 1)
     low, high = [0, 1, 2, 4], [3, 5, 6, 7, 8, 9]
     assert min(values[np.ix_(low, low)].min(), values[np.ix_(high, high)].min()) > 0.92
@@ -109,7 +116,7 @@ def test_correlation_of_the_papers_table_shows_its_phases():
 
 def test_correlation_figure_orders_by_product(make_run, tmp_path, drawn):
     runs = [make_run("late", OTHER_ORDER), make_run("a$b"), make_run("b", seconds=9), make_run("scratch", SCRATCH)]
-    assert correlation_figure(runs, tmp_path / "correlation.png").is_file()
+    assert draw_time_correlation(runs, tmp_path / "correlation.png").is_file()
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a$b", "b", "late"]
     assert [text.get_text() for text in axes.texts] == ["1.00"] * 9
@@ -117,25 +124,25 @@ def test_correlation_figure_orders_by_product(make_run, tmp_path, drawn):
 
 def test_correlation_needs_three_schedules_of_a_length(make_run, tmp_path):
     runs = [make_run("one"), make_run("two"), make_run("half", stages=3), make_run("short", with_heads(4))]
-    assert correlation_figure(runs, tmp_path / "correlation.png") is None
+    assert draw_time_correlation(runs, tmp_path / "correlation.png") is None
 
 
 def test_equal_times_have_no_correlation(make_run, tmp_path, drawn):
-    values = time_correlation([[1, 1, 1], [1, 2, 3]])
+    values = compute_time_correlation([[1, 1, 1], [1, 2, 3]])
     assert math.isnan(values[0][0]) and math.isnan(values[0][1]) and values[1][1] == pytest.approx(1)
     runs = [make_run(name) for name in ("one", "two", "three")]
     for run in runs:
         for record in run.records():
             path = run.stage_dir(record.stage) / "stage.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 5.0}))
-    correlation_figure(runs, tmp_path / "correlation.png")
+    draw_time_correlation(runs, tmp_path / "correlation.png")
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["–"] * 9
 
 
 @pytest.mark.parametrize("hours", [[], [[1, 2]], [[1, 2, 3], [1, 2, 3, 4]]])
 def test_times_without_a_correlation_are_refused(hours):
-    with pytest.raises(RunError, match="stages at least"):
-        time_correlation(hours)
+    with pytest.raises(RunError, match="at least 3 stages"):
+        compute_time_correlation(hours)
 
 
 def test_heads_are_joined_where_all_else_is_the_same(make_run, tmp_path, drawn):
@@ -145,7 +152,7 @@ def test_heads_are_joined_where_all_else_is_the_same(make_run, tmp_path, drawn):
         make_run("grown", GROWN),
         make_run("half", with_heads(16), stages=2),
     ]
-    assert heads_figure([*runs, *others], tmp_path / "heads.png").is_file()
+    assert draw_heads([*runs, *others], tmp_path / "heads.png").is_file()
     (axes,) = drawn[0].axes
     (line,) = axes.lines
     assert list(line.get_xdata()) == [2, 4, 8]
@@ -158,7 +165,7 @@ def test_heads_show_downstream_scores(make_run, tmp_path, drawn):
         write_evaluations(make_run(f"h{heads}", with_heads(heads)), {"piqa": heads / 10, "arc": 0.2})
         for heads in (8, 2, 4)
     ]
-    heads_figure(runs, tmp_path / "heads.png")
+    draw_heads(runs, tmp_path / "heads.png")
     _, scores = drawn[0].axes
     assert [line.get_label() for line in scores.lines] == ["arc, acc_norm", "piqa, acc_norm"]
     assert list(scores.lines[1].get_ydata()) == pytest.approx([0.22, 0.44, 0.88])
@@ -166,7 +173,7 @@ def test_heads_show_downstream_scores(make_run, tmp_path, drawn):
 
 def test_families_of_heads_have_a_line_each(make_run, tmp_path, drawn):
     schedules = [with_heads(heads, width=width) for heads in (2, 4) for width in (1, 2)]
-    heads_figure([make_run(f"run{n}", schedule) for n, schedule in enumerate(schedules)], tmp_path / "heads.png")
+    draw_heads([make_run(f"run{n}", schedule) for n, schedule in enumerate(schedules)], tmp_path / "heads.png")
     labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert labels == ["64, 176, 4", "64, 352, 4"]
 
@@ -176,4 +183,4 @@ def test_families_of_heads_have_a_line_each(make_run, tmp_path, drawn):
 )
 def test_no_figure_without_two_numbers_of_heads(make_run, tmp_path, heads, changes):
     runs = [make_run(f"run{number}", with_heads(count), **changes) for number, count in enumerate(heads)]
-    assert heads_figure(runs, tmp_path / "heads.png") is None
+    assert draw_heads(runs, tmp_path / "heads.png") is None

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Annotation
-from report_runs import GROWN, OTHER_ORDER, SCRATCH
+from report_runs import OTHER_ORDER, SCRATCH
 
 from slop_hf.errors import RunError
-from slop_hf.report import drawing, figures, loss_figure, path_figure
+from slop_hf.report import draw_run_losses, draw_run_paths, drawing, figures
 from slop_hf.runs.directory import STATE_FILE
 
 
@@ -23,9 +22,9 @@ from slop_hf.runs.directory import STATE_FILE
 def drawn(monkeypatch):
     """The figures that were made, in order."""
     made = []
-    new = figures.new_figure
+    new = figures.create_figure
     monkeypatch.setattr(drawing, "DPI", 72)
-    monkeypatch.setattr(figures, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
+    monkeypatch.setattr(figures, "create_figure", lambda *size: made.append(new(*size)) or made[-1])
     return made
 
 
@@ -37,7 +36,7 @@ def inked(path, colour: str) -> int:
     return int((np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02).sum())
 
 
-@pytest.mark.parametrize("draw", [loss_figure, path_figure])
+@pytest.mark.parametrize("draw", [draw_run_losses, draw_run_paths])
 def test_figure_shows_every_run(make_run, tmp_path, draw):
     runs = [make_run("slop"), make_run("scratch", SCRATCH), make_run("other", OTHER_ORDER)]
     before = dict(matplotlib.rcParams)
@@ -52,44 +51,57 @@ def test_a_figure_is_drawn_once(make_run, tmp_path, monkeypatch):
     """Drawing holds Python's lock, and a run that publishes its stages trains meanwhile."""
     draw, drawn = Figure.draw, []
     monkeypatch.setattr(Figure, "draw", lambda figure, renderer: drawn.append(figure) or draw(figure, renderer))
-    loss_figure([make_run()], tmp_path / "loss.png")
+    draw_run_losses([make_run()], tmp_path / "loss.png")
     assert len(drawn) == 1
 
 
 def test_losses_stand_at_their_flops(make_run, tmp_path, drawn):
     run = make_run()
-    loss_figure([run], tmp_path / "loss.png")
-    training, held_out, *masts = drawn[0].axes[0].lines
-    entries = run.history()
+    draw_run_losses([run], tmp_path / "loss.png")
+    axes = drawn[0].axes[0]
+    training, held_out, growths, *lines = axes.lines
+    entries, records = run.history(), run.records()
     assert list(training.get_ydata()) == [entry["loss"] for entry in entries if "loss" in entry]
     assert list(held_out.get_ydata()) == [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
-    records = run.records()
-    scale = 10 ** math.floor(math.log10(records[-1].total_flops))
-    assert training.get_xdata()[-1] * scale == pytest.approx(records[-1].total_flops)
-    assert sorted(mast.get_xdata()[0] * scale for mast in masts) == pytest.approx(
-        [record.total_flops for record in records[:-1]]
-    )
+    assert training.get_xdata()[-1] == pytest.approx(records[-1].total_flops)
+    before_growth = [(record.total_flops, record.eval_loss) for record in records[:-1]]
+    assert list(zip(*growths.get_data(), strict=True)) == before_growth and growths.get_marker() == "^"
+    assert [line.get_xdata()[0] for line in lines] == [flops for flops, _ in before_growth]
+    assert axes.get_xlabel() == "training FLOPs (× 10¹²)"
+    assert [tick.get_text() for tick in axes.get_xticklabels()][1:3] == ["0", "1"]
+
+
+def test_growth_without_held_out_loss_is_marked_at_the_last_training_loss(make_run, tmp_path, drawn):
+    run = make_run(eval_loss=None)
+    draw_run_losses([run], tmp_path / "loss.png")
+    losses = {entry["train_flops"]: entry["loss"] for entry in run.history() if "loss" in entry}
+    growths = drawn[0].axes[0].lines[2]
+    assert list(growths.get_ydata()) == [losses[record.total_flops] for record in run.records()[:-1]]
 
 
 @pytest.mark.parametrize("log_x", [False, True])
-def test_stage_labels_do_not_touch(make_run, tmp_path, drawn, log_x):
-    runs = [make_run(f"run{number}", (GROWN, OTHER_ORDER)[number % 2]) for number in range(4)]
-    loss_figure(runs, tmp_path / "loss.png", log_x=log_x)
+def test_growths_of_a_single_run_are_named_at_the_top(make_run, tmp_path, drawn, log_x):
+    draw_run_losses([make_run()], tmp_path / "loss.png", log_x=log_x)
     axes = drawn[0].axes[0]
-    labels = [text for text in axes.texts if isinstance(text, Annotation) and text.get_text()]
-    assert sorted(text.get_text() for text in labels) == ["ffn"] * 4 + ["hidden"] * 4 + ["layer"] * 4
-    boxes = [text.get_window_extent() for text in labels]
+    (top,) = axes.child_axes
+    labels = top.get_xticklabels()
+    assert [label.get_text() for label in labels] == ["layer", "ffn", "hidden"]
+    boxes = [label.get_window_extent() for label in labels] + [axes._left_title.get_window_extent()]
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    # No label is crossed by another's mast, which rises from the axes to its own label.
-    masts = [(axes.transData.transform((text.xy[0], 0))[0], box.y0) for text, box in zip(labels, boxes, strict=True)]
-    assert not any(box.x0 < x < box.x1 and y >= box.y0 for box in boxes for x, y in masts)
-    title = axes._left_title.get_window_extent()
-    assert not any(title.overlaps(box) for box in boxes)
+
+
+def test_the_legend_of_several_runs_has_their_orders_of_growth(make_run, tmp_path, drawn):
+    runs = [make_run("slop"), make_run("other", OTHER_ORDER), make_run("scratch", SCRATCH)]
+    draw_run_losses(runs, tmp_path / "loss.png")
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == ["slop (l-f-h)", "other (h-f-l)", "scratch", "training loss", "held-out loss", "growth"]
+    triangles = [line for line in drawn[0].axes[0].lines if line.get_marker() == "^"]
+    assert [len(line.get_xdata()) for line in triangles] == [3, 3]
 
 
 def test_first_descent_leaves_through_the_top(make_run, tmp_path, drawn):
     run = make_run()
-    loss_figure([run], tmp_path / "loss.png")
+    draw_run_losses([run], tmp_path / "loss.png")
     low, high = drawn[0].axes[0].get_ylim()
     losses = [(entry["stage"], entry["eval_loss"]) for entry in run.history() if "eval_loss" in entry]
     assert losses[0][1] > high
@@ -97,7 +109,7 @@ def test_first_descent_leaves_through_the_top(make_run, tmp_path, drawn):
 
 
 def test_dimensions_are_relative_to_the_initial_ones(make_run, tmp_path, drawn):
-    path_figure([make_run()], tmp_path / "path.png")
+    draw_run_paths([make_run()], tmp_path / "path.png")
     parameters, dimensions = drawn[0].axes
     assert [list(line.get_ydata()) for line in dimensions.lines] == [
         [1, 1, 1, 2],
@@ -113,7 +125,7 @@ def test_dimensions_are_relative_to_the_initial_ones(make_run, tmp_path, drawn):
 
 def test_odd_names_are_taken_literally(make_run, tmp_path, drawn):
     names = ["_under", "a$b$c", "long-" * 30 + "end"]
-    loss_figure([make_run(name) for name in names], tmp_path / "loss.png")
+    draw_run_losses([make_run(name) for name in names], tmp_path / "loss.png")
     texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert texts[:2] == names[:2]
     assert len(texts[2]) == 48 and texts[2].endswith("-end")
@@ -124,14 +136,14 @@ def test_run_without_losses_is_said_so(make_run, tmp_path, drawn):
     run = make_run("scratch", SCRATCH)
     history = [{"train_runtime": 1.0, "train_loss": 3.0}, {"loss": math.nan, "train_flops": 1.0}, {"eval_loss": 2.0}]
     (run.stage_dir(0) / STATE_FILE).write_text(json.dumps({"log_history": history}))
-    loss_figure([run], tmp_path / "loss.png")
-    path_figure([run], tmp_path / "path.png")
+    draw_run_losses([run], tmp_path / "loss.png")
+    draw_run_paths([run], tmp_path / "path.png")
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["no losses were logged"]
 
 
 def test_nothing_to_draw_is_refused(make_run, tmp_path):
     with pytest.raises(RunError, match="no runs"):
-        loss_figure([], tmp_path / "loss.png")
+        draw_run_losses([], tmp_path / "loss.png")
     with pytest.raises(RunError, match="no finished stage"):
-        path_figure([make_run(stages=0)], tmp_path / "path.png")
+        draw_run_paths([make_run(stages=0)], tmp_path / "path.png")
     assert not list(tmp_path.glob("*.png"))

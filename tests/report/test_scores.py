@@ -7,14 +7,14 @@ from report_runs import SCRATCH, write_evaluations
 
 from slop_hf.io.serialization import to_json
 from slop_hf.report import summarise, write_report
-from slop_hf.report.scores import scores_cells
+from slop_hf.report.scores import tabulate_final_scores
 from slop_hf.runs.directory import EVAL_FILE
 from slop_hf.runs.records import EvalRecord
 
 
 def cells_of(*runs):
     last = [run.evaluations(run.finished_stages - 1) for run in runs]
-    return scores_cells([summarise(run) for run in runs], last)
+    return tabulate_final_scores([summarise(run) for run in runs], last)
 
 
 def rescore(run, *records):

@@ -12,7 +12,7 @@ from report_runs import FFN, GROWN, HIDDEN, INITIAL, LAYER, SCRATCH
 
 from slop_hf.cost.flops import count_parameters
 from slop_hf.errors import RunError
-from slop_hf.report import marginal_utility, run_names, summarise
+from slop_hf.report import compute_marginal_utility, name_runs, summarise
 from slop_hf.runs.directory import RunDirectory
 
 
@@ -34,14 +34,14 @@ def test_summary_of_a_grown_run_by_hand(make_run):
 
 
 def test_marginal_utility_keeps_the_sign_and_is_no_total_ratio():
-    assert marginal_utility([30.0, 40.0], [2.0]) == -5.0
-    assert marginal_utility([40.0, 30.0, 40.0], [1.0, 10.0]) == 9.0
+    assert compute_marginal_utility([30.0, 40.0], [2.0]) == -5.0
+    assert compute_marginal_utility([40.0, 30.0, 40.0], [1.0, 10.0]) == 9.0
 
 
 @pytest.mark.parametrize("perplexities, hours", [([40.0], []), ([40.0, 30.0], [1.0, 1.0]), ([40.0, 30.0], [0.0])])
 def test_marginal_utility_refuses_what_has_none(perplexities, hours):
     with pytest.raises(RunError):
-        marginal_utility(perplexities, hours)
+        compute_marginal_utility(perplexities, hours)
 
 
 def test_from_scratch_has_no_schedule_to_value(make_run):
@@ -80,9 +80,9 @@ def test_summary_as_json(make_run):
 
 def test_names_of_runs(tmp_path):
     paths = [tmp_path / name for name in ("a/x/run", "b/x/run", "b/other")]
-    assert run_names([RunDirectory(path) for path in paths]) == ["a/x/run", "b/x/run", "other"]
+    assert name_runs([RunDirectory(path) for path in paths]) == ["a/x/run", "b/x/run", "other"]
     with pytest.raises(RunError, match="more than once"):
-        run_names([RunDirectory(paths[0]), RunDirectory(paths[0] / "." / ".." / "run")])
+        name_runs([RunDirectory(paths[0]), RunDirectory(paths[0] / "." / ".." / "run")])
 
 
 def test_builder_is_what_the_schedule_says(make_run):

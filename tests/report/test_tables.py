@@ -8,8 +8,8 @@ import pytest
 from report_runs import SCRATCH
 from rich.console import Console
 
-from slop_hf.report import comparison_markdown, comparison_table, stage_markdown, summarise
-from slop_hf.report.tables import COMPARISON_COLUMNS, STAGE_COLUMNS, count, significant
+from slop_hf.io.units import format_count, format_significant
+from slop_hf.report import build_comparison_table, summarise, tabulate_runs, tabulate_stages
 
 
 def cells(line: str) -> list[str]:
@@ -23,9 +23,9 @@ def summaries(make_run):
 
 
 def test_comparison_as_markdown(summaries):
-    heading, rule, slop, scratch, half = comparison_markdown(summaries).splitlines()
-    assert cells(heading) == [name for name, _ in COMPARISON_COLUMNS]
-    assert len(cells(rule)) == len(COMPARISON_COLUMNS)
+    heading, rule, slop, scratch, half = tabulate_runs(summaries).markdown().splitlines()
+    assert cells(heading) == [name for name, _ in tabulate_runs(summaries).columns]
+    assert len(cells(rule)) == len(cells(heading)) == 10
     assert cells(slop)[:4] == ["slop", "(128, 352, 4, 4, kv 2)", "l-f-h", "1.69e+14"]
     assert cells(slop)[5:8] == ["36.0 + 72.0 + 108.0 + 144.0", "360.0", "2.05M"]
     assert [cells(scratch)[number] for number in (2, 3, 9)] == ["–"] * 3
@@ -34,23 +34,23 @@ def test_comparison_as_markdown(summaries):
 
 def test_comparison_in_the_terminal_has_the_same_cells(summaries):
     out = io.StringIO()
-    Console(file=out, width=220).print(comparison_table(summaries))
-    for line in comparison_markdown(summaries).splitlines()[2:]:
+    Console(file=out, width=220).print(build_comparison_table(summaries))
+    for line in tabulate_runs(summaries).markdown().splitlines()[2:]:
         assert all(cell in out.getvalue() for cell in cells(line))
 
 
 def test_names_are_no_markup(make_run):
     summary = summarise(make_run(), name="a[bold]|b")
     out = io.StringIO()
-    Console(file=out, width=220).print(comparison_table([summary]))
+    Console(file=out, width=220).print(build_comparison_table([summary]))
     assert "a[bold]|b" in out.getvalue()
-    assert r"a[bold]\|b" in comparison_markdown([summary])
+    assert r"a[bold]\|b" in tabulate_runs([summary]).markdown()
 
 
 def test_stages_as_markdown(make_run):
     records = make_run().records()
-    heading, _, *rows = stage_markdown(records).splitlines()
-    assert cells(heading) == [name for name, _ in STAGE_COLUMNS]
+    heading, _, *rows = tabulate_stages(records).markdown().splitlines()
+    assert cells(heading) == [name for name, _ in tabulate_stages(records).columns]
     assert [cells(row)[1] for row in rows] == ["–", "layer", "ffn", "hidden, mha"]
     assert cells(rows[0])[8] == "–" and cells(rows[0])[5] == "200"
     assert cells(rows[3])[9] == f"{records[3].eval_loss:.4f}" and cells(rows[3])[10] == f"{records[3].perplexity:.2f}"
@@ -60,9 +60,9 @@ def test_stages_as_markdown(make_run):
     "value, text", [(0, "0"), (999, "999"), (999_600, "1M"), (99_949, "99.9k"), (1.02e9, "1.02B"), (3.2e15, "3,200T")]
 )
 def test_count(value, text):
-    assert count(value) == text
+    assert format_count(value) == text
 
 
 @pytest.mark.parametrize("value, text", [(0.0, "0"), (-66.94, "-66.9"), (0.0012345, "0.00123"), (1234.5, "1,230")])
 def test_significant(value, text):
-    assert significant(value) == text
+    assert format_significant(value) == text

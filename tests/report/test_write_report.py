@@ -11,7 +11,7 @@ import pytest
 from report_runs import SCRATCH, write_evaluations, write_sources
 
 from slop_hf.errors import RunError
-from slop_hf.report import comparison_markdown, stage_markdown, summarise, write_report
+from slop_hf.report import summarise, tabulate_runs, tabulate_stages, write_report
 
 FILES = ["loss.png", "path.png", "report.html", "report.json", "report.md"]
 
@@ -23,7 +23,7 @@ def test_report_on_one_run_lies_in_it(make_run):
     assert sorted(file.name for file in target.iterdir()) == FILES
     text = (target / "report.md").read_text()
     assert text.startswith("# grown\n") and "unfinished" not in text
-    assert comparison_markdown([summarise(run)]) in text and stage_markdown(run.records()) in text
+    assert tabulate_runs([summarise(run)]).markdown() in text and tabulate_stages(run.records()).markdown() in text
     assert 'from_pretrained("../stage-3-hidden")' in text
     assert all((target / link).is_file() for link in re.findall(r"!\[.*?\]\((.*?)\)", text))
     assert str(run.path.parent) not in text

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from .comparisons import correlation_figure, heads_figure, radar_figure, time_correlation
-from .figures import loss_figure, path_figure
-from .summary import RunSummary, marginal_utility, run_names, summarise
-from .tables import comparison_markdown, comparison_table, stage_markdown
+from .comparisons import compute_time_correlation, draw_heads, draw_radar, draw_time_correlation
+from .figures import draw_run_losses, draw_run_paths
+from .summary import RunSummary, compute_marginal_utility, name_runs, summarise
+from .tables import build_comparison_table, tabulate_runs, tabulate_stages
 from .write import write_report
 
 __all__ = [
     "RunSummary",
-    "comparison_markdown",
-    "comparison_table",
-    "correlation_figure",
-    "heads_figure",
-    "loss_figure",
-    "marginal_utility",
-    "path_figure",
-    "radar_figure",
-    "run_names",
-    "stage_markdown",
+    "build_comparison_table",
+    "compute_marginal_utility",
+    "compute_time_correlation",
+    "draw_heads",
+    "draw_radar",
+    "draw_run_losses",
+    "draw_run_paths",
+    "draw_time_correlation",
+    "name_runs",
     "summarise",
-    "time_correlation",
+    "tabulate_runs",
+    "tabulate_stages",
     "write_report",
 ]

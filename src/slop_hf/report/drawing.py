@@ -1,37 +1,41 @@
-"""What the figures of runs share: colours, fonts, legends, files, and what they take from a run.
+"""Parts that figures share: colours, fonts, legends, the axis of FLOPs, PNG files, and the data of a run.
 
-Drawn on matplotlib's objects, so that no state of pyplot is touched and no display is needed.
+Figures are drawn on matplotlib's objects: pyplot's global state stays as it is, and no display is needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox, BboxBase
 
 from ..errors import RunError
+from ..io.files import write_file
+from ..io.serialization import Json
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
-from .summary import run_names
+from ..runs.snapshot import RunSnapshot
+from .summary import name_runs
 
-#: Okabe and Ito's palette without yellow, then grey: told apart by colour-blind readers, and on white.
+#: The palette of Okabe and Ito without yellow, and grey: distinct on white, also for colour-blind readers.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 
 DPI = 150  # of PNG files
 POINTS_PER_INCH = 72
 WIDTH = 9.0  # inches
-STYLE: dict[Any, Any] = {
+STYLE: Mapping[str, object] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -43,165 +47,198 @@ STYLE: dict[Any, Any] = {
     "text.usetex": False,
     "figure.facecolor": "white",
 }
-_SIDES = 8  # of a point, on which its label may stand
+#: Share of the initial stage in which the loss of a new model falls from ln(vocabulary size); axes leave it out.
+DESCENT_SHARE = 0.2
+
+#: Keyword arguments of an artist, such as a line.
+Style: TypeAlias = Mapping[str, object]
+#: A name in a legend and the artist, or the artists side by side, that it explains.
+LegendEntry: TypeAlias = tuple[str, Artist | tuple[Artist, ...]]
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-DESCENT = 0.2  # share of the initial stage in which a new model falls from ln(vocabulary)
 
 
 @dataclass(frozen=True)
 class DrawnRun:
-    """What the figures take from a run."""
+    """The data of a run that figures show."""
 
     name: str
     colour: str
-    records: list[StageRecord]
-    history: list[dict[str, Any]]
+    sequence: str
+    records: Sequence[StageRecord]
+    history: Sequence[dict[str, Json]]
 
     def losses(self, key: str) -> tuple[list[float], list[float]]:
-        """FLOPs and finite losses of the log entries that have both."""
+        """Return the FLOPs and the losses of log entries with a finite loss under `key`."""
         logged = [entry for entry in self.history if {"train_flops", key} <= entry.keys()]
         finite = [entry for entry in logged if math.isfinite(entry[key])]
         return [entry["train_flops"] for entry in finite], [entry[key] for entry in finite]
 
     @property
     def settled_losses(self) -> list[float]:
-        """All losses, the initial model's first descent left out."""
-        start = DESCENT * self.records[0].total_flops
+        """All logged losses after the initial model's first descent."""
+        start = DESCENT_SHARE * self.records[0].total_flops
         pairs = [pair for key in ("loss", "eval_loss") for pair in zip(*self.losses(key), strict=True)]
         return [loss for flops, loss in pairs if flops >= start] or [loss for _, loss in pairs]
 
     @property
     def growths(self) -> list[tuple[float, str]]:
-        """FLOPs at which each growth happened, and its label."""
+        """The training FLOPs before each growth, and the label of the stage after it."""
         pairs = zip(self.records, self.records[1:], strict=False)
-        return [(before.total_flops, stage_label(after)) for before, after in pairs]
+        return [(before.total_flops, get_stage_label(after)) for before, after in pairs]
 
 
-def read_runs(runs: Sequence[RunDirectory]) -> list[DrawnRun]:
-    """The runs as figures take them, each with a name and a colour of its own.
+def read_runs(runs: Sequence[RunDirectory | RunSnapshot]) -> list[DrawnRun]:
+    """Read the data of runs for a figure, and give each a unique name and a colour.
 
     Raises:
-        RunError: for no runs, one given twice, a directory that is no run, or a run without a finished stage.
+        RunError: if no run is given, a directory occurs twice or is not a run, or a run has no finished stage.
     """
     if not runs:
         raise RunError("no runs to draw; give at least one run directory")
-    found = []
-    for number, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
-        if not (records := run.records()):
+    drawn_runs = []
+    for number, (name, run) in enumerate(zip(name_runs(runs), runs, strict=True)):
+        run = run if isinstance(run, RunSnapshot) else RunSnapshot.read(run)
+        if not run.records:
             raise RunError(f"{run.path} has no finished stage to draw; let `slop train` finish its first stage")
-        found.append(DrawnRun(name, RUN_COLOURS[number % len(RUN_COLOURS)], records, run.history()))
-    return found
+        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+        drawn_runs.append(DrawnRun(name, colour, run.schedule.sequence, run.records, run.history))
+    return drawn_runs
 
 
-def stage_label(record: StageRecord) -> str:
-    """What the stage's directory is called after its number: `initial`, `layer`, `layer-ffn`."""
+def get_stage_label(record: StageRecord) -> str:
+    """Return the name of the stage's directory after its number: `initial`, `layer`, `layer-ffn`."""
     return record.name.split("-", 2)[-1]
 
 
-def dark(colour: str) -> tuple[float, ...]:
-    """The colour for small text, which the lighter ones of the palette are too pale for."""
+def darken(colour: str) -> tuple[float, ...]:
+    """Return a darker shade for small text, in which the light colours of the palette would be too pale."""
     return tuple(0.8 * part for part in to_rgb(colour))
 
 
-def run_legend(
-    where: Figure | SubFigure, runs: Sequence[DrawnRun], extra: Sequence[tuple[str, Line2D]] = (), *, letters: int = 84
+def label_runs(names: Sequence[str], sequences: Sequence[str]) -> list[str]:
+    """Return names for a legend, each with its order of growth unless all grown runs share the order.
+
+    >>> label_runs(["slop", "msg", "scratch"], ["l-f-h", "f-h-l", ""])
+    ['slop (l-f-h)', 'msg (f-h-l)', 'scratch']
+    """
+    grown = [sequence for sequence in sequences if sequence]
+    is_shared = len(grown) > 1 and len({*grown}) == 1
+    return [
+        f"{name} ({sequence})" if sequence and sequence != name and not is_shared else name
+        for name, sequence in zip(names, sequences, strict=True)
+    ]
+
+
+def draw_run_legend(
+    panel: Figure | SubFigure,
+    runs: Sequence[DrawnRun],
+    extra: Sequence[LegendEntry] = (),
+    *,
+    letters: int = 84,
+    show_sequences: bool = False,
 ) -> None:
-    """Name the runs below a figure, and whatever else there is to name."""
-    named = [(shorten(run.name, min(letters, 48)), Line2D([], [], color=run.colour, linewidth=2.4)) for run in runs]
-    legend_below(where, [*named, *extra], letters=letters)
+    """Draw a legend of the runs below a figure.
+
+    Args:
+        panel: the figure.
+        runs: the runs in it.
+        extra: entries after those of the runs.
+        letters: see `draw_legend`.
+        show_sequences: whether names include the order of growth.
+    """
+    names = [shorten(run.name, min(letters, 48)) for run in runs]
+    if show_sequences:
+        names = label_runs(names, [shorten(run.sequence, 20) for run in runs])
+    lines = [Line2D([], [], color=run.colour, linewidth=2.4) for run in runs]
+    draw_legend(panel, [*zip(names, lines, strict=True), *extra], letters=letters)
 
 
-def legend_below(where: Figure | SubFigure, entries: Sequence[tuple[str, Line2D]], *, letters: int = 84) -> None:
-    """A legend below a figure, in as many columns as have room: `letters` of names in a row."""
-    names, handles = [name for name, _ in entries], [handle for _, handle in entries]
-    ncols = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= letters), 1)
-    ncols = math.ceil(len(names) / math.ceil(len(names) / ncols))
-    legend = where.legend(handles, ["x"] * len(names), loc="outside lower center", ncols=ncols)
+def draw_legend(
+    panel: Figure | SubFigure, entries: Sequence[LegendEntry], *, letters: int = 84, **style: object
+) -> None:
+    """Draw a legend below a figure, in as many columns as fit.
+
+    Args:
+        panel: the figure.
+        entries: names and the artists that they explain.
+        letters: number of letters of names that fit into a row.
+        style: keyword arguments of `Figure.legend`.
+    """
+    names = [name for name, _ in entries]
+    columns = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= letters), 1)
+    columns = math.ceil(len(names) / math.ceil(len(names) / columns))
+    defaults = {"loc": "outside lower center", "ncols": columns, "handler_map": {tuple: HandlerTuple(None, pad=0)}}
+    legend = panel.legend([artist for _, artist in entries], ["x"] * len(names), **{**defaults, **style})
     for text, name in zip(legend.get_texts(), names, strict=True):
-        # Set afterwards and without mathtext, since names may begin with `_` or hold `$`.
+        # Set afterwards and without mathtext, since names may begin with `_` or contain `$`.
         text.set_parse_math(False)
         text.set_text(name)
 
 
-def power_of_ten(most: float) -> tuple[float, str]:
-    """The power of ten that an axis up to some number is counted in, and how its label says so.
+def draw_named_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Draw points of different colours and shapes, and a legend at the right that names them from the highest down."""
+    entries = []
+    for number, ((x, y), name) in enumerate(sorted(zip(points, names, strict=True), key=lambda pair: -pair[0][1])):
+        style = {
+            "color": RUN_COLOURS[number % len(RUN_COLOURS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "markersize": 6,
+            "linestyle": "none",
+        }
+        entries.append((name, axes.plot([x], [y], zorder=3, **style)[0]))
+    panel = axes.get_figure()
+    draw_legend(panel, entries, loc="outside right upper", ncols=math.ceil(len(names) / 24), fontsize=8)
 
-    In plain letters: matplotlib takes a tenth of a second to learn how formulas are read.
 
-    >>> power_of_ten(4.2e12), power_of_ten(0)
-    ((1000000000000.0, ' (× 10¹²)'), (1.0, ''))
+def label_flops_axis(axes: Axes, most: float) -> None:
+    """Label the horizontal axis as training FLOPs, counted in the power of ten of the largest value.
+
+    Args:
+        axes: axes whose data are FLOPs.
+        most: the largest value.
     """
     exponent = math.floor(math.log10(most)) if most > 0 else 0
-    return 10.0**exponent, f" (× 10{str(exponent).translate(_SUPERSCRIPT)})" if exponent else ""
+    if exponent:
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(exponent, exponent))
+        axes.xaxis.get_offset_text().set_visible(False)
+    # In plain letters: matplotlib takes a tenth of a second to set up its parser of formulas.
+    axes.set_xlabel("training FLOPs" + (f" (× 10{str(exponent).translate(_SUPERSCRIPT)})" if exponent else ""))
 
 
 def shorten(name: str, length: int) -> str:
-    """The name, its middle left out where it is too long: runs tend to differ at the ends."""
+    """Return the name, without its middle if it is too long: names of runs tend to differ at the ends.
+
+    >>> shorten("growth-of-llama-seed-1", 12)
+    'growt…seed-1'
+    """
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
 
 
-def grid(axes: Axes, along: Literal["x", "y"]) -> None:
-    """Pale lines across one axis, at round numbers."""
+def draw_grid(axes: Axes, along: Literal["x", "y"]) -> None:
+    """Draw pale lines across one axis, at round numbers."""
     getattr(axes, f"{along}axis").set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
     axes.grid(axis=along, color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Name points where there is room, beside them or farther off on a thin line; call it when limits are set.
-
-    A label touches neither another nor a point, where there is such a place at all.
-    """
-    figure = axes.get_figure(root=True)
-    assert isinstance(figure, Figure)
-    lay_out(figure)
-    pixels = figure.dpi / POINTS_PER_INCH
-    taken = [Bbox.from_extents(*(at - 4 * pixels), *(at + 4 * pixels)) for at in axes.transData.transform(points)]
-    for point, name in zip(points, names, strict=True):
-        text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=7.5, ha="center", va="center")
-        text.set_parse_math(False)
-        box = text.get_window_extent()
-        places = [(dx * pixels, dy * pixels) for dx, dy in _label_offsets(box.width / pixels, box.height / pixels)]
-        free = (at for at in places if _is_free(box.translated(*at), taken, axes.bbox))
-        x, y = next(free, places[0])
-        text.set_position((x / pixels, y / pixels))
-        taken.append(box.translated(x, y))
-        if (x, y) not in places[:_SIDES]:
-            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-            axes.annotate("", point, (x / pixels, y / pixels), textcoords="offset points", arrowprops=line, zorder=1)
-
-
-def _label_offsets(width: float, height: float) -> Iterator[tuple[float, float]]:
-    """Where the centre of a label may lie from its point, in points: on all sides, then on sides farther off."""
-    for gap in range(5, 60, 9):
-        across, along = width / 2 + gap, height / 2 + gap
-        yield from ((across, 0), (-across, 0), (0, along), (0, -along))
-        yield from ((across, along), (-across, along), (across, -along), (-across, -along))
-
-
-def _is_free(box: Bbox, taken: Sequence[Bbox], room: BboxBase) -> bool:
-    inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
-    return inside and not any(box.overlaps(other) for other in taken)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
+def create_figure(width: float, height: float) -> Figure:
+    """Create an empty figure; the size is in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.08))
     FigureCanvasAgg(figure)
     return figure
 
 
-def lay_out(figure: Figure) -> None:
-    """Give everything its place, so that it can be asked where it will stand; nothing is drawn yet."""
-    figure.get_layout_engine().execute(figure)
-
-
 def write_png(figure: Figure, path: str | Path, *, source: str = "") -> Path:
-    """Write a figure aside and rename it into place; `source`, what it was drawn from, goes into its metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    # `savefig` would draw twice, once for the layout alone; and a file is packed while other threads go on.
-    figure.canvas.print_png(aside, metadata={"Source": source} if source else None)
-    aside.replace(path)
-    return path
+    """Write a figure atomically and return its path.
+
+    Args:
+        figure: the figure.
+        path: the PNG file.
+        source: fingerprint of the data that the figure shows, stored in the file's metadata.
+    """
+    with write_file(path) as temporary:
+        # `savefig` would draw twice, the first time for the layout alone.
+        figure.canvas.print_png(temporary, metadata={"Source": source} if source else None)
+    return Path(path)

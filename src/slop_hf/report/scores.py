@@ -1,6 +1,6 @@
-"""What runs have scored at their ends: the metric that stands for a task, tasks that runs share, and runs × tasks.
+"""Final benchmark scores of runs: a headline metric per task, the tasks that runs share, and a table of runs × tasks.
 
-A metric that is the better the smaller has no place here: a radar shows lengths, and a table is read down its columns.
+Metrics where lower is better are excluded: radar charts show lengths, and a column is read as "more is better".
 """
 
 from __future__ import annotations
@@ -9,89 +9,94 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ..runs.records import EvalRecord
-from .results import AFTER_GROWTH, score_text, setting
+from ..evaluation.tasks import HEADLINE_METRICS
+from ..io.units import NOTHING
+from ..runs.records import AFTER_GROWTH, EvalRecord
+from .results import format_score, format_setting
 from .summary import RunSummary
-from .tables import NOTHING, Cells, row_name
+from .tables import TextTable, format_run_name
 
-#: Metrics that stand for a task, best known first; then whatever else is the better the larger.
-HEADLINE_METRICS = ("acc_norm", "acc", "exact_match", "f1")
-
-#: Metrics that are the better the smaller: no length on a radar.
-SMALLER_IS_BETTER = frozenset(
+#: Metrics where lower is better.
+LOWER_IS_BETTER = frozenset(
     ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ppl", "loss", "eval_loss", "brier_score")
 )
 
 
 class ScoreKey(NamedTuple):
-    """What a score measures; two of one key can be compared."""
+    """What a score measures. Only scores with the same key are comparable."""
 
     task: str
     setting: str
     metric: str
 
 
-def headline_scores(evaluations: Iterable[EvalRecord]) -> dict[ScoreKey, float]:
-    """All scores that a larger value makes better, the headline metrics first."""
-    return {key: record.metrics[key.metric] for key, record in _by_key(evaluations).items()}
+def select_headline_scores(evaluations: Iterable[EvalRecord]) -> dict[ScoreKey, float]:
+    """Return the final scores where higher is better, headline metrics first (`evaluation.tasks.HEADLINE_METRICS`)."""
+    return {key: record.metrics[key.metric] for key, record in _index_by_key(evaluations).items()}
 
 
-def shared_keys(scored: Sequence[Mapping[ScoreKey, object]]) -> list[ScoreKey]:
-    """The tasks that all runs have, by name, each with the first metric that all have."""
-    first = scored[0] if scored else {}
-    return _one_a_task(key for key in first if all(key in one for one in scored))
+def find_shared_keys(scores: Sequence[Mapping[ScoreKey, object]]) -> list[ScoreKey]:
+    """Return the tasks that all runs have, sorted by name, each with the first metric that all runs have."""
+    first = scores[0] if scores else {}
+    return _pick_one_per_task(key for key in first if all(key in run_scores for run_scores in scores))
 
 
-def labels_of(keys: Sequence[ScoreKey]) -> list[str]:
-    """The names of tasks, with their settings where these alone tell two of them apart."""
+def label_scores(keys: Sequence[ScoreKey]) -> list[str]:
+    """Return the names of tasks, with settings added to a task that occurs with several."""
     tasks = [key.task for key in keys]
     return [key.task if tasks.count(key.task) == 1 else f"{key.task} ({key.setting})" for key in keys]
 
 
-def scores_cells(runs: Sequence[RunSummary], evaluations: Sequence[Sequence[EvalRecord]]) -> Cells | None:
-    """Downstream scores: a row a run, a column a task, by the metric that most of the runs have.
+def tabulate_final_scores(runs: Sequence[RunSummary], evaluations: Sequence[Sequence[EvalRecord]]) -> TextTable | None:
+    """Tabulate benchmark scores, one row per run and one column per task; None unless two runs have scores.
 
-    None where fewer than two of them have scores.
+    Each task is shown by the metric that most runs have.
 
     Args:
-        runs: what they are called.
-        evaluations: of each one's last finished stage.
+        runs: summaries of the runs.
+        evaluations: evaluations of each run's last finished stage.
     """
-    scored = [_by_key(one) for one in evaluations]
-    if sum(map(bool, scored)) < 2:
+    scores = [_index_by_key(run_evaluations) for run_evaluations in evaluations]
+    if sum(map(bool, scores)) < 2:
         return None
-    among = [key for one in scored for key in one]
-    keys = _one_a_task(sorted(set(among), key=lambda key: (-among.count(key), _rank(key.metric))))
+    every_key = [key for run_scores in scores for key in run_scores]
+    keys = _pick_one_per_task(
+        sorted(set(every_key), key=lambda key: (-every_key.count(key), _rank_metric(key.metric)))
+    )
     rows = [
-        (row_name(run), *(score_text(one[key], key.metric) if key in one else NOTHING for key in keys))
-        for run, one in zip(runs, scored, strict=True)
+        (
+            format_run_name(run),
+            *(format_score(run_scores[key], key.metric) if key in run_scores else NOTHING for key in keys),
+        )
+        for run, run_scores in zip(runs, scores, strict=True)
     ]
-    headings = [f"{label}, {key.metric}" for label, key in zip(labels_of(keys), keys, strict=True)]
-    return Cells((("run", False), *((heading, True) for heading in headings)), tuple(rows))
+    headings = [f"{label}, {key.metric}" for label, key in zip(label_scores(keys), keys, strict=True)]
+    return TextTable((("run", False), *((heading, True) for heading in headings)), tuple(rows))
 
 
-def _by_key(evaluations: Iterable[EvalRecord]) -> dict[ScoreKey, EvalRecord]:
+def _index_by_key(evaluations: Iterable[EvalRecord]) -> dict[ScoreKey, EvalRecord]:
     records = {
-        ScoreKey(one.task, setting(one), metric): one
-        for one in evaluations
-        if one.when != AFTER_GROWTH
-        for metric, value in one.metrics.items()
-        if metric not in SMALLER_IS_BETTER and math.isfinite(value)
+        ScoreKey(evaluation.task, format_setting(evaluation), metric): evaluation
+        for evaluation in evaluations
+        if evaluation.when != AFTER_GROWTH
+        for metric, value in evaluation.metrics.items()
+        if metric not in LOWER_IS_BETTER and math.isfinite(value)
     }
-    return dict(sorted(records.items(), key=lambda item: _rank(item[0].metric)))
+    return dict(sorted(records.items(), key=lambda item: _rank_metric(item[0].metric)))
 
 
-def _rank(metric: str) -> int:
-    return HEADLINE_METRICS.index(metric) if metric in HEADLINE_METRICS else len(HEADLINE_METRICS)
+def _rank_metric(metric: str) -> int:
+    name = metric.partition(",")[0]  # lm-eval may add the name of a filter, as in `exact_match,strict-match`
+    return HEADLINE_METRICS.index(name) if name in HEADLINE_METRICS else len(HEADLINE_METRICS)
 
 
-def _one_a_task(keys: Iterable[ScoreKey]) -> list[ScoreKey]:
-    """The first key of each task and setting, by name.
+def _pick_one_per_task(keys: Iterable[ScoreKey]) -> list[ScoreKey]:
+    """Return the first key of each task and setting, sorted by name.
 
-    A task that is named after another, as `mmlu_anatomy` is after `mmlu`, is part of it.
+    A task named after another, as `mmlu_anatomy` is after `mmlu`, is a part of it and is left out.
     """
-    chosen: dict[tuple[str, str], ScoreKey] = {}
+    first_keys: dict[tuple[str, str], ScoreKey] = {}
     for key in keys:
-        chosen.setdefault((key.task, key.setting), key)
-    names = {key.task for key in chosen.values()}
-    return sorted(key for key in chosen.values() if not any(key.task.startswith(f"{name}_") for name in names))
+        first_keys.setdefault((key.task, key.setting), key)
+    names = {key.task for key in first_keys.values()}
+    return sorted(key for key in first_keys.values() if not any(key.task.startswith(f"{name}_") for name in names))

@@ -1,4 +1,4 @@
-"""`RunSummary`: a run in one value, a row of the paper's Table 1."""
+"""`RunSummary`: the costs and results of a run in one value, a row of the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from ..errors import RunError
 from ..io.serialization import to_json
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
+from ..runs.snapshot import RunSnapshot
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run cost and what it led to.
+    """Costs and results of a run.
 
-    Of an unfinished run, everything measured is that of its finished stages; the structures are the plan's.
+    For an unfinished run, measurements cover the finished stages; `initial`, `target` and `sequence` are planned.
 
     Args:
-        name: the name of its directory.
-        initial: structure at the beginning.
+        name: name of the run directory.
+        initial: initial structure.
         target: structure at the end of the schedule.
-        sequence: the order of growth, such as `l-f-h`; empty for training from scratch.
-        delta_params: the product of parameter increments that the planner gave the schedule, if one did.
+        sequence: order of growth, such as `l-f-h`; empty for training from scratch.
+        delta_params: the planner's score Π Δparams of the schedule; None if the schedule has no such score.
         finished: whether every stage of the schedule has finished.
-        stages: finished stages, the initial one counted.
-        planned_stages: stages of the schedule, the initial one counted.
-        parameters: the target model's true number of parameters; None where the run has not come to it.
-        perplexity: that of the last stage, `exp(eval_loss)`.
-        eval_loss: held-out loss of the last stage, in nats a token.
+        stages: number of finished stages, including the initial one.
+        planned_stages: number of stages of the schedule, including the initial one.
+        parameters: parameter count of the target model; None for an unfinished run.
+        perplexity: held-out perplexity after the last stage, `exp(eval_loss)`.
+        eval_loss: held-out loss after the last stage, in nats per token.
         stage_seconds: wall-clock seconds of training of each stage, the initial one first.
-        seconds: their sum.
+        seconds: sum of `stage_seconds`.
         device_hours: `seconds * devices / 3600`, summed over the stages.
         tokens: training tokens of all stages.
-        flops: training FLOPs of all stages (`cost.flops_per_token`).
-        marginal_utility: Eq. 2 in perplexity a device hour; None without growth, or where a perplexity or a
-            stage's time is missing.
+        flops: training FLOPs of all stages (`cost.flops.count_flops_per_token`).
+        marginal_utility: Eq. 2, in perplexity per device hour; None without growth, or if the perplexity or the time
+            of a stage is missing.
     """
 
     name: str
@@ -61,19 +62,19 @@ class RunSummary:
     marginal_utility: float | None
 
     def to_json(self) -> str:
-        """The summary as JSON text."""
+        """Return the summary as JSON text."""
         return to_json(self)
 
 
 def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:
-    """Sum up a run from its schedule and the records of its finished stages.
+    """Summarise a run from its schedule and the records of its finished stages.
 
     Args:
-        run: the run.
-        name: what to call it; default, the name of its directory.
+        run: a run with at least one finished stage.
+        name: name of the run in the summary; default: the name of its directory.
 
     Raises:
-        RunError: where there is no run, or where it has no finished stage yet.
+        RunError: if the directory is not a run, or has no finished stage yet.
     """
     schedule, records = run.schedule, run.records()
     if not records:
@@ -99,37 +100,37 @@ def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:
         device_hours=sum(record.device_hours for record in records),
         tokens=last.total_tokens,
         flops=last.total_flops,
-        marginal_utility=_utility_of(records),
+        marginal_utility=_compute_run_utility(records),
     )
 
 
-def marginal_utility(perplexities: Sequence[float], hours: Sequence[float]) -> float:
-    r"""Marginal utility of a schedule: what each stage took off the perplexity for an hour of its training.
+def compute_marginal_utility(perplexities: Sequence[float], hours: Sequence[float]) -> float:
+    r"""Return the marginal utility of a schedule: the drop in perplexity per device hour, summed over growth stages.
 
     $$\sum_k \frac{ppl(M_k) - ppl(M_{k+1})}{\Delta t_k}$$
 
-    A stage that raised the perplexity counts with a negative sign; the paper takes every term to be positive.
-    As a sum of ratios it is not the total reduction over the total time, and short stages weigh more.
+    A stage that raised the perplexity has a negative term; the paper assumes that every term is positive.
+    The sum of ratios differs from total drop / total time: short stages weigh more.
 
     Args:
-        perplexities: perplexity after training of each structure, the initial one first, shape [stages + 1].
+        perplexities: perplexity after training each structure, the initial one first, shape [stages + 1].
         hours: device hours of each growth stage, shape [stages].
 
     Returns:
-        perplexity a device hour.
+        perplexity per device hour.
 
     Raises:
-        RunError: where the shapes do not fit, or where a stage took no time.
+        RunError: if the shapes do not match, or if a stage took no time.
 
     Source: Eq. 2 of the SLOP paper.
 
-    >>> marginal_utility([40.0, 30.0, 32.0, 27.0], [2.0, 4.0, 5.0])  # 10/2 - 2/4 + 5/5
+    >>> compute_marginal_utility([40.0, 30.0, 32.0, 27.0], [2.0, 4.0, 5.0])  # 10/2 - 2/4 + 5/5
     5.5
     """
     if len(perplexities) != len(hours) + 1 or not hours:
         raise RunError(
             f"{len(perplexities)} perplexities do not fit {len(hours)} growth stages: "
-            "give one for the initial model and one for each of the stages, of which there must be one at least"
+            "give one for the initial model and one per growth stage, with at least one growth stage"
         )
     if not all(hour > 0 for hour in hours):
         raise RunError(f"hours must be positive, got {list(hours)}: a stage without training has no marginal utility")
@@ -137,22 +138,22 @@ def marginal_utility(perplexities: Sequence[float], hours: Sequence[float]) -> f
     return sum(drop / hour for drop, hour in zip(drops, hours, strict=True))
 
 
-def run_names(runs: Sequence[RunDirectory]) -> list[str]:
-    """A name for each run: that of its directory, with as many parents before it as tell it from the others.
+def name_runs(runs: Sequence[RunDirectory | RunSnapshot]) -> list[str]:
+    """Return a unique name for each run: its directory, preceded by as many parent directories as necessary.
 
     Raises:
-        RunError: where a directory is given twice.
+        RunError: if a directory occurs twice.
 
-    >>> run_names([RunDirectory("a/slop"), RunDirectory("b/slop"), RunDirectory("b/scratch")])
+    >>> name_runs([RunDirectory("a/slop"), RunDirectory("b/slop"), RunDirectory("b/scratch")])
     ['a/slop', 'b/slop', 'scratch']
     """
     paths = [run.path.resolve() for run in runs]
-    if twice := [str(path) for path in dict.fromkeys(paths) if paths.count(path) > 1]:
-        raise RunError(f"{', '.join(twice)} given more than once; name each run directory once")
-    return [_shortest_name(path, [other for other in paths if other != path]) for path in paths]
+    if repeated := [str(path) for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+        raise RunError(f"{', '.join(repeated)} given more than once; name each run directory once")
+    return [_find_shortest_name(path, [other for other in paths if other != path]) for path in paths]
 
 
-def _shortest_name(path: Path, others: Sequence[Path]) -> str:
+def _find_shortest_name(path: Path, others: Sequence[Path]) -> str:
     for depth in range(1, len(path.parts)):
         tail = path.parts[-depth:]
         if all(other.parts[-depth:] != tail for other in others):
@@ -160,8 +161,8 @@ def _shortest_name(path: Path, others: Sequence[Path]) -> str:
     return str(path)
 
 
-def _utility_of(records: Sequence[StageRecord]) -> float | None:
+def _compute_run_utility(records: Sequence[StageRecord]) -> float | None:
     hours = [record.device_hours for record in records[1:]]
     perplexities = [record.perplexity for record in records if record.perplexity is not None]
-    measured = len(perplexities) == len(records) and all(map(math.isfinite, perplexities))
-    return marginal_utility(perplexities, hours) if hours and measured and min(hours) > 0 else None
+    is_measured = len(perplexities) == len(records) and all(map(math.isfinite, perplexities))
+    return compute_marginal_utility(perplexities, hours) if hours and is_measured and min(hours) > 0 else None

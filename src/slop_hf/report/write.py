@@ -12,15 +12,16 @@ from typing import Any
 from ..errors import RunError
 from ..io.files import write_text
 from ..io.serialization import to_json, to_plain
+from ..io.units import format_count, format_decimals, format_significant
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
-from .comparisons import correlation_figure, heads_figure, radar_figure
-from .figures import loss_figure, path_figure
+from .comparisons import draw_heads, draw_radar, draw_time_correlation
+from .figures import draw_run_losses, draw_run_paths
 from .render import DrawnFigure, render
-from .results import data_cells, held_out_cells, results_cells
-from .scores import scores_cells
-from .summary import RunSummary, run_names, summarise
-from .tables import comparison_cells, count, decimals, significant, stage_cells
+from .results import tabulate_data, tabulate_held_out_losses, tabulate_stage_scores
+from .scores import tabulate_final_scores
+from .summary import RunSummary, name_runs, summarise
+from .tables import tabulate_runs, tabulate_stages
 
 REPORT_DIR = "report"
 MARKDOWN_FILE, HTML_FILE, JSON_FILE = "report.md", "report.html", "report.json"
@@ -67,7 +68,7 @@ def write_report(
     found = [run if isinstance(run, RunDirectory) else RunDirectory(run) for run in given]
     if not found:
         raise RunError("no runs to report on; give the output directory of `slop train`, or several")
-    parts = [_read(run, name) for run, name in zip(found, run_names(found), strict=True)]
+    parts = [_read(run, name) for run, name in zip(found, name_runs(found), strict=True)]
     target = Path(output_dir) if output_dir is not None else found[0].path / REPORT_DIR
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file; give a directory to write the report into")
@@ -76,8 +77,8 @@ def write_report(
     content = {
         "title": parts[0].summary.name if len(parts) == 1 else f"Comparison of {len(parts)} runs",
         "runs": [_section(part, target) for part in parts],
-        "comparison": comparison_cells(part.summary for part in parts),
-        "scores": scores_cells([part.summary for part in parts], [part.evaluations[-1] for part in parts]),
+        "comparison": tabulate_runs(part.summary for part in parts),
+        "scores": tabulate_final_scores([part.summary for part in parts], [part.evaluations[-1] for part in parts]),
         "figures": _draw(found, target),
     }
     values = [{"summary": one.summary, "stages": one.stages, **_evaluated(one)} for one in parts]
@@ -98,10 +99,10 @@ def _section(part: _RunParts, target: Path) -> dict[str, Any]:
         "summary": part.summary,
         "sentence": _sentence(part.summary),
         "versions": part.stages[-1].versions,
-        "table": stage_cells(part.stages),
-        "results": results_cells(part.stages, part.evaluations),
-        "held_out": held_out_cells(part.stages),
-        "data": data_cells(part.stages),
+        "table": tabulate_stages(part.stages),
+        "results": tabulate_stage_scores(part.stages, part.evaluations),
+        "held_out": tabulate_held_out_losses(part.stages),
+        "data": tabulate_data(part.stages),
         # Relative paths, so that run and report can move together and name no machine's directories.
         "last": Path(os.path.relpath(part.run.path / part.stages[-1].name, target)).as_posix(),
     }
@@ -113,20 +114,20 @@ def _sentence(run: RunSummary) -> str:
         what = f"Grown from {run.initial} to {run.target} by the sequence {run.sequence}"
     else:
         what = f"Structure {run.target}, trained without growth"
-    size = f" ({count(run.parameters)} parameters)" if run.parameters else ""
-    cost = f"{count(run.tokens)} tokens in {significant(run.device_hours)} device hours"
-    loss = "" if run.eval_loss is None else f", held-out loss {decimals(run.eval_loss, 4)} nats a token"
+    size = f" ({format_count(run.parameters)} parameters)" if run.parameters else ""
+    cost = f"{format_count(run.tokens)} tokens in {format_significant(run.device_hours)} device hours"
+    loss = "" if run.eval_loss is None else f", held-out loss {format_decimals(run.eval_loss, 4)} nats a token"
     return f"{what}{size}: {cost}{loss}."
 
 
 def _draw(runs: Sequence[RunDirectory], target: Path) -> list[DrawnFigure]:
     """Draw every figure that the runs have something for, and remove an earlier report's that they have not."""
     draw: dict[str, Callable[[Sequence[RunDirectory], Path], Path | None]] = {
-        "loss": loss_figure,
-        "path": path_figure,
-        "radar": radar_figure,
-        "correlation": correlation_figure,
-        "heads": heads_figure,
+        "loss": draw_run_losses,
+        "path": draw_run_paths,
+        "radar": draw_radar,
+        "correlation": draw_time_correlation,
+        "heads": draw_heads,
     }
     drawn = []
     for name, function in draw.items():
