@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from slop_hf.cost.flops import count_parameters, count_flops_per_token
+from slop_hf.cost.flops import count_flops_per_token, count_parameters
 from slop_hf.dims import ModelDims
 from slop_hf.experiments.comparison import Comparison, Cost, Curve, RunResult, StageResult
 from slop_hf.schedule import GrowthSchedule, GrowthStage
@@ -43,7 +43,9 @@ def schedule_of(name: str, stages: Sequence[GrowthStage], flops: float) -> Growt
         initial = HIDDEN.replace(num_hidden_layers=2)
     schedule = GrowthSchedule(initial, tuple(stages))
     each = flops / len(schedule.structures)
-    return schedule.with_shares([round(each / count_flops_per_token(dims, CONFIG, 128)) for dims in schedule.structures])
+    return schedule.with_shares(
+        [round(each / count_flops_per_token(dims, CONFIG, 128)) for dims in schedule.structures]
+    )
 
 
 def run_of(

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from slop_hf import GrowthSchedule
-from slop_hf.baselines import ARMS
+from slop_hf.baselines import ARMS, ArmRequest
 from slop_hf.errors import PlanError, RunError, SlopError
-from slop_hf.experiments.arms import build_jobs, build_arm_schedule, get_model_fields, build_planner, count_job_flops
+from slop_hf.experiments.arms import build_arm_schedule, build_planner, get_model_fields
 from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.jobs import add_shared_prefixes
+from slop_hf.experiments.jobs import add_shared_prefixes, build_jobs
 
 FLOPS, TOKENS = 3e9, 1e6
 RUN = {
@@ -85,7 +85,7 @@ def test_arms_choose_among_targets_and_planner_settings(schedule_of, make):
     best = build_planner(experiment, experiment.arms["slop"]).plan(1)[0]
     assert schedule_of({"plan": "best", "target": choice}).structures == best.structures
     assert {schedule_of({"plan": rank, "target": choice}).target for rank in range(1, 13)} == {
-        experiment.structure(name) for name in choice
+        experiment.get_structure(name) for name in choice
     }
     assert schedule_of({"order": "f-l", "initial": "16,32,2,2", "target": "16,64,3,2"}).sequence == "f-l"
     repeated = {"mode": "repeated", "objective": "flops", "stages": 4}
@@ -95,7 +95,7 @@ def test_arms_choose_among_targets_and_planner_settings(schedule_of, make):
 
 def test_an_arm_may_not_grow(schedule_of, make):
     found = schedule_of({"plan": "best", "target": "initial"})
-    assert found.stages == () and found.initial == make({"one": {"plan": 1}}).structure("initial")
+    assert found.stages == () and found.initial == make({"one": {"plan": 1}}).get_structure("initial")
     assert found.flops(get_model_fields(make({"one": {"plan": 1}}).run), 32) == pytest.approx(FLOPS, rel=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_a_control_is_one_to_the_planners_best(schedule_of, make, name, scale):
     fields = get_model_fields(experiment.run)
     best = schedule_of({"plan": "best"}, **scale)
     found = schedule_of({"control": name}, **scale)
-    assert found == ARMS[name](best, fields, 32, budget=experiment.sizes.equal)
+    assert found == ARMS[name](ArmRequest(best, fields, 32, experiment.sizes.equal))
     assert found.target == best.target
 
 
@@ -131,7 +131,7 @@ def test_arms_spend_alike(make, arm):
     for scale, spend in (({}, FLOPS), ({"tokens": TOKENS}, TOKENS)):
         experiment = make({"one": {**arm, "budgets": [0.25, 1.0]}}, **scale)
         for run in build_jobs(experiment):
-            spent = count_job_flops(experiment, run) if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
+            spent = run.flops if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
             assert spent == pytest.approx(spend * run.budget, rel=2e-3)
 
 
@@ -166,12 +166,12 @@ def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
 @pytest.mark.parametrize(
     ("arm", "error", "message"),
     [
-        ({"plan": "best", "shares": [1, 1]}, RunError, r"arm one: 2 shares for 4 stages \(l-f-h\): give as many"),
+        ({"plan": "best", "shares": [1, 1]}, RunError, r"arm one: 2 shares for 4 stages \(l-f-h\): give one per stage"),
         ({"plan": "best", "target": "goal"}, RunError, "arm one: some: scale tiny has no structure 'goal'"),
         ({"plan": "best", "planner": {"objectiv": "flops"}}, PlanError, "arm one: planner or space: .*objectiv"),
         ({"plan": "best", "space": {"wide": 1}}, PlanError, "arm one: planner or space: .*wide"),
         ({"plan": "best", "planner": {"objective": "speed"}}, PlanError, "unknown objective 'speed'"),
-        ({"plan": "worst", "planner": {"mode": "joint", "stages": 3}}, PlanError, "those of mode 'once', not 'joint'"),
+        ({"plan": "worst", "planner": {"mode": "joint", "stages": 3}}, PlanError, "need the planner's mode 'once', not 'joint'"),
         ({"order": "l-l-h"}, PlanError, "operators must be one or more different names"),
         ({"schedule": "none.yaml"}, SlopError, r"arm one: .*none\.yaml"),
     ],
@@ -199,8 +199,8 @@ def test_a_run_for_each_arm_budget_and_seed(make):
         *(("slop", budget, seed) for budget in (0.5, 1.0) for seed in (0, 2)),
         ("again", 1.0, 7),
     ]
-    assert len({run.place for run in runs}) == len(runs)
-    assert runs[1].place == Path("runs", "slop", "x0.5", "seed-2")
+    assert len({run.directory for run in runs}) == len(runs)
+    assert runs[1].directory == Path("runs", "slop", "x0.5", "seed-2")
     assert [run.name for run in runs[1:3]] == ["slop ×0.5, seed 2", "slop, seed 0"]
     seeds = [[run.config.training[name] for name in ("seed", "data_seed", "growth_seed")] for run in runs]
     assert seeds[0] == [0, 0, 0] and seeds[1] == [2, 2, 2000] and seeds[-1] == [7, 7, 7000]
@@ -233,43 +233,45 @@ def inits(**operators):
 
 @pytest.fixture
 def shared(make):
-    """For each run by name, trunks included, how many stages it inherits; 0 where it begins alone."""
+    """For each run by name, prefixes included, how many stages it inherits; 0 where it begins alone."""
 
     def found(arms, **scale):
         jobs = add_shared_prefixes(build_jobs(make(arms, **scale)))
-        by_place = {job.place: job for job in jobs}
-        assert len(by_place) == len(jobs)
+        by_directory = {job.directory: job for job in jobs}
+        assert len(by_directory) == len(jobs)
         seen = set()
         for job in jobs:
-            assert job.parent is None or job.parent in seen  # trunks come before what begins with them
-            seen.add(job.place)
+            assert job.parent is None or job.parent in seen  # prefixes come before what begins with them
+            seen.add(job.directory)
             if job.parent is not None:
-                begins_with(job, by_place[job.parent])
-        length = {job.place: len(job.schedule.structures) for job in jobs}
-        return {job.arm or f"trunk of {length[job.place]}": length[job.parent] if job.parent else 0 for job in jobs}
+                begins_with(job, by_directory[job.parent])
+        length = {job.directory: len(job.schedule.structures) for job in jobs}
+        return {
+            job.arm or f"prefix of {length[job.directory]}": length[job.parent] if job.parent else 0 for job in jobs
+        }
 
     return found
 
 
-def begins_with(run, trunk):
-    """A trunk holds the first stages of a run."""
+def begins_with(run, prefix):
+    """A prefix holds the first stages of a run."""
     schedule = run.schedule
-    first = schedule.stages[: len(trunk.schedule.stages)]
-    assert trunk.arm == "" and trunk.seed == run.seed
-    assert trunk.schedule == GrowthSchedule(schedule.initial, first, schedule.initial_tokens)
-    assert (trunk.config.model, trunk.config.data) == (run.config.model, run.config.data)
-    assert trunk.config.training["learning_rate"] == run.config.training["learning_rate"]
+    first = schedule.stages[: len(prefix.schedule.stages)]
+    assert prefix.arm == "" and prefix.seed == run.seed
+    assert prefix.schedule == GrowthSchedule(schedule.initial, first, schedule.initial_tokens)
+    assert (prefix.config.model, prefix.config.data) == (run.config.model, run.config.data)
+    assert prefix.config.training["learning_rate"] == run.config.training["learning_rate"]
 
 
 def test_studies_of_an_init_share_what_comes_before_it(shared):
     arms = {"paper": slop(), "layer": inits(layer="preserving"), "hidden": inits(hidden="copy", mha="copy")}
-    assert shared(arms) == {"trunk of 1": 0, "trunk of 3": 1, "paper": 3, "layer": 1, "hidden": 3}
+    assert shared(arms) == {"prefix of 1": 0, "prefix of 3": 1, "paper": 3, "layer": 1, "hidden": 3}
 
 
 def test_the_longest_beginning_is_taken(shared):
-    """All share two stages, and no trunk is made of the first alone."""
+    """All share two stages, and no prefix is made of the first alone."""
     arms = {"paper": slop(), "ffn": inits(ffn="preserving"), "copies": inits(ffn="copy")}
-    assert shared(arms) == {"trunk of 2": 0, "paper": 2, "ffn": 2, "copies": 2}
+    assert shared(arms) == {"prefix of 2": 0, "paper": 2, "ffn": 2, "copies": 2}
 
 
 def test_trunks_grow_on_trunks(shared):
@@ -281,9 +283,9 @@ def test_trunks_grow_on_trunks(shared):
     }
     found = shared(arms)
     assert found == {
-        "trunk of 1": 0,
-        "trunk of 2": 1,
-        "trunk of 3": 2,
+        "prefix of 1": 0,
+        "prefix of 2": 1,
+        "prefix of 3": 2,
         "paper": 3,
         "hidden": 3,
         "ffn": 2,
@@ -293,7 +295,7 @@ def test_trunks_grow_on_trunks(shared):
 
 def test_what_matters_after_growth_alone_does_not_part_the_initial_model(shared):
     arms = {"paper": slop(), "dropped": slop(carry_optimizer_state=False), "warm": slop(rewarm_steps=0)}
-    assert shared(arms) == {"trunk of 1": 0, "paper": 1, "dropped": 1, "warm": 1}
+    assert shared(arms) == {"prefix of 1": 0, "paper": 1, "dropped": 1, "warm": 1}
 
 
 def test_rates_of_later_stages_do_not_part_earlier_ones(make, shared):
@@ -302,10 +304,10 @@ def test_rates_of_later_stages_do_not_part_earlier_ones(make, shared):
         "last": slop(stage_learning_rates=[1e-3, 1e-3, 1e-3, 5e-4]),
         "later": slop(stage_learning_rates=[1e-3, 5e-4, 5e-4, 5e-4]),
     }
-    assert shared(arms) == {"trunk of 1": 0, "trunk of 3": 1, "paper": 3, "last": 3, "later": 1}
-    trunks = [job for job in add_shared_prefixes(build_jobs(make(arms))) if not job.arm]
-    assert [job.config.training["stage_learning_rates"] for job in trunks] == [[1e-3], [1e-3, 1e-3, 1e-3]]
-    assert all(job.config.training["batch_tokens"] == [64] for job in trunks)
+    assert shared(arms) == {"prefix of 1": 0, "prefix of 3": 1, "paper": 3, "last": 3, "later": 1}
+    prefixes = [job for job in add_shared_prefixes(build_jobs(make(arms))) if not job.arm]
+    assert [job.config.training["stage_learning_rates"] for job in prefixes] == [[1e-3], [1e-3, 1e-3, 1e-3]]
+    assert all(job.config.training["batch_tokens"] == [64] for job in prefixes)
 
 
 def test_nothing_is_shared_under_a_rate_that_spans_the_run(shared):
@@ -317,7 +319,9 @@ def test_nothing_is_shared_between_other_rates_tokens_and_seeds(shared, make):
     alone = {"paper": slop(), "fast": slop(learning_rate=2e-3), "scratch": {"control": "from_scratch"}}
     assert shared(alone) == {"paper": 0, "fast": 0, "scratch": 0}
     assert shared({"paper": slop(), "early": {"plan": "best", "shares": [1, 1, 1, 4]}}) == {"paper": 0, "early": 0}
-    assert len(add_shared_prefixes(build_jobs(make({"one": {"plan": "best", "budgets": [0.5, 1]}}, seeds=[0, 1])))) == 4
+    assert (
+        len(add_shared_prefixes(build_jobs(make({"one": {"plan": "best", "budgets": [0.5, 1]}}, seeds=[0, 1])))) == 4
+    )
     jobs = add_shared_prefixes(build_jobs(make({"paper": slop(), "init": inits(layer="preserving")}, seeds=[0, 1])))
     assert [(job.arm, job.seed) for job in jobs if not job.arm] == [("", 0), ("", 1)]
 
@@ -325,5 +329,5 @@ def test_nothing_is_shared_between_other_rates_tokens_and_seeds(shared, make):
 def test_orders_share_at_equal_tokens(shared):
     """At equal FLOPs each order has tokens of its own."""
     arms = {order: {"order": order} for order in ("l-f-h", "l-h-f", "f-h-l")}
-    assert shared(arms, tokens=TOKENS) == {"trunk of 1": 0, "trunk of 2": 1, "l-f-h": 2, "l-h-f": 2, "f-h-l": 1}
+    assert shared(arms, tokens=TOKENS) == {"prefix of 1": 0, "prefix of 2": 1, "l-f-h": 2, "l-h-f": 2, "f-h-l": 1}
     assert set(shared(arms).values()) == {0}

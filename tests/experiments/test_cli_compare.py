@@ -9,7 +9,7 @@ from slop_hf.experiments.comparison import Comparison
 
 def test_a_dry_run_shows_every_run_and_trains_nothing(tiny_experiment, output_of, tmp_path):
     shown = output_of("compare", tiny_experiment, "-o", tmp_path / "out", "--dry-run")
-    for word in ("trunk", "slop, seed 0", "from-scratch ×0.5", "counted once"):
+    for word in ("shared prefix", "slop, seed 0", "from-scratch ×0.5", "counted once"):
         assert word in shown
     rows = json.loads(output_of("compare", tiny_experiment, "-o", tmp_path / "out", "--dry-run", "--json"))
     assert [row["run"] for row in rows][1:] == [

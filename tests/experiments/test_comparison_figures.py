@@ -16,9 +16,9 @@ from PIL import Image
 from slop_hf.errors import RunError
 from slop_hf.experiments import final_losses as dots
 from slop_hf.experiments import loss_curves as figures
+from slop_hf.experiments.comparison import Curve
 from slop_hf.experiments.final_losses import draw_final_losses, draw_scatter
 from slop_hf.experiments.loss_curves import draw_arm_curves
-from slop_hf.experiments.comparison import Curve
 from slop_hf.experiments.results import compute_flops_saved
 from slop_hf.report import drawing
 
@@ -27,10 +27,10 @@ from slop_hf.report import drawing
 def drawn(monkeypatch):
     """The figures that were made, in order."""
     made = []
-    new = drawing.new_figure
+    new = drawing.create_figure
     monkeypatch.setattr(drawing, "DPI", 72)
     for module in (figures, dots):
-        monkeypatch.setattr(module, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
+        monkeypatch.setattr(module, "create_figure", lambda *size: made.append(new(*size)) or made[-1])
     return made
 
 
@@ -71,13 +71,15 @@ def test_marks_stand_where_the_record_has_them(tmp_path, drawn):
     draw_arm_curves(found, tmp_path / "loss.png")
     axes, scale = drawn[0].axes[0], 1e12
     marks = {line.get_marker(): line for line in axes.lines if line.get_marker() != "None"}
-    runs = found.of("slop")
+    runs = found.runs_of("slop")
     assert marks["^"].get_xdata() * scale == pytest.approx([FLOPS * part / 4 for part in (1, 2, 3)], rel=1e-3)
     assert marks["^"].get_ydata()[2] == pytest.approx(fmean(run.stages[2].eval_loss for run in runs))
-    ends = [fmean(run.eval_loss for run in found.of("from-scratch", budget)) for budget in (0.5, 1.0)]
+    ends = [fmean(run.eval_loss for run in found.runs_of("from-scratch", budget)) for budget in (0.5, 1.0)]
     assert list(marks["s"].get_ydata()) == pytest.approx(ends)
-    goal = fmean(run.flops for run in found.of("from-scratch"))
-    assert marks["o"].get_xdata()[0] * scale == pytest.approx((1 - compute_flops_saved(found, "slop").mean) * goal, rel=1e-3)
+    goal = fmean(run.flops for run in found.runs_of("from-scratch"))
+    assert marks["o"].get_xdata()[0] * scale == pytest.approx(
+        (1 - compute_flops_saved(found, "slop").mean) * goal, rel=1e-3
+    )
     assert list(marks["o"].get_ydata()) == [ends[-1]]
     assert [text.get_text() for text in axes.texts] == ["15% less compute"]
 
@@ -86,7 +88,7 @@ def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
     found = comparison(2, 2)
     draw_arm_curves(found, tmp_path / "loss.png")
     curve = drawn[0].axes[0].lines[0]
-    one, two = (run.curve for run in found.of("slop"))
+    one, two = (run.curve for run in found.runs_of("slop"))
     assert list(curve.get_ydata()) == pytest.approx([fmean(pair) for pair in zip(one.losses, two.losses, strict=True)])
 
 
@@ -129,7 +131,7 @@ def test_final_losses_are_dots(tmp_path, drawn, seeds):
     axes = drawn[0].axes[0]
     rows = [line for line in axes.lines if line.get_marker() == "o"]
     assert [sorted(line.get_xdata()) for line in rows] == [
-        sorted(run.eval_loss for run in found.of(arm)) for arm in found.arms
+        sorted(run.eval_loss for run in found.runs_of(arm)) for arm in found.arms
     ]
     assert [text.get_text() for text in axes.get_yticklabels()] == list(found.arms)
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -140,7 +142,10 @@ def test_final_losses_are_dots(tmp_path, drawn, seeds):
 
 def test_nothing_to_draw(tmp_path):
     empty = comparison(2, 0)
-    assert draw_arm_curves(empty, tmp_path / "loss.png") is None and draw_final_losses(empty, tmp_path / "losses.png") is None
+    assert (
+        draw_arm_curves(empty, tmp_path / "loss.png") is None
+        and draw_final_losses(empty, tmp_path / "losses.png") is None
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +171,7 @@ def test_a_figure_tells_what_it_was_drawn_from(tmp_path):
     assert replace(found, title="another").fingerprint != found.fingerprint
 
 
-def test_scatter_names_points_apart(tmp_path, drawn):
+def test_scatter_names_its_points_in_a_legend(tmp_path, drawn):
     dice = np.random.default_rng(0)
     names = [f"l-f-h to {number}" for number in range(18)]
     predicted = 10 ** dice.uniform(24, 26, 18)
@@ -174,7 +179,10 @@ def test_scatter_names_points_apart(tmp_path, drawn):
     labels = ("Π Δparams", "held-out loss")
     draw_scatter(names, predicted, measured, tmp_path / "a.png", title="Order", labels=labels, log_x=True)
     axes = drawn[0].axes[0]
-    assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(names)
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == [name for _, name in sorted(zip(measured, names, strict=True), reverse=True)]
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len(looks) == len(names), "every point has its own look"
     assert overlapping(drawn[0]) == []
     assert "Spearman's ρ = 0." in axes.get_title(loc="left")
 

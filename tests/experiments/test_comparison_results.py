@@ -7,16 +7,22 @@ import pytest
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims
 from slop_hf.cost.flops import count_flops_per_token
 from slop_hf.errors import RunError
-from slop_hf.experiments.planner_accuracy import (
-    compute_planner_accuracy,
-    describe_planner_accuracy,
-    compute_measured_utility,
-    compute_predictions,
-    build_prediction_cells,
-    draw_utility,
-)
 from slop_hf.experiments.comparison import Comparison, Curve, RunResult, StageResult
-from slop_hf.experiments.results import Spread, compute_arm_results, compute_cost_to_loss, compute_flops_saved, compute_rank_correlation
+from slop_hf.experiments.planner_accuracy import (
+    compute_measured_utility,
+    compute_planner_accuracy,
+    compute_predictions,
+    describe_planner_accuracy,
+    draw_utility,
+    tabulate_predictions,
+)
+from slop_hf.experiments.results import (
+    Spread,
+    compute_arm_results,
+    compute_cost_to_loss,
+    compute_flops_saved,
+    compute_rank_correlation,
+)
 
 SMALL, DEEP, LARGE = ModelDims(16, 32, 2, 2), ModelDims(16, 32, 4, 2), ModelDims(16, 64, 4, 2)
 SCHEDULE = GrowthSchedule(SMALL, (GrowthStage(("layer",), DEEP, 100), GrowthStage(("ffn",), LARGE, 100)), 250)
@@ -78,7 +84,9 @@ def test_between_two_budgets_the_ends_lie_on_a_line_over_the_logarithm():
     short, whole = result("slop", 0, [5.0, 4.0, 3.2], budget=0.5), result("slop", 0, [5.0, 4.0, 2.8])
     found = comparison(scratch(0, 3.0), whole, short)
     assert compute_flops_saved(found, "slop").values == (pytest.approx(1 - 0.5**0.5),)
-    assert compute_cost_to_loss([short, whole], 2.8) == pytest.approx(100.0), "an end that was measured counts as it is"
+    assert compute_cost_to_loss([short, whole], 2.8) == pytest.approx(100.0), (
+        "an end that was measured counts as it is"
+    )
     assert compute_cost_to_loss([short, whole], 2.7) == math.inf, "nothing is read beyond the budgets that were run"
     assert compute_cost_to_loss([short], 3.0) == math.inf
 
@@ -139,9 +147,11 @@ def test_predictions_are_the_planners_and_ranks_are_compared(tmp_path):
     measured = [p.measured_utility.mean for p in compute_predictions(found)]
     assert agreed.utility == compute_rank_correlation([p.utility for p in compute_predictions(found)], measured)
     assert compute_planner_accuracy(comparison(*runs[:2])) is None
-    rows = build_prediction_cells(found).rows
+    rows = tabulate_predictions(found).rows
     assert [row[0] for row in rows] == [p.arm for p in sorted(compute_predictions(found), key=lambda p: -p.utility)]
-    assert describe_planner_accuracy(found).startswith("Over 3 schedules, Spearman's correlation of predicted and measured")
+    assert describe_planner_accuracy(found).startswith(
+        "Over 3 schedules, Spearman's correlation of predicted and measured"
+    )
     assert draw_utility(found, tmp_path / "utility.png") is not None
 
 
@@ -159,7 +169,7 @@ def test_schedules_are_compared_on_the_seeds_that_all_have():
 
 
 def test_a_record_without_settings_cannot_be_predicted():
-    with pytest.raises(RunError, match="does not hold the run's settings"):
+    with pytest.raises(RunError, match="lacks the config of its runs"):
         compute_predictions(comparison(result("slop", 0, [5, 4, 3]), settings={}))
 
 

@@ -9,10 +9,17 @@ import pytest
 from comparisons import comparison
 from rich.console import Console
 
-from slop_hf.experiments.summary_text import summarize_comparison
 from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.results import compute_arm_results
-from slop_hf.experiments.tables import build_arm_cells, build_arms_table, build_ledger_cells, build_ledger_table, build_arm_stage_cells, build_arm_stages_table
+from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.tables import (
+    build_arms_table,
+    build_ledger_table,
+    build_terminal_table,
+    tabulate_arm_stages,
+    tabulate_arms,
+    tabulate_ledger,
+)
 from slop_hf.report.tables import TextTable
 
 
@@ -34,106 +41,114 @@ def printed(table: object, width: int = 120) -> str:
 
 def test_a_row_an_arm_and_budget():
     found = comparison(3, budgets={"from-scratch": (0.25, 1.0)})
-    cells = build_arm_cells(found)
+    cells = tabulate_arms(found)
     assert column(cells, "arm") == ["slop", "from-scratch", "from-scratch", "single-stage"]
     assert column(cells, "budget") == ["×1", "×0.25", "×1", "×1"]
     assert column(cells, "grows") == ["l-f-h", "–", "–", "lfh"]
     assert column(cells, "seeds") == ["3"] * 4
     slop = compute_arm_results(found)[0]
     assert column(cells, "held-out loss")[0] == f"{slop.loss.mean:.4f} ± {slop.loss.deviation:.4f}"
-    assert column(cells, "loss − that of from-scratch")[:3] == [f"{slop.against_reference.mean:+.4f}", "–", "–"]
+    assert column(cells, "loss vs from-scratch")[:3] == [f"{slop.against_reference.mean:+.4f}", "–", "–"]
     assert column(cells, "FLOPs saved")[:3] == ["15.0% (15.0 to 15.0)", "–", "–"]
 
 
 def test_columns_with_nothing_to_tell_are_left_out():
     found = comparison(["from-scratch", "not-grown"], 1, reference=None)
     found = replace(found, arms=dict.fromkeys(found.arms, ""))
-    measured = ["seeds", "tokens", "FLOPs", "seconds", "held-out loss", "ppl", "loss − that of from-scratch"]
-    assert headings(build_arm_cells(found)) == ["arm", *measured]
+    measured = ["seeds", "tokens", "FLOPs", "seconds", "held-out loss", "ppl", "loss vs from-scratch"]
+    assert headings(tabulate_arms(found)) == ["arm", *measured]
 
 
 def test_what_the_paper_prints_stands_beside_it():
     numbers = {"slop": {"perplexity": 9.84, "hours": 133.7}, "single-stage": {"hours": 1201.25}}
-    cells = build_arm_cells(comparison(3, budgets={"slop": (0.5, 1.0)}, printed=numbers))
+    cells = tabulate_arms(comparison(3, budgets={"slop": (0.5, 1.0)}, printed=numbers))
     assert column(cells, "perplexity (paper)") == ["–", "9.84", "–", "–"]
     assert column(cells, "hours (paper)") == ["–", "133.7", "–", "1,201.25"]
 
 
 def test_an_arm_that_never_gets_there_says_so():
-    cells = build_arm_cells(comparison(2, losses={"slop": 3.5}))
+    cells = tabulate_arms(comparison(2, losses={"slop": 3.5}))
     assert column(cells, "FLOPs saved") == ["not reached", "–"]
 
 
 def test_stages_are_those_of_the_full_budget():
     found = comparison(2, budgets={"slop": (0.5, 1.0)})
-    cells = build_arm_stage_cells(found)
+    cells = tabulate_arm_stages(found)
     assert column(cells, "stage") == ["0 initial", "1 layer", "2 ffn", "3 hidden", "0 initial"]
     assert column(cells, "arm") == ["slop", "", "", "", "from-scratch"]
-    runs = found.of("slop")
+    runs = found.runs_of("slop")
     after = sum(run.stages[1].eval_loss_after_growth for run in runs) / len(runs)
     assert column(cells, "loss after growth")[:2] == ["–", f"{after:.4f}"]
 
 
 def test_the_ledger_is_summed():
-    cells = build_ledger_cells(comparison(2))
+    cells = tabulate_ledger(comparison(2))
     assert column(cells, "count") == ["6", "2", "8"]
     assert column(cells, "device seconds") == ["4,321", "99.5", "4,420"]
-    assert build_ledger_cells(comparison(2, ledger=())).rows == ()
+    assert tabulate_ledger(comparison(2, ledger=())).rows == ()
 
 
 def test_the_terminal_takes_names_as_they_are():
     found = comparison(2, 1)
     runs = tuple(replace(run, arm="slop[bold]") if run.arm == "slop" else run for run in found.runs)
     found = replace(found, arms={"slop[bold]": "", "from-scratch": ""}, runs=runs)
-    assert "slop[bold]" in printed(build_arms_table(found)) and "3 hidden" in printed(build_arm_stages_table(found))
+    assert "slop[bold]" in printed(build_arms_table(found)) and "3 hidden" in printed(
+        build_terminal_table(tabulate_arm_stages(found), "Stages")
+    )
     assert "sum" in printed(build_ledger_table(found))
 
 
 def test_growth_that_paid():
     told = " ".join(summarize_comparison(comparison()))
-    assert "slop ends lowest of 8 arms" in told and "below every other arm beyond the spread of seeds" in told
+    assert (
+        "slop has the lowest final loss of 8 arms" in told
+        and "below every other arm beyond the spread of seeds" in told
+    )
     assert "Growth paid: slop ends 0.1107 below from-scratch, beyond the spread of seeds." in told
-    assert "slop saves 15.0% of the FLOPs" in told and "not every seed of elle and not-grown gets there" in told
-    assert "3 seeds an arm" in told and "tokens per parameter of the target (468k)" in told
+    assert (
+        "slop reaches the final loss of from-scratch with 15.0% fewer FLOPs" in told
+        and "not every seed of elle and not-grown reaches it" in told
+    )
+    assert "3 seeds per arm" in told and "tokens per parameter of the target (468k)" in told
 
 
 def test_growth_that_did_not_pay():
     told = " ".join(summarize_comparison(comparison(2, losses={"slop": 3.5})))
-    assert "from-scratch ends lowest of 2 arms" in told
+    assert "from-scratch has the lowest final loss of 2 arms" in told
     assert "Growth did not pay: slop ends" in told and "above from-scratch, beyond the spread of seeds" in told
-    assert "No other arm gets to from-scratch's final loss with every seed." in told
+    assert "No other arm reaches the final loss of from-scratch with every seed." in told
 
 
 def test_growth_within_the_spread():
     told = " ".join(summarize_comparison(comparison(2, losses={"slop": 3.302})))
-    assert "Whether growth paid cannot be told: slop ends" in told and "within the spread of seeds" in told
+    assert "It is uncertain whether growth paid: slop ends" in told and "within the spread of seeds" in told
 
 
 def test_one_seed_proves_nothing():
     told = " ".join(summarize_comparison(comparison(2, 1)))
-    assert "with one seed, that may be chance" in told and "growth seems to pay" in told and "one seed an arm" in told
+    assert "with one seed, that may be chance" in told and "growth seems to pay" in told and "one seed per arm" in told
     assert "beyond the spread" not in told
 
 
 def test_a_study_is_set_beside_its_first_arm():
     found = comparison(["slop", "single-stage", "copies", "msg"], reference=None)
     told = " ".join(summarize_comparison(found))
-    assert "Beside slop, higher beyond the spread of seeds: copies, single-stage and msg." in told
+    assert "Compared with slop, higher beyond the spread of seeds: copies, single-stage and msg." in told
     assert "Growth" not in told and "final loss" not in told
     close = comparison(["slop", "msg"], reference=None, losses={"slop": 3.29})
-    assert "Beside slop, all within the spread of seeds." in " ".join(summarize_comparison(close))
+    assert "Compared with slop, all within the spread of seeds." in " ".join(summarize_comparison(close))
 
 
 def test_a_smaller_model_that_is_lowest_is_named():
     told = " ".join(summarize_comparison(comparison(losses={"not-grown": 3.0})))
-    assert "not-grown ends lowest of 8 arms" in told and "Growth paid: slop" in told
+    assert "not-grown has the lowest final loss of 8 arms" in told and "Growth paid: slop" in told
 
 
 def test_names_with_spaces_are_quoted():
     found = comparison(2, 1)
     runs = tuple(replace(run, arm="rate, doubled") if run.arm == "slop" else run for run in found.runs)
     found = replace(found, arms={"rate, doubled": "", "from-scratch": ""}, runs=runs)
-    assert "“rate, doubled” ends lowest" in summarize_comparison(found)[0]
+    assert "“rate, doubled” has the lowest final loss" in summarize_comparison(found)[0]
 
 
 def test_missing_runs_are_named():
@@ -145,8 +160,8 @@ def test_missing_runs_are_named():
 
 def test_a_comparison_without_runs():
     empty = comparison(2, 0)
-    assert build_arm_cells(empty).rows == build_arm_stage_cells(empty).rows == ()
-    assert "| arm |" in build_arm_cells(empty).markdown()
+    assert tabulate_arms(empty).rows == tabulate_arm_stages(empty).rows == ()
+    assert "| arm |" in tabulate_arms(empty).markdown()
     assert summarize_comparison(empty) == ["No run at the full budget has finished."]
 
 
@@ -158,5 +173,5 @@ def test_a_diverged_arm_comes_last(loss):
         for run in found.runs
     ]
     diverged: Comparison = replace(found, runs=tuple(runs))
-    assert "from-scratch ends lowest of 2 arms" in summarize_comparison(diverged)[0]
-    assert column(build_arm_cells(diverged), "held-out loss")[0] == "diverged"
+    assert "from-scratch has the lowest final loss of 2 arms" in summarize_comparison(diverged)[0]
+    assert column(tabulate_arms(diverged), "held-out loss")[0] == "diverged"

@@ -39,12 +39,12 @@ def test_an_experiment_is_what_its_file_says(read):
 
 def test_structures_have_names_or_are_spelled_out(read):
     found = read()
-    assert found.structure("target") == ModelDims(32, 64, 3, 4)
-    assert found.structure("32,64,3,2,1,32") == ModelDims(32, 64, 3, 2, 1, 32)
+    assert found.get_structure("target") == ModelDims(32, 64, 3, 4)
+    assert found.get_structure("32,64,3,2,1,32") == ModelDims(32, 64, 3, 2, 1, 32)
     with pytest.raises(RunError, match=r"scale tiny has no structure 'targte' \(known: initial, target\)"):
-        found.structure("targte")
+        found.get_structure("targte")
     with pytest.raises(DimsError, match="cannot read dims '32,64'"):
-        found.structure("32,64")
+        found.get_structure("32,64")
 
 
 def test_the_reference_is_the_first_from_scratch_or_the_one_named(read):

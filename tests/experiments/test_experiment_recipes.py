@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from slop_hf import preview_run
-from slop_hf.experiments.arms import build_jobs, count_job_flops
 from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.jobs import add_shared_prefixes
+from slop_hf.experiments.jobs import add_shared_prefixes, build_jobs
 from slop_hf.paper import tables as paper
 
 EXPERIMENTS = Path(__file__).parents[2] / "recipes" / "experiments"
@@ -22,7 +21,7 @@ SCALES = [(path, scale) for path in PATHS for scale in yaml.safe_load(path.read_
 
 @cache
 def runs_of(path, scale):
-    """An experiment with its runs, trunks included."""
+    """An experiment with its runs, prefixes included."""
     experiment = Experiment.from_yaml(path, scale)
     return experiment, add_shared_prefixes(build_jobs(experiment))
 
@@ -52,7 +51,7 @@ def test_every_run_spends_its_budget(path, scale):
     runs = [job for job in jobs if job.arm]
     assert {run.arm for run in runs} == set(experiment.arms)
     for run in runs:
-        spent = count_job_flops(experiment, run) if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
+        spent = run.flops if experiment.sizes.equal == "flops" else sum(run.schedule.tokens)
         assert spent == pytest.approx(experiment.sizes.budget * run.budget, rel=0.01), run.name
 
 
@@ -62,7 +61,7 @@ def test_structures_keep_the_papers_proportions(path, scale):
     small, large = (runs_of(path, name)[0] for name in (scale, "paper"))
     factors = set()
     for name in small.sizes.structures:
-        ours, papers = small.structure(name), large.structure(name)
+        ours, papers = small.get_structure(name), large.get_structure(name)
         sizes = zip(papers.as_dict().values(), ours.as_dict().values(), strict=True)
         factors.add(tuple(Fraction(*pair) for pair in sizes))
     ((width, ffn, depth, heads, kv_heads, head_dim),) = factors  # the same for all structures
@@ -134,7 +133,7 @@ def test_the_readme_tells_what_each_takes():
         if path.parent == EXPERIMENTS:
             row = next(line for line in text.splitlines() if line.startswith(f"| `{path.name}`"))
             experiment, jobs = runs_of(path, scale)
-            by_place = {job.place: count_job_flops(experiment, job) for job in jobs}
-            paid = sum(by_place[job.place] - by_place.get(job.parent, 0) for job in jobs)
+            by_directory = {job.directory: job.flops for job in jobs}
+            paid = sum(by_directory[job.directory] - by_directory.get(job.parent, 0) for job in jobs)
             runs = sum(bool(job.arm) for job in jobs)
             assert f"{runs} · {paid:.1e}".replace("e+", "e") in row, (scale, runs, paid)

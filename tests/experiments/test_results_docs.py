@@ -11,7 +11,7 @@ import pytest
 from comparisons import comparison
 
 from slop_hf.experiments.summary_text import summarize_comparison
-from slop_hf.experiments.tables import build_arm_cells, build_ledger_cells, build_arm_stage_cells
+from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +79,7 @@ def test_blocks_are_filled_in_and_the_rest_stays(root, capsys):
     ]
     found = comparison(2, 2)
     text = (root / "docs" / "results.md").read_text()
-    for cells in (build_arm_cells(found), build_arm_stage_cells(found), build_ledger_cells(found)):
+    for cells in (tabulate_arms(found), tabulate_arm_stages(found), tabulate_ledger(found)):
         assert f"-->\n{cells.markdown()}<!-- end -->\n" in text
     assert " ".join(summarize_comparison(found)) in text.replace("\n", " ") and "stale" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 119

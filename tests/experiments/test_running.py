@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 from slop_hf import RunConfig, RunDirectory
 from slop_hf.errors import EvaluationError, RunError
 from slop_hf.experiments import running
-from slop_hf.experiments.arms import build_jobs, count_job_flops
 from slop_hf.experiments.collect import collect_comparison
-from slop_hf.experiments.config import Experiment
-from slop_hf.experiments.summary_text import summarize_comparison
-from slop_hf.experiments.jobs import add_shared_prefixes
 from slop_hf.experiments.comparison import Comparison
+from slop_hf.experiments.config import Experiment
+from slop_hf.experiments.jobs import add_shared_prefixes, build_jobs
 from slop_hf.experiments.running import run_experiment, train_job
+from slop_hf.experiments.summary_text import summarize_comparison
 from slop_hf.experiments.write import write_comparison
-from slop_hf.training import build_trainer
+from slop_hf.training.config import build_trainer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def jobs_of(experiment):
 
 
 def weights(root, job):
-    run = RunDirectory(root / job.place)
+    run = RunDirectory(root / job.directory)
     return load_file(run.stage_dir(len(job.schedule.stages)) / "model.safetensors")
 
 
@@ -83,7 +82,7 @@ def test_arms_spend_alike(experiment, trained):
     assert by_arm["slop", 1.0] == pytest.approx(budget, rel=0.1)  # whole steps of so small a run are coarse
     assert by_arm["from-scratch", 1.0] == pytest.approx(budget, rel=0.1)
     assert by_arm["from-scratch", 0.5] == pytest.approx(budget / 2, rel=0.1)
-    assert all(count_job_flops(experiment, job) <= budget * 1.01 for job in jobs)
+    assert all(job.flops <= budget * 1.01 for job in jobs)
 
 
 def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
@@ -95,7 +94,6 @@ def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
     assert list(run.curve.flops) == sorted(run.curve.flops) and set(run.curve.stages) == {0, 1, 2, 3}
     assert run.curve.losses[-1] == run.eval_loss
     assert run.curve.seconds[-1] == pytest.approx(run.seconds, abs=0.1)
-    assert max(map(len, (tmp_path / "record.json").read_text().splitlines())) > 100  # curves lie on one line each
 
 
 def test_an_interrupted_experiment_goes_on(experiment, trained, tmp_path, monkeypatch):
@@ -115,21 +113,17 @@ def test_an_interrupted_experiment_goes_on(experiment, trained, tmp_path, monkey
     assert len(collect_comparison(experiment, jobs, again).missing) == 3
     told = []
     monkeypatch.setattr(running, "train_job", train_job)
-    run_experiment(experiment, again, told=lambda job, done, count: told.append((job.name, done, count)))
+    run_experiment(experiment, again, on_job_end=lambda job, done, count: told.append((job.name, done, count)))
     assert [done for _, done, _ in told] == [3, 4, 5] and told[-1][2] == 5
     assert all(same(weights(root, job), weights(again, job)) for job in jobs)
-    run_experiment(experiment, again, told=lambda *_: pytest.fail("all had finished"))
+    run_experiment(experiment, again, on_job_end=lambda *_: pytest.fail("all had finished"))
 
 
 def test_a_signal_to_stop_is_one_for_the_whole_experiment(experiment, tmp_path, monkeypatch):
     """The trainer saves its state and comes back; the next run must not begin then."""
 
-    class Stopped:
-        def train(self, **_):
-            begun.append(self)
-
     begun = []
-    monkeypatch.setattr(running, "build_trainer", lambda *_: Stopped())
+    monkeypatch.setattr(running, "train_run", lambda config, *_, **__: begun.append(config))
     with pytest.raises(RunError, match="was stopped by a signal, its state saved; run the same command again"):
         run_experiment(experiment, tmp_path / "out")
     assert len(begun) == 1
@@ -147,13 +141,13 @@ def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_pa
     jobs, root = trained
     beside, told = tmp_path / "beside", []
     more = dataclasses.replace(experiment, arms={**experiment.arms, **wild(experiment)})
-    all_jobs = run_experiment(more, beside, workers=2, told=lambda job, *_: told.append(job))
-    assert sorted(job.place for job in told) == sorted(job.place for job in all_jobs)
+    all_jobs = run_experiment(more, beside, workers=2, on_job_end=lambda job, *_: told.append(job))
+    assert sorted(job.directory for job in told) == sorted(job.directory for job in all_jobs)
     assert len(all_jobs) == len(jobs) + 3
     assert collect_comparison(more, all_jobs, beside).diverged == ("wild, seed 0", "as wild, seed 0")
     parent = named(jobs, "slop, seed 0").parent
-    places = [job.place for job in told]
-    assert places.index(parent) < min(places.index(job.place) for job in jobs if job.parent == parent)
+    places = [job.directory for job in told]
+    assert places.index(parent) < min(places.index(job.directory) for job in jobs if job.parent == parent)
     assert all(same(weights(root, job), weights(beside, job)) for job in jobs)
 
 
@@ -161,11 +155,13 @@ def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path)
     root = tmp_path / "out"
     jobs = jobs_of(experiment)
     scratch = named(jobs, "from-scratch ×0.5, seed 0")
-    (root / scratch.place).parent.mkdir(parents=True)
-    (root / scratch.place).write_text("in the way")
+    (root / scratch.directory).parent.mkdir(parents=True)
+    (root / scratch.directory).write_text("in the way")
     with pytest.raises(RunError, match=r"from-scratch ×0\.5, seed 0 failed .*; see .*log\.txt, and run the same"):
         run_experiment(experiment, root, workers=2)
-    assert not [name for name in collect_comparison(experiment, jobs, root).missing if name.startswith("trunk")]
+    assert not [
+        name for name in collect_comparison(experiment, jobs, root).missing if name.startswith("shared prefix")
+    ]
 
 
 def wild(experiment):
@@ -180,16 +176,16 @@ def wild(experiment):
 def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path):
     other = dataclasses.replace(experiment.arms["from-scratch"], budgets=(1.0,))
     found, told = dataclasses.replace(experiment, arms={**wild(experiment), "from-scratch": other}), []
-    jobs = run_experiment(found, tmp_path, told=lambda job, *_: told.append(job.name))
+    jobs = run_experiment(found, tmp_path, on_job_end=lambda job, *_: told.append(job.name))
     assert sorted(told) == sorted(job.name for job in jobs) and len(jobs) == 4
     comparison = collect_comparison(found, jobs, tmp_path)
     assert comparison.diverged == ("wild, seed 0", "as wild, seed 0") and not comparison.missing
     assert [run.arm for run in comparison.runs] == ["from-scratch"]
     assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in summarize_comparison(comparison)
     write_comparison(comparison, tmp_path / "report")
-    run_experiment(found, tmp_path, told=lambda *_: pytest.fail("all have ended"))
+    run_experiment(found, tmp_path, on_job_end=lambda *_: pytest.fail("all have ended"))
     (note,) = tmp_path.rglob("diverged.txt")
-    assert "is not finite any more; training stops here" in note.read_text()
+    assert "no longer finite" in note.read_text()
     note.unlink()
     assert len(collect_comparison(found, jobs, tmp_path).missing) == 2
 
@@ -204,7 +200,7 @@ def test_other_settings_are_refused_where_runs_have_begun(experiment, trained):
 def test_what_cannot_run_is_refused_before_anything_is_trained(experiment, tmp_path):
     data = dataclasses.replace(experiment.run.data, block_size=64)
     other = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, data=data))
-    with pytest.raises(ValueError, match=r"trunk .*block_size 64"):
+    with pytest.raises(ValueError, match=r"shared prefix .*block_size 64"):
         run_experiment(other, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("stage-*"))
 
@@ -212,7 +208,7 @@ def test_what_cannot_run_is_refused_before_anything_is_trained(experiment, tmp_p
 def test_each_run_can_be_launched_by_itself(trained):
     jobs, root = trained
     job = named(jobs, "from-scratch, seed 0")
-    assert RunConfig.from_yaml((root / job.place).parent / "seed-0.run.yaml") == job.config
+    assert RunConfig.from_yaml((root / job.directory).parent / "seed-0.run.yaml") == job.config
 
 
 def test_what_runs_are_to_be_scored_on_they_are(tiny_experiment, tmp_path, monkeypatch):
@@ -220,7 +216,7 @@ def test_what_runs_are_to_be_scored_on_they_are(tiny_experiment, tmp_path, monke
     asked = {f"run.evaluation.{name}": value for name, value in {"tasks": "perplexity", "after_growth": True}.items()}
     found = Experiment.from_yaml(tiny_experiment, overrides=asked)
     jobs = run_experiment(dataclasses.replace(found, arms={"slop": found.arms["slop"]}), tmp_path / "out")
-    run = RunDirectory(tmp_path / "out" / named(jobs, "slop, seed 0").place)
+    run = RunDirectory(tmp_path / "out" / named(jobs, "slop, seed 0").directory)
     for record in run.records():
         *grown, end = run.evaluations(record.stage)
         assert end.metrics["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
@@ -242,6 +238,6 @@ def test_probes_are_in_the_ledger(experiment, trained, tmp_path):
     assert tuple(others) == before.ledger
     assert (probes.what, probes.count, probes.tokens, probes.flops, probes.seconds) == ("probes", 4, 200, 4e6, 3.0)
     (root / "probes/inits/probe.json").write_text("{}")
-    with pytest.raises(RunError, match="no report of `slop probe`"):
+    with pytest.raises(RunError, match="is not a report of `slop probe`"):
         collect_comparison(experiment, jobs, root)
     shutil.rmtree(root / "probes")

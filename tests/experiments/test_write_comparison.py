@@ -6,9 +6,9 @@ import re
 
 from comparisons import comparison
 
-from slop_hf.experiments.summary_text import summarize_comparison
 from slop_hf.experiments.comparison import Comparison
-from slop_hf.experiments.tables import build_arm_cells, build_ledger_cells, build_arm_stage_cells
+from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
 from slop_hf.experiments.write import write_comparison
 
 FILES = ["comparison.json", "comparison.md", "loss.png", "losses.png", "seconds.png"]
@@ -21,8 +21,10 @@ def test_everything_lies_in_the_directory(tmp_path):
     assert Comparison.load(directory / "comparison.json") == found
     text = (directory / "comparison.md").read_text()
     assert text.startswith("# SLOP beside other ways to the same target · nano\n\nDoes growth pay?\n\n")
-    assert " ".join(summarize_comparison(found)) in text and "Run on two CPU cores, slop-hf 0.1.0, torch 2.8.0.\n" in text
-    for cells in (build_arm_cells(found), build_arm_stage_cells(found), build_ledger_cells(found)):
+    assert (
+        " ".join(summarize_comparison(found)) in text and "Run on two CPU cores, slop-hf 0.1.0, torch 2.8.0.\n" in text
+    )
+    for cells in (tabulate_arms(found), tabulate_arm_stages(found), tabulate_ledger(found)):
         assert cells.markdown() in text
     assert all((directory / link).is_file() for link in re.findall(r"!\[.*?\]\((.*?)\)", text))
     assert "\n\n\n" not in text and text.endswith(".\n")

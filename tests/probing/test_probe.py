@@ -17,14 +17,14 @@ from slop_hf.experiments.running import train_job
 from slop_hf.probing.candidates import (
     Candidate,
     Start,
-    continue_schedule,
     build_init_candidates,
     build_next_candidates,
-    plan_candidates,
     build_schedule_candidates,
+    continue_schedule,
+    plan_candidates,
 )
-from slop_hf.probing.report import CandidateResult, ProbeReport, build_probe_cells, describe_probe
-from slop_hf.training import RunConfig, build_trainer
+from slop_hf.probing.report import CandidateResult, ProbeReport, describe_probe, tabulate_probe
+from slop_hf.training.config import RunConfig, build_trainer
 
 SMALL, LARGE = ModelDims(16, 32, 2, 2), ModelDims(32, 64, 3, 4)
 DEEP = SMALL.replace(num_hidden_layers=3)
@@ -138,7 +138,9 @@ def test_a_planner_gives_its_schedules_in_the_measured_order(config, candidates,
 
 def test_numbers_are_those_of_the_trials(candidates, tried):
     by_place = {
-        job.place: RunDirectory(f"{tried.output_dir}/{job.place}") for job in tried.jobs(candidates) if job.arm
+        job.directory: RunDirectory(f"{tried.output_dir}/{job.directory}")
+        for job in tried.build_jobs(candidates)
+        if job.arm
     }
     records = {run.schedule.sequence: run.records() for run in by_place.values()}
     for one in tried.report.results:
@@ -155,7 +157,7 @@ def test_numbers_are_those_of_the_trials(candidates, tried):
 
 
 def test_what_trials_share_is_trained_and_paid_for_once(candidates, tried):
-    jobs = tried.jobs(candidates)
+    jobs = tried.build_jobs(candidates)
     trunks = [job.schedule.sequence for job in jobs if not job.arm]
     assert sorted(trunks) == ["", "f"], "the initial model, and the growth that two orders begin with"
     (cost,) = tried.ledger
@@ -168,13 +170,14 @@ def test_what_trials_share_is_trained_and_paid_for_once(candidates, tried):
 
 def test_the_report_comes_back_from_its_file(config, tried, tmp_path):
     report = tried.report
-    assert ProbeReport.load(report.save(tmp_path / "again.json")) == report
+    report.to_json(tmp_path / "again.json")
+    assert ProbeReport.from_json(tmp_path / "again.json") == report
     assert Probe(config, tmp_path / "empty").ledger == ()
     with pytest.raises(RunError, match="no such file; `slop probe` writes one"):
         _ = Probe(config, tmp_path / "empty").report
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(RunError, match="not valid JSON"):
-        ProbeReport.load(tmp_path / "bad.json")
+        ProbeReport.from_json(tmp_path / "bad.json")
 
 
 def test_a_killed_probe_goes_on(config, candidates, tried, tmp_path, monkeypatch):
@@ -184,16 +187,16 @@ def test_a_killed_probe_goes_on(config, candidates, tried, tmp_path, monkeypatch
         if len(ended) == 2:
             raise KeyboardInterrupt
         train_job(job, root)
-        ended.append(job.place)
+        ended.append(job.directory)
 
-    probe = Probe(config, tmp_path, share=0.5, by="loss", told=lambda job, *_: told.append(job.place))
+    probe = Probe(config, tmp_path, share=0.5, by="loss", on_job_end=lambda job, *_: told.append(job.directory))
     monkeypatch.setattr(running, "train_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         probe.run(candidates)
     assert probe.ledger == () and told == ended
     monkeypatch.setattr(running, "train_job", train_job)
     report = probe.run(candidates)
-    assert told == [job.place for job in probe.jobs(candidates)], "what had finished was not trained again"
+    assert told == [job.directory for job in probe.build_jobs(candidates)], "what had finished was not trained again"
     assert without_seconds(report) == without_seconds(tried.report)
 
 
@@ -211,7 +214,7 @@ def test_what_diverges_comes_last(config, candidates, tmp_path, monkeypatch):
     found = probe(schedules)
     assert found[-1] is schedules[0] and {one.sequence for one in found} == {one.sequence for one in schedules}
     assert probe.report.diverged == (wild,) and wild not in {one.name for one in probe.report.results}
-    assert f"Diverged, and without a place: {wild}." in describe_probe(probe.report)
+    assert f"Diverged, and therefore not ranked: {wild}." in describe_probe(probe.report)
     assert probe.report.cost.count == 2
     with pytest.raises(RunError, match="the trials of all 3 candidates diverged; lower learning_rate"):
         Probe(with_rate(config, 1e30), tmp_path / "wild", lag=4 * STEP).run(candidates)
@@ -227,7 +230,7 @@ def test_a_trial_from_a_stage_is_what_the_run_itself_does_next(config, finished,
     probe = Probe(config, tmp_path, share=1.0, start=start)
     inits = build_init_candidates(SCHEDULE, ["random", "preserving"], start)
     report = probe.run(inits)
-    runs = {job.arm: RunDirectory(tmp_path / job.place) for job in probe.jobs(inits)}
+    runs = {job.arm: RunDirectory(tmp_path / job.directory) for job in probe.build_jobs(inits)}
     assert runs.keys() == {"random", "preserving"}
     assert same(weights(runs["random"], 2), weights(finished, 2))
     assert not same(weights(runs["preserving"], 2), weights(finished, 2))
@@ -239,12 +242,14 @@ def test_a_trial_from_a_stage_is_what_the_run_itself_does_next(config, finished,
 
 
 def test_a_start_is_told_by_number_or_name(finished):
-    assert Start.of(finished.path).stage == 3
-    assert Start.of(f"{finished.path}@1") == Start.of(f"{finished.path}@stage-1-layer") == Start(finished, 1)
-    with pytest.raises(RunError, match="no finished stage '4'; finished are stage-0-initial, stage-1-layer"):
-        Start.of(f"{finished.path}@4")
+    assert Start.parse(finished.path).stage == 3
+    assert Start.parse(f"{finished.path}@1") == Start.parse(f"{finished.path}@stage-1-layer") == Start(finished, 1)
+    with pytest.raises(
+        RunError, match="no finished stage '4'; the finished stages are stage-0-initial, stage-1-layer"
+    ):
+        Start.parse(f"{finished.path}@4")
     with pytest.raises(RunError, match="is not a run"):
-        Start.of(finished.path / "nothing")
+        Start.parse(finished.path / "nothing")
 
 
 def test_a_start_that_was_trained_otherwise_has_trials_of_its_own(config, finished, tmp_path):
@@ -252,17 +257,19 @@ def test_a_start_that_was_trained_otherwise_has_trials_of_its_own(config, finish
     inits = build_init_candidates(SCHEDULE, ["random", "preserving"], Start(finished, 1))
     other = RunDirectory(tmp_path / "other")
     running.inherit(finished, other, SCHEDULE, name="other")
-    places = {job.place for job in probe.jobs(inits)} | {job.parent for job in probe.jobs(inits)}
-    again = dataclasses.replace(probe, start=Start(other, 1)).jobs(inits)
-    assert not places & ({job.place for job in again} | {job.parent for job in again})
+    places = {job.directory for job in probe.build_jobs(inits)} | {job.parent for job in probe.build_jobs(inits)}
+    again = dataclasses.replace(probe, start=Start(other, 1)).build_jobs(inits)
+    assert not places & ({job.directory for job in again} | {job.parent for job in again})
 
 
 def test_schedules_go_on_from_a_start(finished):
     start = Start(finished, 1)
     rest = GrowthSchedule(DEEP, SCHEDULE.stages[1:])
     assert continue_schedule(start, rest) == continue_schedule(start, SCHEDULE) == SCHEDULE
-    with pytest.raises(RunError, match=r"does not lead through .*@stage-1-layer.*slop plan --from"):
-        continue_schedule(start, GrowthSchedule(SMALL, (GrowthStage(("ffn",), SMALL.replace(intermediate_size=64), 9),)))
+    with pytest.raises(RunError, match=r"does not pass through .*@stage-1-layer.*slop plan --from"):
+        continue_schedule(
+            start, GrowthSchedule(SMALL, (GrowthStage(("ffn",), SMALL.replace(intermediate_size=64), 9),))
+        )
     with pytest.raises(RunError, match="there is nothing to try"):
         continue_schedule(Start(finished, 3), SCHEDULE)
 
@@ -279,9 +286,9 @@ def test_next_stages_grow_one_dimension_each(config):
             ("hidden", "mha"), SMALL.replace(hidden_size=32, num_attention_heads=4, num_key_value_heads=4), 4 * STEP
         ),
     )
-    trials = {one.name: Probe(config, "none", lag=5 * STEP).trial(one).tokens for one in found}
+    trials = {one.name: Probe(config, "none", lag=5 * STEP).build_trial(one).tokens for one in found}
     assert set(trials.values()) == {(5 * STEP, 5 * STEP)}
-    with pytest.raises(RunError, match="head_dim has nothing to grow"):
+    with pytest.raises(RunError, match="head_dim does not grow from"):
         build_next_candidates(SCHEDULE, ["layer", "head_dim"])
 
 
@@ -296,18 +303,18 @@ def test_what_follows_hidden_gets_no_stage_of_its_own(config):
 def test_inits_are_of_the_next_stage_alone(config):
     found = build_init_candidates(SCHEDULE, ["stack", "preserving"])
     probe = Probe(config, "none", share=0.25)
-    assert [probe.trial(one).tokens for one in found] == [(2 * STEP, STEP)] * 2
+    assert [probe.build_trial(one).tokens for one in found] == [(2 * STEP, STEP)] * 2
     assert [one.schedule.stages[0].init for one in found] == ["stack", "preserving"]
     with pytest.raises(SlopError, match="unknown init 'copied' for operator 'layer'"):
         build_init_candidates(SCHEDULE, ["stack", "copied"])
 
 
 def test_with_a_lag_candidates_that_grow_alike_share_a_trial(config, candidates):
-    jobs = Probe(config, "none", lag=STEP, seeds=(0, 1)).jobs(candidates)
+    jobs = Probe(config, "none", lag=STEP, seeds=(0, 1)).build_jobs(candidates)
     assert [(job.schedule.sequence, job.seed) for job in jobs if job.arm] == [("f", 0), ("l", 0), ("f", 1), ("l", 1)]
     alike = [one for one in candidates if one.name.startswith("f")]
-    with pytest.raises(RunError, match=r"all 2 candidates have the same trial; .* share, which tries every stage"):
-        Probe(config, "none", lag=STEP).jobs(alike)
+    with pytest.raises(RunError, match=r"all 2 candidates have the same trial; .* try every stage by a share"):
+        Probe(config, "none", lag=STEP).build_jobs(alike)
 
 
 def test_a_pretrained_model_is_not_trained_first(config):
@@ -315,16 +322,16 @@ def test_a_pretrained_model_is_not_trained_first(config):
     found = build_schedule_candidates(
         [dataclasses.replace(one.schedule, initial_tokens=0) for one in plan_candidates(config, SCHEDULE, 6)[::3]]
     )
-    jobs = Probe(trained, "none", lag=STEP).jobs(found)
+    jobs = Probe(trained, "none", lag=STEP).build_jobs(found)
     assert [job.schedule.tokens for job in jobs] == [(0, STEP), (0, STEP)]
-    jobs = Probe(trained, "none", lag=STEP, initial_tokens=2 * STEP).jobs(found)
+    jobs = Probe(trained, "none", lag=STEP, initial_tokens=2 * STEP).build_jobs(found)
     assert [job.schedule.tokens for job in jobs] == [(2 * STEP,), (2 * STEP, STEP), (2 * STEP, STEP)]
 
 
 def test_arguments_by_stage_are_those_of_the_stages_tried(config, candidates):
     rates = {**config.training, "stage_learning_rates": [4e-3, 3e-3, 2e-3, 1e-3], "growth_init": {"layer": "stack"}}
     probe = Probe(dataclasses.replace(config, training=rates), "none", lag=STEP)
-    trials = [job for job in probe.jobs(candidates) if job.arm]
+    trials = [job for job in probe.build_jobs(candidates) if job.arm]
     assert [job.config.training["stage_learning_rates"] for job in trials] == [[4e-3, 3e-3]] * 2
     assert [job.schedule.stages[0].init for job in trials] == [None, {"layer": "stack"}]
 
@@ -339,14 +346,16 @@ def result(name, loss, utility, at_growth=5.0, rank=None, start=4.0):
 
 
 def report_of(*results, by="utility"):
-    return ProbeReport.of(results, by, length="a while", start="x", cost=Cost("probes", len(results), 1, 1.0, 3600.0))
+    return ProbeReport.rank(
+        results, by, length="a while", start="x", cost=Cost("probes", len(results), 1, 1.0, 3600.0)
+    )
 
 
 def test_what_has_not_gained_yet_comes_last_by_its_loss():
     """A loss that went up looks the better the more it cost: -0.2 for one FLOP is less than -0.3 for four."""
     found = report_of(result("dear", 4.3, -0.3 / 4), result("cheap", 4.2, -0.2), result("gains", 3.9, 0.1))
     assert [one.name for one in found.results] == ["gains", "cheap", "dear"]
-    assert found.lost == ("cheap", "dear")
+    assert found.not_improved == ("cheap", "dear")
     assert any("not below" in sentence and "cheap, dear" in sentence for sentence in describe_probe(found))
 
 
@@ -366,7 +375,7 @@ def test_agreement_is_with_the_order_given_and_with_losses_at_growth():
     assert describe_probe(found)[0].endswith("-1.00 with the planner's order, 0.50 with losses right after growth.")
     unranked = report_of(*(dataclasses.replace(one, rank=None) for one in found.results))
     assert unranked.order_agreement is None and unranked.growth_agreement == 0.5
-    assert len(build_probe_cells(unranked).columns) == len(build_probe_cells(found).columns) - 1
+    assert len(tabulate_probe(unranked).columns) == len(tabulate_probe(found).columns) - 1
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------
@@ -396,11 +405,11 @@ def test_what_cannot_be_tried_is_refused_before_anything_is_trained(config, cand
             Probe(config, tmp_path / "out", **settings).run(candidates)
 
     refused("two candidates or more, got 1", candidates[:1])
-    refused("have the same trial; give some that differ", [candidates[0]] * 2)
+    refused("have the same trial; give candidates that differ", [candidates[0]] * 2)
     untrained = [dataclasses.replace(one.schedule.with_shares([8, 0, 8, 8])) for one in candidates]
     refused("stage-1-.* has no tokens to take a share of", build_schedule_candidates(untrained))
     random = [one.schedule.with_shares([0, 8, 8, 8]) for one in candidates]
-    refused("for how many tokens", build_schedule_candidates(random))
+    refused("give the tokens for it", build_schedule_candidates(random))
     refused("give either start or initial_tokens", start=finished.path, initial_tokens=5)
     blocks = dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=64))
     refused("block_size 64 is above", config=blocks)
@@ -444,7 +453,7 @@ def test_slop_probe_tries_inits_from_a_stage_and_writes_the_best(output_of, run_
     arguments = ["probe", run_file, "-o", tmp_path / "out", "--from", f"{finished.path}@1", "--lag", "64"]
     arguments += ["--inits", "random,preserving", "--write-schedule", best]
     out = output_of(*arguments)
-    assert "Tried for 64 tokens of the next stage" in out and "It cost 128 tokens" in out
+    assert "Trials of 64 tokens of the next stage" in out and "The probe cost 128 tokens" in out
     report = json.loads(output_of(*arguments, "--json"))
     first = report["results"][0]
     assert first["utility"]["values"][0] >= report["results"][1]["utility"]["values"][0]

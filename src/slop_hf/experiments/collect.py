@@ -1,4 +1,4 @@
-"""Collecting the records of finished runs into a `Comparison`."""
+"""Collects the records of finished runs into a `Comparison`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
-from ..io.serialization import list_versions, parse, read_json, to_plain
+from ..io.serialization import list_versions, read_json, to_plain
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
+from .comparison import Comparison, Cost, Curve, RunResult, StageResult
 from .config import Experiment
-from .jobs import Job
-from .comparison import _DIGITS, EVAL_LOSS, PROBE_FILE, PROBES, Comparison, Cost, Curve, RunResult, StageResult
+from .jobs import PREFIX_FILE, Job, find_diverged
+
+#: Key of the held-out loss in the entries of a run's log.
+EVAL_LOSS = "eval_loss"
+#: Folder of a comparison in which the reports of probes are looked for, and the name of such a report.
+PROBES, PROBE_FILE = "probes", "probe.json"
+#: Decimal places of measured losses in the record; further ones are noise.
+_PLACES = 6
 
 
 def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, device: str = "") -> Comparison:
-    """Read what the finished runs of an experiment came to.
+    """Return the results of an experiment's finished runs, with the compute ledger.
 
     Args:
-        experiment: that was run.
-        jobs: its runs with their trunks, as `with_trunks` gives them.
-        root: the comparison's directory; probes in `probes/` there are in the ledger.
-        device: what it ran on.
+        experiment: experiment that the runs belong to.
+        jobs: its jobs and shared prefixes, from `add_shared_prefixes`.
+        root: directory of the comparison; the probes in its folder `probes/` are in the ledger.
+        device: hardware that the runs were trained on.
 
     Raises:
-        RunError: where a run has no held-out losses.
+        RunError: if a finished run has no held-out losses.
     """
-    from .jobs import find_diverged
-
-    begun = [job for job in jobs if RunDirectory(root / job.place).exists]
-    done = {job.place for job in begun if RunDirectory(root / job.place).is_finished}
-    lost = find_diverged(jobs, root)
-    ended = [job for job in begun if job.place in done | lost]
-    runs, trunks = [job for job in ended if job.arm], [job for job in ended if not job.arm]
-    ledger = sum_cost("runs", runs, root), sum_cost("trunks", trunks, root), _probed(root)
-    left = [job for job in jobs if job.arm and job.place not in done]
+    begun = [job for job in jobs if RunDirectory(root / job.directory).exists]
+    finished = {job.directory for job in begun if RunDirectory(root / job.directory).is_finished}
+    diverged = find_diverged(jobs, root)
+    ended = [job for job in begun if job.directory in finished | diverged]
+    runs, prefixes = [job for job in ended if job.arm], [job for job in ended if not job.arm]
+    ledger = sum_cost("runs", runs, root), sum_cost("trunks", prefixes, root), _sum_probes(root)
+    unfinished = [job for job in jobs if job.arm and job.directory not in finished]
     return Comparison(
         name=experiment.name,
         scale=experiment.scale,
@@ -44,11 +49,11 @@ def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, 
         equal=experiment.sizes.equal,
         budget=experiment.sizes.budget,
         arms={name: arm.about for name, arm in experiment.arms.items()},
-        runs=tuple(read_run_result(job, root) for job in runs if job.place in done),
+        runs=tuple(read_run_result(job, root) for job in runs if job.directory in finished),
         ledger=tuple(cost for cost in ledger if cost.count),
         reference=experiment.reference,
-        missing=tuple(job.name for job in left if job.place not in lost),
-        diverged=tuple(job.name for job in left if job.place in lost),
+        missing=tuple(job.name for job in unfinished if job.directory not in diverged),
+        diverged=tuple(job.name for job in unfinished if job.directory in diverged),
         printed=experiment.printed,
         settings={
             "run": to_plain(experiment.run),
@@ -60,14 +65,18 @@ def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, 
 
 
 def sum_cost(what: str, jobs: Sequence[Job], root: Path) -> Cost:
-    """What the finished stages of some runs have cost, those that they took over from a trunk left out.
+    """Return the cost of the finished stages of some runs, without the stages taken over from a shared prefix.
 
     Args:
-        what: to call them.
+        what: kind of entry in the ledger, see `Cost`.
         jobs: the runs.
-        root: the directory that their places are in.
+        root: directory of the comparison.
     """
-    paid = [record for job in jobs for record in RunDirectory(root / job.place).records()[_inherited(root, job) :]]
+    paid = [
+        record
+        for job in jobs
+        for record in RunDirectory(root / job.directory).records()[_count_inherited(root, job) :]
+    ]
     return Cost(
         what,
         len(jobs),
@@ -77,18 +86,14 @@ def sum_cost(what: str, jobs: Sequence[Job], root: Path) -> Cost:
     )
 
 
-def _probed(root: Path) -> Cost:
-    """What the probes have cost whose directories lie in the comparison's `probes/`.
-
-    Raises:
-        RunError: for a report of one that is none.
-    """
+def _sum_probes(root: Path) -> Cost:
+    """Return the cost of all probes whose reports lie in the comparison's folder `probes/`."""
     costs = []
     for path in sorted((root / PROBES).rglob(PROBE_FILE)):
         report = read_json(path, if_missing="run `slop probe` again", error=RunError)
         if not isinstance(report, dict) or "cost" not in report:
-            raise RunError(f"{path} is no report of `slop probe`: it does not say what it cost; move it out of there")
-        costs.append(parse(Cost, report["cost"], where=f"{path}: cost", error=RunError))
+            raise RunError(f"{path} is not a report of `slop probe`: it has no key `cost`; move the file elsewhere")
+        costs.append(Cost.from_plain(report["cost"], where=f"{path}: cost"))
     return Cost(
         "probes",
         sum(cost.count for cost in costs),
@@ -98,32 +103,30 @@ def _probed(root: Path) -> Cost:
     )
 
 
-def _inherited(root: Path, job: Job) -> int:
-    """How many stages the run took over from a trunk when it began, whatever trunks there are now."""
-    from .jobs import PREFIX_FILE, beside
-
-    path = beside(root, job, PREFIX_FILE)
+def _count_inherited(root: Path, job: Job) -> int:
+    """Return how many stages a run took over from a shared prefix when it began, whatever prefixes there are now."""
+    path = job.sibling_file(root, PREFIX_FILE)
     return RunDirectory(root / path.read_text().strip()).finished_stages if path.exists() else 0
 
 
 def read_run_result(job: Job, root: Path) -> RunResult:
-    """What a finished run came to.
+    """Return the result of a finished run.
 
     Args:
         job: the run.
-        root: the directory that its place is in.
+        root: directory of the comparison.
 
     Raises:
-        RunError: where it has no held-out losses.
+        RunError: if the run has no held-out losses.
     """
-    run = RunDirectory(root / job.place)
+    run = RunDirectory(root / job.directory)
     records = run.records()
-    stages = tuple(_stage_result(run, record) for record in records)
-    curve = _curve(run, records)
-    return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, curve, _inherited(root, job))
+    stages = tuple(_read_stage_result(run, record) for record in records)
+    curve = _read_curve(run, records)
+    return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, curve, _count_inherited(root, job))
 
 
-def _stage_result(run: RunDirectory, record: StageRecord) -> StageResult:
+def _read_stage_result(run: RunDirectory, record: StageRecord) -> StageResult:
     if record.eval_loss is None:
         raise RunError(f"{run.path}: {record.name} has no held-out loss; set `held_out` in the scale's data")
     after_growth = record.eval_loss_after_growth
@@ -134,23 +137,23 @@ def _stage_result(run: RunDirectory, record: StageRecord) -> StageResult:
         tokens=record.tokens,
         flops=record.flops,
         seconds=round(record.seconds, 2),
-        eval_loss=round(record.eval_loss, _DIGITS),
-        eval_loss_after_growth=None if after_growth is None else round(after_growth, _DIGITS),
+        eval_loss=round(record.eval_loss, _PLACES),
+        eval_loss_after_growth=None if after_growth is None else round(after_growth, _PLACES),
         devices=record.devices,
     )
 
 
-def _curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
-    """The held-out losses of a run's log; within a stage every step takes as long and as many FLOPs as the others."""
+def _read_curve(run: RunDirectory, records: Sequence[StageRecord]) -> Curve:
+    """Return the held-out losses in a run's log; within a stage, time is taken to be proportional to tokens."""
     stages, flops, seconds, losses = [], [], [], []
     for entry in run.history():
         if EVAL_LOSS not in entry or not math.isfinite(entry[EVAL_LOSS]):
             continue
         record = records[entry["stage"]]
-        before = sum(one.seconds for one in records[: record.stage])
-        done = (entry["tokens"] - record.first_token) / max(record.tokens, 1)
+        before = sum(earlier.seconds for earlier in records[: record.stage])
+        share = (entry["tokens"] - record.first_token) / max(record.tokens, 1)
         stages.append(record.stage)
         flops.append(float(entry["train_flops"]))
-        seconds.append(round(before + done * record.seconds, 2))
-        losses.append(round(entry[EVAL_LOSS], _DIGITS))
+        seconds.append(round(before + share * record.seconds, 2))
+        losses.append(round(entry[EVAL_LOSS], _PLACES))
     return Curve(tuple(stages), tuple(flops), tuple(seconds), tuple(losses))

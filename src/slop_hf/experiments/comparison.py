@@ -1,44 +1,32 @@
-"""`Comparison`: what was measured of each run of an experiment, and the ledger of what it cost, as one JSON file."""
+"""`Comparison`: the measurements of every run of an experiment and the compute ledger, as one JSON file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.files import write_text
-from ..io.serialization import hash_json, parse, read_json, to_json, to_plain
-from ..report.summary import marginal_utility
+from ..io.record import Record
+from ..io.serialization import Json, hash_json, to_plain
+from ..report.summary import compute_marginal_utility
 from ..runs.records import compute_perplexity
 from ..schedule import GrowthSchedule
 
-if TYPE_CHECKING:  # a record is read, and figures are drawn, without torch
-    pass
-
-EVAL_LOSS = "eval_loss"
-#: Where a comparison looks for probes, and the name of their reports.
-PROBES, PROBE_FILE = "probes", "probe.json"
-#: Digits of measured losses and seconds in the record: below them is noise.
-_DIGITS = 6
-
 
 @dataclass(frozen=True)
-class StageResult:
-    """One stage of a run; losses are held-out, in nats a token.
+class StageResult(Record, error=RunError):
+    """One stage of a run; losses are held-out losses in nats per token.
 
     Args:
-        name: of its directory.
-        dims: its structure.
-        parameters: of the model.
-        tokens, flops, seconds: of its training.
-        eval_loss: at its end.
-        eval_loss_after_growth: right after the growth, before training; None for the initial model.
-        devices: that shared the work.
+        name: name of the stage's directory.
+        dims: structure of the model.
+        parameters: number of the model's parameters.
+        tokens, flops, seconds: training of this stage.
+        eval_loss: loss at the end of the stage.
+        eval_loss_after_growth: loss right after growth, before training; None for the initial model.
+        devices: number of devices that shared the work.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: str
     dims: ModelDims
@@ -52,17 +40,15 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Held-out loss in the course of a run; entries of all four belong together.
+class Curve(Record, error=RunError):
+    """Held-out losses during a run: four tuples of the same length, one entry per evaluation.
 
     Args:
-        stages: number of the stage; a loss right after a growth is the new stage's.
+        stages: number of the stage; a loss right after growth belongs to the new stage.
         flops: training FLOPs so far.
-        seconds: of training so far, a stage's steps taken to last alike.
-        losses: in nats a token.
+        seconds: training time so far; all steps of a stage are taken to last equally long.
+        losses: held-out loss in nats per token.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     stages: tuple[int, ...]
     flops: tuple[float, ...]
@@ -71,20 +57,18 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """What a finished run came to.
+class RunResult(Record, error=RunError):
+    """A finished run.
 
     Args:
-        arm: its name.
-        budget: multiple of the experiment's.
-        seed: of weights, data order and growth.
-        schedule: as run.
-        stages: the initial one first.
-        curve: held-out losses on the way.
-        inherited: stages that another run had trained already, and that cost nothing again.
+        arm: name of the arm.
+        budget: multiple of the experiment's budget.
+        seed: seed of weights, data order and growth.
+        schedule: schedule of the run.
+        stages: results by stage, the initial model's first.
+        curve: held-out losses during the run.
+        inherited: number of stages taken over from a shared prefix, which cost nothing again.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     arm: str
     budget: float
@@ -96,49 +80,47 @@ class RunResult:
 
     @property
     def tokens(self) -> int:
-        """Of all stages, as everything below."""
+        """Training tokens of all stages."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def flops(self) -> float:
-        """Training FLOPs."""
+        """Training FLOPs of all stages."""
         return sum(stage.flops for stage in self.stages)
 
     @property
     def seconds(self) -> float:
-        """Of training."""
+        """Training time of all stages."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def eval_loss(self) -> float:
-        """Held-out loss at the end."""
+        """Held-out loss at the end of the run."""
         return self.stages[-1].eval_loss
 
     @property
     def perplexity(self) -> float:
-        """`exp(eval_loss)`."""
+        """Perplexity at the end of the run, `exp(eval_loss)`."""
         return compute_perplexity(self.eval_loss)
 
     @property
     def marginal_utility(self) -> float | None:
-        """Eq. 2 of the paper, in perplexity a device hour; None without growth, or where a stage took no time."""
+        """Eq. 2 of the paper, in perplexity per device hour; None without growth, or if a stage took no time."""
         hours = [stage.seconds * stage.devices / 3600 for stage in self.stages[1:]]
         if not hours or not min(hours) > 0:
             return None
-        return marginal_utility([compute_perplexity(stage.eval_loss) for stage in self.stages], hours)
+        return compute_marginal_utility([compute_perplexity(stage.eval_loss) for stage in self.stages], hours)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Something that was paid for.
+class Cost(Record, error=RunError):
+    """One entry of the compute ledger.
 
     Args:
-        what: `runs`, `trunks` (beginnings that several runs share) or `probes`.
-        count: how many.
-        tokens, flops, seconds: of training.
+        what: `runs`, `trunks` (prefixes shared by several runs) or `probes`.
+        count: number of them.
+        tokens, flops, seconds: training in total; seconds are summed over devices.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     what: str
     count: int
@@ -148,27 +130,25 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All that came out of an experiment at a scale.
+class Comparison(Record, error=RunError, if_missing="`slop compare` writes one"):
+    """The measurements of an experiment at one scale.
 
     Args:
-        name: of the experiment's file.
-        scale: the scale's name.
-        title, about: of the experiment.
-        equal: what all runs of a budget spend alike, `flops` or `tokens`.
-        budget: how much of it.
-        arms: what is told of each, by name; figures and tables keep the order.
-        runs: those that have finished, in the order of arms, budgets and seeds.
-        ledger: what was paid, everything counted once.
-        reference: the arm whose final loss the others are to reach.
-        missing, diverged: names of runs that have not finished, and of those that never will.
-        printed: what the paper prints of an arm, by arm and column.
-        settings: the run that all arms have in common, and what each arm changes.
-        versions: of slop_hf, transformers and torch.
-        device: what it ran on.
+        name: name of the experiment's file, without its suffix.
+        scale: name of the scale.
+        title, about: title and description of the experiment.
+        equal: unit of the budget that all runs share, `flops` or `tokens`.
+        budget: budget in that unit.
+        arms: description of each arm by name, in the order of figures and tables.
+        runs: finished runs, in the order of arms, budgets and seeds.
+        ledger: compute spent, everything counted once.
+        reference: name of the arm whose final loss the other arms should reach.
+        missing, diverged: names of unfinished runs, and of runs that diverged.
+        printed: numbers printed in the paper, by arm and column.
+        settings: `run`, the config shared by all arms, and `arms`, the training arguments that each arm changes.
+        versions: versions of slop_hf, transformers and torch.
+        device: hardware that the runs were trained on.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: str
     scale: str
@@ -183,57 +163,33 @@ class Comparison:
     missing: tuple[str, ...] = ()
     diverged: tuple[str, ...] = ()
     printed: dict[str, dict[str, float]] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Json] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
 
-    def of(self, arm: str, budget: float = 1.0) -> list[RunResult]:
-        """The finished runs of an arm at a budget, by seed."""
-        found = [run for run in self.runs if run.arm == arm and run.budget == budget]
-        return sorted(found, key=lambda run: run.seed)
+    def runs_of(self, arm: str, budget: float = 1.0) -> list[RunResult]:
+        """Return the finished runs of an arm at one budget, in the order of their seeds."""
+        return sorted((run for run in self.runs if (run.arm, run.budget) == (arm, budget)), key=lambda run: run.seed)
 
     def budgets(self, arm: str) -> list[float]:
-        """Those that an arm has finished runs at, ascending."""
+        """Return the budgets at which an arm has finished runs, smallest first."""
         return sorted({run.budget for run in self.runs if run.arm == arm})
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all of it; figures carry it, so that a stale one is told from a fresh one."""
+        """A hash of the whole record; figures carry it, so that outdated ones can be recognized."""
         return hash_json(to_plain(self))
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, aside and renamed."""
-        return write_text(path, _compact(to_json(self)))
+        """Write the record as JSON, atomically, and return the path."""
+        self.to_json(path)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read one.
+        """Read a record from JSON.
 
         Raises:
-            RunError: where the file is none.
+            RunError: if the file does not exist or does not hold a comparison.
         """
-        content = read_json(path, if_missing="`slop compare` writes one", error=RunError)
-        return parse(cls, content, where=str(path), error=RunError)
-
-
-def _compact(text: str) -> str:
-    """JSON with lists of numbers on one line each."""
-    lines, row = [], ""
-    for line in text.splitlines():
-        stripped = line.strip()
-        number = stripped.rstrip(",").lstrip("-")[:1].isdigit()
-        if row and (number or stripped.startswith("]")):
-            row += (" " if number and not row.endswith("[") else "") + stripped
-            if not number:
-                lines.append(row)
-                row = ""
-        elif line.endswith("["):
-            if row:
-                lines.append(row)
-            row = line
-        else:
-            if row:
-                lines.append(row)
-                row = ""
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+        return cls.from_json(path)

@@ -1,4 +1,4 @@
-"""`ExperimentConfig`: arms that are to be compared, at a scale, as one YAML file."""
+"""`Experiment`: arms to compare with one another and the scales to compare them at, read from one YAML file."""
 
 from __future__ import annotations
 
@@ -7,51 +7,48 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from ..baselines import ARMS
+from ..baselines import ARMS, BudgetKind
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.serialization import parse, read_yaml, set_keys
+from ..io.numbers import is_whole_number
+from ..io.record import Record
+from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..operators import OPERATORS
 from ..schedule import GrowthSchedule
-from ..training import RunConfig
+from ..training.config import RunConfig
 
-#: What all arms of a comparison spend alike: training FLOPs, or tokens.
-Equal = Literal["flops", "tokens"]
-_WAYS = ("plan", "order", "control", "schedule")
-_OF_RUN = "run."
-_SEEDS = {"seed", "data_seed", "growth_seed"}
+_SCHEDULE_KEYS = ("plan", "order", "control", "schedule")
+_RUN_KEY = "run."
+_SEED_ARGUMENTS = {"seed", "data_seed", "growth_seed"}
 
 
 @dataclass(frozen=True)
-class ArmConfig:
-    """One arm: a schedule, told in one of four ways, and what is changed for it.
+class ArmConfig(Record, error=RunError):
+    """One arm: a schedule, given by exactly one of the first four keys, and the arm's own settings.
 
     Args:
-        plan: the planner's answer of that rank: a number from 1, `best` or `worst`.
-        order: the planner's answer that grows in this order, such as `l-f-h`.
-        control: a control arm to the planner's best answer, a name in `baselines.ARMS`.
-        schedule: a schedule in place, or the path of its file; its tokens are shares of the budget.
-        about: what to tell of the arm, in a few words.
-        initial: the name of the structure that it begins with, or what is spelled out, `48,128,3,3`.
-        target: the same for the end; a planner may choose among several. The initial structure, for a model that is
-            not grown.
-        operators: dimensions that the planner grows in stages of their own; those of `order` where that is given.
-        planner: more arguments of `SlopPlanner`, such as `objective` or `mode`.
-        space: more arguments of `ConfigSpace`, such as `hidden_multiple`.
-        shares: of the tokens, for each stage, the initial model's first; or `utility`. Default: the paper's. Those of
-            a control arm are of the plan that it is a control to.
-        budgets: multiples of the scale's budget that it is run at, each a run of its own with a whole
-            learning-rate schedule.
-        training: training arguments that it changes, such as `learning_rate` or `growth_init`; not the seeds.
-        seeds: in place of the scale's.
+        plan: rank of one of the planner's answers: a number from 1, `best` or `worst`.
+        order: order of growth such as `l-f-h`; the planner's answer with this order.
+        control: name of a control arm in `baselines.ARMS`, built from the planner's best answer.
+        schedule: schedule in place, or the path of its file; its tokens are shares of the budget.
+        about: description of the arm in a few words.
+        initial: name of the structure to begin with, or its numbers, `48,128,3,3`.
+        target: name or numbers of the structure to end with, or a list for the planner to choose from; the initial
+            structure, for a model that does not grow.
+        operators: dimensions that the planner grows in stages of their own; with `order`, the dimensions in it.
+        planner: further arguments of `SlopPlanner`, such as `objective` or `mode`.
+        space: further arguments of `ConfigSpace`, such as `hidden_multiple`.
+        shares: relative tokens of each stage, the initial model's first; or `utility`. Default: the paper's shares.
+            The shares of a control arm are those of the plan that it is built from.
+        budgets: multiples of the scale's budget; each is a run with a complete learning-rate schedule.
+        training: training arguments that the arm changes, such as `learning_rate` or `growth_init`, but not seeds.
+        seeds: seeds that replace the scale's.
 
     Raises:
-        RunError: where there is not exactly one way, an unknown name, or a number that means nothing.
+        RunError: unless exactly one of the first four keys is given, and for unknown names or numbers out of range.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     plan: int | str | None = None
     order: str | None = None
@@ -61,21 +58,20 @@ class ArmConfig:
     initial: str = "initial"
     target: str | tuple[str, ...] = "target"
     operators: tuple[str, ...] = ("layer", "ffn", "hidden")
-    planner: dict[str, Any] = field(default_factory=dict)
-    space: dict[str, Any] = field(default_factory=dict)
+    planner: dict[str, Json] = field(default_factory=dict)
+    space: dict[str, Json] = field(default_factory=dict)
     shares: tuple[float, ...] | Literal["utility"] | None = None
     budgets: tuple[float, ...] = (1.0,)
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Json] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        given = [way for way in _WAYS if getattr(self, way) is not None]
-        if len(given) != 1:
-            raise RunError(f"an arm needs one of {', '.join(_WAYS)}, got {', '.join(given) or 'none'}")
+        present = [key for key in _SCHEDULE_KEYS if getattr(self, key) is not None]
+        if len(present) != 1:
+            raise RunError(f"an arm needs one of {', '.join(_SCHEDULE_KEYS)}, got {', '.join(present) or 'none'}")
         if self.control is not None and self.control not in ARMS:
             raise RunError(f"unknown control arm {self.control!r}; known: {', '.join(ARMS)}")
-        ranks = isinstance(self.plan, int) and not isinstance(self.plan, bool) and self.plan >= 1
-        if self.plan is not None and not ranks and self.plan not in ("best", "worst"):
+        if self.plan not in (None, "best", "worst") and not is_whole_number(self.plan, least=1):
             raise RunError(f"plan must be a rank from 1, 'best' or 'worst', got {self.plan!r}")
         letters = {operator.letter for operator in OPERATORS.values()}
         if self.order is not None and not set(self.order.split("-")) <= letters:
@@ -84,78 +80,76 @@ class ArmConfig:
             raise RunError(f"budgets must be different positive multiples, got {list(self.budgets)}")
         if isinstance(self.shares, tuple) and (min(self.shares, default=0) < 0 or not sum(self.shares) > 0):
             raise RunError(f"shares must be 0 or more, and not all of them 0, got {list(self.shares)}")
-        if seeds := sorted(_SEEDS & set(self.training)):
-            raise RunError(f"training names {', '.join(seeds)}, which follow from an arm's seeds: give `seeds`")
+        if seeds := sorted(_SEED_ARGUMENTS & set(self.training)):
+            raise RunError(
+                f"training sets {', '.join(seeds)}, which follow from the arm's seeds: give `seeds` instead"
+            )
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
-    """How large an experiment is.
+class ScaleConfig(Record, error=RunError):
+    """The size of an experiment.
 
     Args:
-        run: what all runs have in common (model, data, training, evaluation), in place or the path of a run's file,
-            whose schedule does not count.
-        structures: by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
+        run: config that all runs share (model, data, training, evaluation), in place or as the path of a run's file;
+            its schedule is ignored.
+        structures: structures by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
         flops: training FLOPs of each run; or
         tokens: training tokens of each run.
-        seeds: each arm is run once with each.
-        arms: those that are run at this scale; empty, all.
-        budgets: by arm, multiples in place of the arm's own.
-        model: fields of the model that all arms change of the run's, such as `model_type`.
-        training: training arguments that all arms change of the run's.
+        seeds: seeds; each arm is run once per seed.
+        arms: names of the arms to run at this scale; empty for all.
+        budgets: multiples by arm, in place of the arm's own.
+        model: fields of the model that the scale changes for all arms, such as `model_type`.
+        training: training arguments that the scale changes for all arms.
 
     Raises:
-        RunError: where there is not exactly one budget, or no seed.
+        RunError: unless there is exactly one budget and at least one seed.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    run: str | dict[str, Any]
+    run: str | dict[str, Json]
     structures: dict[str, str]
     flops: float | None = None
     tokens: float | None = None
     seeds: tuple[int, ...] = (0,)
     arms: tuple[str, ...] = ()
     budgets: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Json] = field(default_factory=dict)
+    training: dict[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.flops is None) == (self.tokens is None):
-            raise RunError("a scale needs either flops or tokens, which all its runs spend alike")
-        if not (self.flops or self.tokens or 0) > 0:
+            raise RunError("a scale needs either flops or tokens, the budget of each of its runs")
+        if not self.budget > 0:
             raise RunError(f"a budget must be positive, got {self.budget:g}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"seeds must be one or more different numbers, got {list(self.seeds)}")
 
     @property
-    def equal(self) -> Equal:
-        """What all runs spend alike."""
+    def equal(self) -> BudgetKind:
+        """Unit of the budget that all runs share."""
         return "tokens" if self.flops is None else "flops"
 
     @property
     def budget(self) -> float:
-        """How much of it."""
+        """Budget of each run, in that unit."""
         return float(self.flops or self.tokens or 0)
 
 
 @dataclass(frozen=True)
-class ExperimentConfig:
-    """Arms that are compared with one another at a scale.
+class ExperimentConfig(Record, error=RunError):
+    """The content of an experiment's file.
 
     Args:
-        title: a headline.
-        arms: by name; figures and tables keep the order.
-        scales: by name.
-        about: what is asked, and where it comes from.
-        reference: the arm whose final loss the others are to reach; default, the first `from_scratch` one.
-        printed: what the paper prints of an arm, by arm and column, to be set beside what is measured.
+        title: title of tables and pages.
+        arms: arms by name; figures and tables keep their order.
+        scales: scales by name.
+        about: the question, and where it comes from.
+        reference: arm whose final loss the others should reach; default, the first `from_scratch` arm.
+        printed: numbers printed in the paper, by arm and column, to show next to the measured ones.
 
     Raises:
-        RunError: for a reference or an arm of a scale that is none.
+        RunError: if an arm that is named elsewhere does not exist, or an arm's name cannot name a directory.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     title: str
     arms: dict[str, ArmConfig]
@@ -165,14 +159,13 @@ class ExperimentConfig:
     printed: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        of_scales = [arm for scale in self.scales.values() for arm in (*scale.arms, *scale.budgets)]
-        named = [self.reference, *self.printed, *of_scales]
-        for name in named:
+        in_scales = [arm for scale in self.scales.values() for arm in (*scale.arms, *scale.budgets)]
+        for name in (self.reference, *self.printed, *in_scales):
             if name is not None and name not in self.arms:
                 raise RunError(f"there is no arm {name!r}; the arms are {', '.join(self.arms)}")
         for name in self.arms:
             if not name or Path(name).name != name or name.startswith("."):
-                raise RunError(f"{name!r} cannot name an arm: its runs' directory is called so")
+                raise RunError(f"{name!r} cannot name an arm, because the directory of its runs has the same name")
 
 
 @dataclass(frozen=True)
@@ -180,12 +173,13 @@ class Experiment:
     """An experiment at one of its scales.
 
     Args:
-        name: of its file.
-        scale: the scale's name.
-        title, about, reference, printed: as in `ExperimentConfig`; the reference is None where there is none.
-        arms: by name.
+        name: name of its file, without the suffix.
+        scale: name of the scale.
+        title, about, printed: as in `ExperimentConfig`.
+        arms: arms to run at this scale, by name.
         sizes: the scale.
-        run: what all runs have in common.
+        run: config that all runs share.
+        reference: arm whose final loss the others should reach; None without one.
     """
 
     name: str
@@ -200,27 +194,27 @@ class Experiment:
 
     @classmethod
     def from_yaml(
-        cls, path: str | Path, scale: str | None = None, overrides: Mapping[str, Any] | None = None
+        cls, path: str | Path, scale: str | None = None, overrides: Mapping[str, Json] | None = None
     ) -> Experiment:
         """Read an experiment.
 
         Args:
-            path: of its file; files that it names are looked for beside it.
-            scale: which; may be left out where there is one only.
+            path: path of the YAML file; files that it names are relative to it.
+            scale: name of the scale; may be left out if there is only one.
             overrides: values by dotted key, such as `{"scales.nano.flops": 1e12, "arms.slop.seeds": [0]}`; keys that
-                begin with `run.` are of what all runs have in common, `{"run.data.source": "texts/"}`.
+                begin with `run.` change the config that all runs share, `{"run.data.source": "texts/"}`.
 
         Raises:
-            RunError: naming the file and the key at fault.
+            RunError: if the file is malformed, naming the file and the key.
         """
         path, overrides = Path(path), overrides or {}
-        of_run = {key.removeprefix(_OF_RUN): value for key, value in overrides.items() if key.startswith(_OF_RUN)}
-        of_all = {key: value for key, value in overrides.items() if not key.startswith(_OF_RUN)}
+        in_run = {key.removeprefix(_RUN_KEY): value for key, value in overrides.items() if key.startswith(_RUN_KEY)}
+        in_file = {key: value for key, value in overrides.items() if not key.startswith(_RUN_KEY)}
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
             raise RunError(f"{path}: expected a mapping with the keys title, arms and scales")
-        set_keys(content, of_all, where=str(path), error=RunError)
-        config = parse(ExperimentConfig, content, where=str(path), error=RunError)
+        set_keys(content, in_file, where=str(path), error=RunError)
+        config = ExperimentConfig.from_plain(content, where=str(path))
         if scale is None and len(config.scales) == 1:
             scale = next(iter(config.scales))
         if scale not in config.scales:
@@ -229,29 +223,30 @@ class Experiment:
             )
         sizes = config.scales[scale]
         arms = {
-            name: dataclasses.replace(arm, budgets=sizes.budgets.get(name, arm.budgets))
+            name: _resolve_schedule(arm, path, sizes.budgets.get(name, arm.budgets))
             for name, arm in config.arms.items()
             if not sizes.arms or name in sizes.arms
         }
-        scratch = [name for name, arm in arms.items() if arm.control == "from_scratch"]
-        reference = config.reference or next(iter(scratch), None)
+        reference = config.reference or next(
+            (name for name, arm in arms.items() if arm.control == "from_scratch"), None
+        )
         return cls(
             name=path.stem,
             scale=scale,
             title=config.title,
             about=config.about,
-            arms={name: _beside(arm, path) for name, arm in arms.items()},
+            arms=arms,
             sizes=sizes,
-            run=_run_of(sizes, path, of_run),
+            run=_read_run(sizes, path, in_run),
             reference=reference if reference in arms else None,
             printed=config.printed,
         )
 
-    def structure(self, name: str) -> ModelDims:
-        """A structure by its name, or as it is spelled out.
+    def get_structure(self, name: str) -> ModelDims:
+        """Return a structure of the scale by its name, or read its numbers.
 
         Raises:
-            RunError: for a name that the scale does not have.
+            RunError: if the scale has no structure of that name.
         """
         text = self.sizes.structures.get(name, name)
         if "," not in text:
@@ -260,14 +255,16 @@ class Experiment:
         return ModelDims.parse(text)
 
 
-def _beside(arm: ArmConfig, path: Path) -> ArmConfig:
-    """The arm, its schedule's file taken relative to the experiment's."""
-    return dataclasses.replace(arm, schedule=str(path.parent / arm.schedule)) if isinstance(arm.schedule, str) else arm
+def _resolve_schedule(arm: ArmConfig, path: Path, budgets: tuple[float, ...]) -> ArmConfig:
+    """Return an arm with the scale's budgets, and the path of its schedule relative to the experiment's file."""
+    schedule = str(path.parent / arm.schedule) if isinstance(arm.schedule, str) else arm.schedule
+    return dataclasses.replace(arm, budgets=budgets, schedule=schedule)
 
 
-def _run_of(sizes: ScaleConfig, path: Path, overrides: Mapping[str, Any]) -> RunConfig:
+def _read_run(sizes: ScaleConfig, path: Path, overrides: Mapping[str, Json]) -> RunConfig:
+    """Return the config that all runs share, with the scale's changes and then the overrides."""
     sections = {"model": sizes.model, "training": sizes.training}
-    of_scale = {f"{section}.{name}": value for section, own in sections.items() for name, value in own.items()}
+    of_scale = {f"{section}.{key}": value for section, changes in sections.items() for key, value in changes.items()}
     changes = {**of_scale, **overrides}
     if isinstance(sizes.run, str):
         return RunConfig.from_yaml(path.parent / sizes.run, changes)

@@ -1,4 +1,4 @@
-"""Figures of dots: what arms end with, and what was predicted beside what was measured."""
+"""Figures of points: the final loss of each arm, and measured against predicted values."""
 
 from __future__ import annotations
 
@@ -15,58 +15,61 @@ from ..report.drawing import (
     RUN_COLOURS,
     STYLE,
     WIDTH,
-    dark,
-    grid,
-    legend_below,
-    new_figure,
-    place_labels,
+    LegendEntry,
+    create_figure,
+    darken,
+    draw_grid,
+    draw_legend,
     shorten,
     write_png,
 )
-from .loss_curves import GOAL
 from .comparison import Comparison
-from .results import Spread, find_baseline, find_full_budget, compute_rank_correlation
+from .loss_curves import GOAL_LINE
+from .results import Spread, compute_rank_correlation, find_baseline, find_main_budget
 from .tables import format_spread
 
 GROWN, NOT_GROWN = RUN_COLOURS[:2]
+_MARKERS = "os^Dv"  # one after another, each time that the colours have been used up
 
 
 def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
-    """Draw the held-out loss that each arm ends with, a row an arm in the order of the experiment.
+    """Draw the final held-out loss of each arm, one row per arm in the order of the experiment.
 
-    Dots are seeds, the bar is their mean; the vertical line is the mean of the arm that the others are set beside, and
-    its band reaches from its lowest seed to its highest.
+    Dots are seeds, the bar is their mean. The vertical line is the mean of the baseline, the arm that the others are
+    compared with; its band reaches from the baseline's lowest seed to its highest.
 
     Args:
-        comparison: with finished runs.
-        path: the PNG file to write, aside and renamed.
+        comparison: comparison with finished runs.
+        path: PNG file to write.
 
     Returns:
-        the path; None where there are none.
+        The path; None if no run has a finite final loss.
     """
-    ended = _ended(comparison)
-    if not ended:
+    losses = _get_final_losses(comparison)
+    if not losses:
         return None
     with rc_context(STYLE):
-        figure = new_figure(WIDTH, 1.3 + 0.3 * len(ended))
+        figure = create_figure(WIDTH, 1.3 + 0.3 * len(losses))
         axes = figure.add_subplot()
-        beside = against if (against := find_baseline(comparison)) in ended else None
-        if beside is not None:
-            axes.axvspan(ended[beside].low, ended[beside].high, color="0.92", linewidth=0)
-            axes.axvline(ended[beside].mean, zorder=1, **GOAL)
-        colours = [GROWN if _grows(comparison, arm) else NOT_GROWN for arm in ended]
-        for row, (spread, colour) in enumerate(zip(ended.values(), colours, strict=True)):
+        baseline = find_baseline(comparison) or ""
+        if baseline in losses:
+            axes.axvspan(losses[baseline].low, losses[baseline].high, color="0.92", linewidth=0)
+            axes.axvline(losses[baseline].mean, zorder=1, **GOAL_LINE)
+        colours = [GROWN if _has_growth(comparison, arm) else NOT_GROWN for arm in losses]
+        for row, (spread, colour) in enumerate(zip(losses.values(), colours, strict=True)):
             _draw_row(axes, row, spread, colour)
-        axes.set_yticks(range(len(ended)), [shorten(arm, 40) for arm in ended])
+        axes.set_yticks(range(len(losses)), [shorten(arm, 40) for arm in losses])
         for text in axes.get_yticklabels():
             text.set_parse_math(False)
-        axes.set_ylim(len(ended) - 0.4, -0.6)
+        axes.set_ylim(len(losses) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("held-out loss (nats/token)")
-        grid(axes, "x")
+        draw_grid(axes, "x")
         axes.set_title("Held-out loss at the end", loc="left")
-        seeds = max(len(spread.values) for spread in ended.values())
-        legend_below(figure, _entries(colours, seeds, beside), letters=96)
+        entries = _list_entries(colours, max(len(spread.values) for spread in losses.values()))
+        if baseline in losses:
+            entries.append((f"mean of {shorten(baseline, 28)}", Line2D([], [], **GOAL_LINE)))
+        draw_legend(figure, entries, letters=96)
         return write_png(figure, path, source=comparison.fingerprint)
 
 
@@ -81,68 +84,78 @@ def draw_scatter(
     log_x: bool = False,
     source: str = "",
 ) -> Path:
-    """Draw measured values against predicted ones, each with its name, and Spearman's correlation in the title.
+    """Draw measured against predicted values, with Spearman's correlation in the title and names in the legend.
 
     Args:
-        names: of the points.
-        predicted: horizontal, shape [points].
-        measured: vertical, shape [points].
-        path: the PNG file to write, aside and renamed.
-        title: what stands before the correlation.
-        labels: of the two axes.
-        source: the fingerprint of what it is drawn from, see `write_png`.
-        log_x: a logarithmic axis of predictions, which then must be positive.
+        names: names of the points.
+        predicted: horizontal values, shape [points].
+        measured: vertical values, shape [points].
+        path: PNG file to write.
+        title: title before the correlation.
+        labels: labels of the two axes.
+        log_x: whether the axis of predictions is logarithmic; they then must be positive.
+        source: fingerprint of the data, see `write_png`.
 
     Returns:
-        the path.
+        The path.
 
     Raises:
-        RunError: for sequences of different lengths, of fewer than two, or with values that cannot be drawn.
+        RunError: if the sequences have different lengths or fewer than two entries, or a value cannot be drawn.
     """
     correlation = compute_rank_correlation(predicted, measured)
     if len(names) != len(predicted):
-        raise RunError(f"{len(names)} names for {len(predicted)} points; give one for each")
+        raise RunError(f"{len(names)} names for {len(predicted)} points; give one per point")
     if not all(map(math.isfinite, (*predicted, *measured))) or (log_x and min(predicted) <= 0):
-        raise RunError("cannot draw values that are not finite, nor on a logarithmic axis those that are not positive")
+        raise RunError("values to draw must be finite, and on a logarithmic axis positive")
     with rc_context(STYLE):
-        figure = new_figure(6.4, 4.8)
+        figure = create_figure(6.4, 5.2)
         axes = figure.add_subplot()
-        axes.plot(predicted, measured, "o", color=GROWN, markersize=6, alpha=0.75, zorder=3)
+        entries: list[LegendEntry] = []
+        for number, (name, x, y) in enumerate(zip(names, predicted, measured, strict=True)):
+            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+            marker = _MARKERS[number // len(RUN_COLOURS) % len(_MARKERS)]
+            style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6.5, "alpha": 0.8}
+            axes.plot([x], [y], zorder=3, **style)
+            entries.append((shorten(name, 28), Line2D([], [], **style)))
         if log_x:
             axes.set_xscale("log")
-        axes.margins(0.12)
+        axes.margins(0.08)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        grid(axes, "y")
+        draw_grid(axes, "y")
         rho = f"{correlation:.2f}" if math.isfinite(correlation) else "undefined"
         axes.set_title(f"{title}\nSpearman's ρ = {rho} over {len(names)} points", loc="left", parse_math=False)
-        place_labels(axes, list(zip(predicted, measured, strict=True)), [shorten(name, 28) for name in names])
+        draw_legend(figure, entries, letters=60)
         return write_png(figure, path, source=source)
 
 
-def _ended(comparison: Comparison) -> dict[str, Spread]:
-    """The finite final losses of each arm at its full budget."""
-    runs = {arm: comparison.of(arm, find_full_budget(comparison, arm)) for arm in comparison.arms}
+def _get_final_losses(comparison: Comparison) -> dict[str, Spread]:
+    """Return the finite final losses of each arm at its main budget."""
+    runs = {arm: comparison.runs_of(arm, find_main_budget(comparison, arm)) for arm in comparison.arms}
     losses = {arm: [run.eval_loss for run in found if math.isfinite(run.eval_loss)] for arm, found in runs.items()}
     return {arm: Spread(tuple(values)) for arm, values in losses.items() if values}
 
 
-def _grows(comparison: Comparison, arm: str) -> bool:
+def _has_growth(comparison: Comparison, arm: str) -> bool:
     return any(run.schedule.stages for run in comparison.runs if run.arm == arm)
 
 
 def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
     axes.plot(spread.values, [row] * len(spread.values), "o", color=colour, markersize=5.5, alpha=0.6, zorder=3)
-    axes.plot([spread.mean] * 2, [row - 0.32, row + 0.32], color=dark(colour), linewidth=2, zorder=4)
-    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(format_spread(spread, 4), (1, row), (8, 0), va="center", fontsize=8, **where)
+    axes.plot([spread.mean] * 2, [row - 0.32, row + 0.32], color=darken(colour), linewidth=2, zorder=4)
+    position = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(format_spread(spread, 4), (1, row), (8, 0), va="center", fontsize=8, **position)
 
 
-def _entries(drawn: Collection[str], seeds: int, beside: str | None) -> list[tuple[str, Line2D]]:
-    """What the marks mean, of those that are drawn."""
+def _list_entries(colours: Collection[str], seeds: int) -> list[LegendEntry]:
+    """Return the legend's entries for the kinds of marks that are drawn."""
     kinds = (("grown", GROWN), ("not grown", NOT_GROWN))
-    entries = [(kind, Line2D([], [], color=at, marker="o", linestyle="none")) for kind, at in kinds if at in drawn]
+    entries: list[LegendEntry] = [
+        (kind, Line2D([], [], color=colour, marker="o", linestyle="none"))
+        for kind, colour in kinds
+        if colour in colours
+    ]
     if seeds > 1:
         bar = Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=2, linestyle="none")
         entries.append(("mean of seeds", bar))
-    return [*entries, (f"mean of {shorten(beside, 28)}", Line2D([], [], **GOAL))] if beside else entries
+    return entries

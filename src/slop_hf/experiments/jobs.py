@@ -1,4 +1,4 @@
-"""The runs that an experiment consists of, and the prefixes that they share."""
+"""`Job`: one run of an experiment, or a prefix that several runs share."""
 
 from __future__ import annotations
 
@@ -6,144 +6,171 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..io.serialization import hash_json, to_plain
+from ..errors import SlopError
+from ..io.serialization import Json, hash_json, to_plain
 from ..schedule import GrowthSchedule
-from ..training import RunConfig
-from ..training.arguments import PER_STAGE
+from ..training.batches import PER_STAGE
+from ..training.config import RunConfig
+from ..training.run_plan import with_inits
+from .arms import build_arm_schedule, get_model_fields
+from .config import ArmConfig, Experiment
 
+#: Folders of a comparison's directory: the runs of its arms, and the prefixes that they share.
 RUNS, PREFIXES = "runs", "trunks"
+#: Ends of the names of files next to a run's directory: its config, its output, the directory of its prefix.
 CONFIG_FILE, LOG_FILE, PREFIX_FILE = "run.yaml", "log.txt", "trunk"
-DIVERGED_FILE = "diverged.txt"  # in the directory of a run
-
-
-#: Training arguments that matter only once a model has been grown.
-_OF_GROWTH = ("carry_optimizer_state", "rewarm_steps", "growth_noise", "eval_after_growth", "growth_seed")
-
-
-#: Growth seeds of one run are `growth_seed + stage`: those of different runs must not meet.
+#: File in the directory of a run that has diverged.
+DIVERGED_FILE = "diverged.txt"
+#: Distance between the growth seeds of runs: stage n of a run uses `growth_seed + n`, and no two runs may share one.
 SEEDS_APART = 1000
+#: Training arguments that have no effect before the first growth.
+_GROWTH_ARGUMENTS = ("carry_optimizer_state", "rewarm_steps", "growth_noise", "eval_after_growth", "growth_seed")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a comparison, or a trunk: the beginning that several runs have in common.
+    """One run to train.
 
     Args:
-        arm: its name; "" for a trunk.
-        budget: multiple of the scale's.
-        seed: of weights, data order and growth.
-        config: the run, with its schedule.
-        place: of its directory in the comparison's.
-        parent: the place of the trunk that it begins with; None where it begins alone.
+        arm: name of the arm; empty for a shared prefix.
+        budget: multiple of the scale's budget.
+        seed: seed of weights, data order and growth.
+        config: config of the run, with its schedule.
+        directory: run directory, relative to the directory of the comparison.
+        parent: directory of the shared prefix that the run begins with; None if it begins from scratch.
     """
 
     arm: str
     budget: float
     seed: int
     config: RunConfig
-    place: Path
+    directory: Path
     parent: Path | None = None
 
     @property
     def schedule(self) -> GrowthSchedule:
-        """Its schedule."""
+        """Growth schedule of the run."""
         return self.config.read_schedule()
 
     @property
     def name(self) -> str:
-        """What to call it: arm, budget where that is another one, seed."""
-        share = f" ×{self.budget:g}" if self.budget != 1 else ""
-        return f"{self.arm}{share}, seed {self.seed}" if self.arm else f"trunk {self.place.name[:8]}, seed {self.seed}"
+        """Arm, budget unless it is 1, and seed, for messages and reports."""
+        if not self.arm:
+            return f"shared prefix {self.directory.name[:8]}, seed {self.seed}"
+        return f"{self.arm}{f' ×{self.budget:g}' if self.budget != 1 else ''}, seed {self.seed}"
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the whole run, those of its shared prefix included."""
+        return self.schedule.flops(get_model_fields(self.config), self.config.data.block_size)
+
+    def sibling_file(self, root: Path, name: str) -> Path:
+        """Return the path of a file next to the run's directory, such as `seed-0.run.yaml`."""
+        return (root / self.directory).with_name(f"{self.directory.name}.{name}")
 
 
-def find_diverged(runs: Sequence[Job], root: Path) -> set[Path]:
-    """The places of runs that have diverged, or cannot begin, as their trunk has.
+def build_jobs(experiment: Experiment) -> list[Job]:
+    """Return one job per arm, budget and seed, in the order of the arms, without shared prefixes.
+
+    Raises:
+        SlopError: if the schedule of an arm cannot be built, naming the arm.
+    """
+    jobs = []
+    for name, arm in experiment.arms.items():
+        try:
+            schedules = {budget: build_arm_schedule(experiment, arm, budget) for budget in arm.budgets}
+        except SlopError as caught:
+            raise type(caught)(f"arm {name}: {caught}") from None
+        for budget, schedule in schedules.items():
+            for seed in arm.seeds or experiment.sizes.seeds:
+                directory = Path(RUNS, name, f"x{budget:g}", f"seed-{seed}")
+                jobs.append(Job(name, budget, seed, _build_run_config(experiment, arm, schedule, seed), directory))
+    return jobs
+
+
+def _build_run_config(experiment: Experiment, arm: ArmConfig, schedule: GrowthSchedule, seed: int) -> RunConfig:
+    """Return the experiment's config with the changes of an arm and the seeds."""
+    seeds = {"seed": seed, "data_seed": seed, "growth_seed": seed * SEEDS_APART}
+    training = {**experiment.run.training, **arm.training, **seeds}
+    # Inits belong to the stages: a later stage's init must not keep runs from sharing the stages before it.
+    schedule = with_inits(schedule, training.pop("growth_init", None))
+    return dataclasses.replace(experiment.run, training=training, schedule=schedule)
+
+
+def find_diverged(jobs: Sequence[Job], root: Path) -> set[Path]:
+    """Return the directories of runs that diverged, or whose shared prefix did.
 
     Args:
-        runs: each after its trunk.
-        root: the directory that their places are in.
+        jobs: jobs, each after its shared prefix.
+        root: directory of the comparison.
     """
-    found: set[Path] = set()
-    for run in runs:
-        if (root / run.place / DIVERGED_FILE).exists() or run.parent in found:
-            found.add(run.place)
-    return found
+    diverged: set[Path] = set()
+    for job in jobs:
+        if (root / job.directory / DIVERGED_FILE).exists() or job.parent in diverged:
+            diverged.add(job.directory)
+    return diverged
 
 
-def beside(root: Path, run: Job, name: str) -> Path:
-    """A file beside the directory of a run, such as `seed-0.run.yaml`."""
-    return (root / run.place).with_name(f"{run.place.name}.{name}")
+def add_shared_prefixes(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs, preceded by jobs for the prefixes that two or more of them share, shortest first.
 
-
-def add_shared_prefixes(runs: Sequence[Job]) -> list[Job]:
-    """The runs, and before them the trunks that two or more of them begin with, shortest first.
-
-    Stages from the initial one on that have the same settings, structures, tokens, inits and seed give the same
-    weights, bit for bit, and need no training twice. Under a learning rate that spans the run, a stage depends on
-    those after it, and nothing is shared.
+    Runs whose first stages have the same settings, structures, tokens, inits and seed get the same weights from them,
+    bit for bit, so those stages are trained once. If the learning-rate schedule spans the whole run, a stage depends
+    on those after it, and nothing is shared.
     """
-    beginnings: dict[str, list[tuple[int, Job]]] = {}
-    for number, run in enumerate(runs):
-        for length, key in _beginnings(run):
-            beginnings.setdefault(f"{length}-{key}", []).append((number, run))
-    shared = {key: found for key, found in beginnings.items() if len(found) > 1}
-    trunks = {key: _trunk(key, found[0][1]) for key, found in _longest_only(shared).items()}
-    in_order = sorted(trunks.items(), key=lambda item: len(item[1].schedule.structures))
-    placed = [_on_trunk(run, key, trunks) for key, run in in_order]
-    return placed + [_on_trunk(run, "", trunks) for run in runs]
+    sharing: dict[str, list[int]] = {}
+    for number, job in enumerate(jobs):
+        for key in _hash_prefixes(job):
+            sharing.setdefault(key, []).append(number)
+    longest: dict[tuple[int, ...], str] = {}  # jobs that share several prefixes need only the longest
+    for key, numbers in sharing.items():
+        group = tuple(numbers)
+        if len(group) > 1 and _read_length(key) >= _read_length(longest.get(group, "0")):
+            longest[group] = key
+    prefixes = {key: _build_prefix(jobs[group[0]], key) for group, key in longest.items()}
+    shortest_first = [prefixes[key] for key in sorted(prefixes, key=_read_length)]
+    return [_set_parent(job, prefixes) for job in (*shortest_first, *jobs)]
 
 
-def _beginnings(run: Job) -> Iterator[tuple[int, str]]:
-    """For each number of stages that could be shared with another run: what decides their weights."""
-    if run.config.training.get("lr_span") == "run":
+def _hash_prefixes(job: Job) -> Iterator[str]:
+    """Yield `STAGES-HASH` for each prefix that another run could share; the hash covers all that it depends on."""
+    if job.config.training.get("lr_span") == "run":
         return
-    for length in range(1, len(run.schedule.structures)):
-        if not any(run.schedule.tokens[:length]):
-            continue  # a pretrained model: there is nothing to train once
-        yield length, hash_json(to_plain(_beginning(run, length)))
+    for length in range(1, len(job.schedule.structures)):
+        if any(job.schedule.tokens[:length]):  # otherwise a pretrained model, and nothing to train
+            yield f"{length}-{hash_json(to_plain(_cut_config(job, length)))}"
 
 
-def _beginning(run: Job, length: int) -> RunConfig:
-    """The first stages of a run, and no setting that does not reach them."""
-    schedule, training = run.schedule, keep_first_stages(run.config.training, length)
+def _read_length(key: str) -> int:
+    return int(key.partition("-")[0])
+
+
+def _cut_config(job: Job, length: int) -> RunConfig:
+    """Return the config of a run's first stages, without settings that do not affect them."""
+    schedule, training = job.schedule, keep_first_stages(job.config.training, length)
     if length == 1:
-        training = {name: value for name, value in training.items() if name not in _OF_GROWTH}
+        training = {name: value for name, value in training.items() if name not in _GROWTH_ARGUMENTS}
     first = GrowthSchedule(schedule.initial, schedule.stages[: length - 1], schedule.initial_tokens)
-    return dataclasses.replace(run.config, training=training, schedule=first)
+    return dataclasses.replace(job.config, training=training, schedule=first)
 
 
-def keep_first_stages(training: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Training arguments with those that are given stage by stage cut to the first so many.
+def keep_first_stages(training: Mapping[str, Json], count: int) -> dict[str, Json]:
+    """Return training arguments for the first `count` stages: lists with one value per stage are cut.
 
     >>> keep_first_stages({"stage_learning_rates": [3e-3, 2e-3, 1e-3], "batch_tokens": [64]}, 2)
     {'stage_learning_rates': [0.003, 0.002], 'batch_tokens': [64]}
     """
-    by_stage = {name: training[name] for name in PER_STAGE if isinstance(training.get(name), (list, tuple))}
-    return {**training, **{name: list(values[:count]) for name, values in by_stage.items()}}
+    per_stage = {name: training[name] for name in PER_STAGE if isinstance(training.get(name), (list, tuple))}
+    return {**training, **{name: list(values[:count]) for name, values in per_stage.items()}}
 
 
-def _longest_only(shared: dict[str, list[tuple[int, Job]]]) -> dict[str, list[tuple[int, Job]]]:
-    """Without beginnings that are shared by just the runs which share a longer one."""
-    longest: dict[tuple[int, ...], str] = {}
-    for key, found in shared.items():
-        group = tuple(number for number, _ in found)
-        if group not in longest or _length(key) > _length(longest[group]):
-            longest[group] = key
-    return {key: shared[key] for key in longest.values()}
+def _build_prefix(job: Job, key: str) -> Job:
+    length, _, digest = key.partition("-")
+    return Job("", job.budget, job.seed, _cut_config(job, int(length)), Path(PREFIXES, digest))
 
 
-def _length(key: str) -> int:
-    return int(key.split("-")[0])
-
-
-def _trunk(key: str, run: Job) -> Job:
-    return Job("", run.budget, run.seed, _beginning(run, _length(key)), Path(PREFIXES, key.partition("-")[2]))
-
-
-def _on_trunk(run: Job, own: str, trunks: dict[str, Job]) -> Job:
-    """The run with the longest trunk that it begins with."""
-    keys = [f"{length}-{key}" for length, key in _beginnings(run)]
-    fitting = [key for key in keys if key in trunks and key != own]
-    return dataclasses.replace(run, parent=trunks[fitting[-1]].place) if fitting else run
+def _set_parent(job: Job, prefixes: Mapping[str, Job]) -> Job:
+    """Return the job with the longest shared prefix that it begins with as its parent."""
+    keys = [key for key in _hash_prefixes(job) if key in prefixes]
+    return dataclasses.replace(job, parent=prefixes[keys[-1]].directory) if keys else job

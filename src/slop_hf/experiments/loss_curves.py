@@ -1,4 +1,4 @@
-"""A comparison as figures: loss in the course of training, as in Fig. 2 of the SLOP paper."""
+"""Figures of held-out loss during training, all arms of a comparison on the same axes, as in Fig. 2 of the paper."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -15,26 +15,29 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from ..report.drawing import (
-    DESCENT,
+    DESCENT_SHARE,
     RUN_COLOURS,
     STYLE,
     WIDTH,
-    dark,
-    grid,
-    legend_below,
-    new_figure,
-    power_of_ten,
+    LegendEntry,
+    Style,
+    create_figure,
+    darken,
+    draw_legend,
+    label_flops_axis,
+    label_runs,
     shorten,
     write_png,
 )
+from ..report.figures import GROWTH_MARK, LossCurve, draw_loss_curves
 from .comparison import Comparison, RunResult
-from .results import Spread, compute_cost_to_loss, find_full_budget
+from .results import Spread, compute_cost_to_loss, find_main_budget
 
-#: What training is measured by.
+#: Measure of training on the horizontal axis.
 Against = Literal["flops", "seconds"]
 
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # when the colours have been used up
-_ENDS: dict[str, Any] = {
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # one after another, each time that the colours have been used up
+_ENDS: Style = {
     "linestyle": (0, (1, 2)),
     "linewidth": 1.2,
     "marker": "s",
@@ -42,82 +45,93 @@ _ENDS: dict[str, Any] = {
     "markerfacecolor": "white",
     "markeredgewidth": 1.4,
 }
-_GROWTH: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "^",
-    "markersize": 6.5,
-    "markeredgecolor": "white",
-    "markeredgewidth": 0.7,
-}
-_REACHED: dict[str, Any] = {
+_REACHED: Style = {
     "linestyle": "none",
     "marker": "o",
     "markersize": 6,
     "markerfacecolor": "white",
     "markeredgewidth": 1.6,
 }
-GOAL: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": (0, (6, 3))}
+#: The line of the loss that arms are compared with.
+GOAL_LINE: Style = {"color": "0.35", "linewidth": 1.0, "linestyle": (0, (6, 3))}
+#: Units of the time axis: shortest training in seconds, seconds per unit, name.
+_TIME_UNITS = ((7200.0, 3600.0, "hours"), (300.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
 class _Point(NamedTuple):
-    """Seeds at one moment of their runs."""
+    """The seeds of an arm at one point of their runs; `is_settled` is False in the steep descent of a new model."""
 
     x: float
     loss: Spread
-    settled: bool  # past the descent that every stage begins with
+    is_settled: bool = True
 
 
 @dataclass(frozen=True)
 class _Arm:
-    """An arm as it is drawn."""
+    """An arm to draw.
+
+    Args:
+        name: name of the arm.
+        style: keyword arguments of its line.
+        runs: its runs at the main budget.
+        curve: held-out losses during these runs.
+        ends: ends of its runs at each budget, if there are several.
+        growths: training so far and loss before each growth.
+        goal: training to the reference's final loss; None for the reference, and if a seed does not reach the loss.
+    """
 
     name: str
-    style: dict[str, Any]
-    runs: list[RunResult]  # at its full budget
+    style: Style
+    runs: list[RunResult]
     curve: list[_Point]
-    ends: list[_Point]  # of its runs at each budget, where there are several
+    ends: list[_Point]
+    growths: list[tuple[float, float]]
+    goal: float | None
 
 
 def draw_arm_curves(comparison: Comparison, path: str | Path, *, against: Against = "flops") -> Path | None:
-    """Draw held-out loss in the course of training, all arms on the same axes, as in Fig. 2 of the SLOP paper.
+    """Draw held-out loss during training, as in Fig. 2 of the SLOP paper.
 
-    A line is the mean of an arm's seeds at its full budget, its band reaches from the lowest to the highest. Triangles
-    are growths, squares the ends of runs of an arm at several budgets, each with its whole learning-rate schedule. The
-    dashed line is the reference's final loss at budget 1; rings are where arms get to it, as in `results.iso_loss`
-    the mean over seeds, of arms that get there with every seed. The first descent, and the jump at a growth where it
-    is larger than the rest, leave through the top.
+    A line is the mean over the seeds of an arm at its main budget, and its band reaches from the lowest seed to the
+    highest. Triangles are growths. Squares are the ends of an arm's runs at several budgets, each with a complete
+    learning-rate schedule. The dashed line is the reference's final loss at budget 1; a ring marks the mean over
+    seeds of the training with which an arm reaches it (`compute_cost_to_loss`), if all its seeds do. The first
+    descent, and a jump at a growth that exceeds the other losses, leave through the top.
 
     Args:
-        comparison: with finished runs.
-        path: the PNG file to write, aside and renamed.
+        comparison: comparison with finished runs.
+        path: PNG file to write.
         against: training FLOPs, or seconds of training.
 
     Returns:
-        the path; None where no run has held-out losses.
+        The path; None if no run has held-out losses.
     """
-    arms = [arm for arm in _arms(comparison, against) if arm.curve]
+    arms = [arm for arm in _build_arms(comparison, against) if arm.curve]
     if not arms:
         return None
     most = max(point.x for arm in arms for point in (*arm.curve, *arm.ends))
-    scale, label = _axis(most, against)
+    scale, unit = next((size, name) for least, size, name in _TIME_UNITS if most >= least)
+    scale = 1.0 if against == "flops" else scale
     with rc_context(STYLE):
-        figure = new_figure(WIDTH, 5.2)
+        figure = create_figure(WIDTH, 5.2)
         axes = figure.add_subplot()
-        for number, arm in enumerate(arms):
-            _draw_arm(axes, arm, scale, against, 2 + number / 100)
-        _cut(axes, arms, most / scale)
-        extra = _draw_goal(axes, comparison, arms, scale, against)
-        axes.set_xlabel(label)
+        draw_loss_curves(axes, [_build_curve(arm, scale) for arm in arms], most=most / scale)
+        for arm in arms:
+            _draw_ends(axes, arm, scale)
+        goal_entries = _draw_goal(axes, comparison, arms, scale, against)
+        if against == "flops":
+            label_flops_axis(axes, most)
+        else:
+            axes.set_xlabel(f"training time ({unit})")
         axes.set_ylabel("held-out loss (nats/token)")
-        grid(axes, "y")
         axes.set_title(f"Held-out loss against training {'compute' if against == 'flops' else 'time'}", loc="left")
-        legend_below(figure, [*_arm_entries(arms), *_kind_entries(arms), *extra], letters=96)
+        draw_legend(figure, [*_list_entries(arms), *goal_entries], letters=96)
         return write_png(figure, path, source=comparison.fingerprint)
 
 
-def _arms(comparison: Comparison, against: Against) -> list[_Arm]:
-    """The arms that have finished runs, each with a look of its own."""
-    found = []
+def _build_arms(comparison: Comparison, against: Against) -> list[_Arm]:
+    """Return the arms with finished runs, each with a distinct style."""
+    arms = []
     for number, name in enumerate(comparison.arms):
         budgets = comparison.budgets(name)
         if not budgets:
@@ -127,56 +141,53 @@ def _arms(comparison: Comparison, against: Against) -> list[_Arm]:
             "linestyle": _DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
             "linewidth": 2.2 if name == comparison.reference else 1.6,
         }
-        runs = comparison.of(name, find_full_budget(comparison, name))
-        ends = [_end(comparison.of(name, budget), against) for budget in budgets] if len(budgets) > 1 else []
-        found.append(_Arm(name, style, runs, _curve(runs, against), ends))
-    return found
+        runs = comparison.runs_of(name, find_main_budget(comparison, name))
+        ends = [_average_ends(comparison.runs_of(name, budget), against) for budget in budgets]
+        curve, growths = _average_curves(runs, against), _average_growths(runs, against)
+        goal = None if name == comparison.reference else _average_cost_to_goal(comparison, name, against)
+        arms.append(_Arm(name, style, runs, curve, ends if len(ends) > 1 else [], growths, goal))
+    return arms
 
 
-def _curve(runs: Sequence[RunResult], against: Against) -> list[_Point]:
-    """The moments that all seeds have, by stage and FLOPs; at a growth there are two, before and after."""
-    tracks = [_track(run, against) for run in runs]
-    shared = [moment for moment in tracks[0] if all(moment in track for track in tracks)]
+def _average_curves(runs: Sequence[RunResult], against: Against) -> list[_Point]:
+    """Return the points that all seeds have, by stage and FLOPs; at a growth there are two, before and after it."""
+    tracks = []
+    for run in runs:
+        curve = run.curve
+        entries = zip(getattr(curve, against), curve.losses, strict=True)
+        tracks.append(dict(zip(zip(curve.stages, curve.flops, strict=True), entries, strict=True)))
     return [
         _Point(
-            fmean(track[moment][0] for track in tracks),
-            Spread(tuple(track[moment][1] for track in tracks)),
-            _is_settled(runs[0], *moment),
+            fmean(track[key][0] for track in tracks),
+            Spread(tuple(track[key][1] for track in tracks)),
+            _is_settled(runs[0], *key),
         )
-        for moment in shared
+        for key in tracks[0]
+        if all(key in track for track in tracks)
     ]
 
 
-def _track(run: RunResult, against: Against) -> dict[tuple[int, float], tuple[float, float]]:
-    """Where each held-out loss of a run is drawn, and what it is, by its stage and FLOPs."""
-    curve = run.curve
-    places = zip(getattr(curve, against), curve.losses, strict=True)
-    return dict(zip(zip(curve.stages, curve.flops, strict=True), places, strict=True))
-
-
 def _is_settled(run: RunResult, stage: int, flops: float) -> bool:
-    """Whether a run is past its first descent, and a stage past the one that follows a growth."""
-    begun = sum(one.flops for one in run.stages[:stage])
-    return flops >= begun + DESCENT * (run.stages[stage].flops if stage else run.flops)
+    """Whether a run is past its first descent, or a later stage past the descent after its growth."""
+    begin = sum(earlier.flops for earlier in run.stages[:stage])
+    return flops >= begin + DESCENT_SHARE * (run.stages[stage].flops if stage else run.flops)
 
 
-def _end(runs: Sequence[RunResult], against: Against) -> _Point:
-    return _Point(fmean(getattr(run, against) for run in runs), Spread(tuple(run.eval_loss for run in runs)), True)
+def _average_ends(runs: Sequence[RunResult], against: Against) -> _Point:
+    return _Point(fmean(getattr(run, against) for run in runs), Spread(tuple(run.eval_loss for run in runs)))
 
 
-def _growths(arm: _Arm, against: Against) -> list[tuple[float, float]]:
-    """Where an arm's growths lie: what it had trained by then, and the loss before each."""
-    found = []
-    for number in range(1, len(arm.runs[0].stages)):
-        before = [run.stages[:number] for run in arm.runs]
+def _average_growths(runs: Sequence[RunResult], against: Against) -> list[tuple[float, float]]:
+    growths = []
+    for number in range(1, len(runs[0].stages)):
+        before = [run.stages[:number] for run in runs]
         x = fmean(sum(getattr(stage, against) for stage in stages) for stages in before)
-        found.append((x, fmean(stages[-1].eval_loss for stages in before)))
-    return found
+        growths.append((x, fmean(stages[-1].eval_loss for stages in before)))
+    return growths
 
 
-def _takes(comparison: Comparison, arm: str, against: Against) -> float | None:
-    """What an arm takes to the reference's final loss, as `results.iso_loss` has it, the mean over seeds."""
-    goals = {run.seed: run.eval_loss for run in comparison.of(comparison.reference or "")}
+def _average_cost_to_goal(comparison: Comparison, arm: str, against: Against) -> float | None:
+    goals = {run.seed: run.eval_loss for run in comparison.runs_of(comparison.reference or "")}
     by_seed: dict[int, list[RunResult]] = {}
     for run in comparison.runs:
         if run.arm == arm and run.seed in goals:
@@ -185,90 +196,68 @@ def _takes(comparison: Comparison, arm: str, against: Against) -> float | None:
     return fmean(costs) if costs and max(costs) < math.inf else None
 
 
-def _draw_arm(axes: Axes, arm: _Arm, scale: float, against: Against, zorder: float) -> None:
-    colour = arm.style["color"]
-    xs = [point.x / scale for point in arm.curve]
-    axes.plot(xs, [point.loss.mean for point in arm.curve], zorder=zorder, **arm.style)
-    if len(arm.runs) > 1:
-        lows, highs = [point.loss.low for point in arm.curve], [point.loss.high for point in arm.curve]
-        axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0, zorder=1)
-    growths = [(x / scale, loss) for x, loss in _growths(arm, against)]
-    if growths:
-        axes.plot(*zip(*growths, strict=True), color=colour, zorder=4, **_GROWTH)
+def _build_curve(arm: _Arm, scale: float) -> LossCurve:
+    losses = [point.loss for point in arm.curve]
+    settled = [point.loss for point in arm.curve if point.is_settled] or losses
+    band = [loss.low for loss in losses], [loss.high for loss in losses]
+    return LossCurve(
+        x=[point.x / scale for point in arm.curve],
+        losses=[loss.mean for loss in losses],
+        style=arm.style,
+        settled=[value for loss in (*settled, *(end.loss for end in arm.ends)) for value in (loss.low, loss.high)],
+        band=band if len(arm.runs) > 1 else None,
+        growths=[(x / scale, loss) for x, loss in arm.growths],
+    )
+
+
+def _draw_ends(axes: Axes, arm: _Arm, scale: float) -> None:
+    """Draw the ends of an arm's runs at several budgets, each with its range over seeds."""
+    xs, losses, colour = [end.x / scale for end in arm.ends], [end.loss for end in arm.ends], arm.style["color"]
     if arm.ends:
-        xs, spreads = [end.x / scale for end in arm.ends], [end.loss for end in arm.ends]
-        axes.vlines(xs, [one.low for one in spreads], [one.high for one in spreads], color=colour, zorder=5)
-        axes.plot(xs, [one.mean for one in spreads], color=colour, zorder=5, **_ENDS)
+        axes.vlines(xs, [loss.low for loss in losses], [loss.high for loss in losses], color=colour, zorder=5)
+        axes.plot(xs, [loss.mean for loss in losses], color=colour, zorder=5, **_ENDS)
 
 
 def _draw_goal(
     axes: Axes, comparison: Comparison, arms: Sequence[_Arm], scale: float, against: Against
-) -> list[tuple[str, Line2D]]:
-    """The reference's final loss, where arms get to it, and what the legend says of both."""
-    reference = next((arm for arm in arms if arm.name == comparison.reference), None)
-    if reference is None or not comparison.of(reference.name):
+) -> list[LegendEntry]:
+    """Draw the reference's final loss and where arms reach it; return the legend's entries for both."""
+    runs = comparison.runs_of(comparison.reference or "")
+    if not runs:
         return []
-    end = _end(comparison.of(reference.name), against)
-    axes.axhline(end.loss.mean, zorder=1.5, **GOAL)
-    takes = [(_takes(comparison, arm.name, against), arm) for arm in arms if arm is not reference]
-    there = [(x, arm) for x, arm in takes if x is not None]
-    for x, arm in there:
+    end = _average_ends(runs, against)
+    axes.axhline(end.loss.mean, zorder=1.5, **GOAL_LINE)
+    entries: list[LegendEntry] = [(f"final loss of {shorten(runs[0].arm, 28)}", Line2D([], [], **GOAL_LINE))]
+    reaching = [(arm.goal, arm) for arm in arms if arm.goal is not None]
+    if not reaching:
+        return entries
+    for x, arm in reaching:
         axes.plot([x / scale], [end.loss.mean], color=arm.style["color"], zorder=6, **_REACHED)
-    entries = [(f"final loss of {shorten(reference.name, 28)}", Line2D([], [], **GOAL))]
-    if there:
-        entries.append(("reached by an arm", Line2D([], [], color="0.35", **_REACHED)))
-        x, first = min(there, key=lambda pair: pair[0])
-        _tell_saving(axes, first, x, end, scale, against)
-    return entries
+    x, first = min(reaching, key=lambda pair: pair[0])
+    if (saved := 1 - x / end.x) > 0:
+        axes.annotate(  # the space below the line and left of the ring is empty
+            f"{saved:.0%} less {'compute' if against == 'flops' else 'time'}",
+            (x / scale, end.loss.mean),
+            (-6, -5),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            fontweight="bold",
+            color=darken(str(first.style["color"])),
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            zorder=7,
+        )
+    return [*entries, ("reached by an arm", Line2D([], [], color="0.35", **_REACHED))]
 
 
-def _tell_saving(axes: Axes, arm: _Arm, x: float, end: _Point, scale: float, against: Against) -> None:
-    """What the first arm to get to the reference's loss saves; the space before it and below the line is empty."""
-    saved = 1 - x / end.x
-    if saved > 0:
-        text = f"{saved:.0%} less {'compute' if against == 'flops' else 'time'}"
-        style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 8, "fontweight": "bold", "zorder": 7}
-        style |= {"color": dark(arm.style["color"]), "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
-        axes.annotate(text, (x / scale, end.loss.mean), (-6, -5), textcoords="offset points", **style)
-
-
-def _cut(axes: Axes, arms: Sequence[_Arm], most: float) -> None:
-    """The axis of losses fits what is settled."""
-    settled = [point for arm in arms for point in arm.curve if point.settled] or [p for arm in arms for p in arm.curve]
-    spreads = [point.loss for point in (*settled, *(end for arm in arms for end in arm.ends))]
-    low, high = min(spread.low for spread in spreads), max(spread.high for spread in spreads)
-    margin = 0.08 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + 0.5 * margin)
-    axes.set_xlim(-0.01 * most, 1.02 * most)
-
-
-def _axis(most: float, against: Against) -> tuple[float, str]:
-    """What an axis of FLOPs or seconds is counted in, and its label."""
-    if against == "flops":
-        scale, unit = power_of_ten(most)
-        return scale, f"training FLOPs{unit}"
-    units = ((7200, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))
-    return next((float(scale), f"training time ({unit})") for least, scale, unit in units if most >= least)
-
-
-def _arm_entries(arms: Sequence[_Arm]) -> list[tuple[str, Line2D]]:
-    """The arms in the legend, with the order of their growth where that tells two of them apart."""
-    sequences = [arm.runs[0].schedule.sequence for arm in arms]
-    grown = [sequence for sequence in sequences if sequence]
-    alike = len(grown) > 1 and len({*grown}) == 1
-    entries = []
-    for arm, sequence in zip(arms, sequences, strict=True):
-        name = shorten(arm.name, 32)
-        label = f"{name} ({sequence})" if sequence and sequence != arm.name and not alike else name
-        entries.append((label, Line2D([], [], **{**arm.style, "linewidth": 2.4})))
-    return entries
-
-
-def _kind_entries(arms: Sequence[_Arm]) -> list[tuple[str, Line2D]]:
-    """What the marks mean, of those that are drawn."""
-    entries = []
-    if any(arm.runs[0].schedule.stages for arm in arms):
-        entries.append(("growth", Line2D([], [], color="0.35", **_GROWTH)))
+def _list_entries(arms: Sequence[_Arm]) -> list[LegendEntry]:
+    """Return the legend's entries for the arms and for the kinds of marks that are drawn."""
+    names = label_runs([shorten(arm.name, 32) for arm in arms], [arm.runs[0].schedule.sequence for arm in arms])
+    lines = [Line2D([], [], **{**arm.style, "linewidth": 2.4}) for arm in arms]
+    entries: list[LegendEntry] = list(zip(names, lines, strict=True))
+    if any(arm.growths for arm in arms):
+        entries.append(("growth", Line2D([], [], color="0.35", **GROWTH_MARK)))
     if any(arm.ends for arm in arms):
         entries.append(("ends at several budgets", Line2D([], [], color="0.35", **_ENDS)))
     return entries

@@ -1,4 +1,4 @@
-"""What a comparison says: losses at equal budgets, FLOPs to an equal loss, spreads over seeds, rank correlations."""
+"""Losses at equal budgets, FLOPs to an equal loss, spreads over seeds and rank correlations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .comparison import Comparison, RunResult
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over seeds.
+    """One quantity, measured with several seeds.
 
     Args:
-        values: by seed, ascending seeds.
+        values: values in the order of their seeds.
 
     >>> spread = Spread((1.0, 2.0, 6.0))
     >>> spread.mean, spread.low, spread.high, round(spread.deviation, 3)
@@ -30,50 +30,49 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation; None for a single seed, and where one is not finite."""
-        known = len(self.values) > 1 and all(map(math.isfinite, self.values))
-        return statistics.stdev(self.values) if known else None
+        """Sample standard deviation; None for a single seed, or if a value is not finite."""
+        is_defined = len(self.values) > 1 and all(map(math.isfinite, self.values))
+        return statistics.stdev(self.values) if is_defined else None
 
     @property
     def low(self) -> float:
-        """The smallest."""
+        """Smallest value."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The largest."""
+        """Largest value."""
         return max(self.values)
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Spread | None:
-        """The spread of values that all exist; None where one is missing, or there are none."""
-        known = [value for value in values if value is not None]
-        return cls(tuple(known)) if known and len(known) == len(values) else None
+    def collect(cls, values: Sequence[float | None]) -> Spread | None:
+        """Return the spread of some values; None if there are no values or one of them is None."""
+        numbers = [value for value in values if value is not None]
+        return cls(tuple(numbers)) if numbers and len(numbers) == len(values) else None
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm at one of its budgets.
+    """One arm at one of its budgets.
 
     Args:
-        arm: its name.
-        budget: multiple of the comparison's.
-        seeds: of its finished runs.
-        sequence: the order of growth; "" without growth.
-        loss: held-out, at the end.
-        tokens, flops: of a run.
-        seconds: of training.
+        arm: name of the arm.
+        budget: multiple of the comparison's budget.
+        seeds: seeds of its finished runs.
+        sequence: order of growth; empty without growth.
+        loss: held-out loss at the end, in nats per token.
+        tokens, flops: training of one run.
+        seconds: training time.
         marginal_utility: Eq. 2 of the paper; None without growth.
-        flops_saved: 1 - (FLOPs to the reference's final loss) / (the reference's FLOPs), see `compute_flops_saved`; of all
-            budgets of the arm, so that it is the same for each. None for an arm that does not get there with every
-            seed.
-        against_reference: loss minus that of the reference at the same budget, seed by seed; None where the reference
-            was not run there.
+        flops_saved: saving from `compute_flops_saved`; it is the arm's, over all its budgets, and so the same at each
+            of them. None if the arm misses the reference's loss with some seed.
+        against_reference: loss minus the reference's loss at the same budget, by seed; None if the reference has no
+            run there.
     """
 
     arm: str
@@ -90,18 +89,18 @@ class ArmResult:
 
     @property
     def perplexity(self) -> Spread:
-        """`exp(loss)` of each seed."""
+        """Perplexity of each seed, `exp(loss)`."""
         return Spread(tuple(map(compute_perplexity, self.loss.values)))
 
 
 def compute_arm_results(comparison: Comparison) -> list[ArmResult]:
-    """One for each arm and budget, in the order of arms, budgets ascending."""
-    found = []
+    """Return one result per arm and budget, in the order of the arms, smallest budget first."""
+    results = []
     for arm in comparison.arms:
         saved = compute_flops_saved(comparison, arm)
         for budget in comparison.budgets(arm):
-            runs = comparison.of(arm, budget)
-            found.append(
+            runs = comparison.runs_of(arm, budget)
+            results.append(
                 ArmResult(
                     arm=arm,
                     budget=budget,
@@ -111,66 +110,68 @@ def compute_arm_results(comparison: Comparison) -> list[ArmResult]:
                     tokens=runs[0].tokens,
                     flops=runs[0].flops,
                     seconds=Spread(tuple(run.seconds for run in runs)),
-                    marginal_utility=Spread.of([run.marginal_utility for run in runs]),
+                    marginal_utility=Spread.collect([run.marginal_utility for run in runs]),
                     flops_saved=saved,
-                    against_reference=_against_reference(comparison, runs),
+                    against_reference=_subtract_reference(comparison, runs),
                 )
             )
-    return found
+    return results
 
 
 def find_baseline(comparison: Comparison) -> str | None:
-    """The arm that the others are set beside: the reference, or else the first; of those that have finished runs."""
+    """Return the arm that the others are compared with: the reference, or the first arm with finished runs."""
     finished = [arm for arm in comparison.arms if comparison.budgets(arm)]
     return comparison.reference if comparison.reference in finished else next(iter(finished), None)
 
 
-def find_full_budget(comparison: Comparison, arm: str) -> float:
-    """The budget that stands for an arm: 1, or the largest that it has finished runs at."""
+def find_main_budget(comparison: Comparison, arm: str) -> float:
+    """Return the budget that represents an arm: 1, or the largest one with finished runs."""
     budgets = comparison.budgets(arm)
     return 1.0 if 1.0 in budgets or not budgets else budgets[-1]
 
 
 def compute_flops_saved(comparison: Comparison, arm: str) -> Spread | None:
-    """How much less compute an arm takes to the reference's final loss: `1 - FLOPs / the reference's FLOPs`, by seed.
+    """Return the share of the reference's FLOPs that an arm saves on the way to the reference's final loss, by seed.
 
-    The loss is the reference's at the end of its run at budget 1 with the same seed; `compute_cost_to_loss` says when an arm
-    is there.
+    The saving is `1 - FLOPs of the arm / FLOPs of the reference`. The loss is the one at the end of the reference's
+    run at budget 1 with the same seed; `compute_cost_to_loss` defines when an arm reaches it.
 
     Returns:
-        None without a reference, or where some seed of the arm never gets there.
+        None without a reference, or if the arm misses the loss with some seed.
 
     >>> compute_flops_saved(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}), "slop") is None
     True
     """
     if comparison.reference is None:
         return None
-    goals = {run.seed: run for run in comparison.of(comparison.reference)}
+    goals = {run.seed: run for run in comparison.runs_of(comparison.reference)}
     seeds = sorted({run.seed for run in comparison.runs if run.arm == arm} & goals.keys())
     saved: list[float | None] = []
     for seed in seeds:
         runs = [run for run in comparison.runs if run.arm == arm and run.seed == seed]
         cost = compute_cost_to_loss(runs, goals[seed].eval_loss)
         saved.append(1 - cost / goals[seed].flops if cost < math.inf else None)
-    return Spread.of(saved)
+    return Spread.collect(saved)
 
 
 def compute_cost_to_loss(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seconds"] = "flops") -> float:
-    """The least that an arm takes to a loss, of its runs with one seed; infinite where none gets there.
+    """Return the least cost at which an arm reaches a loss with one seed; infinity if no run reaches it.
 
-    A run gets there at its target's first evaluation at or below the loss: losses of smaller structures on the way do
-    not count, and nothing is read between evaluations. Within a run the learning rate is mostly still high then, which
-    counts against an arm. Where it has been run at several budgets, each with a whole learning-rate schedule, a run of
-    a budget between two of them counts too, its end taken to lie on the straight line between theirs, over the
-    logarithm of the cost. Nothing is read beyond the budgets that were run.
+    A run reaches the loss at the first evaluation of its target at or below it. Losses of smaller models on the way
+    do not count, and nothing is interpolated between evaluations. The learning rate is mostly still high at that
+    point, which counts against the arm. If the arm has runs at several budgets, each with a complete learning-rate
+    schedule, then a run at a budget between two of them counts as well: its final loss is taken to lie on the straight
+    line between theirs, over the logarithm of the cost. Nothing is extrapolated.
 
     Args:
-        runs: of one arm and seed, at different budgets.
-        loss: held-out, to be reached.
-        unit: what is counted.
+        runs: runs of one arm with one seed, at different budgets.
+        loss: held-out loss to reach, in nats per token.
+        unit: unit of the cost.
     """
-    places = ((run, find_first_at_loss(run, loss)) for run in runs)
-    costs = [getattr(run.curve, unit)[place] for run, place in places if place is not None]
+    costs = []
+    for run in runs:
+        if (entry := find_first_at_loss(run, loss)) is not None:
+            costs.append(getattr(run.curve, unit)[entry])
     for less, more in pairwise(sorted(runs, key=lambda run: run.budget)):
         if less.eval_loss > loss >= more.eval_loss:
             share = (less.eval_loss - loss) / (less.eval_loss - more.eval_loss)
@@ -180,14 +181,14 @@ def compute_cost_to_loss(runs: Sequence[RunResult], loss: float, unit: Literal["
 
 
 def find_first_at_loss(run: RunResult, loss: float) -> int | None:
-    """Which entry of a run's curve is the first of the target's at or below a loss; None where there is none."""
-    points = enumerate(zip(run.curve.stages, run.curve.losses, strict=True))
+    """Return the index in a run's curve of the target's first entry at or below a loss; None without such an entry."""
     last = len(run.stages) - 1
-    return next((place for place, (stage, value) in points if stage == last and value <= loss), None)
+    points = enumerate(zip(run.curve.stages, run.curve.losses, strict=True))
+    return next((number for number, (stage, value) in points if stage == last and value <= loss), None)
 
 
 def is_below(arm: Spread, other: Spread) -> bool:
-    """Whether one arm's losses are below another's beyond the spread of seeds: every one of them below every other.
+    """Whether one arm's losses are below another's beyond the spread of seeds: each of them below each of the others.
 
     >>> is_below(Spread((1.0, 1.2)), Spread((1.3, 1.5))), is_below(Spread((1.0, 1.4)), Spread((1.3, 1.5)))
     (True, False)
@@ -195,34 +196,36 @@ def is_below(arm: Spread, other: Spread) -> bool:
     return arm.high < other.low
 
 
-def compute_rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's correlation: Pearson's of ranks, equal values sharing their mean rank; NaN where one is constant.
+def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Spearman's rank correlation: Pearson's correlation of ranks, equal values sharing their mean rank.
+
+    Returns:
+        NaN if one of the sequences is constant.
 
     Raises:
-        RunError: for sequences of different lengths, or of fewer than two.
+        RunError: if the sequences have different lengths, or fewer than two entries.
 
     >>> compute_rank_correlation([1, 2, 3, 4], [10, 30, 20, 40])
     0.8
     """
-    if len(one) != len(other) or len(one) < 2:
-        raise RunError(f"cannot correlate {len(one)} values with {len(other)}: give two or more pairs")
-    first, second = _ranks(one), _ranks(other)
-    if len(set(first)) == 1 or len(set(second)) == 1:
+    if len(first) != len(second) or len(first) < 2:
+        raise RunError(f"cannot correlate {len(first)} values with {len(second)}: give two or more pairs")
+    ranks = _compute_ranks(first), _compute_ranks(second)
+    if any(len(set(values)) == 1 for values in ranks):
         return math.nan
-    return round(statistics.correlation(first, second), 12)
+    return round(statistics.correlation(*ranks), 12)
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    """The rank of each value from 1, equal values sharing their mean rank."""
-    places: dict[float, list[int]] = {}
-    for place, value in enumerate(sorted(values), 1):
-        places.setdefault(value, []).append(place)
-    return [statistics.fmean(places[value]) for value in values]
+def _compute_ranks(values: Sequence[float]) -> list[float]:
+    """Return the rank of each value, counted from 1; equal values share their mean rank."""
+    ranks: dict[float, list[int]] = {}
+    for rank, value in enumerate(sorted(values), 1):
+        ranks.setdefault(value, []).append(rank)
+    return [statistics.fmean(ranks[value]) for value in values]
 
 
-def _against_reference(comparison: Comparison, runs: Sequence[RunResult]) -> Spread | None:
+def _subtract_reference(comparison: Comparison, runs: Sequence[RunResult]) -> Spread | None:
     if comparison.reference is None:
         return None
-    budget = runs[0].budget
-    others = {run.seed: run.eval_loss for run in comparison.of(comparison.reference, budget)}
-    return Spread.of([run.eval_loss - others[run.seed] if run.seed in others else None for run in runs])
+    losses = {run.seed: run.eval_loss for run in comparison.runs_of(comparison.reference, runs[0].budget)}
+    return Spread.collect([run.eval_loss - losses[run.seed] if run.seed in losses else None for run in runs])

@@ -1,4 +1,4 @@
-"""Running an experiment: one run after another, or several at a time on devices of their own; again after a kill."""
+"""Trains the runs of an experiment, one after another or several at a time, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from multiprocessing import Queue, get_context
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import torch
 from filelock import FileLock, Timeout
 
 from ..data import prepare_data
 from ..errors import DivergedError, RunError, SlopError
-from ..evaluation.runs import EvaluateStages, check_evaluation
+from ..evaluation.runs import check_evaluation
 from ..io.files import write_text
 from ..io.serialization import parse_yaml, read_yaml, to_yaml
+from ..pipeline import train_run
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
-from ..training import build_trainer, preview_run
-from .arms import build_jobs
+from ..training.config import preview_run
 from .config import Experiment
-from .jobs import CONFIG_FILE, DIVERGED_FILE, LOG_FILE, PREFIX_FILE, Job, beside, find_diverged, add_shared_prefixes
+from .jobs import (
+    CONFIG_FILE,
+    DIVERGED_FILE,
+    LOG_FILE,
+    PREFIX_FILE,
+    Job,
+    add_shared_prefixes,
+    build_jobs,
+    find_diverged,
+)
 
-ProgressCallback = Callable[[Job, int, int], None]
+#: Called with a job that has ended, the number of jobs that have ended, and the number of all jobs.
+JobEndCallback = Callable[[Job, int, int], None]
 
 
 def run_experiment(
@@ -36,28 +46,32 @@ def run_experiment(
     *,
     devices: Sequence[str] = (),
     workers: int = 1,
-    told: ProgressCallback | None = None,
+    on_job_end: JobEndCallback | None = None,
 ) -> list[Job]:
-    """Train all runs of an experiment that have not finished; those that were interrupted go on.
+    """Train all unfinished runs of an experiment; interrupted ones are resumed.
 
-    Beginnings that runs share are trained once, in `trunks/`. A run that diverges ends by that, and the others go on;
-    `diverged.txt` in its directory says so, and where that is removed the run goes on from its last good state.
+    Prefixes that runs share are trained once, in the folder `trunks/`. A run that diverges ends, and the others
+    continue. A file `diverged.txt` in its directory says so; if you remove it, the run resumes from its last
+    checkpoint.
 
     Args:
-        experiment: to run.
-        root: its directory.
-        devices: CUDA devices to spread runs over, a worker for each, such as `("0", "1")`.
-        workers: without devices, how many runs at a time; each gets its share of the cores.
-        told: called with a run that has ended, how many have, and how many there are.
+        experiment: experiment to run.
+        root: directory of the comparison.
+        devices: CUDA devices to spread the runs over, such as `("0", "1")`; one worker per device.
+        workers: number of runs at a time without `devices`; each gets an equal share of the cores.
+        on_job_end: function to call when a job has ended, see `JobEndCallback`.
 
     Returns:
-        the runs with their trunks, in the order of training.
+        The runs and their shared prefixes, in the order of training.
 
     Raises:
-        SlopError: for what cannot be run, before anything is; and where a run fails, once those beside it have ended.
+        SlopError: if some run cannot begin, which is checked before any training, or if a run fails; then the runs
+            in progress are still finished.
     """
-    jobs = sorted(add_shared_prefixes(build_jobs(experiment)), key=lambda job: job.seed)  # all arms of a seed, then the next
-    run_jobs(jobs, root, devices=devices, workers=workers, told=told)
+    jobs = sorted(
+        add_shared_prefixes(build_jobs(experiment)), key=lambda job: job.seed
+    )  # all arms with one seed first
+    run_jobs(jobs, root, devices=devices, workers=workers, on_job_end=on_job_end)
     return jobs
 
 
@@ -67,65 +81,53 @@ def run_jobs(
     *,
     devices: Sequence[str] = (),
     workers: int = 1,
-    told: ProgressCallback | None = None,
+    on_job_end: JobEndCallback | None = None,
 ) -> None:
-    """Train those of some runs that have not ended, in their order; those that were interrupted go on.
+    """Train the unfinished ones of some jobs in their order; interrupted ones are resumed.
 
     Args:
-        jobs: runs on the same data, each after the trunk that it begins with.
-        root: the directory that their places are in.
-        devices, workers, told: as in `run_experiment`.
+        jobs: jobs that use the same data, each after its shared prefix.
+        root: directory of the comparison.
+        devices, workers, on_job_end: as in `run_experiment`.
 
     Raises:
         SlopError: as in `run_experiment`.
     """
     root = Path(root)
     check_settings_unchanged(jobs, root)
-    done = find_ended(jobs, root)
-    waiting = [job for job in jobs if job.place not in done]
+    ended = find_ended(jobs, root)
+    waiting = [job for job in jobs if job.directory not in ended]
     for job in waiting:
-        if not RunDirectory(root / job.place).exists:
-            _previewed(job, root)
-    with _alone_in(root):
-        _train(jobs, waiting, root, devices, workers, told)
+        if not RunDirectory(root / job.directory).exists:
+            _check_job(job, root)
+    count = len(ended)
 
+    def report_end(job: Job) -> None:
+        nonlocal count
+        count += 1
+        if on_job_end is not None:
+            on_job_end(job, count, len(jobs))
 
-def _train(
-    jobs: Sequence[Job],
-    waiting: Sequence[Job],
-    root: Path,
-    devices: Sequence[str],
-    workers: int,
-    told: ProgressCallback | None,
-) -> None:
-    """Write the config of every job beside its place, and train those that are waiting."""
-    for job in jobs:
-        write_text(beside(root, job, CONFIG_FILE), to_yaml(job.config))
-    if waiting:
-        prepare_data(waiting[0].config.data)  # once, and not in every worker
-    done = len(jobs) - len(waiting)
-
-    def tell(job: Job) -> None:
-        nonlocal done
-        done += 1
-        if told is not None:
-            told(job, done, len(jobs))
-
-    if devices or workers > 1:
-        _run_side_by_side(waiting, root, list(devices) or [""] * workers, tell)
-        return
-    for job in waiting:
-        if job.place not in find_diverged(jobs, root):  # with its trunk
-            try:
-                train_job(job, root)
-            except DivergedError as caught:
-                _note(job, root, caught)
-        tell(job)
+    with _lock(root):
+        for job in jobs:
+            write_text(job.sibling_file(root, CONFIG_FILE), to_yaml(job.config))
+        if waiting:
+            prepare_data(waiting[0].config.data)  # once, and not in every worker
+        if devices or workers > 1:
+            _run_in_parallel(waiting, root, list(devices) or [""] * workers, report_end)
+            return
+        for job in waiting:
+            if job.directory not in find_diverged(jobs, root):  # its shared prefix may have diverged
+                try:
+                    train_job(job, root)
+                except DivergedError as caught:
+                    _mark_diverged(job, root, caught)
+            report_end(job)
 
 
 @contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
-    """Two that trained the same runs would write into the same checkpoints."""
+def _lock(root: Path) -> Iterator[None]:
+    """Keep other processes from training the same runs, which would write into the same checkpoints."""
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".training.lock")
     try:
@@ -141,85 +143,83 @@ def _alone_in(root: Path) -> Iterator[None]:
 
 
 def train_job(job: Job, root: Path) -> None:
-    """Train one run to its end, from where it or its trunk has come to.
+    """Train one run to its end, resuming it or beginning with its shared prefix.
 
     Raises:
-        DivergedError: where its loss is not finite any more.
-        RunError: where training was stopped by a signal, which goes for the whole experiment.
+        DivergedError: if its loss is no longer finite.
+        RunError: if a signal stopped training; the whole experiment then stops.
     """
-    run = RunDirectory(root / job.place)
+    run = RunDirectory(root / job.directory)
     if not run.exists and job.parent is not None:
         start_from_prefix(root, job, job.parent)
-    with beside(root, job, LOG_FILE).open("a") as log, _written_to(log):
-        trainer = build_trainer(job.config, run.path)
-        if (evaluating := EvaluateStages.of_run(job.config)) is not None:
-            trainer.add_callback(evaluating)
-        trainer.train(resume_from_checkpoint=RunDirectory(run.path).exists)
-    if not is_finished(root, job):
-        raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to go on")
+    with job.sibling_file(root, LOG_FILE).open("a") as log, _redirect_output(log):
+        train_run(job.config, run.path, resume=True)
+    if not _is_finished(root, job):
+        raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to resume it")
 
 
-def start_from_prefix(root: Path, job: Job, place: Path) -> None:
-    """Begin a run with the finished stages of its trunk; files are linked where the disk can do so.
+def start_from_prefix(root: Path, job: Job, prefix: Path) -> None:
+    """Begin a run with the stages of its shared prefix; files are hard-linked if the disk supports it.
 
     Args:
-        root: the experiment's directory.
-        job: the run to begin.
-        place: of the trunk.
+        root: directory of the comparison.
+        job: run to begin.
+        prefix: directory of the shared prefix.
 
     Raises:
-        RunError: for a trunk that has not finished.
+        RunError: if the prefix is not finished.
     """
-    trunk, run = RunDirectory(root / place), RunDirectory(root / job.place)
-    if not (trunk.exists and trunk.is_finished):
-        raise RunError(f"{trunk.path} has not finished; {run.path} cannot begin with it")
-    write_text(beside(root, job, PREFIX_FILE), f"{place.as_posix()}\n")  # what was not paid for, for the ledger
-    inherit(trunk, run, job.schedule, name="-".join(job.place.parts[1:]))
+    source, run = RunDirectory(root / prefix), RunDirectory(root / job.directory)
+    if not (source.exists and source.is_finished):
+        raise RunError(f"{source.path} has not finished; {run.path} cannot begin with it")
+    write_text(job.sibling_file(root, PREFIX_FILE), f"{prefix.as_posix()}\n")  # the ledger leaves these stages out
+    inherit(source, run, job.schedule, name="-".join(job.directory.parts[1:]))
 
 
-def is_finished(root: Path, job: Job) -> bool:
-    """Whether a run has been trained to its end."""
-    run = RunDirectory(root / job.place)
+def _is_finished(root: Path, job: Job) -> bool:
+    run = RunDirectory(root / job.directory)
     return run.exists and run.is_finished
 
 
 def find_ended(jobs: Sequence[Job], root: Path) -> set[Path]:
-    """The places of runs of which there is nothing to train any more."""
-    return {job.place for job in jobs if is_finished(root, job)} | find_diverged(jobs, root)
+    """Return the directories of runs that need no more training: finished and diverged ones."""
+    return {job.directory for job in jobs if _is_finished(root, job)} | find_diverged(jobs, root)
 
 
-def _note(job: Job, root: Path, caught: BaseException) -> None:
-    write_text(root / job.place / DIVERGED_FILE, f"{caught}\n")
+def _mark_diverged(job: Job, root: Path, caught: BaseException) -> None:
+    write_text(root / job.directory / DIVERGED_FILE, f"{caught}\n")
 
 
 def describe_machine() -> str:
-    """What this process trains on, for a record: the GPU's name, or the number of CPU cores."""
+    """Return the hardware that this process trains on: the GPU's name, or the number of CPU cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def check_settings_unchanged(jobs: Sequence[Job], root: Path) -> None:
-    """Refuse a directory where a run of the same place was begun otherwise.
+    """Refuse a directory in which a run was begun with other settings.
 
     Raises:
-        RunError: naming it, and what to do.
+        RunError: naming the run and the remedy.
     """
     for job in jobs:
-        path = beside(root, job, CONFIG_FILE)
-        if not (path.exists() and RunDirectory(root / job.place).exists):
+        path = job.sibling_file(root, CONFIG_FILE)
+        if not (path.exists() and RunDirectory(root / job.directory).exists):
             continue
         if read_yaml(path, error=RunError) != parse_yaml(to_yaml(job.config)):
             raise RunError(
-                f"{root / job.place} was begun with other settings than the experiment now has (see {path.name} "
+                f"{root / job.directory} was begun with other settings than the experiment now has (see {path.name} "
                 "there); choose another output directory, or remove that run"
             )
 
 
-def _previewed(job: Job, root: Path) -> None:
-    """Refuse now what a run would refuse once it is its turn."""
+def _check_job(job: Job, root: Path) -> None:
+    """Refuse now what training would refuse once it is the job's turn."""
     try:
-        preview_run(job.config, root / job.place)
+        if job.config.training.get("push_to_hub"):
+            raise RunError("runs of an experiment are not published; leave push_to_hub out")
+        preview_run(job.config, root / job.directory)
         check_evaluation(job.config)
     except SlopError as caught:
         raise type(caught)(f"{job.name}: {caught}") from None
@@ -228,18 +228,19 @@ def _previewed(job: Job, root: Path) -> None:
 # ---- Several at a time ---------------------------------------------------------------------------------------------
 
 
-def _run_side_by_side(jobs: Sequence[Job], root: Path, devices: list[str], tell: Callable[[Job], None]) -> None:
-    """Run what is ready on whatever is free; a run is ready once its trunk has finished."""
+def _run_in_parallel(jobs: Sequence[Job], root: Path, devices: list[str], report_end: Callable[[Job], None]) -> None:
+    """Train each job as soon as a device is free and its shared prefix is finished."""
     context = get_context("spawn")  # a forked process cannot use CUDA
     free = context.Queue()
     for device in devices:
         free.put(device)
     threads = max((os.cpu_count() or 1) // len(devices), 1)
     waiting, running = list(jobs), dict[Future[None], Job]()
-    failed: RunError | None = None
+    failure: RunError | None = None
     with ProcessPoolExecutor(len(devices), context, _claim_device, (free, threads)) as pool:
-        while running or (waiting and failed is None):
-            ready = [job for job in waiting if failed is None and _is_ready(job, waiting, running)]
+        while running or (waiting and failure is None):
+            unfinished = {job.directory for job in (*waiting, *running.values())}
+            ready = [job for job in waiting if failure is None and job.parent not in unfinished]
             for job in ready[: len(devices) - len(running)]:
                 waiting.remove(job)
                 running[pool.submit(train_job, job, root)] = job
@@ -247,32 +248,25 @@ def _run_side_by_side(jobs: Sequence[Job], root: Path, devices: list[str], tell:
             for future in ended:
                 job, caught = running.pop(future), future.exception()
                 if caught is None:
-                    tell(job)
+                    report_end(job)
                 elif isinstance(caught, DivergedError):
-                    _note(job, root, caught)
-                    lost = find_diverged([job, *waiting], root)
-                    for other in [job, *(one for one in waiting if one.place in lost)]:
-                        tell(other)
-                    waiting = [one for one in waiting if one.place not in lost]
-                else:  # those beside it come to their end
-                    failed = failed or _failure(job, root, caught)
-    if failed is not None:
-        raise failed
+                    _mark_diverged(job, root, caught)
+                    diverged = find_diverged([job, *waiting], root)
+                    for other in (job, *waiting):
+                        if other.directory in diverged:
+                            report_end(other)
+                    waiting = [other for other in waiting if other.directory not in diverged]
+                else:  # the runs in progress are still finished
+                    failure = failure or RunError(
+                        f"{job.name} failed ({type(caught).__name__}: {caught}); see "
+                        f"{job.sibling_file(root, LOG_FILE)}, and run the same command again to resume"
+                    )
+    if failure is not None:
+        raise failure
 
 
-def _is_ready(job: Job, waiting: Sequence[Job], running: dict[Future[None], Job]) -> bool:
-    return job.parent is None or job.parent not in {other.place for other in (*waiting, *running.values())}
-
-
-def _failure(job: Job, root: Path, caught: BaseException) -> RunError:
-    what = f"{type(caught).__name__}: {caught}"
-    return RunError(
-        f"{job.name} failed ({what}); see {beside(root, job, LOG_FILE)}, and run the same command again to go on"
-    )
-
-
-def _claim_device(free: Any, threads: int) -> None:
-    """In a new worker: take one of the devices, or a share of the cores; torch looks for devices on first use."""
+def _claim_device(free: Queue[str], threads: int) -> None:
+    """In a new worker, take one of the devices, or limit torch's threads; torch looks for devices on first use."""
     device = free.get()
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -280,8 +274,8 @@ def _claim_device(free: Any, threads: int) -> None:
 
 
 @contextmanager
-def _written_to(log: Any) -> Iterator[None]:
-    """What a trainer prints goes into the run's log, not between the lines of the comparison."""
+def _redirect_output(log: TextIO) -> Iterator[None]:
+    """Redirect what a trainer prints to the run's log file."""
     with redirect_stdout(log), redirect_stderr(log):
         yield
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What a comparison found, in plain sentences: also where growth did not pay, and what cannot be told."""
+"""Sentences about a comparison: who won, whether growth paid, what it saved, and how certain that is."""
 
 from __future__ import annotations
 
@@ -6,167 +6,172 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from ..io.units import format_power
-from ..io.units import format_count
+from ..io.units import format_count, format_power
 from .comparison import Comparison
-from .results import ArmResult, Spread, compute_arm_results, find_baseline, is_below
+from .results import ArmResult, compute_arm_results, find_baseline, is_below
 from .tables import format_spread
 
-_NAMES = 5  # that a sentence lists at most
+_MAX_NAMES = 5  # per sentence
 
 
 def summarize_comparison(comparison: Comparison) -> list[str]:
-    """What a comparison found: the lowest loss at an equal budget, whether growth paid, what it saved, how sure it is.
+    """Return sentences on the lowest loss at an equal budget, whether growth paid, what it saved, and how sure it is.
 
-    Losses count as different *beyond the spread of seeds* where each run of one arm ends below each run of the other.
+    Losses differ *beyond the spread of seeds* if every run of one arm ends below every run of the other.
 
     >>> summarize_comparison(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}, missing=("slop, seed 0",)))
     ['No run at the full budget has finished.', 'One run has not finished: slop, seed 0.']
     """
-    against = find_baseline(comparison)
-    results = compute_arm_results(dataclasses.replace(comparison, reference=against))
-    found = sorted((one for one in results if one.budget == 1), key=_place)
-    if not found:
-        return ["No run at the full budget has finished.", *_left_out(comparison)]
-    beside = next((one for one in found if one.arm == against), None)
-    grown = [one for one in found if one.sequence]
-    told = [_lowest(comparison, found)]
-    if beside is not None and len(found) > 1:
-        paid = beside.arm == comparison.reference and not beside.sequence and bool(grown)
-        told += [_growth(grown, beside)] if paid else _others([one for one in found if one is not beside], beside)
-    if comparison.reference is not None and comparison.of(comparison.reference):
-        told += _saving(comparison, [one for one in found if one.arm != comparison.reference])
-    return [*told, _effort(comparison, found), *_left_out(comparison)]
+    baseline_arm = find_baseline(comparison)
+    results = compute_arm_results(dataclasses.replace(comparison, reference=baseline_arm))
+    ranked = sorted((result for result in results if result.budget == 1), key=_get_rank)
+    if not ranked:
+        return ["No run at the full budget has finished.", *_describe_absent_runs(comparison)]
+    sentences = [_describe_lowest(comparison, ranked)]
+    baseline = next((result for result in ranked if result.arm == baseline_arm), None)
+    grown = [result for result in ranked if result.sequence]
+    if baseline is not None and len(ranked) > 1:
+        if baseline.arm == comparison.reference and not baseline.sequence and grown:
+            sentences.append(_describe_growth(grown, baseline))
+        else:
+            sentences += _describe_variants([result for result in ranked if result is not baseline], baseline)
+    if comparison.reference is not None and comparison.runs_of(comparison.reference):
+        sentences += _describe_saving(comparison, [one for one in ranked if one.arm != comparison.reference])
+    return [*sentences, _describe_effort(comparison, ranked), *_describe_absent_runs(comparison)]
 
 
-def _lowest(comparison: Comparison, found: Sequence[ArmResult]) -> str:
-    best, others = found[0], found[1:]
-    spend = (
-        f"FLOPs ({format_power(comparison.budget)})"
-        if comparison.equal == "flops"
-        else f"tokens ({format_count(comparison.budget)})"
-    )
-    loss = f"held-out loss {format_spread(best.loss, 4)} nats a token"
+def _describe_lowest(comparison: Comparison, ranked: Sequence[ArmResult]) -> str:
+    best, others = ranked[0], ranked[1:]
+    if comparison.equal == "flops":
+        budget = f"FLOPs ({format_power(comparison.budget)})"
+    else:
+        budget = f"tokens ({format_count(comparison.budget)})"
+    loss = f"a held-out loss of {format_spread(best.loss, 4)} nats per token"
     if not others:
-        return f"At equal {spend} only {_named(best.arm)} has finished: {loss}."
-    sentence = f"At equal {spend}, {_named(best.arm)} ends lowest of {len(found)} arms: {loss}"
-    if _is_single(found[:2]):
-        return (
-            f"{sentence}, {_apart(best, others[0])} below {_named(others[0].arm)}; with one seed, that may be chance."
-        )
+        return f"At equal {budget} only {_quote(best.arm)} has finished, with {loss}."
+    sentence = f"At equal {budget}, {_quote(best.arm)} has the lowest final loss of {len(ranked)} arms: {loss}"
+    second = others[0]
+    if _has_single_seed(ranked[:2]):
+        return f"{sentence}, {_subtract(best, second)} below {_quote(second.arm)}; with one seed, that may be chance."
     if len(others) == 1:
-        sure = "beyond" if is_below(best.loss, others[0].loss) else "within"
-        return f"{sentence}, {_apart(best, others[0])} below {_named(others[0].arm)}, {sure} the spread of seeds."
-    close = [one.arm for one in others if not is_below(best.loss, one.loss)]
+        sure = "beyond" if is_below(best.loss, second.loss) else "within"
+        return f"{sentence}, {_subtract(best, second)} below {_quote(second.arm)}, {sure} the spread of seeds."
+    close = [other.arm for other in others if not is_below(best.loss, other.loss)]
     if not close:
         return f"{sentence}, below every other arm beyond the spread of seeds."
-    return f"{sentence}, but not beyond the spread of seeds of {_listed(close)}."
+    return f"{sentence}, but not beyond the spread of seeds of {_join(close)}."
 
 
-def _growth(grown: Sequence[ArmResult], beside: ArmResult) -> str:
-    """Whether growth paid against training from scratch."""
-    best, scratch = grown[0], _named(beside.arm)
-    below = best.loss.mean < beside.loss.mean
-    ends = f"ends {_apart(best, beside)} {'below' if below else 'above'} {scratch}"
-    who = _named(best.arm) if below or len(grown) == 1 else f"the best of the grown arms, {_named(best.arm)},"
-    if _is_single((best, beside)):
-        verdict = "With one seed growth seems to pay" if below else "With one seed growth did not pay"
+def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult) -> str:
+    """Say whether growth paid, compared with training from scratch."""
+    best, name = grown[0], _quote(scratch.arm)
+    is_lower = best.loss.mean < scratch.loss.mean
+    ends = f"ends {_subtract(best, scratch)} {'below' if is_lower else 'above'} {name}"
+    who = _quote(best.arm) if is_lower or len(grown) == 1 else f"the best grown arm, {_quote(best.arm)},"
+    if _has_single_seed((best, scratch)):
+        verdict = "With one seed growth seems to pay" if is_lower else "With one seed growth did not pay"
         return f"{verdict}: {who} {ends}."
-    sure = is_below(best.loss, beside.loss) or is_below(beside.loss, best.loss)
-    verdict = ("Growth paid" if sure else "Whether growth paid cannot be told") if below else "Growth did not pay"
-    sentence = f"{verdict}: {who} {ends}, {'beyond' if sure else 'within'} the spread of seeds"
+    is_sure = is_below(best.loss, scratch.loss) or is_below(scratch.loss, best.loss)
+    if is_lower:
+        verdict = "Growth paid" if is_sure else "It is uncertain whether growth paid"
+    else:
+        verdict = "Growth did not pay"
+    sentence = f"{verdict}: {who} {ends}, {'beyond' if is_sure else 'within'} the spread of seeds"
     if len(grown) == 1:
         return f"{sentence}."
-    lower = sum(is_below(one.loss, beside.loss) for one in grown)
-    higher = sum(is_below(beside.loss, one.loss) for one in grown)
-    counts = f"{lower or 'none'} end below {scratch} beyond that spread, {higher or 'none'} above"
-    return f"{sentence}. Of {len(grown)} grown arms {counts}."
+    lower = sum(is_below(arm.loss, scratch.loss) for arm in grown)
+    higher = sum(is_below(scratch.loss, arm.loss) for arm in grown)
+    return (
+        f"{sentence}. Beyond that spread, {lower or 'none'} of the {len(grown)} grown arms "
+        f"{'ends' if lower == 1 else 'end'} below {name} and {higher or 'none'} above."
+    )
 
 
-def _others(others: Sequence[ArmResult], beside: ArmResult) -> list[str]:
-    """Which variants differ from the arm they are variants of."""
-    if _is_single([*others, beside]):
+def _describe_variants(others: Sequence[ArmResult], baseline: ArmResult) -> list[str]:
+    """Say which variants differ from the arm that they are variants of."""
+    if _has_single_seed([*others, baseline]):
         return []
-    lower = [one.arm for one in others if is_below(one.loss, beside.loss)]
-    higher = [one.arm for one in others if is_below(beside.loss, one.loss)]
+    lower = [other.arm for other in others if is_below(other.loss, baseline.loss)]
+    higher = [other.arm for other in others if is_below(baseline.loss, other.loss)]
     sides = (("lower", lower), ("higher", higher))
-    parts = [f"{side} beyond the spread of seeds: {_listed(arms)}" for side, arms in sides if arms]
+    parts = [f"{side} beyond the spread of seeds: {_join(arms)}" for side, arms in sides if arms]
     if rest := len(others) - len(lower) - len(higher):
         parts.append(f"within that spread: {rest} of {len(others)}" if parts else "all within the spread of seeds")
-    return [f"Beside {_named(beside.arm)}, {'; '.join(parts)}."]
+    return [f"Compared with {_quote(baseline.arm)}, {'; '.join(parts)}."]
 
 
-def _saving(comparison: Comparison, others: Sequence[ArmResult]) -> list[str]:
-    """FLOPs to the reference's final loss."""
-    goal = f"{_named(comparison.reference or '')}'s final loss"
-    reached = [(one.flops_saved, one) for one in others if one.flops_saved is not None]
+def _describe_saving(comparison: Comparison, others: Sequence[ArmResult]) -> list[str]:
+    """Say how many FLOPs the arms save on the way to the reference's final loss."""
     if not others:
         return []
-    if not reached:
-        return [f"No other arm gets to {goal} with every seed."]
-    saved, best = max(reached, key=lambda pair: pair[0].mean)
-    seeds = f" ({saved.low:.1%} to {saved.high:.1%} by seed)" if _seeds(saved) > 1 else ""
-    most = ", the most of all arms" if len(others) > 1 else ""
+    goal = f"the final loss of {_quote(comparison.reference or '')}"
+    reaching = [(result.flops_saved, result) for result in others if result.flops_saved is not None]
+    if not reaching:
+        return [f"No other arm reaches {goal} with every seed."]
+    saved, best = max(reaching, key=lambda pair: pair[0].mean)
     if saved.mean > 0:
-        sentence = f"To {goal} {_named(best.arm)} saves {saved.mean:.1%} of the FLOPs{seeds}{most}"
+        seeds = f" ({saved.low:.1%} to {saved.high:.1%} by seed)" if len(saved.values) > 1 else ""
+        most = ", the most of all arms" if len(others) > 1 else ""
+        sentence = f"{_quote(best.arm)} reaches {goal} with {saved.mean:.1%} fewer FLOPs{seeds}{most}"
     else:
-        sentence = f"No arm saves FLOPs to {goal}; {_named(best.arm)} comes closest with {abs(saved.mean):.1%} more"
-    never = [one.arm for one in others if one.flops_saved is None]
-    return [sentence + (f"; not every seed of {_listed(never)} gets there." if never else ".")]
+        sentence = (
+            f"No arm reaches {goal} with fewer FLOPs; {_quote(best.arm)} comes closest, with {-saved.mean:.1%} more"
+        )
+    missing = [result.arm for result in others if result.flops_saved is None]
+    return [sentence + (f"; not every seed of {_join(missing)} reaches it." if missing else ".")]
 
 
-def _effort(comparison: Comparison, found: Sequence[ArmResult]) -> str:
-    """How much training, and how many seeds, all of this rests on."""
-    runs = {one.arm: comparison.of(one.arm)[0] for one in found}
+def _describe_effort(comparison: Comparison, ranked: Sequence[ArmResult]) -> str:
+    """Say how many seeds and how much training the other sentences rest on."""
+    runs = {result.arm: comparison.runs_of(result.arm)[0] for result in ranked}
     target = max(run.stages[-1].parameters for run in runs.values())
     ratios = {arm: run.tokens / target for arm, run in runs.items() if run.stages[-1].parameters == target}
     least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     low, high = f"{ratios[least]:.2g}", f"{ratios[most]:.2g}"
-    tokens = low if low == high else f"{low} ({_named(least)}) to {high} ({_named(most)})"
-    fewest, many = min(len(one.seeds) for one in found), max(len(one.seeds) for one in found)
+    tokens = low if low == high else f"{low} ({_quote(least)}) to {high} ({_quote(most)})"
+    fewest, many = min(len(result.seeds) for result in ranked), max(len(result.seeds) for result in ranked)
     seeds = "one seed" if many == 1 else f"{many} seeds" if fewest == many else f"{fewest} to {many} seeds"
-    return f"This rests on {seeds} an arm, and on {tokens} tokens per parameter of the target ({format_count(target)})."
+    return (
+        f"This rests on {seeds} per arm, and on {tokens} tokens per parameter of the target ({format_count(target)})."
+    )
 
 
-def _left_out(comparison: Comparison) -> list[str]:
-    told = []
+def _describe_absent_runs(comparison: Comparison) -> list[str]:
+    sentences = []
     for what, names in (("diverged", comparison.diverged), ("not finished", comparison.missing)):
         if names:
             who = "One run has" if len(names) == 1 else f"{len(names)} runs have"
-            told.append(f"{who} {what}: {'; '.join(names[:_NAMES])}{'; …' if len(names) > _NAMES else ''}.")
-    return told
+            more = "; …" if len(names) > _MAX_NAMES else ""
+            sentences.append(f"{who} {what}: {'; '.join(names[:_MAX_NAMES])}{more}.")
+    return sentences
 
 
-def _place(one: ArmResult) -> float:
-    """What arms are ranked by; a diverged one comes last."""
-    return one.loss.mean if math.isfinite(one.loss.mean) else math.inf
+def _get_rank(result: ArmResult) -> float:
+    """Return the mean loss, by which arms are sorted; a diverged arm comes last."""
+    return result.loss.mean if math.isfinite(result.loss.mean) else math.inf
 
 
-def _apart(one: ArmResult, other: ArmResult) -> str:
-    return f"{abs(one.loss.mean - other.loss.mean):.4f}"
+def _subtract(first: ArmResult, second: ArmResult) -> str:
+    return f"{abs(first.loss.mean - second.loss.mean):.4f}"
 
 
-def _is_single(results: Iterable[ArmResult]) -> bool:
-    """Whether some arm has no spread over seeds."""
-    return any(_seeds(one.loss) < 2 for one in results)
+def _has_single_seed(results: Iterable[ArmResult]) -> bool:
+    """Whether some arm has only one seed, and so no spread."""
+    return any(len(result.loss.values) < 2 for result in results)
 
 
-def _seeds(spread: Spread) -> int:
-    return len(spread.values)
-
-
-def _named(arm: str) -> str:
-    """An arm's name; in quotes where it would read like more of the sentence."""
+def _quote(arm: str) -> str:
+    """Return an arm's name, in quotes if it would read like a part of the sentence."""
     return f"“{arm}”" if " " in arm or "," in arm else arm
 
 
-def _listed(arms: Sequence[str]) -> str:
-    """Names with commas between them.
+def _join(arms: Sequence[str]) -> str:
+    """Return names separated by commas.
 
-    >>> _listed(["a", "b"]), _listed("abcdefg")
+    >>> _join(["a", "b"]), _join("abcdefg")
     ('a and b', 'a, b, c, d and 3 more')
     """
-    names = [_named(arm) for arm in arms]
-    if len(names) > _NAMES:
-        names = [*names[: _NAMES - 1], f"{len(names) - _NAMES + 1} more"]
+    names = [_quote(arm) for arm in arms]
+    if len(names) > _MAX_NAMES:
+        names = [*names[: _MAX_NAMES - 1], f"{len(names) - _MAX_NAMES + 1} more"]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

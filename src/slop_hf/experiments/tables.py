@@ -1,4 +1,4 @@
-"""A comparison as tables: its arms, the stages of each arm, and the ledger of what it cost."""
+"""Tables of a comparison: its arms, the stages of each arm, and the compute ledger."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ..io.units import NOTHING, format_count, format_decimals, format_power, format_seconds, format_significant
 from ..report.tables import TextTable
-from ..io.units import NOTHING
-from ..io.units import format_significant
-from ..io.units import format_seconds
-from ..io.units import format_decimals
-from ..io.units import format_power
-from ..io.units import format_count
-from .comparison import Comparison
-from .results import ArmResult, Spread, compute_arm_results, find_baseline, find_full_budget
+from .comparison import Comparison, Cost
+from .results import ArmResult, Spread, compute_arm_results, find_baseline, find_main_budget
 
 LEDGER_COLUMNS = (("what", False), ("count", True), ("tokens", True), ("FLOPs", True), ("device seconds", True))
 ARM_STAGE_COLUMNS = (
@@ -31,150 +26,152 @@ ARM_STAGE_COLUMNS = (
     ("loss after growth", True),
     ("held-out loss", True),
 )
-#: What the kinds of the ledger are.
-PAID_FOR = {"trunks": "beginnings that several runs share"}
-NOT_REACHED = "not reached"
-_MOST = 1e9  # perplexity, or utility, that has a meaning
+#: What the ledger's kinds of entries are called in tables.
+_LEDGER_NAMES = {"trunks": "shared prefixes (first stages that several runs have in common)"}
+_NOT_REACHED = "not reached"
+_MEANINGLESS = 1e9  # a perplexity or utility from here on is a sign of divergence
 _ABOUT = "what"
-_TEXT = ("arm", _ABOUT, "grows")
+_LEFT_ALIGNED = ("arm", _ABOUT, "grows")
 
 
-def build_arm_cells(comparison: Comparison) -> TextTable:
-    """Arms side by side: a row an arm and budget, in the order of the experiment.
+def tabulate_arms(comparison: Comparison) -> TextTable:
+    """Return a table with one row per arm and budget, in the order of the experiment.
 
-    A column in which no row has anything to tell is left out; what the paper prints of an arm stands in its row at
-    budget 1, in columns of their own.
+    Columns without content are left out. Numbers printed in the paper have columns of their own, and stand in the
+    row of an arm's main budget.
     """
-    against, reference = find_baseline(comparison), comparison.reference
-    results = compute_arm_results(dataclasses.replace(comparison, reference=against))
-    several = any(result.budget != 1 for result in results)
+    baseline, reference = find_baseline(comparison), comparison.reference
+    results = compute_arm_results(dataclasses.replace(comparison, reference=baseline))
+    has_budgets = any(result.budget != 1 for result in results)
     cells: dict[str, Callable[[ArmResult], str]] = {
-        "arm": lambda one: one.arm,
-        _ABOUT: lambda one: comparison.arms[one.arm] or NOTHING,
-        "grows": lambda one: one.sequence or NOTHING,
-        "budget": lambda one: f"×{one.budget:g}" if several else NOTHING,
-        "seeds": lambda one: str(len(one.seeds)),
-        "tokens": lambda one: format_count(one.tokens),
-        "FLOPs": lambda one: format_power(one.flops),
-        "seconds": lambda one: format_seconds(one.seconds.mean),
-        "held-out loss": lambda one: format_spread(one.loss, 4),
-        "ppl": lambda one: format_spread(one.perplexity, 2),
-        f"loss − that of {against}": lambda one: _difference(one, against),
-        "FLOPs saved": lambda one: _saved(comparison, one) if reference is not None else NOTHING,
-        "marginal utility": _utility,
+        "arm": lambda result: result.arm,
+        _ABOUT: lambda result: comparison.arms[result.arm] or NOTHING,
+        "grows": lambda result: result.sequence or NOTHING,
+        "budget": lambda result: f"×{result.budget:g}" if has_budgets else NOTHING,
+        "seeds": lambda result: str(len(result.seeds)),
+        "tokens": lambda result: format_count(result.tokens),
+        "FLOPs": lambda result: format_power(result.flops),
+        "seconds": lambda result: format_seconds(result.seconds.mean),
+        "held-out loss": lambda result: format_spread(result.loss, 4),
+        "ppl": lambda result: format_spread(result.perplexity, 2),
+        f"loss vs {baseline}": lambda result: _format_difference(result, baseline),
+        "FLOPs saved": lambda result: _format_saving(comparison, result) if reference is not None else NOTHING,
+        "marginal utility": _format_utility,
     }
     for column in dict.fromkeys(name for printed in comparison.printed.values() for name in printed):
-        cells[f"{column} (paper)"] = partial(_printed, comparison, column)
+        cells[f"{column} (paper)"] = partial(_format_printed, comparison, column)
     columns = {heading: [cell(result) for result in results] for heading, cell in cells.items()}
-    told = {heading: column for heading, column in columns.items() if not column or {*column} != {NOTHING}}
-    headings = tuple((heading, heading not in _TEXT) for heading in told)
-    return TextTable(headings, tuple(zip(*told.values(), strict=True)))
+    shown = {heading: column for heading, column in columns.items() if not column or {*column} != {NOTHING}}
+    headings = tuple((heading, heading not in _LEFT_ALIGNED) for heading in shown)
+    return TextTable(headings, tuple(zip(*shown.values(), strict=True)))
 
 
-def build_arm_stage_cells(comparison: Comparison) -> TextTable:
-    """The stages of each arm at its full budget, with the mean of its seeds' losses."""
+def tabulate_arm_stages(comparison: Comparison) -> TextTable:
+    """Return a table with the stages of each arm at its main budget; losses are means over seeds."""
     rows = []
     for arm in comparison.arms:
-        runs = comparison.of(arm, find_full_budget(comparison, arm))
+        runs = comparison.runs_of(arm, find_main_budget(comparison, arm))
         for number, stages in enumerate(zip(*(run.stages for run in runs), strict=True)):
-            one = stages[0]
-            after = Spread.of([stage.eval_loss_after_growth for stage in stages])
+            first = stages[0]
+            after_growth = Spread.collect([stage.eval_loss_after_growth for stage in stages])
             rows.append(
                 (
                     "" if number else arm,
-                    one.name.removeprefix("stage-").replace("-", " ", 1),
-                    str(one.dims),
-                    format_count(one.parameters),
-                    format_count(one.tokens),
-                    format_decimals(after.mean if after else None, 4),
+                    first.name.removeprefix("stage-").replace("-", " ", 1),
+                    str(first.dims),
+                    format_count(first.parameters),
+                    format_count(first.tokens),
+                    format_decimals(after_growth.mean if after_growth else None, 4),
                     format_decimals(Spread(tuple(stage.eval_loss for stage in stages)).mean, 4),
                 )
             )
     return TextTable(ARM_STAGE_COLUMNS, tuple(rows))
 
 
-def build_ledger_cells(comparison: Comparison) -> TextTable:
-    """What was paid, everything counted once, and the sum."""
-    rows = [
+def tabulate_ledger(comparison: Comparison) -> TextTable:
+    """Return a table of the compute spent, everything counted once, with the sum in its last row."""
+    costs = list(comparison.ledger)
+    if len(costs) > 1:
+        numbers = ("count", "tokens", "flops", "seconds")
+        costs.append(Cost("sum", *[sum(getattr(cost, name) for cost in costs) for name in numbers]))
+    rows = (
         (
-            f"{cost.what} ({PAID_FOR[cost.what]})" if cost.what in PAID_FOR else cost.what,
+            _LEDGER_NAMES.get(cost.what, cost.what),
             f"{cost.count:,}",
             format_count(cost.tokens),
             format_power(cost.flops),
             format_seconds(cost.seconds),
         )
-        for cost in comparison.ledger
-    ]
-    paid = comparison.ledger
-    totals = [sum(getattr(cost, name) for cost in paid) for name in ("count", "tokens", "flops", "seconds")]
-    if len(rows) > 1:
-        rows.append(("sum", f"{totals[0]:,}", format_count(totals[1]), format_power(totals[2]), format_seconds(totals[3])))
+        for cost in costs
+    )
     return TextTable(LEDGER_COLUMNS, tuple(rows))
 
 
 def build_arms_table(comparison: Comparison) -> Table:
-    """`build_arm_cells` for the terminal, as much as fits 80 columns: `rich.print(arms_table(comparison))`."""
-    cells, unequal = build_arm_cells(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
+    """Return the columns of `tabulate_arms` that fit into a terminal of 80 characters, for `rich.print`."""
+    table, unequal = tabulate_arms(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
     wanted = ("arm", "grows", "budget", unequal, "held-out loss", "FLOPs saved")
-    kept = [number for number, (name, _) in enumerate(cells.columns) if name in wanted or name.startswith("loss −")]
-    rows = tuple(tuple(row[number] for number in kept) for row in cells.rows)
-    narrow = TextTable(tuple(cells.columns[number] for number in kept), rows)
-    return for_terminal(narrow, f"{comparison.title} · {comparison.scale}")
-
-
-def build_arm_stages_table(comparison: Comparison) -> Table:
-    """`build_arm_stage_cells` for the terminal."""
-    return for_terminal(build_arm_stage_cells(comparison), "Stages, means over seeds")
+    headings = [heading for heading, _ in table.columns]
+    numbers = [n for n, heading in enumerate(headings) if heading in wanted or heading.startswith("loss vs ")]
+    rows = tuple(tuple(row[number] for number in numbers) for row in table.rows)
+    narrow = TextTable(tuple(table.columns[number] for number in numbers), rows)
+    return build_terminal_table(narrow, f"{comparison.title} · {comparison.scale}")
 
 
 def build_ledger_table(comparison: Comparison) -> Table:
-    """`build_ledger_cells` for the terminal."""
-    return for_terminal(build_ledger_cells(comparison), "What it cost")
+    """Return `tabulate_ledger` for the terminal."""
+    return build_terminal_table(tabulate_ledger(comparison), "What it cost")
 
 
-def for_terminal(cells: TextTable, title: str) -> Table:
-    """Cells as a table for the terminal."""
-    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
-    for heading, right in cells.columns:
-        table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
-    for row in cells.rows:
-        table.add_row(*map(Text, row))  # Text takes a name such as `run[1]` as it is, a string would be markup
-    return table
+def build_terminal_table(table: TextTable, title: str) -> Table:
+    """Return a table for the terminal, with a title above it."""
+    result = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for heading, right in table.columns:
+        result.add_column(heading, justify="right" if right else "left", no_wrap=not right)
+    for row in table.rows:
+        result.add_row(*map(Text, row))  # a string such as `run[1]` would be read as markup
+    return result
 
 
 def format_spread(spread: Spread, places: int) -> str:
-    """The mean ± the sample standard deviation over seeds, which a single seed has not.
+    """Return the mean ± the sample standard deviation over seeds, or only the mean for a single seed.
 
-    >>> format_spread(Spread((3.0, 3.5)), 2), plus_minus(Spread((3.0,)), 2), plus_minus(Spread((3.0, float("inf"))), 2)
-    ('3.25 ± 0.35', '3.00', 'diverged')
+    >>> format_spread(Spread((3.0, 3.5)), 2), format_spread(Spread((3.0,)), 2)
+    ('3.25 ± 0.35', '3.00')
+    >>> format_spread(Spread((3.0, float("inf"))), 2)
+    'diverged'
     """
-    if not spread.mean < _MOST:
+    if not spread.mean < _MEANINGLESS:
         return "diverged"
     deviation = spread.deviation
-    return format_decimals(spread.mean, places) + (f" ± {format_decimals(deviation, places)}" if deviation is not None else "")
+    mean = format_decimals(spread.mean, places)
+    return mean if deviation is None else f"{mean} ± {format_decimals(deviation, places)}"
 
 
-def _difference(one: ArmResult, against: str | None) -> str:
-    spread = one.against_reference
-    return f"{spread.mean:+.4f}" if one.arm != against and spread and math.isfinite(spread.mean) else NOTHING
+def _format_difference(result: ArmResult, baseline: str | None) -> str:
+    spread = result.against_reference
+    if result.arm == baseline or spread is None or not math.isfinite(spread.mean):
+        return NOTHING
+    return f"{spread.mean:+.4f}"
 
 
-def _utility(one: ArmResult) -> str:
-    spread = one.marginal_utility
-    return format_significant(spread.mean) if spread is not None and abs(spread.mean) < _MOST else NOTHING
+def _format_utility(result: ArmResult) -> str:
+    spread = result.marginal_utility
+    return format_significant(spread.mean) if spread is not None and abs(spread.mean) < _MEANINGLESS else NOTHING
 
 
-def _saved(comparison: Comparison, one: ArmResult) -> str:
-    """In percent, the mean over seeds and the lowest to the highest; for the reference there is nothing to save."""
-    saved, goals = one.flops_saved, {run.seed for run in comparison.of(comparison.reference or "")}
-    if one.arm == comparison.reference or not goals & {*one.seeds}:
+def _format_saving(comparison: Comparison, result: ArmResult) -> str:
+    """Return the saving in percent, the mean over seeds with its range; nothing for the reference itself."""
+    saved, goals = result.flops_saved, {run.seed for run in comparison.runs_of(comparison.reference or "")}
+    if result.arm == comparison.reference or not goals & {*result.seeds}:
         return NOTHING
     if saved is None:
-        return NOT_REACHED
+        return _NOT_REACHED
     mean, low, high = (f"{100 * value:.1f}".replace("-0.0", "0.0") for value in (saved.mean, saved.low, saved.high))
     return f"{mean}% ({low} to {high})" if len(saved.values) > 1 else f"{mean}%"
 
 
-def _printed(comparison: Comparison, column: str, one: ArmResult) -> str:
-    value = comparison.printed.get(one.arm, {}).get(column)
-    return NOTHING if value is None or one.budget != find_full_budget(comparison, one.arm) else f"{value:,.10g}"
+def _format_printed(comparison: Comparison, column: str, result: ArmResult) -> str:
+    value = comparison.printed.get(result.arm, {}).get(column)
+    is_shown = value is not None and result.budget == find_main_budget(comparison, result.arm)
+    return f"{value:,.10g}" if is_shown else NOTHING

@@ -1,1 +1,1 @@
-"""Short trial training that chooses among schedules."""
+"""Short trial runs that rank candidates: schedules, inits of a stage, or stages that could come next."""

@@ -1,4 +1,4 @@
-"""What a probe may choose among: schedules of a planner, inits of a stage, or stages that could come next."""
+"""Candidates of a probe: schedules of a planner, inits of a stage, or stages that could come next."""
 
 from __future__ import annotations
 
@@ -8,58 +8,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..dims import ModelDims
 from ..errors import RunError
 from ..growth import resolve_inits
 from ..io.serialization import hash_json, to_plain
-from ..operators import get_operator, find_operators
+from ..operators import find_operators, get_operator
 from ..paper import tables as paper
 from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
 from ..runs.directory import RunDirectory, RunFacts
 from ..schedule import GrowthSchedule, GrowthStage
-from ..training import RunConfig
-from ..training.config import known_vocab_size
+from ..training.config import RunConfig, find_vocab_size
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where candidates part: the end of a finished stage of a run.
+    """A finished stage of a run, from which all candidates continue.
 
     Args:
         run: the run.
-        stage: its number; 0 is the initial model.
+        stage: number of the stage; 0 is the initial model.
     """
 
     run: RunDirectory
     stage: int
 
     @classmethod
-    def of(cls, address: str | Path) -> Start:
-        """The start that `RUN` or `RUN@STAGE` names, the stage by its number or its directory; default, the last.
+    def parse(cls, address: str | Path) -> Start:
+        """Read `RUN` or `RUN@STAGE`; the stage is a number or the name of its directory, by default the last one.
 
         Raises:
-            RunError: where there is no run, or no such stage has finished.
+            RunError: if the run does not exist, or the stage is not finished.
         """
         text = str(address)
-        path, at, name = text.rpartition("@")
-        if not at or RunDirectory(text).exists:
+        path, separator, name = text.rpartition("@")
+        if not separator or RunDirectory(text).exists:
             path, name = text, ""
         run = RunDirectory(path)
         finished = run.schedule.stage_names[: run.finished_stages]
         if not finished:
-            raise RunError(f"{path}: no stage has finished yet, there is nothing to begin with")
-        numbers = {
-            **{str(number): number for number in range(len(finished))},
-            **{n: i for i, n in enumerate(finished)},
-        }
-        if name and name not in numbers:
-            raise RunError(f"{path} has no finished stage {name!r}; finished are {', '.join(finished)}")
-        return cls(run, numbers[name] if name else len(finished) - 1)
+            raise RunError(f"{path}: no stage has finished yet, so candidates cannot begin with one")
+        if not name:
+            return cls(run, len(finished) - 1)
+        for number, stage_name in enumerate(finished):
+            if name in (str(number), stage_name):
+                return cls(run, number)
+        raise RunError(f"{path} has no finished stage {name!r}; the finished stages are {', '.join(finished)}")
 
     @property
     def name(self) -> str:
-        """What to call it: the run and the stage's directory."""
+        """Run and stage, as `parse` reads them."""
         return f"{self.run.path}@{self.run.schedule.stage_name(self.stage)}"
 
     @property
@@ -70,30 +67,30 @@ class Start:
 
     @property
     def facts(self) -> RunFacts | None:
-        """What all that goes on from the run has to have in common with it."""
+        """Facts of the run that its continuations must share."""
         return RunFacts.load(self.run)
 
     @property
     def key(self) -> str:
-        """What tells it from the same stage of a run that was trained otherwise, or once more."""
+        """A hash that differs for the same stage of another training run."""
         facts = self.facts
         return hash_json([facts.run_id if facts else "", to_plain(self.run.records()[: self.stage + 1])])
 
     @property
-    def keeps_optimizer(self) -> bool:
-        """Whether AdamW's state at the end of the stage is there; otherwise candidates begin with a new one."""
+    def has_optimizer_state(self) -> bool:
+        """Whether AdamW's state at the end of the stage was kept; otherwise candidates begin with a new one."""
         return bool(self.run.optimizer_files(self.stage))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to be tried.
+    """One alternative to try.
 
     Args:
-        name: what to call it.
-        schedule: of a whole run, the stages up to the start included.
-        stages: growth stages of it that a trial goes through, counted from the beginning; None for all.
-        rank: its place by whoever proposed it, from 1; None where their order means nothing.
+        name: name of the candidate.
+        schedule: schedule of a whole run, including the stages before the start.
+        stages: number of growth stages that a trial trains, counted from the beginning of the run; None for all.
+        rank: rank given by the planner, from 1; None if the candidates have no order.
     """
 
     name: str
@@ -103,45 +100,45 @@ class Candidate:
 
 
 def continue_schedule(start: Start | None, schedule: GrowthSchedule) -> GrowthSchedule:
-    """A schedule as that of a whole run that begins with the stages up to a start.
+    """Return a schedule as that of a whole run that begins with the stages up to a start.
 
     Args:
-        start: of the candidates; None leaves the schedule as it is.
-        schedule: one that begins with the same structures, or with the one at the start.
+        start: start of the candidates; None returns the schedule as it is.
+        schedule: schedule that begins with the same structures as the run, or with the structure at the start.
 
     Raises:
-        RunError: for another one, or one that ends there.
+        RunError: if the schedule does not pass through the start, or ends there.
     """
     if start is None:
-        begun, rest = GrowthSchedule(schedule.initial, (), schedule.initial_tokens), schedule.stages
+        begin, rest = GrowthSchedule(schedule.initial, (), schedule.initial_tokens), schedule.stages
     else:
-        begun, rest = start.schedule, schedule.stages
-        if schedule.structures[: start.stage + 1] == begun.structures:
+        begin, rest = start.schedule, schedule.stages
+        if schedule.structures[: start.stage + 1] == begin.structures:
             rest = rest[start.stage :]
-        elif schedule.initial != begun.target:
+        elif schedule.initial != begin.target:
             raise RunError(
-                f"the schedule begins with {schedule.initial} and does not lead through {start.name}, which has "
-                f"{begun.target}; give one from there (`slop plan --from {start.run.stage_dir(start.stage)}`)"
+                f"the schedule begins with {schedule.initial} and does not pass through {start.name}, which has "
+                f"{begin.target}; give a schedule from there (`slop plan --from {start.run.stage_dir(start.stage)}`)"
             )
     if not rest:
-        raise RunError(f"the schedule ends with {begun.target}, where candidates begin: there is nothing to try")
-    return dataclasses.replace(begun, stages=(*begun.stages, *rest), scores=schedule.scores)
+        raise RunError(f"the schedule ends with {begin.target}, where candidates begin: there is nothing to try")
+    return dataclasses.replace(begin, stages=(*begin.stages, *rest), scores=schedule.scores)
 
 
 def build_schedule_candidates(schedules: Sequence[GrowthSchedule], start: Start | None = None) -> list[Candidate]:
-    """Schedules in the order of a planner.
+    """Return one candidate per schedule of a planner.
 
     Args:
-        schedules: best first.
-        start: that all begin with; they may begin with its structure.
+        schedules: schedules, best first.
+        start: start of the candidates; the schedules may begin with its structure.
 
     Raises:
-        RunError: for schedules that cannot go on from there.
+        RunError: if a schedule does not pass through the start, or ends there.
     """
-    times = Counter(schedule.sequence for schedule in schedules)
+    counts = Counter(schedule.sequence for schedule in schedules)
     return [
         Candidate(
-            schedule.sequence if times[schedule.sequence] == 1 else f"{schedule.sequence} ({rank})",
+            schedule.sequence if counts[schedule.sequence] == 1 else f"{schedule.sequence} ({rank})",
             continue_schedule(start, schedule),
             rank=rank,
         )
@@ -157,98 +154,99 @@ def plan_candidates(
     *,
     objective: str = "delta_params",
 ) -> list[Candidate]:
-    """The planner's best ways to the end of a schedule, with its dimensions and tokens.
+    """Return the planner's best schedules to the target of a schedule, with its dimensions and tokens.
 
     Args:
-        config: the run.
+        config: config of the run.
         schedule: its schedule.
-        top_k: how many.
-        start: to plan from; default, the initial model.
-        objective: what the planner ranks by, a name in `objectives.OBJECTIVES`.
+        top_k: number of candidates.
+        start: start of the candidates; default, the initial model.
+        objective: objective of the planner, a name in `objectives.OBJECTIVES`.
 
     Raises:
-        SlopError: where there is none.
+        SlopError: if no schedule exists.
     """
     first, whole = get_first_stage(start), continue_schedule(start, schedule)
     rest = whole.stages[first - 1 :]
-    model = config.model_config(whole.initial, known_vocab_size(config), as_described=True).to_dict()
+    model = config.model_config(whole.initial, find_vocab_size(config), as_described=True).to_dict()
     space = ConfigSpace(targets=[whole.target], config=model, sequence_length=config.data.block_size)
-    operators = _own_operators(rest)
+    operators = _list_leading(rest)
     planner = SlopPlanner(
-        whole.structures[first - 1], space, operators=operators, objective=objective, cost_model=paper.fit_cost_model()
+        whole.structures[first - 1], space, operators=operators, objective=objective, cost_model=paper.cost_model()
     )
     initial = whole.initial_tokens if start is None else 0
     tokens = sum(stage.tokens for stage in rest)
-    found = planner.plan(
+    schedules = planner.plan(
         top_k,
         tokens=float(initial + tokens) if tokens else None,
         initial_share=initial * len(operators) / tokens if tokens else 0.0,
         already_seen=float(sum(whole.tokens[:first]) - initial),
     )
-    return build_schedule_candidates(found, start)
+    return build_schedule_candidates(schedules, start)
 
 
-def build_init_candidates(schedule: GrowthSchedule, inits: Sequence[str], start: Start | None = None) -> list[Candidate]:
-    """The schedule with each init of the next stage; a trial ends with that stage.
+def build_init_candidates(
+    schedule: GrowthSchedule, inits: Sequence[str], start: Start | None = None
+) -> list[Candidate]:
+    """Return one candidate per init of the next stage; a trial ends with that stage.
 
     Args:
-        schedule: of the run.
-        inits: names in `growth.inits.INITS` that all operators of the stage know.
-        start: the stage before; default, the initial model.
+        schedule: schedule of the run.
+        inits: names in `growth.inits.INITS` that all operators of the stage support.
+        start: start of the candidates; default, the initial model.
 
     Raises:
-        SlopError: for an init that an operator of the stage does not know.
+        SlopError: if an operator of the stage does not support an init.
     """
     number, whole = get_first_stage(start), continue_schedule(start, schedule)
-    before, stage, after = whole.stages[: number - 1], whole.stages[number - 1], whole.stages[number:]
-    found = []
+    stage = whole.stages[number - 1]
+    candidates = []
     for init in inits:
         resolve_inits(stage.operators, init)
-        tried = dataclasses.replace(whole, stages=(*before, dataclasses.replace(stage, init=init), *after), scores={})
-        found.append(Candidate(init, tried, stages=number))
-    return found
+        stages = (*whole.stages[: number - 1], dataclasses.replace(stage, init=init), *whole.stages[number:])
+        candidates.append(Candidate(init, dataclasses.replace(whole, stages=stages, scores={}), stages=number))
+    return candidates
 
 
-def build_next_candidates(schedule: GrowthSchedule, operators: Sequence[str], start: Start | None = None) -> list[Candidate]:
-    """Stages that could come next: each grows one dimension to the schedule's end, for the next stage's tokens.
+def build_next_candidates(
+    schedule: GrowthSchedule, operators: Sequence[str], start: Start | None = None
+) -> list[Candidate]:
+    """Return one candidate per dimension that could grow next, to its size in the target.
 
-    What has no stage of its own in the schedule grows with `hidden`, as a planner has it.
+    Each has the tokens of the schedule's next stage. Dimensions without a stage of their own in the schedule grow
+    together with `hidden`, as in the planner.
 
     Args:
-        schedule: of the run.
+        schedule: schedule of the run.
         operators: the dimensions.
-        start: the stage before; default, the initial model.
+        start: start of the candidates; default, the initial model.
 
     Raises:
-        SlopError: for a dimension that has nothing to grow, or a structure that transformers cannot load.
+        SlopError: if a dimension already has its size, or transformers cannot load the grown structure.
     """
     number, whole = get_first_stage(start), continue_schedule(start, schedule)
     dims, tokens = whole.structures[number - 1], whole.stages[number - 1].tokens
-    own = {*_own_operators(whole.stages[number - 1 :]), *operators}
-    found = []
+    leading = {*_list_leading(whole.stages[number - 1 :]), *operators}
+    candidates = []
     for name in operators:
-        followers = [one for one in ("ffn", "mha", "head_dim") if name == "hidden" and one not in own]
-        grown = _grown(dims, whole.target, (name, *followers))
-        leading = find_operators(dims, grown)
-        if name not in leading:
-            raise RunError(f"{name} has nothing to grow from {dims} to {whole.target}; leave it out")
-        stage = GrowthStage((name, *(one for one in leading if one != name)), grown, tokens)
-        tried = dataclasses.replace(whole, stages=(*whole.stages[: number - 1], stage), scores={})
-        found.append(Candidate(name, tried))
-    return found
+        followers = [other for other in ("ffn", "mha", "head_dim") if name == "hidden" and other not in leading]
+        fields = [field for operator in (name, *followers) for field in get_operator(operator).fields]
+        grown = dims.replace(**{field: getattr(whole.target, field) for field in fields})
+        grows = find_operators(dims, grown)
+        if name not in grows:
+            raise RunError(f"{name} does not grow from {dims} to {whole.target}; leave it out")
+        stage = GrowthStage((name, *(other for other in grows if other != name)), grown, tokens)
+        stages = (*whole.stages[: number - 1], stage)
+        candidates.append(Candidate(name, dataclasses.replace(whole, stages=stages, scores={})))
+    return candidates
 
 
 def get_first_stage(start: Start | None) -> int:
-    """The number of the first growth stage after a start, or after the initial model."""
+    """Return the number of the first growth stage after a start, or after the initial model."""
     return 1 if start is None else start.stage + 1
 
 
-def _own_operators(stages: Sequence[GrowthStage]) -> tuple[str, ...]:
-    """The dimensions that have stages of their own; what grows with hidden, which leads, has none."""
+def _list_leading(stages: Sequence[GrowthStage]) -> tuple[str, ...]:
+    """Return the dimensions with stages of their own; those that grow along with `hidden` have none."""
     leads = (("hidden",) if stage.operators[0] == "hidden" else stage.label.split("-") for stage in stages)
     return tuple(dict.fromkeys(name for names in leads for name in names))
-
-
-def _grown(dims: ModelDims, target: ModelDims, operators: Sequence[str]) -> ModelDims:
-    fields = [name for operator in operators for name in get_operator(operator).fields]
-    return dims.replace(**{name: getattr(target, name) for name in fields})

@@ -1,4 +1,4 @@
-"""`ProbeReport`: candidates in the order of what their trials came to, and what those cost, as one JSON file."""
+"""`ProbeReport`: the measurements of a probe, best candidate first, as a JSON file, a table and sentences."""
 
 from __future__ import annotations
 
@@ -6,48 +6,42 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from rich.table import Table
 
 from ..errors import RunError
-from ..experiments.planner_accuracy import MIN_CORRELATED, compute_measured_utility
 from ..experiments.comparison import Cost, RunResult
+from ..experiments.planner_accuracy import MIN_CORRELATED, compute_measured_utility
 from ..experiments.results import Spread, compute_rank_correlation
-from ..experiments.tables import for_terminal, format_spread
-from ..io.files import write_text
-from ..io.serialization import parse, read_json, to_json
+from ..experiments.tables import build_terminal_table, format_spread
+from ..io.record import Record
+from ..io.units import NOTHING, format_count, format_power, format_significant
 from ..report.tables import TextTable
-from ..io.units import NOTHING
-from ..io.units import format_significant
-from ..io.units import format_power
-from ..io.units import format_count
 from ..schedule import GrowthSchedule
 from .candidates import Candidate
 
-#: What candidates are put in order by.
+#: Quantity that candidates are ranked by.
 RankBy = Literal["utility", "utility_per_hour", "loss"]
+_UNITS = {"utility": "nats / 1e12 FLOPs", "utility_per_hour": "ppl / hour"}
 
 
 @dataclass(frozen=True)
-class CandidateResult:
-    """What the trials of a candidate came to; every number is of the stages after the start.
+class CandidateResult(Record, error=RunError):
+    """The measurements of a candidate's trials, over seeds; every number covers the stages after the start.
 
     Args:
-        name: of the candidate.
-        schedule: of a whole run, with what was measured among its scores.
-        start_loss: held-out loss where candidates part, over seeds, as all below.
-        loss: held-out, at the end of the trial.
-        utility: marginal utility, Σ Δloss / ΔFLOPs over the stages, in nats for 1e12 FLOPs.
-        tokens, flops: of a trial.
-        seconds: of its training.
-        loss_at_growth: right after the first growth, before any training.
-        utility_per_hour: Eq. 2 of the paper, in perplexity a device hour; None where a stage took no time.
-        rank: its place before it was tried, from 1; None where there was no order.
+        name: name of the candidate.
+        schedule: schedule of a whole run, with the measurements among its scores.
+        start_loss: held-out loss at the start, in nats per token.
+        loss: held-out loss at the end of the trial.
+        utility: marginal utility, Σ Δloss / ΔFLOPs over the stages, in nats per 1e12 FLOPs.
+        tokens, flops: training of one trial.
+        seconds: training time of a trial.
+        loss_at_growth: held-out loss right after the first growth, before any training.
+        utility_per_hour: Eq. 2 of the paper, in perplexity per device hour; None if a stage took no time.
+        rank: rank before the trial, from 1; None if the candidates had no order.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: str
     schedule: GrowthSchedule
@@ -62,15 +56,15 @@ class CandidateResult:
     rank: int | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate, trials: Sequence[RunResult]) -> CandidateResult:
-        """Sum up the trials of a candidate.
+    def from_trials(cls, candidate: Candidate, trials: Sequence[RunResult]) -> CandidateResult:
+        """Summarize the trials of a candidate.
 
         Args:
-            candidate: that was tried.
-            trials: one for each seed, their stages without those before the start, but for the last of them.
+            candidate: the candidate.
+            trials: one trial per seed; of the stages up to the start, only the last one.
         """
         grown = [trial.stages[1:] for trial in trials]
-        found = cls(
+        result = cls(
             name=candidate.name,
             schedule=candidate.schedule,
             start_loss=Spread(tuple(trial.stages[0].eval_loss for trial in trials)),
@@ -79,14 +73,14 @@ class CandidateResult:
             tokens=sum(stage.tokens for stage in grown[0]),
             flops=sum(stage.flops for stage in grown[0]),
             seconds=Spread(tuple(sum(stage.seconds for stage in stages) for stages in grown)),
-            loss_at_growth=Spread(tuple(map(_loss_at_growth, trials))),
-            utility_per_hour=Spread.of([trial.marginal_utility for trial in trials]),
+            loss_at_growth=Spread(tuple(map(_get_loss_at_growth, trials))),
+            utility_per_hour=Spread.collect([trial.marginal_utility for trial in trials]),
             rank=candidate.rank,
         )
-        return dataclasses.replace(found, schedule=found.scored(candidate.schedule))
+        return dataclasses.replace(result, schedule=result.add_scores(candidate.schedule))
 
-    def scored(self, schedule: GrowthSchedule) -> GrowthSchedule:
-        """A schedule with what was measured among its scores, by names that begin with `probe_`."""
+    def add_scores(self, schedule: GrowthSchedule) -> GrowthSchedule:
+        """Return a schedule with the measurements among its scores, under names that begin with `probe_`."""
         measured = {
             "probe_loss": self.loss.mean,
             "probe_loss_at_growth": self.loss_at_growth.mean,
@@ -94,37 +88,37 @@ class CandidateResult:
         }
         return dataclasses.replace(schedule, scores={**schedule.scores, **measured})
 
-    def standing(self, by: RankBy) -> tuple[bool, float]:
-        """What candidates are sorted by, the best one's being the smallest.
+    def sort_key(self, by: RankBy) -> tuple[bool, float]:
+        """Return the key that sorts candidates, best first.
 
-        A loss that is not below the start's yet is no utility, and divided by more FLOPs it would look the better for
-        them: such candidates come last, by their loss.
+        While a loss is not yet below the start's, its utility is negative, and more FLOPs would make it look better:
+        such candidates come last, sorted by their loss.
         """
         if by == "loss":
             return False, self.loss.mean
-        found = self.utility if by == "utility" else self.utility_per_hour
-        return (False, -found.mean) if found is not None and found.mean > 0 else (True, self.loss.mean)
+        utility = self.utility if by == "utility" else self.utility_per_hour
+        if utility is not None and utility.mean > 0:
+            return False, -utility.mean
+        return True, self.loss.mean
 
 
 @dataclass(frozen=True)
-class ProbeReport:
-    """What came out of trial training.
+class ProbeReport(Record, error=RunError, if_missing="`slop probe` writes one"):
+    """The measurements of a probe.
 
     Args:
-        results: of the candidates, best first.
-        by: what they are put in order by, see `RankBy`.
-        length: how long a trial is, in words.
-        start: where candidates part, in words.
-        cost: what was paid for, everything counted once; an entry for the ledger of a comparison.
-        diverged: names of candidates without a result, as a trial of theirs came to a loss that is not finite.
-        order_agreement: Spearman's correlation of the order that the candidates came in with the measured one; 1 is
-            perfect agreement. None where they came in no order, are all alike, or are fewer than three.
-        growth_agreement: the same of their losses right after growth.
-        versions: of slop_hf, transformers and torch.
-        device: what it ran on.
+        results: results of the candidates, best first.
+        by: quantity that ranks them, see `RankBy`.
+        length: length of a trial, in words.
+        start: start of the trials, in words.
+        cost: cost of the probe, everything counted once; an entry for the ledger of a comparison.
+        diverged: names of candidates without a result, because one of their trials diverged.
+        order_agreement: Spearman's correlation of the candidates' ranks before and after the trials; 1 is perfect
+            agreement. None without ranks before, for equal values, or for fewer than three candidates.
+        growth_agreement: Spearman's correlation of the losses right after growth and the ranks after the trials.
+        versions: versions of slop_hf, transformers and torch.
+        device: hardware that the trials ran on.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     results: tuple[CandidateResult, ...]
     by: RankBy
@@ -138,105 +132,106 @@ class ProbeReport:
     device: str = ""
 
     @classmethod
-    def of(cls, results: Sequence[CandidateResult], by: RankBy, **facts: Any) -> ProbeReport:
-        """Put candidates in order; those that are alike keep the order that they came in.
+    def rank(
+        cls,
+        results: Sequence[CandidateResult],
+        by: RankBy,
+        *,
+        length: str,
+        start: str,
+        cost: Cost,
+        diverged: tuple[str, ...] = (),
+        versions: dict[str, str] | None = None,
+        device: str = "",
+    ) -> ProbeReport:
+        """Rank candidates; equal ones keep their order.
 
         Args:
-            results: of the candidates.
-            by: see `RankBy`.
-            facts: the other fields.
+            results: results of the candidates.
+            by: quantity that ranks them.
+            length, start, cost, diverged, versions, device: fields of the report.
         """
-        standings = [one.standing(by) for one in results]
-        places = [sorted(standings).index(standing) for standing in standings]
-        ranks = [one.rank for one in results]
-        known = [float(rank) for rank in ranks if rank is not None]
+        keys = [result.sort_key(by) for result in results]
+        positions = [sorted(keys).index(key) for key in keys]
+        planned = [float(result.rank) for result in results if result.rank is not None]
+        at_growth = [result.loss_at_growth.mean for result in results]
         return cls(
-            results=tuple(sorted(results, key=lambda one: one.standing(by))),
+            results=tuple(sorted(results, key=lambda result: result.sort_key(by))),
             by=by,
-            order_agreement=_correlation(known, places) if len(known) == len(ranks) else None,
-            growth_agreement=_correlation([one.loss_at_growth.mean for one in results], places),
-            **facts,
+            length=length,
+            start=start,
+            cost=cost,
+            diverged=diverged,
+            order_agreement=_correlate(planned, positions) if len(planned) == len(results) else None,
+            growth_agreement=_correlate(at_growth, positions),
+            versions=versions or {},
+            device=device,
         )
 
     @property
     def best(self) -> CandidateResult:
-        """The first of the results."""
+        """Result of the best candidate."""
         return self.results[0]
 
     @property
-    def lost(self) -> tuple[str, ...]:
-        """The names of candidates whose loss is not below the start's yet: their trial was too short for a utility."""
-        return tuple(one.name for one in self.results if one.loss.mean >= one.start_loss.mean)
-
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON, aside and renamed."""
-        return write_text(path, to_json(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> ProbeReport:
-        """Read one.
-
-        Raises:
-            RunError: where the file is none.
-        """
-        content = read_json(path, if_missing="`slop probe` writes one", error=RunError)
-        return parse(cls, content, where=str(path), error=RunError)
+    def not_improved(self) -> tuple[str, ...]:
+        """Names of candidates whose loss is not yet below the start's: their trials were too short for a utility."""
+        return tuple(result.name for result in self.results if result.loss.mean >= result.start_loss.mean)
 
 
-def _loss_at_growth(trial: RunResult) -> float:
+def _get_loss_at_growth(trial: RunResult) -> float:
     loss = trial.stages[1].eval_loss_after_growth
-    assert loss is not None  # a probe has its trials evaluated there
+    assert loss is not None  # trials are evaluated right after growth
     return loss
 
 
-def _correlation(values: Sequence[float], places: Sequence[float]) -> float | None:
+def _correlate(values: Sequence[float], positions: Sequence[float]) -> float | None:
     if len(values) < MIN_CORRELATED:
         return None
-    found = compute_rank_correlation(values, places)
-    return found if math.isfinite(found) else None
+    correlation = compute_rank_correlation(values, positions)
+    return correlation if math.isfinite(correlation) else None
 
 
-_UNITS = {"utility": "nats / 1e12 FLOPs", "utility_per_hour": "ppl / hour"}
-
-
-def build_probe_cells(report: ProbeReport) -> TextTable:
-    """A row a candidate, best first; utilities are those that they are ranked by, or of a FLOP."""
+def tabulate_probe(report: ProbeReport) -> TextTable:
+    """Return a table with one row per candidate, best first, with the utility that ranks them or the one per FLOP."""
     kind = "utility_per_hour" if report.by == "utility_per_hour" else "utility"
-    ranked = any(one.rank is not None for one in report.results)
-    columns = ("", True), ("candidate", False), *((("planned as", True),) if ranked else ())
+    has_ranks = any(result.rank is not None for result in report.results)
+    columns = ("", True), ("candidate", False), *((("planned as", True),) if has_ranks else ())
     measured = (("after growth", True), ("held-out loss", True), (_UNITS[kind], True), ("FLOPs", True))
     rows = []
-    for place, one in enumerate(report.results, 1):
-        planned = (NOTHING if one.rank is None else str(one.rank),) if ranked else ()
-        losses = format_spread(one.loss_at_growth, 4), format_spread(one.loss, 4)
-        rows.append((str(place), one.name, *planned, *losses, _utility(one, kind), format_power(one.flops)))
+    for position, result in enumerate(report.results, 1):
+        utility = result.utility_per_hour if kind == "utility_per_hour" else result.utility
+        rows.append(
+            (
+                str(position),
+                result.name,
+                *((NOTHING if result.rank is None else str(result.rank),) if has_ranks else ()),
+                format_spread(result.loss_at_growth, 4),
+                format_spread(result.loss, 4),
+                NOTHING if utility is None else format_significant(utility.mean),
+                format_power(result.flops),
+            )
+        )
     return TextTable((*columns, *measured), tuple(rows))
 
 
 def build_probe_table(report: ProbeReport) -> Table:
-    """`build_probe_cells` for the terminal: `rich.print(probe_table(report))`."""
+    """Return `tabulate_probe` for the terminal: `rich.print(build_probe_table(report))`."""
     loss = format_spread(report.best.start_loss, 4)
-    title = f"Tried for {report.length}, from a loss of {loss}; ranked by {report.by}"
-    return for_terminal(build_probe_cells(report), title)
+    title = f"Trials of {report.length}, from a loss of {loss}; ranked by {report.by}"
+    return build_terminal_table(tabulate_probe(report), title)
 
 
 def describe_probe(report: ProbeReport) -> list[str]:
-    """What the numbers say, and what they cost."""
-    known = {"the planner's order": report.order_agreement, "losses right after growth": report.growth_agreement}
-    told = [f"{value:.2f} with {what}" for what, value in known.items() if value is not None]
-    found = [f"Rank correlation of the measured order: {', '.join(told)}."] if told else []
+    """Return sentences about the measured order and the cost."""
+    agreements = {"the planner's order": report.order_agreement, "losses right after growth": report.growth_agreement}
+    known = [f"{value:.2f} with {what}" for what, value in agreements.items() if value is not None]
+    sentences = [f"Rank correlation of the measured order: {', '.join(known)}."] if known else []
     if report.diverged:
-        found.append(f"Diverged, and without a place: {', '.join(report.diverged)}.")
-    if report.lost:
-        found.append(
-            f"Too short to tell: the loss is not below the one that trials began with in {', '.join(report.lost)}."
-        )
-    cost = report.cost
-    hours = format_significant(cost.seconds / 3600)
-    found.append(f"It cost {format_count(cost.tokens)} tokens, {format_power(cost.flops)} FLOPs, {hours} device hours.")
-    return found
-
-
-def _utility(one: CandidateResult, kind: str) -> str:
-    spread = one.utility_per_hour if kind == "utility_per_hour" else one.utility
-    return NOTHING if spread is None else format_significant(spread.mean)
+        sentences.append(f"Diverged, and therefore not ranked: {', '.join(report.diverged)}.")
+    if report.not_improved:
+        names = ", ".join(report.not_improved)
+        sentences.append(f"Too short to rank by utility, as the loss is not yet below that of the start: {names}.")
+    cost, hours = report.cost, format_significant(report.cost.seconds / 3600)
+    spent = f"{format_count(cost.tokens)} tokens, {format_power(cost.flops)} FLOPs and {hours} device hours"
+    return [*sentences, f"The probe cost {spent}."]
