@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import count_parameters, count_paper_params
+from slop_hf.cost.flops import count_paper_params, count_parameters
 from slop_hf.errors import PlanError
 
 PAPER = json.loads((Path(__file__).parent / "paper_products.json").read_text())

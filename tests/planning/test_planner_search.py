@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import count_parameters, count_flops_per_token, count_paper_params
+from slop_hf.cost.flops import count_flops_per_token, count_paper_params, count_parameters
 from slop_hf.cost.hours import CostModel
 from slop_hf.cost.scaling_law import ScalingLaw
 from slop_hf.errors import PlanError

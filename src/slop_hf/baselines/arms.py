@@ -1,16 +1,17 @@
-"""The control arms: from a plan's ends and budget to another schedule between them."""
+"""The control arms: each builds another schedule between the ends of a plan, with the plan's budget."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
 
 from ..architectures import get_architecture
 from ..cost.flops import DEFAULT_CONFIG
+from ..dims import ModelConfig
 from ..errors import PlanError
 from ..schedule import GrowthSchedule
-from .equal_budget import BudgetKind, Purse, build_schedule
+from .equal_budget import ArmRequest, BudgetKind
 from .intermediate_dims import interpolate_dims
 
 _MSG_SHARES = (1, 1, 1, 1, 1, 5)
@@ -20,20 +21,23 @@ _STACKING_SHARES = (5, 7, 28)  # 50,000, 70,000 and 280,000 steps
 
 def from_scratch(
     schedule: GrowthSchedule,
-    config: Any = DEFAULT_CONFIG,
+    config: ModelConfig = DEFAULT_CONFIG,
     sequence_length: int = 2048,
     *,
     budget: BudgetKind = "flops",
 ) -> GrowthSchedule:
-    """The target of `schedule` trained from random weights with the FLOPs of all its stages.
+    """Return the training of a plan's target from random weights, with the training FLOPs of all its stages.
 
-    The paper's Table 2 gives its from-scratch run equal tokens instead, and so 2.8 times the GPU hours.
+    The paper's Table 2 gives its from-scratch run equal tokens instead, and therefore 2.8 times the GPU hours.
 
     Args:
-        schedule, config, sequence_length, budget: as in `single_stage`.
+        schedule: plan with tokens.
+        config: settings that growth does not change, see `slop_hf.cost.flops`.
+        sequence_length: tokens per training sequence.
+        budget: spend as many "flops" as the plan, or as many "tokens".
 
     Raises:
-        ScheduleError: for a schedule without tokens.
+        ScheduleError: if the plan has no tokens.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(64, 128, 2, 2), ModelDims(64, 128, 8, 2)
@@ -42,211 +46,162 @@ def from_scratch(
     >>> 10**6 < scratch.initial_tokens < 2 * 10**6
     True
     """
-    purse = Purse.of(schedule, config, sequence_length, budget)
-    return GrowthSchedule(schedule.target, initial_tokens=round(purse.total / purse.price(schedule.target)))
+    return _train_target(ArmRequest(schedule, config, sequence_length, budget))
 
 
-def single_stage(
-    schedule: GrowthSchedule,
-    config: Any = DEFAULT_CONFIG,
-    sequence_length: int = 2048,
-    *,
-    budget: BudgetKind = "flops",
-) -> GrowthSchedule:
-    """The initial model, trained as the plan trains it, then grown to the target in one stage that has all the rest.
+def _train_target(request: ArmRequest) -> GrowthSchedule:
+    target = request.schedule.target
+    return GrowthSchedule(target, initial_tokens=round(request.total / request.cost_per_token(target)))
 
-    SLOP, Table 2 ("SCHL-single stage"). The shares are our reading of its 207.92 GPU hours, which are those of 25B
-    tokens of the initial model and 40B of the target.
+
+def single_stage(request: ArmRequest) -> GrowthSchedule:
+    """Return the plan's initial model, trained as in the plan, then grown to the target in one stage with the rest.
+
+    SLOP, Table 2 ("SCHL-single stage"). The shares are our reading of its 207.92 GPU hours, which are the hours of
+    25B tokens of the initial model and 40B of the target.
 
     Args:
-        schedule: a schedule with tokens.
-        config: what growth leaves alone, see `cost`.
-        sequence_length: tokens of a training sequence.
-        budget: spend as many "flops" as the plan, or as many "tokens".
-
-    Raises:
-        ScheduleError: for a schedule without tokens.
+        request: plan and budget.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, middle, large = ModelDims(64, 128, 2, 2), ModelDims(64, 256, 2, 2), ModelDims(64, 256, 8, 2)
     >>> plan = GrowthSchedule(small, (GrowthStage(("ffn",), middle, 40), GrowthStage(("layer",), large, 40)), 100)
-    >>> arm = single_stage(plan, budget="tokens")
+    >>> arm = single_stage(ArmRequest(plan, budget="tokens"))
     >>> arm.sequence, arm.tokens
     ('lf', (100, 80))
     """
-    purse = Purse.of(schedule, config, sequence_length, budget)
-    tokens = schedule.initial_tokens
-    rest = (purse.total - purse.price(schedule.initial) * tokens) / purse.price(schedule.target)
-    return build_schedule([schedule.initial, schedule.target], [tokens, rest], purse)
+    initial, target, tokens = request.schedule.initial, request.schedule.target, request.schedule.initial_tokens
+    rest = (request.total - request.cost_per_token(initial) * tokens) / request.cost_per_token(target)
+    return request.build_schedule([initial, target], [tokens, rest])
 
 
-#: Inits of the arm `copies`, by operator.
+#: Inits of the arm `copies`, per operator.
 COPIES = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "copy", "head_dim": "spread"}
 
 
-def copies(
-    schedule: GrowthSchedule,
-    config: Any = DEFAULT_CONFIG,
-    sequence_length: int = 2048,
-    *,
-    budget: BudgetKind = "flops",
-) -> GrowthSchedule:
-    """A single stage whose new entries are copies, so that the grown model begins as the small one ended.
+def copies(request: ArmRequest) -> GrowthSchedule:
+    """Return a single stage whose new entries are copies, so that the grown model starts where the small one ended.
 
     HyperCloning: Samragh et al. 2024, "Scaling Smart: Accelerating Large Language Model Pre-training with Small Model
     Initialization" (arXiv 2409.12903), which tiles a pretrained model's weights to a multiple of its width. Our
-    reading for other ends: widths need not be multiples (`docs/exactness.md` tells what becomes of the rest), and new
-    layers, which that paper does not add, are copies that begin by adding nothing. Shares as in `single_stage`.
+    reading for other ends: widths need not be multiples (`docs/exactness.md` describes the remainder), and new layers,
+    which that paper does not add, are copies that add nothing at first. Shares as in `single_stage`.
 
     Args:
-        schedule, config, sequence_length, budget: as in `single_stage`.
-
-    Raises:
-        ScheduleError: for a schedule without tokens.
+        request: plan and budget.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> stage = GrowthStage(("hidden", "mha"), ModelDims(128, 128, 2, 4, head_dim=32), tokens=40)
-    >>> copies(GrowthSchedule(ModelDims(64, 128, 2, 2), (stage,), 100), budget="tokens").stages[0].init
+    >>> plan = GrowthSchedule(ModelDims(64, 128, 2, 2), (stage,), 100)
+    >>> copies(ArmRequest(plan, budget="tokens")).stages[0].init
     {'mha': 'copy', 'hidden': 'copy'}
     """
-    arm = single_stage(schedule, config, sequence_length, budget=budget)
-    stages = (replace(one, init={name: COPIES[name] for name in one.operators}) for one in arm.stages)
+    arm = single_stage(request)
+    stages = (replace(stage, init={name: COPIES[name] for name in stage.operators}) for stage in arm.stages)
     return replace(arm, stages=tuple(stages))
 
 
-def msg(
-    schedule: GrowthSchedule,
-    config: Any = DEFAULT_CONFIG,
-    sequence_length: int = 2048,
-    *,
-    budget: BudgetKind = "flops",
-) -> GrowthSchedule:
-    """One dimension a stage: ffn, layers halfway, hidden, heads, layers (MSG, Yao et al. 2023, arXiv 2305.02869).
+def msg(request: ArmRequest) -> GrowthSchedule:
+    """Return growth by one dimension per stage: ffn, layers halfway, hidden, heads, layers.
 
-    The order is that of the authors' scripts (github.com/cofe-ai/MSG, `scripts/grow_bert_base.sh`,
-    `grow_bert_large.sh`), where layers go 3 → 6 → 12 and 6 → 12 → 24. So are the shares: a growth after every tenth of
-    the steps, half of the steps after the last. The scripts are a quick start; the paper's own steps are in its
-    Table 2.
+    MSG: Yao et al. 2023, arXiv 2305.02869. The order is the one of the authors' scripts (github.com/cofe-ai/MSG,
+    `scripts/grow_bert_base.sh`, `grow_bert_large.sh`), where layers go 3 → 6 → 12 and 6 → 12 → 24. So are the shares:
+    a growth after every tenth of the steps, and half of the steps after the last. The scripts are a quick start; the
+    paper's own steps are in its Table 2.
 
-    Our reading for other ends, and for decoders: layers grow by two equal factors. Heads have a stage of their own
-    where the family can hold the target's hidden size with the initial heads, and grow together with hidden where it
-    cannot. Key/value heads grow with the heads. `head_dim`, which the paper never grows, goes with hidden.
+    Our reading for other ends, and for decoders: layers grow by two equal factors. Heads have a stage of their own if
+    the family can hold the target's hidden size with the initial heads, and otherwise grow together with hidden.
+    Key/value heads grow with the heads. `head_dim`, which the paper never grows, grows with hidden.
 
-    The SLOP paper does not print its MSG schedules. The GPU hours of its Table 2 are those of ffn, layers, hidden with
-    each grown once (101.96; 101.5 by our count), the hours of its Table 10 are not (119; 106.3).
+    The SLOP paper does not print its MSG schedules. The GPU hours of its Table 2 agree with ffn, layers, hidden, each
+    grown once (101.96; 101.5 by our count), those of its Table 10 do not (119; 106.3).
 
     Args:
-        schedule, config, sequence_length, budget: as in `single_stage`.
-
-    Raises:
-        ScheduleError: for a schedule without tokens.
+        request: plan and budget.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(512, 768, 3, 8), ModelDims(768, 3072, 12, 12)
     >>> stage = GrowthStage(("layer", "mha", "ffn", "hidden"), large, tokens=500)
-    >>> arm = msg(GrowthSchedule(small, (stage,), initial_tokens=500), budget="tokens")
+    >>> arm = msg(ArmRequest(GrowthSchedule(small, (stage,), initial_tokens=500), budget="tokens"))
     >>> arm.sequence, arm.tokens
     ('f-l-h-a-l', (100, 100, 100, 100, 100, 500))
     """
-    initial, target = schedule.initial, schedule.target
+    initial, target = request.schedule.initial, request.schedule.target
     heads = {"num_attention_heads": target.num_attention_heads, "num_key_value_heads": target.num_key_value_heads}
-    heads_wait = get_architecture(config).has_own_head_dim and target.hidden_size % initial.num_attention_heads == 0
-    width = {"hidden_size": target.hidden_size, "head_dim": target.head_dim, **({} if heads_wait else heads)}
+    family = get_architecture(request.config)
+    has_heads_stage = family.has_own_head_dim and target.hidden_size % initial.num_attention_heads == 0
+    width = {"hidden_size": target.hidden_size, "head_dim": target.head_dim, **({} if has_heads_stage else heads)}
     halfway = round(math.sqrt(initial.num_hidden_layers * target.num_hidden_layers))
     structures = [initial, initial.replace(intermediate_size=target.intermediate_size)]
     for change in ({"num_hidden_layers": halfway}, width, heads):
         structures.append(structures[-1].replace(**change))
-    purse = Purse.of(schedule, config, sequence_length, budget)
-    return build_schedule([*structures, target], _MSG_SHARES, purse)
+    return request.build_schedule([*structures, target], _MSG_SHARES)
 
 
-def elle(
-    schedule: GrowthSchedule,
-    config: Any = DEFAULT_CONFIG,
-    sequence_length: int = 2048,
-    *,
-    budget: BudgetKind = "flops",
-    stages: int | None = None,
-) -> GrowthSchedule:
-    """Width and depth together in every stage, by even parts (ELLE, Qin et al. 2022, arXiv 2203.06311, section 3).
+def elle(request: ArmRequest, *, stages: int | None = None) -> GrowthSchedule:
+    """Return growth of width and depth together in every stage, in even parts.
 
-    The authors' scripts (github.com/thunlp/ELLE, `train_base_prompt.sh`, `gpt_base_prompt.sh`) take 6 layers and 6
-    heads of 64 to 12 and 12 in four stages, one for each new corpus, that add 2, 2, 1 and 1 of both. They train the
-    first model for 62,500 steps and after each growth for 20,000. So parts are even with the larger ones first, and
-    shares 25 : 8.
+    ELLE: Qin et al. 2022, arXiv 2203.06311, section 3. The authors' scripts (github.com/thunlp/ELLE,
+    `train_base_prompt.sh`, `gpt_base_prompt.sh`) grow 6 layers and 6 heads of 64 to 12 and 12 in four stages, one per
+    new corpus, which add 2, 2, 1 and 1 of both. They train the first model for 62,500 steps, and for 20,000 after each
+    growth. So parts are even with the larger ones first, and shares are 25 : 8.
 
     Our reading, as a plan has no new corpora: as many stages as the plan has. Hidden follows the heads, which keep
-    their size where both ends have the same; ffn follows hidden, in multiples of 256 where both ends are. The nearest
-    structure that loads stands in for one that would not. Their larger model (`train_large_prompt.sh`) widens in
-    its first two stages only; we keep to even parts.
+    their size if both ends have the same; ffn follows hidden, in multiples of 256 if both ends are multiples. A
+    structure that would not load is replaced by the nearest one that does. The authors' larger model
+    (`train_large_prompt.sh`) widens in its first two stages only; we keep to even parts.
 
     Args:
-        schedule, config, sequence_length, budget: as in `single_stage`.
+        request: plan and budget.
         stages: number of growths; default, the plan's.
 
     Raises:
-        ScheduleError: for a schedule without tokens.
-        PlanError: for a number of stages below 1.
+        PlanError: if `stages` is below 1.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(384, 1536, 6, 6), ModelDims(768, 3072, 12, 12)
     >>> stage = GrowthStage(("layer", "mha", "ffn", "hidden"), large, tokens=320)
-    >>> arm = elle(GrowthSchedule(small, (stage,), initial_tokens=250), budget="tokens", stages=4)
+    >>> plan = GrowthSchedule(small, (stage,), initial_tokens=250)
+    >>> arm = elle(ArmRequest(plan, budget="tokens"), stages=4)
     >>> arm.tokens, str(arm.stages[0].dims), str(arm.stages[2].dims)
     ((250, 80, 80, 80, 80), '(512, 2048, 8, 8)', '(704, 2816, 11, 11)')
     """
-    count = max(len(schedule.stages), 1) if stages is None else stages
+    plan = request.schedule
+    count = max(len(plan.stages), 1) if stages is None else stages
     if count < 1:
         raise PlanError(f"stages must be 1 or more, got {stages}; to grow in none, compare with from_scratch")
-    structures = [schedule.initial]
+    structures = [plan.initial]
     for number in range(1, count):
-        structures.append(interpolate_dims(structures[-1], schedule.initial, schedule.target, number, count))
+        structures.append(interpolate_dims(structures[-1], plan.initial, plan.target, number, count))
     first, later = _ELLE_SHARES
-    purse = Purse.of(schedule, config, sequence_length, budget)
-    return build_schedule([*structures, schedule.target], [first] + [later] * count, purse)
+    return request.build_schedule([*structures, plan.target], [first] + [later] * count)
 
 
-def stacking(
-    schedule: GrowthSchedule,
-    config: Any = DEFAULT_CONFIG,
-    sequence_length: int = 2048,
-    *,
-    budget: BudgetKind = "flops",
-) -> GrowthSchedule:
-    """A shallow model of the target's width from random weights, its layers doubled twice by stacking.
+def stacking(request: ArmRequest) -> GrowthSchedule:
+    """Return a shallow model of the target's width from random weights, its layers doubled twice by stacking.
 
     StackBERT: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking". Its Algorithm 1 begins with
     `L / 2^k` layers; its experiments (section 4; code at github.com/gonglinyuan/StackingBERT) train 3, 6 and 12 layers
     for 50,000, 70,000 and 280,000 steps. Our reading: always two doublings, and halves are rounded up.
 
     Args:
-        schedule, config, sequence_length, budget: as in `single_stage`; only the target and the budget count.
-
-    Raises:
-        ScheduleError: for a schedule without tokens.
+        request: plan and budget; of the plan, only the target and the budget count.
 
     >>> from slop_hf import ModelDims
-    >>> arm = stacking(GrowthSchedule(ModelDims(768, 3072, 12, 12), initial_tokens=400), budget="tokens")
+    >>> plan = GrowthSchedule(ModelDims(768, 3072, 12, 12), initial_tokens=400)
+    >>> arm = stacking(ArmRequest(plan, budget="tokens"))
     >>> [dims.num_hidden_layers for dims in arm.structures], arm.tokens
     ([3, 6, 12], (50, 70, 280))
     """
-    depths = [math.ceil(schedule.target.num_hidden_layers / parts) for parts in (4, 2, 1)]
-    structures = [schedule.target.replace(num_hidden_layers=depth) for depth in depths]
-    purse = Purse.of(schedule, config, sequence_length, budget).from_random({"layer": "stack"})
-    return build_schedule(structures, _STACKING_SHARES, purse)
+    target = request.schedule.target
+    depths = [math.ceil(target.num_hidden_layers / parts) for parts in (4, 2, 1)]
+    structures = [target.replace(num_hidden_layers=depth) for depth in depths]
+    return request.build_schedule(structures, _STACKING_SHARES, {"layer": "stack"}, from_random=True)
 
 
-class ControlArm(Protocol):
-    """What makes a control arm of a plan."""
-
-    def __call__(
-        self, schedule: GrowthSchedule, config: Any = ..., sequence_length: int = ..., *, budget: BudgetKind = ...
-    ) -> GrowthSchedule: ...
-
-
-#: The arms by name.
-ARMS: dict[str, ControlArm] = {
-    "from_scratch": from_scratch,
+#: Builders of control arms, by name.
+ARMS: dict[str, Callable[[ArmRequest], GrowthSchedule]] = {
+    "from_scratch": _train_target,
     "single_stage": single_stage,
     "copies": copies,
     "msg": msg,
@@ -254,5 +209,5 @@ ARMS: dict[str, ControlArm] = {
     "stacking": stacking,
 }
 
-#: Those that begin with random weights, and not with the plan's initial model.
+#: Arms that begin with random weights instead of the plan's initial model.
 FROM_RANDOM = ("from_scratch", "stacking")

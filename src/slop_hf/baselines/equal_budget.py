@@ -1,125 +1,103 @@
-"""What an arm may spend, and how it is shared out among its stages."""
+"""`ArmRequest`: a plan whose budget a control arm spends in another way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from ..cost.flops import DEFAULT_CONFIG, flops_per_token
-from ..dims import ModelDims
+from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token
+from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError, ScheduleError
-from ..operators import operators_between
+from ..operators import find_operators
+from ..planning.budget import allocate_tokens
 from ..schedule import GrowthSchedule, GrowthStage
 
-#: What arms have in common with the plan: training FLOPs, or tokens.
-BudgetKind = Literal["flops", "tokens"]
+#: What an arm spends as much of as the plan: training FLOPs, or tokens.
+BudgetKind: TypeAlias = Literal["flops", "tokens"]
 
 
 @dataclass(frozen=True)
-class Purse:
-    """What an arm takes over from the plan.
+class ArmRequest:
+    """A request for a control arm of a plan, at equal budget.
 
     Args:
-        total: the budget.
-        price: of a token in a structure, in the budget's unit.
-        pretrained: whether the first model is trained already, and not trained further.
-        inits: of each operator that the plan names one for.
-    """
-
-    total: float
-    price: Callable[[ModelDims], float]
-    pretrained: bool
-    inits: Mapping[str, str]
-
-    @classmethod
-    def of(cls, schedule: GrowthSchedule, config: Any, sequence_length: int, budget: str) -> Purse:
-        """The purse of a plan.
-
-        Raises:
-            ScheduleError: for a plan without tokens.
-            PlanError: for an unknown budget.
-        """
-        if budget not in ("flops", "tokens"):
-            raise PlanError(f"unknown budget {budget!r}; arms spend as many 'flops' or as many 'tokens' as the plan")
-        if not any(schedule.tokens):
-            raise ScheduleError("the schedule has no tokens to compare at; share some out, schedule.with_tokens(10e9)")
-
-        def price(dims: ModelDims) -> float:
-            return float(flops_per_token(dims, config, sequence_length)) if budget == "flops" else 1.0
-
-        total = sum(price(dims) * tokens for dims, tokens in zip(schedule.structures, schedule.tokens, strict=True))
-        return cls(total, price, not schedule.initial_tokens, _inits_of(schedule))
-
-    def from_random(self, inits: Mapping[str, str]) -> Purse:
-        """The same purse for an arm that begins with random weights."""
-        return replace(self, pretrained=False, inits=inits)
-
-
-def schedule_of(structures: Sequence[ModelDims], shares: Sequence[float], purse: Purse) -> GrowthSchedule:
-    """The schedule through structures; a stage that grows nothing leaves its share to the one before it."""
-    path: list[ModelDims] = []
-    weights: list[float] = []
-    for dims, share in zip(structures, shares, strict=True):
-        if path and dims == path[-1]:
-            weights[-1] += share
-        else:
-            path.append(dims)
-            weights.append(share)
-    if purse.pretrained:
-        weights[0] = 0
-    tokens = _shared_out([purse.price(dims) for dims in path], weights, purse.total)
-    return GrowthSchedule(path[0], tuple(_stages(path, tokens[1:], purse.inits)), tokens[0])
-
-
-def at_equal_flops(
-    structures: Sequence[ModelDims],
-    shares: Sequence[float],
-    flops: float,
-    config: Any = DEFAULT_CONFIG,
-    sequence_length: int = 2048,
-) -> list[int]:
-    """Whole tokens for each stage of training, in proportion to its share, that together take so many training FLOPs.
-
-    The last stage takes up what rounding the others leaves.
-
-    Args:
-        structures: the structure in each stage.
-        shares: of the tokens, one for each.
-        flops: to spend.
-        config: what growth leaves alone, see `cost`.
-        sequence_length: tokens of a training sequence.
+        schedule: the plan, with tokens.
+        config: settings that growth does not change, see `slop_hf.cost.flops`.
+        sequence_length: tokens per training sequence.
+        budget: spend as many "flops" as the plan, or as many "tokens".
 
     Raises:
-        PlanError: for shares that are not one for each structure, or are none.
-
-    >>> small, large = ModelDims(64, 128, 2, 2), ModelDims(64, 128, 8, 2)
-    >>> at_equal_flops([small, large], [1, 3], flops_per_token(small) * 10 + flops_per_token(large) * 30)
-    [10, 30]
+        ScheduleError: if the plan has no tokens.
+        PlanError: for an unknown budget.
     """
-    if len(shares) != len(structures) or min(shares, default=0) < 0 or not any(shares):
-        raise PlanError(f"{list(shares)} do not share tokens among {len(structures)} structures: give each 0 or more")
-    return _shared_out([flops_per_token(dims, config, sequence_length) for dims in structures], shares, flops)
 
+    schedule: GrowthSchedule
+    config: ModelConfig = field(default_factory=lambda: DEFAULT_CONFIG)
+    sequence_length: int = 2048
+    budget: BudgetKind = "flops"
 
-def _shared_out(prices: Sequence[float], shares: Sequence[float], total: float) -> list[int]:
-    scale = total / sum(price * share for price, share in zip(prices, shares, strict=True))
-    tokens = [round(scale * share) for share in shares[:-1]]
-    spent = sum(price * count for price, count in zip(prices, tokens, strict=False))
-    return [*tokens, max(round((total - spent) / prices[-1]), 0)]
+    def __post_init__(self) -> None:
+        if self.budget not in ("flops", "tokens"):
+            raise PlanError(f"unknown budget {self.budget!r}; arms spend as many 'flops' or 'tokens' as the plan")
+        if not any(self.schedule.tokens):
+            raise ScheduleError("the schedule has no tokens to compare at; give it some: schedule.with_tokens(10e9)")
 
+    def cost_per_token(self, dims: ModelDims) -> float:
+        """Cost of training a structure on one token, in the unit of the budget."""
+        if self.budget == "tokens":
+            return 1.0
+        return float(count_flops_per_token(dims, self.config, self.sequence_length))
 
-def _stages(path: Sequence[ModelDims], tokens: Sequence[int], inits: Mapping[str, str]) -> Iterator[GrowthStage]:
-    for old, new, count in zip(path[:-1], path[1:], tokens, strict=True):
-        operators = operators_between(old, new)
-        own = {name: inits[name] for name in operators if name in inits}
-        yield GrowthStage(operators, new, count, own or None)
+    @property
+    def total(self) -> float:
+        """The budget: what the plan spends."""
+        stages = zip(self.schedule.structures, self.schedule.tokens, strict=True)
+        return sum(self.cost_per_token(dims) * tokens for dims, tokens in stages)
 
+    @property
+    def inits(self) -> dict[str, str]:
+        """Init per operator: the one that the plan names when it first grows the operator, if it names one."""
+        inits: dict[str, str] = {}
+        for stage in reversed(self.schedule.stages):
+            named = dict.fromkeys(stage.operators, stage.init) if isinstance(stage.init, str) else stage.init
+            inits.update(named or {})
+        return inits
 
-def _inits_of(schedule: GrowthSchedule) -> dict[str, str]:
-    """How the plan initialises an operator where it says so, the first time that it grows it."""
-    inits: dict[str, str] = {}
-    for stage in reversed(schedule.stages):
-        named = dict.fromkeys(stage.operators, stage.init) if isinstance(stage.init, str) else stage.init
-        inits.update(named or {})
-    return inits
+    def build_schedule(
+        self,
+        structures: Sequence[ModelDims],
+        shares: Sequence[float],
+        inits: Mapping[str, str] | None = None,
+        *,
+        from_random: bool = False,
+    ) -> GrowthSchedule:
+        """Build the schedule through structures that spends the budget.
+
+        A stage that would grow nothing is left out, and its share of the tokens goes to the stage before it.
+
+        Args:
+            structures: structure of each stage.
+            shares: each stage's share of the tokens.
+            inits: init per operator; default, the plan's.
+            from_random: whether the first structure begins with random weights. Otherwise it is the plan's initial
+                model, and trained only if the plan trains it.
+        """
+        path: list[ModelDims] = []
+        weights: list[float] = []
+        for dims, share in zip(structures, shares, strict=True):
+            if path and dims == path[-1]:
+                weights[-1] += share
+            else:
+                path.append(dims)
+                weights.append(share)
+        if not from_random and not self.schedule.initial_tokens:
+            weights[0] = 0
+        first, *rest = allocate_tokens(weights, self.total, [self.cost_per_token(dims) for dims in path])
+        inits = self.inits if inits is None else inits
+        stages = []
+        for before, after, tokens in zip(path[:-1], path[1:], rest, strict=True):
+            operators = find_operators(before, after)
+            named = {name: inits[name] for name in operators if name in inits}
+            stages.append(GrowthStage(operators, after, tokens, named or None))
+        return GrowthSchedule(path[0], tuple(stages), first)
