@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, SlopTrainer, SlopTrainingArguments
 from slop_hf.cost.flops import count_parameters
-from slop_hf.training import saving, stage_trainer
+from slop_hf.training import saving
+from slop_hf.training import trainer as trainer_module
 
 #: Initial structure, and targets with about twice its parameters by operator; embeddings are tied.
 INITIAL = {"full": ModelDims(768, 3072, 8, 12), "tiny": ModelDims(32, 64, 2, 4)}
@@ -136,13 +137,13 @@ class Phases:
 
     #: Functions to time: the owner, the name, and the phase.
     WRAPPED = (
-        (SlopTrainer, "_finish", "rest of the stage's directory"),
-        (saving, "leave", "writing states"),
-        (saving, "seal", "checksums"),
-        (SlopTrainer, "_release", "releasing"),
+        (SlopTrainer, "_finish_stage", "rest of the stage's directory"),
+        (saving, "save_states", "writing states"),
+        (saving, "write_checksums", "checksums"),
+        (SlopTrainer, "_release_model", "releasing"),
         (SlopTrainer, "_change_model", "building"),
         (SlopTrainer, "_prepare_for_training", "preparing model and optimizer"),
-        (stage_trainer, "enter", "reading and growing"),
+        (trainer_module, "load_states", "reading and growing"),
     )
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from slop_hf.errors import GrowthError
 from slop_hf.growth import build_model, grow_weights, load_adamw_file, plan_growth, save_adamw_state
 from slop_hf.growth.adamw import grow_moment
 from slop_hf.training.ranks import Ranks
-from slop_hf.training.states import WholeStates
+from slop_hf.training.states import ReplicatedStates
 
 DIMS = ModelDims(32, 48, 2, 4)
 
@@ -44,7 +44,7 @@ def read_adamw_state(optimizer, model):
 
 def load_adamw_state(optimizer, model, state):
     """Put a state into a fresh AdamW, as a stage's training does."""
-    states = WholeStates(model, optimizer, Ranks())
+    states = ReplicatedStates(model, optimizer, Ranks())
     states.make_moments(float(next(iter(state.values()))["step"]))
     for name, entries in state.items():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -152,7 +152,7 @@ def compared(model, operator, new, init):
     old, found = gradients(model), gradients(grown)
     rule = grow_adamw_state({name: {"exp_avg": gradient} for name, gradient in old.items()}, plan)
     for parameter in plan.parameters():
-        if not parameter.silent:
+        if not parameter.zeroed:
             kept = [torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps]
             index = torch.meshgrid(*kept, indexing="ij")
             scale = old[parameter.source].abs().max()
@@ -192,7 +192,7 @@ def test_padding_under_layer_norm_adds_a_constant():
     new = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 10}
     model = random_model("gpt_neox", PLAIN)
     for parameter, found, expected, scale in compared(model, "hidden", new, "preserving"):
-        if parameter.centre:
+        if parameter.is_centred:
             dimension = parameter.row.axes.index("hidden")
             assert (found - expected).std(dimension).max() < 2e-5 * scale
         else:
@@ -344,7 +344,7 @@ def test_other_optimizers_and_shards_are_refused(spoil, message):
     with pytest.raises(GrowthError, match=message):
         grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
     state = {**read_adamw_state(optimizer, model), "wte": {}}
-    with pytest.raises(GrowthError, match="the optimizer state has wte, which the model"):
+    with pytest.raises(GrowthError, match="the optimizer state has wte, unlike the model"):
         grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
 
 

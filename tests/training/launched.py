@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import SlopError
-from slop_hf.training.launch import launched
+from slop_hf.training.launch import guard_exit
 
 
 class Dump(TrainerCallback):
@@ -44,9 +44,9 @@ class Dump(TrainerCallback):
         if span.number in self.done:
             return
         self.done.add(span.number)
-        states = self.trainer._setup.states(self.trainer)
+        states = self.trainer._strategy.get_states(self.trainer)
         keys = ["weight"] + (["exp_avg", "exp_avg_sq"] if states.has_moments() else [])
-        found = {f"{key}/{name}": states.whole(name, key, 0) for name in states.shapes for key in keys}
+        found = {f"{key}/{name}": states.gather(name, key, 0) for name in states.shapes for key in keys}
         groups = [
             {"lr": group["lr"], "weight_decay": group["weight_decay"], "numbers": numbers}
             for group, numbers in zip(
@@ -129,7 +129,7 @@ def main(settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     try:
-        with launched():
+        with guard_exit():
             main(json.loads(sys.argv[1]))
     except SlopError as caught:
         print(f"error: {caught}", file=sys.stderr)

@@ -10,10 +10,17 @@ from training_runs import BATCH, BLOCK, SCHEDULE, TOKENS, blocks, small_model, t
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory
+from slop_hf.data import MixedBlocks
 from slop_hf.data.order import BlockOrder
 from slop_hf.errors import RunError
-from slop_hf.training.arguments import PER_STAGE
-from slop_hf.training.batches import Batches, blocks_per_step, keep_last, per_stage, stage_batches
+from slop_hf.training.batches import (
+    PER_STAGE,
+    Batches,
+    count_blocks_per_step,
+    keep_last_stage,
+    resolve_per_stage,
+    share_batches,
+)
 
 #: Three stages of four steps.
 SHORT = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:2]).with_shares([TOKENS // 2] * 3)
@@ -55,16 +62,16 @@ def test_no_blocks_are_refused():
 
 
 def test_per_stage():
-    assert per_stage(None, 7, 3, "sizes") == (7, 7, 7)
-    assert per_stage([5], 7, 3, "sizes") == (5, 5, 5)
-    assert per_stage([1, 2, 3], 7, 3, "sizes") == (1, 2, 3)
-    assert per_stage([2], 7, 1, "sizes") == (2,)
+    assert resolve_per_stage(None, 7, 3, "sizes") == (7, 7, 7)
+    assert resolve_per_stage([5], 7, 3, "sizes") == (5, 5, 5)
+    assert resolve_per_stage([1, 2, 3], 7, 3, "sizes") == (1, 2, 3)
+    assert resolve_per_stage([2], 7, 1, "sizes") == (2,)
 
 
 @pytest.mark.parametrize("values", [[], [1, 2], [1, 2, 3, 4]])
 def test_another_number_of_values_is_refused(values):
-    with pytest.raises(RunError, match=rf"sizes has {len(values)} values, the run 3 stages .*; give one or 3"):
-        per_stage(values, 7, 3, "sizes")
+    with pytest.raises(RunError, match=rf"sizes has {len(values)} values, but the run has 3 stages .*; give one or 3"):
+        resolve_per_stage(values, 7, 3, "sizes")
 
 
 @pytest.mark.parametrize(
@@ -80,39 +87,39 @@ def test_another_number_of_values_is_refused(values):
 )
 def test_blocks_of_a_step(given_, devices, expected):
     """Batch sizes are a device's; `batch_tokens` are those of all devices together."""
-    assert blocks_per_step(settings(**given_), BLOCK, devices, 3) == expected
+    assert count_blocks_per_step(settings(**given_), BLOCK, devices, 3) == expected
 
 
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
-        ({"batch_tokens": [40]}, "batch_tokens 40 is no whole number of blocks of 16 tokens; take 32"),
+        ({"batch_tokens": [40]}, "batch_tokens 40 is not a multiple of the block size 16; take 32"),
         ({"batch_tokens": [64, 64, 7]}, "batch_tokens 7 .*; take 16"),
         ({"batch_tokens": [64], "gradient_accumulation_steps": 2}, "follows from batch_tokens; give one of the two"),
-        ({"batch_tokens": [64, 64]}, "batch_tokens has 2 values, the run 3 stages"),
-        ({"stage_batch_sizes": [4, 4, 4, 4]}, "stage_batch_sizes has 4 values, the run 3 stages"),
+        ({"batch_tokens": [64, 64]}, "batch_tokens has 2 values, but the run has 3 stages"),
+        ({"stage_batch_sizes": [4, 4, 4, 4]}, "stage_batch_sizes has 4 values, but the run has 3 stages"),
     ],
 )
 def test_what_makes_no_steps_is_refused(given_, message):
     with pytest.raises(RunError, match=message):
-        blocks_per_step(settings(**given_), BLOCK, 1, 3)
+        count_blocks_per_step(settings(**given_), BLOCK, 1, 3)
 
 
 def test_batches_follow_the_number_of_devices():
     """The blocks of a step are the run's; what a device does of them is the launch's."""
     args, steps = settings(stage_batch_sizes=[8, 4, 3]), (16, 16, 12)
-    assert stage_batches(args, steps, 1) == (Batches(8, 2), Batches(4, 4), Batches(3, 4))
-    assert stage_batches(args, steps, 2) == (Batches(8, 1), Batches(4, 2), Batches(3, 2))
-    assert stage_batches(args, steps, 4) == (Batches(4, 1), Batches(4, 1), Batches(3, 1))
+    assert share_batches(args, steps, 1) == (Batches(8, 2), Batches(4, 4), Batches(3, 4))
+    assert share_batches(args, steps, 2) == (Batches(8, 1), Batches(4, 2), Batches(3, 2))
+    assert share_batches(args, steps, 4) == (Batches(4, 1), Batches(4, 1), Batches(3, 1))
     with pytest.raises(RunError, match="a step has 12 blocks, which 8 devices cannot share equally"):
-        stage_batches(args, steps, 8)
-    with pytest.raises(RunError, match="stage_batch_sizes has 3 values, the run 2 stages"):
-        stage_batches(args, steps[:2], 1)
+        share_batches(args, steps, 8)
+    with pytest.raises(RunError, match="stage_batch_sizes has 3 values, but the run has 2 stages"):
+        share_batches(args, steps[:2], 1)
 
 
 def test_the_last_stages_values_alone():
     args = settings(batch_tokens=[64, 128], stage_learning_rates=[1e-2, 1e-3])
-    keep_last(args)
+    keep_last_stage(args)
     assert (args.batch_tokens, args.stage_batch_sizes, args.stage_learning_rates) == ([128], None, [1e-3])
 
 
@@ -166,13 +173,13 @@ def test_each_stage_has_its_own_batch(tmp_path):
     assert [entry["tokens"] for entry in losses] == [sum(per_step[: done + 1]) for done in range(len(per_step))]
     assert [(record.tokens, record.steps) for record in directory.records()] == [(256, 4), (256, 8), (256, 2)]
     expected = Seen(data.rows)
-    list(BlockOrder(expected, 0, 3 * 256 // BLOCK, seed=run.args.seed))
+    list(BlockOrder(MixedBlocks.wrap(expected), 0, 3 * 256 // BLOCK, seed=run.args.seed))
     assert data.order == expected.order
     assert (run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps) == (3, 1)
 
 
 def test_values_for_another_number_of_stages_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(RunError, match="batch_tokens has 2 values, the run 3 stages"):
+    with pytest.raises(RunError, match="batch_tokens has 2 values, but the run has 3 stages"):
         trainer(tmp_path / "out", schedule=SHORT, batch_tokens=[64, 128]).train()
     assert not (tmp_path / "out" / "schedule.yaml").exists()
 

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slop_hf import ModelDims
-from slop_hf.cost.flops import count_parameters, flops_per_token
+from slop_hf.cost.flops import count_flops_per_token, count_parameters
 from slop_hf.cost.hours import CostModel
 from slop_hf.errors import ArchitectureError, DataError, PlanError, RunError
-from slop_hf.training import StepTimes, calibrate, calibration
+from slop_hf.training import calibration
+from slop_hf.training.calibration import StepTimes, calibrate
 
 # So far apart in FLOPs that noise cannot turn their order around.
 SIZES = [ModelDims(128, 256, 2, 4), ModelDims(256, 1024, 4, 4), ModelDims(16, 32, 1, 2)]
@@ -37,7 +38,7 @@ def test_every_structure_is_measured_in_the_order_given(measured):
     cost_model, times, _ = measured
     assert [one.label for one in cost_model.measurements] == [str(dims) for dims in SIZES]
     for dims, one in zip(SIZES, cost_model.measurements, strict=True):
-        assert one.flops_per_token == flops_per_token(dims, CONFIG, LENGTH)
+        assert one.flops_per_token == count_flops_per_token(dims, CONFIG, LENGTH)
         assert one.tokens == BATCH * LENGTH and one.hours > 0
     assert cost_model.hours_per_flop > 0 and cost_model.mean_error >= 0
     assert [one.dims for one in times] == [SIZES[1], SIZES[0], SIZES[2]], "the largest first"
@@ -137,7 +138,7 @@ def test_other_failures_stay_what_they_are(monkeypatch):
 
 def test_hours_that_do_not_rise_say_what_was_measured(monkeypatch):
     def backwards(self, dims, tick):
-        flops = float(flops_per_token(dims, CONFIG, LENGTH))
+        flops = float(count_flops_per_token(dims, CONFIG, LENGTH))
         return StepTimes(dims, 1, flops, 128, 1, (1e6 / flops,), "a strange machine")
 
     monkeypatch.setattr(calibration._Bench, "time", backwards)

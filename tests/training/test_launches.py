@@ -134,7 +134,7 @@ def test_terminated_under_zero3_and_finished_on_one_rank(alone, tmp_path):
     path, stop = tmp_path / "out", 2 * STEPS + 3
     begun = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, arguments=SETTINGS)
     assert begun.code == 0, begun.text[-4000:]
-    assert "resume to go on" in begun.text
+    assert "resume to continue" in begun.text
     names = {one.name for one in RunDirectory(path).running_dir(2).iterdir()}
     assert f"checkpoint-{stop + 1}" in names, "a step later, when all have heard of it"
     ended = launch("zero3", 1, output=path, batch=BATCH, arguments=SETTINGS)

@@ -12,10 +12,10 @@ from transformers import get_scheduler
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import RunError
 from slop_hf.training.learning_rate import restore, share_or_steps, stage_scheduler
-from slop_hf.training.spans import stage_spans
+from slop_hf.training.spans import compute_stage_spans
 
 PEAK = 1e-2
-SPANS = stage_spans(SCHEDULE, small_model().config, BLOCK, [BATCH] * 4)
+SPANS = compute_stage_spans(SCHEDULE, small_model().config, BLOCK, [BATCH] * 4)
 RUN_STEPS = 4 * STEPS
 #: Three stages of four steps.
 SHORT = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:2]).with_shares([TOKENS // 2] * 3)
@@ -226,5 +226,5 @@ def test_each_stage_may_have_a_peak_of_its_own_over_an_interruption(tmp_path):
 
 
 def test_peaks_for_another_number_of_stages_are_refused(tmp_path):
-    with pytest.raises(RunError, match="stage_learning_rates has 2 values, the run 3 stages"):
+    with pytest.raises(RunError, match="stage_learning_rates has 2 values, but the run has 3 stages"):
         trainer(tmp_path, schedule=SHORT, stage_learning_rates=[1e-2, 1e-3])

@@ -60,7 +60,7 @@ def test_blocks_come_in_the_streams_order(tmp_path):
     run.train()
     data = run.blocks
     order = StreamOrder([len(part) for part in data.parts.values()], list(data.weights.values()), run.args.seed)
-    sources, blocks = order.places(np.arange(4 * STEPS * BATCH))
+    sources, blocks = order.locate(np.arange(4 * STEPS * BATCH))
     parts = list(data.parts.values())
     expected = [parts[source][block]["input_ids"] for source, block in zip(sources, blocks, strict=True)]
     assert torch.equal(torch.cat(seen), torch.stack(expected))

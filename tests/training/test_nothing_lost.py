@@ -96,7 +96,7 @@ def test_without_a_good_checkpoint_the_stage_begins_anew(run, caplog):
     begins = Beginnings()
     trainer(run.path, callbacks=[begins]).train(resume_from_checkpoint=True)
     assert begins.steps[0] == STEPS and run.is_finished
-    assert "has no optimizer state any more: AdamW begins anew in stage-1-layer" in caplog.text
+    assert "no longer has an optimizer state: AdamW starts afresh in stage-1-layer" in caplog.text
 
 
 def test_a_lone_checkpoint_is_not_all_that_a_stage_has(whole, tmp_path):
@@ -149,7 +149,7 @@ def test_a_full_disk(whole, run, monkeypatch, when):
     assert same_weights(whole, run.path)
 
 
-@pytest.mark.parametrize("what", ["the loss", "the gradient's norm"])
+@pytest.mark.parametrize("what", ["the loss", "the gradient norm"])
 def test_numbers_that_are_not_finite_stop_the_run(run, what):
     """Before they are logged or saved; the last good state is named, and is one."""
     poisoned = trainer(run.path)
@@ -171,7 +171,7 @@ def test_numbers_that_are_not_finite_stop_the_run(run, what):
 
     poisoned.training_step, poisoned._clip_grad_norm = training_step, clip_grad_norm
     last = f"checkpoint-{STEPS + 4}"
-    with pytest.raises(RunError, match=rf"{what} is not finite any more; .* the last good state is .*{last}"):
+    with pytest.raises(RunError, match=rf"{what} is no longer finite; .* the last good state is .*{last}"):
         poisoned.train(resume_from_checkpoint=True)
     trainer(run.path).train(resume_from_checkpoint=True)
     assert run.is_finished and all(record.eval_loss < 10 for record in run.records())
@@ -202,7 +202,7 @@ def test_a_last_step_that_breaks_the_weights_is_seen(run):
         return evaluate(*args, **kwargs)
 
     broken.evaluate = evaluate_broken
-    with pytest.raises(DivergedError, match="the loss is not finite any more"):
+    with pytest.raises(DivergedError, match="the loss is no longer finite"):
         broken.train(resume_from_checkpoint=True)
     assert run.finished_stages == 1
 

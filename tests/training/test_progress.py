@@ -10,9 +10,9 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from slop_hf import RunDirectory
 from slop_hf.training.progress import RunProgress, log_line
-from slop_hf.training.spans import stage_spans
+from slop_hf.training.spans import compute_stage_spans
 
-SPANS = stage_spans(SCHEDULE, small_model().config, BLOCK, [BATCH] * 4)
+SPANS = compute_stage_spans(SCHEDULE, small_model().config, BLOCK, [BATCH] * 4)
 FIRST, SECOND, *_, LAST = SPANS
 
 
@@ -264,7 +264,7 @@ class StopAt(TrainerCallback):
 def shown_run(path, file, **settings):
     """A trainer with these bars in the place of transformers' own."""
     one = trainer(path, disable_tqdm=False, logging_steps=4, **settings)
-    spans = stage_spans(one.schedule, one.model.config, BLOCK, [BATCH] * 4)
+    spans = compute_stage_spans(one.schedule, one.model.config, BLOCK, [BATCH] * 4)
     one.remove_callback(ProgressCallback)
 
     def span():

@@ -12,7 +12,7 @@ from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, bloc
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
 from slop_hf import GrowthSchedule, ModelDims, RunDirectory, grow_model
-from slop_hf.cost.flops import flops_per_token
+from slop_hf.cost.flops import count_flops_per_token
 from slop_hf.errors import DataError, RunError
 
 
@@ -53,7 +53,7 @@ def test_one_axis_of_steps_tokens_and_flops(finished):
     assert [entry["stage"] for entry in losses] == [(step - 1) // STEPS for step in watch.steps]
     flops = [entry["train_flops"] for entry in losses]
     per_step = [
-        flops_per_token(dims, one.model.config, BLOCK) * BLOCK * BATCH
+        count_flops_per_token(dims, one.model.config, BLOCK) * BLOCK * BATCH
         for dims in SCHEDULE.structures
         for _ in range(STEPS)
     ]
@@ -194,13 +194,14 @@ def test_more_tokens_than_the_corpus_has_is_a_warning(tmp_path, monkeypatch):
 
 def test_one_stage_equals_plain_trainer(tmp_path):
     """Without growth, and with data in the same order, the weights are those of transformers' own Trainer."""
+    from slop_hf.data import MixedBlocks
     from slop_hf.data.order import BlockOrder
 
     schedule = GrowthSchedule(SCHEDULE.initial, initial_tokens=TOKENS)
     ours = trainer(tmp_path / "ours", schedule=schedule)
     ours.train()
     args = arguments(tmp_path / "plain")
-    data = BlockOrder(blocks(4 * BATCH * STEPS + 8), 0, BATCH * STEPS, seed=args.seed)
+    data = BlockOrder(MixedBlocks.wrap(blocks(4 * BATCH * STEPS + 8)), 0, BATCH * STEPS, seed=args.seed)
     plain = Trainer(small_model(), args, train_dataset=data)
     plain.train()
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True))
@@ -253,12 +254,16 @@ def test_gradient_accumulation_counts_whole_steps(tmp_path):
         ({"data": blocks(8, size=2 * BLOCK)}, DataError, "blocks have 32 tokens, .* max_position_embeddings is 16"),
         ({"schedule": GrowthSchedule(SCHEDULE.initial)}, RunError, "no tokens to train on"),
         ({"optimizers": (object(), None)}, RunError, "choose it with the argument `optim`"),
-        ({"processing_class": range(41)}, RunError, "tokenizer has 41 entries, the model's vocabulary 40"),
+        (
+            {"processing_class": range(41)},
+            RunError,
+            "tokenizer has 41 entries, more than the model's vocabulary of 40",
+        ),
         ({"max_steps": 5}, RunError, "max_steps and num_train_epochs have no meaning"),
         ({"num_train_epochs": 3}, RunError, "max_steps and num_train_epochs have no meaning"),
         ({"optim": "adafactor"}, RunError, "'adafactor' keeps a state that cannot be grown"),
         ({"train_sampling_strategy": "random"}, RunError, "must stay 'sequential'"),
-        ({"push_to_hub": True}, RunError, "needs somebody who publishes finished stages"),
+        ({"push_to_hub": True}, RunError, "needs a callback that publishes finished stages"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3},
             RunError,

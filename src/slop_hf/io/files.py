@@ -66,6 +66,9 @@ def write_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def flush_to_disk(path: str | os.PathLike[str]) -> None:
-    """Wait until the disk holds what was written to a file."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Wait until the disk holds what was written to a file, or the entries of a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -172,7 +172,7 @@ def plan_candidates(
     space = ConfigSpace(targets=[whole.target], config=model, sequence_length=config.data.block_size)
     operators = _list_leading(rest)
     planner = SlopPlanner(
-        whole.structures[first - 1], space, operators=operators, objective=objective, cost_model=paper.cost_model()
+        whole.structures[first - 1], space, operators=operators, objective=objective, cost_model=paper.fit_cost_model()
     )
     initial = whole.initial_tokens if start is None else 0
     tokens = sum(stage.tokens for stage in rest)

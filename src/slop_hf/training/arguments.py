@@ -1,31 +1,31 @@
-"""`SlopTrainingArguments`: transformers' arguments with the paper's recipe as defaults, and growth's own."""
+"""`SlopTrainingArguments`: transformers' arguments with the paper's recipe as defaults, and arguments of growth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
 from ..errors import RunError
 from ..growth.plan import DEFAULT_NOISE
+from ..io.serialization import Json
+from .batches import PER_STAGE
 from .launch import prepare_launch
 
-#: Optimizers whose state is AdamW's two moments and a step, kept per parameter.
+#: Optimizers whose state is AdamW's two moments and a step per parameter.
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 LR_SPANS = ("stage", "run")
-#: Arguments that are one number for all stages, or one for each.
-PER_STAGE = ("batch_tokens", "stage_batch_sizes", "stage_learning_rates")
 
 
 @dataclass
 class SlopTrainingArguments(TrainingArguments):
     """Arguments of `SlopTrainer`; every argument of `transformers.TrainingArguments` keeps its meaning.
 
-    The defaults are Appendix B.1 of the paper: AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients clipped at
-    1.0, learning rate 3e-4, warm-up and a cosine to 10% of it, which starts anew in every stage. The paper warms up
-    for 2,000 steps; the default here is 5% of each stage, the same share of a stage of 10B tokens in batches of
-    256K. How long a stage lasts is told by the schedule's tokens: `max_steps` and `num_train_epochs` are not used.
+    The defaults are those of Appendix B.1 of the paper: AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients
+    clipped at 1.0, learning rate 3e-4, and in every stage a warm-up and a cosine to 10% of the peak. The paper warms
+    up for 2,000 steps; the default here is 5% of each stage, the same share of a stage of 10B tokens in batches of
+    256K tokens. The schedule's tokens decide how long a stage lasts: `max_steps` and `num_train_epochs` are not used.
 
     Raises:
         RunError: for an argument that has no meaning in a staged run.
@@ -36,19 +36,19 @@ class SlopTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
     lr_scheduler_type: str = field(
         default="cosine_with_min_lr",
-        metadata={"help": "Learning-rate schedule, over each stage or the run (lr_span); WSD: warmup_stable_decay."},
+        metadata={"help": "Learning-rate schedule over each stage or the run (lr_span); WSD: warmup_stable_decay."},
     )
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+    lr_scheduler_kwargs: dict[str, Json] | str | None = field(
         default=None,
         metadata={
-            "help": "Its arguments; left out, the cosine ends at 10%% of the peak, as the paper's. num_decay_steps "
-            "below 1 is a share of the span."
+            "help": "Arguments of the learning-rate schedule; by default the cosine ends at 10%% of the peak, as in "
+            "the paper. num_decay_steps below 1 is a share of the span."
         },
     )
     lr_span: str = field(
         default="stage",
         metadata={
-            "help": "What the schedule spans: 'stage', anew after each growth, or 'run', once.",
+            "help": "Span of the learning-rate schedule: 'stage', again after each growth, or 'run', once.",
             "choices": LR_SPANS,
         },
     )
@@ -58,23 +58,24 @@ class SlopTrainingArguments(TrainingArguments):
     rewarm_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Warm-up after each growth: steps, or below 1 a share of the stage. Left out, stages warm up as "
-            "warmup_steps says, and a schedule over the run goes on as if nothing had happened."
+            "help": "Warm-up after each growth: steps, or below 1 a share of the stage. By default stages warm up for "
+            "warmup_steps, and a schedule over the run ignores growths."
         },
     )
     batch_tokens: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Tokens of an optimizer step over all devices: one number, or one for each stage. Accumulation "
-            "follows from it. Left out, batch size, accumulation and number of devices decide."
+            "help": "Tokens per optimizer step over all devices: one number, or one per stage. Accumulation follows "
+            "from it. By default batch size, accumulation and number of devices decide."
         },
     )
     stage_batch_sizes: list[int] | None = field(
-        default=None, metadata={"help": "per_device_train_batch_size of each stage; later models may need a smaller."}
+        default=None,
+        metadata={"help": "per_device_train_batch_size of each stage; large models may need a small one."},
     )
     stage_learning_rates: list[float] | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of each stage, one number for each; left out, learning_rate for all."},
+        metadata={"help": "Peak learning rate of each stage, one number per stage; by default learning_rate for all."},
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Not used: the schedule's tokens decide."})
     train_sampling_strategy: str = field(
@@ -82,38 +83,38 @@ class SlopTrainingArguments(TrainingArguments):
     )
     growth_init: dict[str, str] | str | None = field(
         default=None,
-        metadata={"help": "Init of each operator, or one name for all, for stages whose schedule names none."},
+        metadata={"help": "Init of each operator, or one for all, for stages that have none in the schedule."},
     )
     growth_seed: int = field(default=0, metadata={"help": "Seed of the entries that growth draws at random."})
     growth_noise: float = field(
         default=DEFAULT_NOISE,
         metadata={
-            "help": "Noise that parts copies under the init `copy`, as a share of the model's initializer_range; it "
-            "leaves the function as it is."
+            "help": "Noise that breaks the symmetry of copies under the init `copy`, as a fraction of the model's "
+            "initializer_range; it does not change the function."
         },
     )
     carry_optimizer_state: bool = field(
         default=False,
         metadata={
-            "help": "Grow AdamW's moments with the weights; otherwise every stage starts them anew, which ended lower "
-            "in our experiments (docs/results.md)."
+            "help": "Grow AdamW's moments with the weights; by default every stage starts with a fresh AdamW, which "
+            "reached a lower loss in our experiments (docs/results.md)."
         },
     )
     eval_before_growth: bool = field(default=True, metadata={"help": "Evaluate at the end of each stage."})
     eval_after_growth: bool = field(default=True, metadata={"help": "Evaluate right after each growth."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite; the run stops where one comes."}
+        default=False, metadata={"help": "Hide non-finite losses in the log; the run stops at the first one anyway."}
     )
     keep_optimizer_states: bool = field(
         default=False,
-        metadata={"help": "Keep the optimizer's state of stages that a later one no longer needs, to roll back to."},
+        metadata={"help": "Keep the optimizer state of every stage, to roll back to; by default only the last one's."},
     )
     max_shard_size: str = field(default="2GB", metadata={"help": "Largest file of weights or optimizer state."})
     cost_model: str | None = field(
-        default=None, metadata={"help": "File made by `slop calibrate`, to estimate the time left with."}
+        default=None, metadata={"help": "File written by `slop calibrate`, for the estimate of the time left."}
     )
     peak_tflops: float | None = field(
-        default=None, metadata={"help": "Peak of a device in TFLOP/s, for MFU; known devices need none."}
+        default=None, metadata={"help": "Peak of a device in TFLOP/s, for MFU; not needed for known devices."}
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "growth_init"]
@@ -131,7 +132,7 @@ class SlopTrainingArguments(TrainingArguments):
         if self.carry_optimizer_state and optim not in ADAMW:
             raise RunError(
                 f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
-                "set carry_optimizer_state to false to start it anew in every stage"
+                "set carry_optimizer_state to false to start it afresh in every stage"
             )
 
     def _refuse_meaningless(self) -> None:
@@ -142,22 +143,22 @@ class SlopTrainingArguments(TrainingArguments):
         if self.train_sampling_strategy != "sequential":
             raise RunError(
                 f"train_sampling_strategy must stay 'sequential', got {self.train_sampling_strategy!r}: "
-                "the trainer shuffles blocks itself, so that none comes twice; change `data_seed` for another order"
+                "the trainer shuffles the blocks itself, without repeats; change `data_seed` for another order"
             )
         if self.load_best_model_at_end:
             raise RunError("load_best_model_at_end cannot work across stages of different shapes; leave it out")
         if self.hub_revision is not None:
-            raise RunError(f"hub_revision {self.hub_revision!r}: each stage has a revision of its own; leave it out")
+            raise RunError(f"hub_revision {self.hub_revision!r}: each stage has its own revision; leave it out")
         if self.auto_find_batch_size:
-            raise RunError("auto_find_batch_size would change the batch of a run in the middle; set stage_batch_sizes")
+            raise RunError("auto_find_batch_size would change the batch in the middle of a run; set stage_batch_sizes")
         if self.save_only_model:
-            raise RunError("save_only_model leaves checkpoints that no run can be resumed from; leave it out")
+            raise RunError("save_only_model writes checkpoints that no run can be resumed from; leave it out")
         if self.lr_span not in LR_SPANS:
             raise RunError(f"lr_span must be one of {', '.join(LR_SPANS)}, got {self.lr_span!r}")
         for name in PER_STAGE:
             numbers = getattr(self, name)
             if numbers is not None and (not numbers or min(numbers) <= 0):
-                raise RunError(f"{name} must be positive numbers, one or one for each stage, got {numbers}")
+                raise RunError(f"{name} must be positive numbers, one for all stages or one per stage, got {numbers}")
         for name in ("rewarm_steps", "peak_tflops", "growth_noise"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise RunError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -1,21 +1,26 @@
-"""How an optimizer step's batch is shared out over devices and time."""
+"""Batches: how the blocks of an optimizer step are divided over devices and accumulation steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import RunError
-from .arguments import PER_STAGE
+
+if TYPE_CHECKING:
+    from .arguments import SlopTrainingArguments
 
 Number = TypeVar("Number", int, float)
 
+#: Training arguments that are one number for all stages, or one number per stage.
+PER_STAGE = ("batch_tokens", "stage_batch_sizes", "stage_learning_rates")
 
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is not above a limit.
 
-    >>> largest_divisor(96, 20)
+def find_largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that does not exceed a limit.
+
+    >>> find_largest_divisor(96, 20)
     16
     """
     return next(size for size in range(min(limit, number), 0, -1) if number % size == 0)
@@ -23,11 +28,11 @@ def largest_divisor(number: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class Batches:
-    """One stage's share of an optimizer step on each device.
+    """The batch of one device in one stage.
 
     Args:
-        micro_batch_size: blocks that a device works on at a time.
-        accumulation_steps: how often it does so in a step.
+        micro_batch_size: blocks per forward and backward pass.
+        accumulation_steps: passes per optimizer step.
     """
 
     micro_batch_size: int
@@ -35,86 +40,99 @@ class Batches:
 
     @classmethod
     def share(cls, blocks: int, largest: int, devices: int) -> Batches:
-        """Share out the blocks of a step: micro-batches as large as can be.
+        """Divide the blocks of a step over devices, in the largest micro-batches possible.
 
         Args:
-            blocks: of a step, over all devices.
-            largest: micro-batch that a device has memory for.
-            devices: that share the work.
+            blocks: blocks per optimizer step, over all devices.
+            largest: largest micro-batch that a device has memory for.
+            devices: number of devices.
 
         Raises:
-            RunError: where they cannot be shared equally.
+            RunError: if the devices cannot share the blocks equally.
 
         >>> Batches.share(96, largest=20, devices=2)
         Batches(micro_batch_size=16, accumulation_steps=3)
         """
-        each, rest = divmod(blocks, devices)
-        if rest or not each:
+        per_device, rest = divmod(blocks, devices)
+        if rest or not per_device:
             raise RunError(
                 f"a step has {blocks} blocks, which {devices} devices cannot share equally; "
                 f"take a number of devices that divides {blocks}, or begin a run with other batch_tokens"
             )
-        micro = largest_divisor(each, largest)
-        return cls(micro, each // micro)
+        micro_batch_size = find_largest_divisor(per_device, largest)
+        return cls(micro_batch_size, per_device // micro_batch_size)
 
 
-def per_stage(values: Number | Sequence[Number] | None, default: Number, stages: int, name: str) -> tuple[Number, ...]:
-    """One value for each stage from an argument that gives none, one for all, or one for each.
+def resolve_per_stage(
+    values: Number | Sequence[Number] | None, default: Number, stages: int, name: str
+) -> tuple[Number, ...]:
+    """Return one value per stage from an argument that has no value, one for all stages, or one per stage.
+
+    Args:
+        values: value of the argument.
+        default: value of all stages if `values` is None.
+        stages: number of stages, including the initial one.
+        name: name of the argument, for the message.
 
     Raises:
-        RunError: for another number of values.
+        RunError: for any other number of values.
     """
     values = default if values is None else values
     values = [values] if isinstance(values, (int, float)) else list(values)
     if len(values) not in (1, stages):
         raise RunError(
-            f"{name} has {len(values)} values, the run {stages} stages (the initial one counted); give one or {stages}"
+            f"{name} has {len(values)} values, but the run has {stages} stages (including the initial one); "
+            f"give one or {stages}"
         )
     return tuple(values * stages if len(values) == 1 else values)
 
 
-def blocks_per_step(args: Any, block_size: int, devices: int, stages: int) -> tuple[int, ...]:
-    """Blocks of an optimizer step over all devices, for each stage.
+def count_blocks_per_step(args: SlopTrainingArguments, block_size: int, devices: int, stages: int) -> tuple[int, ...]:
+    """Return the blocks per optimizer step of each stage, over all devices.
 
     Args:
-        args: `SlopTrainingArguments`.
-        block_size: tokens of a block.
-        devices: that share the work; they count only where `batch_tokens` is not given.
-        stages: how many, the initial one counted.
+        args: training arguments.
+        block_size: tokens per block.
+        devices: number of devices; it matters only if `batch_tokens` is not set.
+        stages: number of stages, including the initial one.
 
     Raises:
-        RunError: for `batch_tokens` that are no whole number of blocks.
+        RunError: if `batch_tokens` is not a multiple of the block size.
     """
     if args.batch_tokens is None:
-        sizes = per_stage(args.stage_batch_sizes, args.per_device_train_batch_size, stages, "stage_batch_sizes")
+        sizes = _resolve_batch_sizes(args, stages)
         return tuple(size * args.gradient_accumulation_steps * devices for size in sizes)
     if args.gradient_accumulation_steps != 1:
         raise RunError("gradient_accumulation_steps follows from batch_tokens; give one of the two")
-    tokens = per_stage(args.batch_tokens, 0, stages, "batch_tokens")
-    for number in tokens:
-        if number % block_size:
-            near = max(1, round(number / block_size)) * block_size
-            raise RunError(f"batch_tokens {number} is no whole number of blocks of {block_size} tokens; take {near}")
-    return tuple(number // block_size for number in tokens)
+    batch_tokens = resolve_per_stage(args.batch_tokens, 0, stages, "batch_tokens")
+    for tokens in batch_tokens:
+        if tokens % block_size:
+            nearest = max(1, round(tokens / block_size)) * block_size
+            raise RunError(f"batch_tokens {tokens} is not a multiple of the block size {block_size}; take {nearest}")
+    return tuple(tokens // block_size for tokens in batch_tokens)
 
 
-def keep_last(args: Any) -> None:
-    """Leave of values for each stage the last one's: for a run of the last stage's structure alone."""
+def keep_last_stage(args: SlopTrainingArguments) -> None:
+    """Reduce arguments with one value per stage to the last stage's: for a run that has only its structure."""
     for name in PER_STAGE:
         values = getattr(args, name)
         setattr(args, name, None if values is None else values[-1:])
 
 
-def stage_batches(args: Any, blocks: Sequence[int], devices: int) -> tuple[Batches, ...]:
-    """Each stage's share on each device.
+def share_batches(args: SlopTrainingArguments, blocks: Sequence[int], devices: int) -> tuple[Batches, ...]:
+    """Return the batch of one device in each stage.
 
     Args:
-        args: `SlopTrainingArguments`.
-        blocks: of a step in each stage, as the run has begun.
-        devices: of this launch.
+        args: training arguments.
+        blocks: blocks per optimizer step of each stage.
+        devices: number of devices of this launch.
 
     Raises:
-        RunError: where they cannot be shared equally.
+        RunError: if the devices cannot share a step equally.
     """
-    largest = per_stage(args.stage_batch_sizes, args.per_device_train_batch_size, len(blocks), "stage_batch_sizes")
-    return tuple(Batches.share(number, size, devices) for number, size in zip(blocks, largest, strict=True))
+    sizes = _resolve_batch_sizes(args, len(blocks))
+    return tuple(Batches.share(number, size, devices) for number, size in zip(blocks, sizes, strict=True))
+
+
+def _resolve_batch_sizes(args: SlopTrainingArguments, stages: int) -> tuple[int, ...]:
+    return resolve_per_stage(args.stage_batch_sizes, args.per_device_train_batch_size, stages, "stage_batch_sizes")

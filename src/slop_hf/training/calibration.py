@@ -1,4 +1,4 @@
-"""`calibrate`: a `CostModel` of the hardware at hand, fitted to real training steps."""
+"""`calibrate`: fit a `CostModel` to training steps on this hardware."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -27,38 +27,43 @@ from transformers import (
     set_seed,
 )
 
-from ..cost.flops import DEFAULT_CONFIG, count_parameters, flops_per_token
+from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..cost.hours import CostModel, Measurement
-from ..cost.memory import STATE_BYTES, Precision
+from ..cost.memory import BYTES_PER_PARAMETER, Precision
 from ..dims import ModelDims
 from ..errors import PlanError, RunError
+from ..io.numbers import require_whole_number
+from ..io.serialization import Json
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .config import RunConfig
 from .spans import StageSpan
 from .trainer import SlopTrainer
 
-#: Nothing but the steps: no files, no logs.
+if TYPE_CHECKING:
+    from types import ModuleType
+
+#: Disable checkpoints and logging while timing.
 _QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
 
 _FIELDS = {item.name for item in fields(SlopTrainingArguments)}
-#: transformers 5.23 gave it a new name, and warns of the old one.
+#: transformers 5.23 renamed it, and warns about the old name.
 _CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """How long training steps of a structure took.
+    """The times of a structure's training steps.
 
     Args:
         dims: the structure.
-        parameters: the true number of parameters.
-        flops_per_token: as `cost.flops_per_token` counts them.
-        tokens: of a step, over all devices.
-        devices: that shared the work.
-        seconds: of each step, those to warm up left out.
-        hardware: what they ran on.
-        peak_bytes: the most memory that was allocated on the (first) device; None where torch does not count it.
+        parameters: number of parameters.
+        flops_per_token: training FLOPs per token, as `cost.flops.count_flops_per_token` counts them.
+        tokens: tokens per step, over all devices.
+        devices: number of devices that shared the work.
+        seconds: seconds of each step, without the warm-up.
+        hardware: description of the hardware.
+        peak_bytes: most memory allocated on the (first) device; None if torch does not count it.
 
     >>> times = StepTimes(ModelDims(64, 128, 2, 2), 4_000_000, 2.4e7, 1024, 2, (0.5, 0.4, 9.0), "2 × some GPU")
     >>> times.seconds_per_step, round(times.measurement.hours * 3600, 3)
@@ -76,19 +81,19 @@ class StepTimes:
 
     @property
     def seconds_per_step(self) -> float:
-        """The median: another program that takes the processor for a moment does not move it."""
+        """The median, which a short disturbance by another program does not move."""
         return median(self.seconds)
 
     @property
     def measurement(self) -> Measurement:
-        """A step's tokens and device hours."""
+        """The tokens and device hours of one step."""
         hours = self.seconds_per_step * self.devices / 3600
         return Measurement(str(self.dims), self.flops_per_token, self.tokens, hours)
 
 
 def calibrate(
     structures: Sequence[ModelDims],
-    config: Mapping[str, Any] = DEFAULT_CONFIG,
+    config: Mapping[str, Json] = DEFAULT_CONFIG,
     *,
     sequence_length: int = 256,
     batch_size: int = 4,
@@ -97,98 +102,94 @@ def calibrate(
     precision: Precision = "fp32",
     checkpointing: bool = False,
     seed: int = 0,
-    training: Mapping[str, Any] | None = None,
+    training: Mapping[str, Json] | None = None,
     progress: bool = False,
     observe: Callable[[StepTimes], None] | None = None,
 ) -> CostModel:
-    """Train each structure for a few steps, and fit the hours of this hardware to their times.
+    """Train each structure for a few steps, and fit the cost model to their times.
 
-    The steps are `SlopTrainer`'s, on random weights and random tokens: data, forward, backward, clipping, AdamW, on
-    the device that it picks. A step counts with its median time, as wall time times devices. Structures run from
-    the largest to the smallest, so that one that does not fit in memory shows at once. Nothing is left on disk.
+    The steps are `SlopTrainer`'s, with random weights and random tokens: data, forward, backward, clipping and AdamW,
+    on the device that `Trainer` chooses. The time of a step is the median of wall time multiplied by devices. The
+    largest structure is timed first, so that one that does not fit in memory fails at once. No file remains.
 
-    Hours hold for runs that train the same way: batch, sequence length, precision, checkpointing. Hours of structures
-    far larger than those measured are a guess.
+    The hours hold for runs with the same batch, sequence length, precision and checkpointing. Hours of structures much
+    larger than those measured are an extrapolation.
 
     Args:
-        structures: at least two, of different FLOPs; with two the fit is exact and says nothing of its error.
-        config: what growth leaves alone; `model_type`, `vocab_size`, and other fields of the family's config.
-        sequence_length: tokens of a sequence.
-        batch_size: sequences of a step on each device.
-        steps: to time, for each structure.
-        warmup_steps: before those; the first ones allocate memory and choose kernels.
+        structures: structures to time, at least two with different FLOPs; with two, the fit is exact and says nothing
+            about its error.
+        config: settings that growth does not change: `model_type`, `vocab_size` and other fields of the family's
+            config.
+        sequence_length: tokens per sequence.
+        batch_size: sequences per step on each device.
+        steps: steps to time for each structure.
+        warmup_steps: steps before those; the first ones allocate memory and choose kernels.
         precision: "fp32", or "bf16" for autocast over float32 weights (`bf16=True` of Trainer).
         checkpointing: whether activations are recomputed.
-        seed: of weights and tokens.
-        training: more fields of `SlopTrainingArguments`, such as `use_cpu` or `optim`.
-        progress: whether to show a bar, on a terminal.
-        observe: called with the times of each structure once they are known.
+        seed: seed of weights and tokens.
+        training: further fields of `SlopTrainingArguments`, such as `use_cpu` or `optim`.
+        progress: whether to show a progress bar if the output is a terminal.
+        observe: function to call with the times of each structure.
 
     Raises:
-        PlanError: for settings that cannot be measured, or hours that do not rise with the FLOPs.
-        RunError: for a model that cannot be built, or a structure that does not fit in memory.
+        PlanError: for settings that cannot be measured, or if the hours do not rise with the FLOPs.
+        RunError: if a model cannot be built, or a structure does not fit in memory.
 
     >>> sizes = [ModelDims(256, 768, 4, 4), ModelDims(512, 1536, 8, 8), ModelDims(768, 2048, 8, 12)]
     >>> calibrate(sizes, steps=20).to_yaml("cost_model.yaml")  # doctest: +SKIP
     """
-    setting = {**DEFAULT_CONFIG, **config}
-    _check(structures, setting, sequence_length, batch_size, steps, warmup_steps, precision)
+    config = {**DEFAULT_CONFIG, **config}
+    # A sequence of one token has nothing to predict.
+    for name, value, least in (
+        ("sequence_length", sequence_length, 2),
+        ("vocab_size", config["vocab_size"], 2),
+        ("batch_size", batch_size, 1),
+        ("steps", steps, 1),
+        ("warmup_steps", warmup_steps, 0),
+    ):
+        require_whole_number(value, name, least=least, error=PlanError)
+    _check(structures, config, sequence_length, precision)
     arguments = {"per_device_train_batch_size": batch_size, "bf16": precision == "bf16", "seed": seed, **_QUIET}
     if checkpointing:
         arguments |= {_CHECKPOINTING: True}
-    # Positions for the sequences, where the config says nothing of them.
-    model = {"max_position_embeddings": sequence_length, **setting}
+    model = {"max_position_embeddings": sequence_length, **config}
     run = RunConfig(model=model, training={**(training or {}), **arguments})
     bench = _Bench(run, sequence_length, warmup_steps, steps)
-    largest_first = sorted(structures, key=lambda dims: -flops_per_token(dims, setting, sequence_length))
+    largest_first = sorted(structures, key=lambda dims: -count_flops_per_token(dims, config, sequence_length))
     total = len(structures) * (warmup_steps + steps)
-    found: dict[ModelDims, StepTimes] = {}
+    times: dict[ModelDims, StepTimes] = {}
     with tqdm(total=total, unit="step", disable=None if progress else True) as bar:
         for dims in largest_first:
             bar.set_description(str(dims))
-            found[dims] = bench.time(dims, bar.update)
-            gc.collect()  # trainers refer to themselves: without it, the next model would lie beside this one
+            times[dims] = bench.time(dims, bar.update)
+            gc.collect()  # trainers are reference cycles: otherwise this model would stay in memory with the next one
             if observe is not None:
-                observe(found[dims])
-    return _fit([found[dims] for dims in structures])
+                observe(times[dims])
+    return _fit([times[dims] for dims in structures])
 
 
-def _check(
-    structures: Sequence[ModelDims],
-    config: Mapping[str, Any],
-    sequence_length: int,
-    batch_size: int,
-    steps: int,
-    warmup_steps: int,
-    precision: str,
-) -> None:
-    """Refuse what cannot be measured, before anything is."""
-    # A sequence of one token has nothing to predict.
-    lengths = ("sequence_length", sequence_length, 2), ("vocab_size", config["vocab_size"], 2)
-    counts = ("batch_size", batch_size, 1), ("steps", steps, 1), ("warmup_steps", warmup_steps, 0)
-    for name, value, least in (*lengths, *counts):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PlanError(f"{name} must be a whole number, {least} or more, got {value!r}")
-    if precision not in STATE_BYTES:
-        raise PlanError(f"unknown precision {precision!r}; known: {', '.join(STATE_BYTES)}")
-    if len({flops_per_token(dims, config, sequence_length) for dims in structures}) < 2:
-        given = ", ".join(map(str, structures)) or "none"
-        raise PlanError(f"calibration needs at least 2 structures of different FLOPs, got {given}: give more sizes")
-    if twice := [str(dims) for dims in dict.fromkeys(structures) if structures.count(dims) > 1]:
-        raise PlanError(f"structure {', '.join(twice)} is given twice: give each once, and more steps")
+def _check(structures: Sequence[ModelDims], config: Mapping[str, Json], sequence_length: int, precision: str) -> None:
+    """Refuse settings that cannot be measured, before anything is measured."""
+    if precision not in BYTES_PER_PARAMETER:
+        raise PlanError(f"unknown precision {precision!r}; known: {', '.join(BYTES_PER_PARAMETER)}")
+    if len({count_flops_per_token(dims, config, sequence_length) for dims in structures}) < 2:
+        names = ", ".join(map(str, structures)) or "none"
+        raise PlanError(f"calibration needs at least 2 structures of different FLOPs, got {names}: give more sizes")
+    if repeated := [str(dims) for dims in dict.fromkeys(structures) if structures.count(dims) > 1]:
+        raise PlanError(f"structure {', '.join(repeated)} is given twice: give each once, and more steps")
 
 
-def _fit(found: Sequence[StepTimes]) -> CostModel:
+def _fit(measured: Sequence[StepTimes]) -> CostModel:
     try:
-        return CostModel.fit([times.measurement for times in found], hardware=found[0].hardware)
+        return CostModel.fit([times.measurement for times in measured], hardware=measured[0].hardware)
     except PlanError as caught:
-        steps = ", ".join(f"{times.dims} {times.seconds_per_step:.2g} s" for times in found)
+        steps = ", ".join(f"{times.dims} {times.seconds_per_step:.2g} s" for times in measured)
         raise PlanError(f"{caught} (a step took: {steps})") from None
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Times structures, one after the other."""
+    """The setting in which structures are timed, one after the other."""
 
     run: RunConfig
     sequence_length: int
@@ -196,12 +197,12 @@ class _Bench:
     steps: int
 
     def time(self, dims: ModelDims, tick: Callable[[], object]) -> StepTimes:
-        """The times of a structure's steps; `tick` is called after each."""
-        with TemporaryDirectory(prefix="slop-calibrate-") as directory, self._explaining(dims):
+        """Return the times of a structure's steps; `tick` is called after each step."""
+        with TemporaryDirectory(prefix="slop-calibrate-") as directory, self._explain_out_of_memory(dims):
             clock = _Clock(tick)
-            trainer = self._trainer(dims, directory, clock)
+            trainer = self._build_trainer(dims, directory, clock)
             args = trainer.args
-            backend = _backend(args.device)
+            backend = _get_backend(args.device)
             if counts_memory := hasattr(backend, "reset_peak_memory_stats"):
                 backend.reset_peak_memory_stats()
             trainer.train()
@@ -209,37 +210,37 @@ class _Bench:
             return StepTimes(
                 dims=dims,
                 parameters=count_parameters(dims, model_config),
-                flops_per_token=float(flops_per_token(dims, model_config, self.sequence_length)),
+                flops_per_token=float(count_flops_per_token(dims, model_config, self.sequence_length)),
                 tokens=span.tokens // span.steps,
-                devices=_devices(args),
+                devices=_count_devices(args),
                 seconds=tuple(clock.seconds[self.warmup_steps :]),
-                hardware=_hardware(args, self.sequence_length),
+                hardware=_describe_hardware(args, self.sequence_length),
                 peak_bytes=backend.max_memory_allocated() if counts_memory else None,
             )
 
-    def _trainer(self, dims: ModelDims, directory: str, clock: _Clock) -> SlopTrainer:
+    def _build_trainer(self, dims: ModelDims, directory: str, clock: _Clock) -> SlopTrainer:
         args = self.run.arguments(directory)
         if args.device.type == "cpu":
-            args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
-        model = self._model(dims, args.seed)
+            args.dataloader_pin_memory = False  # torch would warn that there is no accelerator to pin for
+        model = self._build_model(dims, args.seed)
         blocks = (self.warmup_steps + self.steps) * args.train_batch_size * args.gradient_accumulation_steps
         data = _RandomTokens(blocks, self.sequence_length, model.config.vocab_size, args.seed)
         schedule = GrowthSchedule(dims, initial_tokens=blocks * self.sequence_length)
-        trainer = _Unkept(model, args, schedule=schedule, train_dataset=data, callbacks=[clock])
+        trainer = _TimedTrainer(model, args, schedule=schedule, train_dataset=data, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)  # it prints a summary of each stage to stdout
         return trainer
 
-    def _model(self, dims: ModelDims, seed: int) -> PreTrainedModel:
+    def _build_model(self, dims: ModelDims, seed: int) -> PreTrainedModel:
         config = self.run.model_config(dims, self.run.model["vocab_size"])
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, None)  # a family's own may lie outside of a small vocabulary
+            setattr(config, name, None)  # a family's defaults may lie outside of a small vocabulary
         set_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         return model
 
     @contextmanager
-    def _explaining(self, dims: ModelDims) -> Iterator[None]:
-        """Turns every way of running out of memory into one line."""
+    def _explain_out_of_memory(self, dims: ModelDims) -> Iterator[None]:
+        """Turn every way of running out of memory into one line."""
         try:
             yield
         except (MemoryError, RuntimeError) as caught:
@@ -253,18 +254,18 @@ class _Bench:
             ) from None
 
 
-class _Unkept(SlopTrainer):
-    """Trains as `SlopTrainer` does, and writes no model at the end: that would take longer than the steps."""
+class _TimedTrainer(SlopTrainer):
+    """Trains as `SlopTrainer` does, but writes no model at the end, which would take longer than the steps."""
 
-    def _finish(self, span: StageSpan) -> None:
+    def _finish_stage(self, span: StageSpan) -> None:
         pass
 
 
 class _Clock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, so that reading data is among them.
+    """Seconds from the end of one step to the end of the next, which includes reading the data.
 
-    A step has ended when the device has done its work. Waiting for it costs the trainer little: it looks at every
-    step's loss, and waits for it, anyway (`logging_nan_inf_filter`).
+    A step has ended when the device has done its work. Training itself does not wait for the device at every step, so
+    on a GPU the hours come out somewhat too long.
     """
 
     def __init__(self, tick: Callable[[], object]) -> None:
@@ -273,15 +274,15 @@ class _Clock(TrainerCallback):
         self._last = 0.0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        _backend(args.device).synchronize()
+        _get_backend(args.device).synchronize()
         self._last = time.perf_counter()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        _backend(args.device).synchronize()
+        _get_backend(args.device).synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
@@ -289,7 +290,7 @@ class _Clock(TrainerCallback):
 
 
 class _RandomTokens(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of random tokens, each drawn when it is read."""
+    """Blocks of random tokens, drawn when they are read."""
 
     def __init__(self, blocks: int, size: int, vocab_size: int, seed: int) -> None:
         self.blocks = blocks
@@ -305,32 +306,32 @@ class _RandomTokens(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.randint(self.vocab_size, (self.size,), generator=generator)}
 
 
-def _backend(device: torch.device) -> Any:
-    """torch.cuda, torch.mps, torch.cpu, ...: all of them can synchronize."""
-    return getattr(torch, device.type)
+def _get_backend(device: torch.device) -> ModuleType:
+    """Return torch.cuda, torch.mps, torch.cpu, ...: all of them can synchronize."""
+    backend: ModuleType = getattr(torch, device.type)
+    return backend
 
 
-def _devices(args: SlopTrainingArguments) -> int:
-    """One process may drive several devices (DataParallel)."""
-    return args.world_size * max(1, args.n_gpu)
+def _count_devices(args: SlopTrainingArguments) -> int:
+    return int(args.world_size * max(1, args.n_gpu))  # one process may drive several devices (DataParallel)
 
 
-def _hardware(args: SlopTrainingArguments, sequence_length: int) -> str:
-    """What the times depend on besides the structure, for whoever reads the file later."""
-    device, count = args.device, _devices(args)
+def _describe_hardware(args: SlopTrainingArguments, sequence_length: int) -> str:
+    """Return all that the times depend on apart from the structure, for readers of the file."""
+    device, count = args.device, _count_devices(args)
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-    elif hasattr(_backend(device), "get_device_name"):
-        name = (f"{count} × " if count > 1 else "") + _backend(device).get_device_name(device)
+        name = f"{_find_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    elif hasattr(_get_backend(device), "get_device_name"):
+        name = (f"{count} × " if count > 1 else "") + _get_backend(device).get_device_name(device)
     else:
-        name = f"{_processor()}, {device.type}"
+        name = f"{_find_processor()}, {device.type}"
     dtype = "bfloat16" if args.bf16 else "float32"
     batch = args.per_device_train_batch_size
     return f"{name}, torch {torch.__version__}, {dtype}, batches of {batch} × {sequence_length} tokens"
 
 
-def _processor() -> str:
+def _find_processor() -> str:
     try:  # Linux; platform.processor() is empty or an architecture there
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

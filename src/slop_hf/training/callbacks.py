@@ -1,9 +1,9 @@
-"""Callbacks that `SlopTrainer` attaches to itself, and `StageCallback` for those that are attached to it."""
+"""`StageCallback`: callbacks that are called when a stage has been written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -12,32 +12,32 @@ from .ranks import Ranks
 
 
 class StageEnd(TrainerCallback):
-    """Logs at the last step of each stage, so that its record and curve end where it ends.
+    """Logs at the last step of each stage, so that its record and its curve end there.
 
-    No checkpoint is saved there: the stage's directory is written at once.
+    No checkpoint is saved at that step: the stage's directory is written right after it.
 
     Args:
-        end_step: tells the global step at which the stage in training ends.
+        get_end_step: function that returns the global step at which the stage in training ends.
     """
 
-    def __init__(self, end_step: Callable[[], int]) -> None:
-        self.end_step = end_step
+    def __init__(self, get_end_step: Callable[[], int]) -> None:
+        self.get_end_step = get_end_step
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        if state.global_step == self.end_step():
+        if state.global_step == self.get_end_step():
             control.should_log = True
             control.should_save = False
         return control
 
 
 class StageCallback(TrainerCallback):
-    """A callback that `SlopTrainer` also tells when a stage lies on disk.
+    """A callback with one more event: a stage has been written.
 
     Args:
-        publishes: whether it sends stages away. Such callbacks are told after the others, whose results they send too,
-            in whatever order they were attached.
+        publishes: whether the callback uploads stages. Such callbacks are called after the others, whose results they
+            upload too, in whatever order they were attached.
     """
 
     publishes: ClassVar[bool] = False
@@ -46,7 +46,7 @@ class StageCallback(TrainerCallback):
         """Called on all ranks when a finished stage has been written, before the next one is grown from it.
 
         Args:
-            run: the run's directory.
-            stage: the stage's number.
-            ranks: the processes of the run.
+            run: run directory.
+            stage: number of the stage.
+            ranks: processes of the run.
         """

@@ -1,16 +1,16 @@
-"""Checksums of the files of a checkpoint."""
+"""Checksums of the files of a stage or a checkpoint."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import xxhash
 
-from ..io.files import write_text
+from ..io.files import flush_to_disk, write_text
+from ..io.serialization import to_json
 from ..runs.directory import OPTIMIZER_STEM
 from .ranks import Ranks
 
@@ -18,41 +18,39 @@ CHECKSUM_FILE = "checksums.json"
 _PIECE_BYTES = 2**20
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Checksum(TypedDict):
+    """Size and hash of a file."""
+
+    bytes: int
+    hash: str
 
 
-def seal(directory: Path, mine: Iterable[str], ranks: Ranks) -> None:
+def write_checksums(directory: Path, written: Iterable[str], ranks: Ranks) -> None:
     """Write the checksums of a directory's files.
 
     Args:
-        directory: all ranks see the same.
-        mine: files that this rank has written; the first rank sees to all that no rank names.
-        ranks: of the run.
+        directory: directory that all ranks see.
+        written: names of the files that this rank has written; the first rank checks files that no rank names.
+        ranks: processes of the run.
     """
-    mine = set(mine)
-    named: set[str] = set().union(*ranks.all_gather(sorted(mine)))
-    sums: dict[str, dict[str, Any]] = {}
-    with ranks.together():
+    names = set(written)
+    named: set[str] = set().union(*ranks.gather_all(sorted(names)))
+    checksums: dict[str, Checksum] = {}
+    with ranks.raise_on_all():
         if ranks.is_first:
             rest = {path.name for path in directory.iterdir() if path.is_file()} - named
             for name in rest:
-                _flush(directory / name)
-            mine |= rest
-        sums = {name: _checksum(directory / name) for name in mine}
-    files = {name: one for part in ranks.all_gather(sums) for name, one in part.items()}
-    with ranks.together():
+                flush_to_disk(directory / name)
+            names |= rest
+        checksums = {name: _compute_checksum(directory / name) for name in names}
+    files = {name: checksum for part in ranks.gather_all(checksums) for name, checksum in part.items()}
+    with ranks.raise_on_all():
         if ranks.is_first:
             content = {"algorithm": "xxh3_128", "files": dict(sorted(files.items()))}
-            write_text(directory / CHECKSUM_FILE, json.dumps(content, indent=2) + "\n")
+            write_text(directory / CHECKSUM_FILE, to_json(content))
 
 
-def _checksum(path: Path) -> dict[str, Any]:
+def _compute_checksum(path: Path) -> Checksum:
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -60,29 +58,29 @@ def _checksum(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "hash": digest.hexdigest()}
 
 
-def fault_of(directory: Path, ranks: Ranks, *, is_stage: bool = False) -> str | None:
-    """What is wrong with a directory's files by its checksums, on all ranks; None if nothing is.
+def find_corruption(directory: Path, ranks: Ranks, *, is_stage: bool = False) -> str | None:
+    """Compare a directory's files with their checksums; return the first difference, the same on all ranks, or None.
 
     Args:
-        directory: of a checkpoint, or of a finished stage.
-        ranks: each looks at its share of the files.
-        is_stage: the optimizer's state may be gone, which a finished stage does without.
+        directory: directory of a checkpoint, or of a finished stage.
+        ranks: processes of the run; each reads its share of the files.
+        is_stage: whether the optimizer state may be missing, as in a finished stage.
     """
-    fault: str | None = None
     try:
-        files: dict[str, dict[str, Any]] = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
+        files: dict[str, Checksum] = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
     except FileNotFoundError:
         return f"it has no {CHECKSUM_FILE}"
     except (ValueError, KeyError, TypeError, OSError) as caught:
         return f"{CHECKSUM_FILE} cannot be read ({type(caught).__name__})"
-    for name in ranks.mine(sorted(files)):
+    fault: str | None = None
+    for name in ranks.select_share(sorted(files)):
         path = directory / name
         if not path.is_file():
             fault = None if is_stage and name.startswith(OPTIMIZER_STEM) else f"{name} is missing"
         elif path.stat().st_size != files[name]["bytes"]:
             fault = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
-        elif _checksum(path) != files[name]:
+        elif _compute_checksum(path) != files[name]:
             fault = f"{name} does not hold what was written"
         if fault is not None:
             break
-    return next((one for one in ranks.all_gather(fault) if one is not None), None)
+    return next((message for message in ranks.gather_all(fault) if message is not None), None)

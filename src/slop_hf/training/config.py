@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from transformers import (
     AutoConfig,
@@ -18,100 +19,104 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
+from typing_extensions import Self
 
 from ..baselines import from_scratch
-from ..data import Corpus, DataConfig, documents, load_tokenizer, prepare_data
-from ..data.sources import local_files
+from ..data import Corpus, DataConfig, load_tokenizer, prepare_data, read_documents
+from ..data.sources import list_local_files
 from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
-from ..growth import checkpoint_directory
+from ..growth import find_checkpoint_directory
 from ..io.hub_address import locate
-from ..io.serialization import parse, read_yaml, set_keys
+from ..io.network_errors import get_first_line
+from ..io.record import Record
+from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
-from .arguments import PER_STAGE, SlopTrainingArguments
-from .batches import blocks_per_step, keep_last, stage_batches
-from .checks import check_growths, with_inits
-from .spans import StageSpan, stage_spans
+from .arguments import SlopTrainingArguments
+from .batches import PER_STAGE, keep_last_stage
+from .run_plan import plan_run, with_inits
+from .spans import StageSpan
 from .trainer import SlopTrainer
 
 
 @dataclass(frozen=True)
-class StageEvaluation:
-    """What each stage of a run is scored on when it has been written; `evaluation.runs` does it.
-
-    Args:
-        tasks: `paper`, `perplexity`, or tasks of lm-eval; several with commas or as a list.
-        limit, num_fewshot, batch_size, device, include_path, datasets: as for `EvalSettings`.
-        after_growth: score each grown model also as it was before it was trained.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+class EvalOptions:
+    """Options of an evaluation that a YAML file can give; `EvalSettings` describes them."""
 
     tasks: str | tuple[str, ...]
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int | str = "auto"
     device: str | None = None
-    include_path: str | None = None
-    datasets: str | None = None
+    include_path: str | Path | None = None
+    datasets: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class StageEvaluation(EvalOptions, Record, error=RunError):
+    """Section `evaluation` of a run's file: how each stage is scored when it has finished.
+
+    Args:
+        after_growth: whether to score each grown model also before it is trained.
+    """
+
     after_growth: bool = False
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """A run: schedule, model, data and training arguments, and what its stages are scored on.
+class RunConfig(Record, error=RunError):
+    """The configuration of a run: schedule, model, data, training arguments and evaluation.
 
     Args:
-        schedule: the growth schedule, in place, or the path of its file.
-        model: fields of the initial model's config that growth leaves alone, such as `tie_word_embeddings`
-            (`model_type` is `llama` unless given); or `pretrained`, a directory or Hub id[@revision] to begin with.
-            Fields beside `pretrained` say what is expected of it, so that a preview need not look it up.
-        data: the corpus and how it is cut.
+        schedule: growth schedule, or the path of its YAML file.
+        model: settings of the initial model's config that growth does not change, such as `tie_word_embeddings`;
+            `model_type` is `llama` by default. Or `pretrained`: the directory or Hub id[@revision] of a model to begin
+            with. Settings next to `pretrained` are what is expected of that model, so that a preview need not load it.
+        data: training data.
         training: fields of `SlopTrainingArguments`.
-        evaluation: what each stage is scored on while the run trains; None, nothing. `slop train`, `slop compare` and
-            `recipes/grow_1b.py` see to it; beside `build_trainer`, attach `EvaluateStages.of_run(config)`.
+        evaluation: what each stage is scored on during the run; None for nothing. `slop_hf.train_run` does it; next to
+            `build_trainer`, attach `EvaluateStages.of_run(config)` yourself.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
     schedule: GrowthSchedule | str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Json] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Json] = field(default_factory=dict)
     evaluation: StageEvaluation | None = None
 
     @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-        """Read a run from YAML.
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Json] | None = None) -> Self:
+        """Read a run from a YAML file.
 
         Args:
-            path: of the file; a `schedule` and a `mixture` given as paths are read relative to it.
+            path: the file; if its `schedule` or `mixture` is a path, that path is relative to the file.
             overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`.
 
         Raises:
-            RunError: naming the file and the key at fault.
+            RunError: naming the file and the faulty key.
         """
         content = read_yaml(path, error=RunError) or {}
         if not isinstance(content, dict):
             raise RunError(f"{path}: expected a mapping with keys such as schedule, model, data and training")
         set_keys(content, overrides or {}, where=str(path), error=RunError)
+        folder = Path(path).parent
         if isinstance(content.get("schedule"), str):
-            content["schedule"] = str(Path(path).parent / content["schedule"])
+            content["schedule"] = str(folder / content["schedule"])
         data = content.get("data")
         if isinstance(data, dict) and isinstance(data.get("mixture"), str):
-            data["mixture"] = str(Path(path).parent / data["mixture"])
-        return parse(cls, content, where=str(path), error=RunError)
+            data["mixture"] = str(folder / data["mixture"])
+        return cls.from_plain(content, str(path))
 
     def with_schedule(self, schedule: GrowthSchedule | str | None) -> RunConfig:
-        """The same run of another schedule; None leaves it as it is."""
+        """Return the run with another schedule; None changes nothing."""
         return self if schedule is None else dataclasses.replace(self, schedule=schedule)
 
     def read_schedule(self) -> GrowthSchedule:
-        """The schedule, from its file where it is a path.
+        """Return the schedule, reading its file if it is a path.
 
         Raises:
-            RunError: where there is none.
+            RunError: if the run has no schedule.
         """
         if self.schedule is None:
             raise RunError(
@@ -120,48 +125,48 @@ class RunConfig:
         return GrowthSchedule.from_yaml(self.schedule) if isinstance(self.schedule, str) else self.schedule
 
     def arguments(self, output_dir: str | Path) -> SlopTrainingArguments:
-        """The training arguments.
+        """Return the training arguments.
 
         Raises:
-            RunError: for an unknown or unusable one.
+            RunError: for an unknown argument, or an invalid value.
         """
-        known = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
-        _refuse_unknown(self.training, known, "training")
+        names = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
+        _refuse_unknown(self.training, names, "training")
         hints = get_type_hints(SlopTrainingArguments)
         for_all = {key: [self.training[key]] for key in PER_STAGE if isinstance(self.training.get(key), (int, float))}
-        given = {
+        values = {
             key: parse(hints[key], value, where=f"training.{key}", error=RunError)
             for key, value in {**self.training, **for_all}.items()
         }
         try:
-            return SlopTrainingArguments(**{"report_to": "none", **given, "output_dir": str(output_dir)})
+            return SlopTrainingArguments(**{"report_to": "none", **values, "output_dir": str(output_dir)})
         except SlopError:
             raise
         except (ValueError, TypeError) as caught:
             raise RunError(f"training: {' '.join(str(caught).split())}") from None
 
     def model_config(self, dims: ModelDims, vocab_size: int, *, as_described: bool = False) -> PreTrainedConfig:
-        """The initial model's config.
+        """Return the config of the initial model.
 
         Args:
             dims: its structure.
-            vocab_size: unless the run's own fields say another.
-            as_described: take the run's fields for those of a pretrained model, which is then not looked up.
+            vocab_size: size of its vocabulary, unless the run's own settings give one.
+            as_described: whether to use the run's settings instead of loading the pretrained model's config.
 
         Raises:
-            RunError: for an unknown field or family, a pre-trained model that cannot be read, or is not as described.
+            RunError: for an unknown setting or family, or if the pretrained model cannot be read or is not as
+                described.
         """
         settings = dict(self.model)
         pretrained = settings.pop("pretrained", None)
         try:
             if pretrained is not None and not (as_described and settings):
-                found = AutoConfig.from_pretrained(**locate(pretrained))
+                config = AutoConfig.from_pretrained(**locate(pretrained))
                 for name, value in settings.items():
-                    if getattr(found, name, None) != value:
-                        raise RunError(
-                            f"model.{name} is {value}, but {pretrained} has {getattr(found, name, None)}; leave it out"
-                        )
-                return found
+                    actual = getattr(config, name, None)
+                    if actual != value:
+                        raise RunError(f"model.{name} is {value}, but {pretrained} has {actual}; leave it out")
+                return config
             family = settings.pop("model_type", "llama")
             base = AutoConfig.for_model(family)
             _refuse_unknown(settings, [*base.to_dict(), "rope_theta"], "model")
@@ -173,24 +178,22 @@ class RunConfig:
 
 
 def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = False, **kwargs: Any) -> SlopTrainer:
-    """The trainer of a run: prepares the data, makes or loads the initial model.
+    """Return the trainer of a run, after preparing the data and building or loading the initial model.
 
     Args:
         config: the run.
-        output_dir: where it writes.
-        scratch: train the schedule's target from random weights with the same FLOPs instead.
-        kwargs: more arguments of `SlopTrainer`, such as `callbacks`.
+        output_dir: run directory.
+        scratch: whether to train the schedule's target from random weights with the same FLOPs instead.
+        kwargs: further arguments of `SlopTrainer`, such as `callbacks`.
 
     Raises:
-        SlopError: for what cannot run, before training begins.
+        SlopError: before training begins, if the run cannot be trained.
     """
     args = config.arguments(output_dir)
-    schedule = _arm(config, scratch)
-    if scratch:
-        keep_last(args)
+    schedule = _read_schedule(config, args, scratch=scratch)
     with args.main_process_first(local=False, desc="preparing the data"):
         corpus = prepare_data(config.data)
-    model = _initial_model(config, schedule, corpus, args.seed, scratch=scratch)
+    model = _build_initial_model(config, schedule, corpus, args.seed, scratch=scratch)
     return SlopTrainer(
         model,
         args,
@@ -205,34 +208,32 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
 def preview_run(
     config: RunConfig, output_dir: str | Path, *, scratch: bool = False, devices: int = 1
 ) -> tuple[StageSpan, ...]:
-    """What a run would do, without doing it: the spans of its stages.
+    """Return the stages that a run would train, without training.
 
-    It may be asked anywhere: a dataset on the Hub is not looked up, a tokenizer there only where neither `model` nor
-    `data` tells its size, and devices that compute in bf16 are not needed.
+    A preview needs no network and no GPU: data sets on the Hub are not looked up, a tokenizer there only if neither
+    `model` nor `data` gives the vocabulary's size, and bf16 is accepted without a device that computes in it.
 
     Args:
         config: the run.
-        output_dir: where it would write.
+        output_dir: run directory.
         scratch: as for `build_trainer`.
-        devices: that would share the work.
+        devices: number of devices that would share the work.
 
     Raises:
-        SlopError: for what cannot run, as far as it shows without reading the whole corpus.
+        SlopError: if the run cannot be trained, as far as that can be seen without reading the whole corpus.
     """
     training = dict(config.training)
     if not is_torch_bf16_gpu_available():
-        for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them where there is no such device
+        for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them without such a device
             training.pop(name, None)
     args = dataclasses.replace(config, training=training).arguments(output_dir)
-    schedule = with_inits(_arm(config, scratch), args.growth_init)
-    if scratch:
-        keep_last(args)
+    schedule = with_inits(_read_schedule(config, args, scratch=scratch), args.growth_init)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
     for source in config.data.sources.values():
-        if local := tuple(place for place in source.places if local_files(place) is not None):
-            next(documents(dataclasses.replace(source, source=local)))  # refuses a place that is missing or empty
-    model_config = config.model_config(schedule.initial, known_vocab_size(config), as_described=True)
+        if local := tuple(place for place in source.places if list_local_files(place) is not None):
+            next(read_documents(dataclasses.replace(source, source=local)))  # refuses missing and empty places
+    model_config = config.model_config(schedule.initial, find_vocab_size(config), as_described=True)
     if scratch:
         model_config = schedule.initial.to_config(model_config)
     dims = ModelDims.from_config(model_config)
@@ -243,61 +244,57 @@ def preview_run(
     if config.data.block_size > model_config.max_position_embeddings:
         raise DataError(
             f"block_size {config.data.block_size} is above the model's max_position_embeddings "
-            f"{model_config.max_position_embeddings}; cut shorter blocks"
+            f"{model_config.max_position_embeddings}; use shorter blocks"
         )
-    blocks = blocks_per_step(args, config.data.block_size, devices, len(schedule.stages) + 1)
-    stage_batches(args, blocks, devices)  # refuses a batch that the devices cannot share
-    spans = stage_spans(schedule, model_config, config.data.block_size, blocks)
-    check_growths(spans, model_config)
-    return spans
+    return plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=devices).spans
 
 
-def known_vocab_size(config: RunConfig) -> int:
-    """The model's vocabulary as far as the run says it; otherwise that of its tokenizer, which is then loaded."""
+def find_vocab_size(config: RunConfig) -> int:
+    """Return the size of the model's vocabulary if the run gives it, else that of its tokenizer, which is loaded."""
     tokenizer = config.data.tokenizer
     if tokenizer is None:
         return config.data.vocab_size
     if "vocab_size" in config.model and not Path(tokenizer).exists():
-        return config.model["vocab_size"]
+        return int(config.model["vocab_size"])
     return len(load_tokenizer(tokenizer))
 
 
-def _arm(config: RunConfig, scratch: bool) -> GrowthSchedule:
+def _read_schedule(config: RunConfig, args: SlopTrainingArguments, *, scratch: bool) -> GrowthSchedule:
+    """Return the run's schedule; from scratch, that of the target alone, with the arguments reduced to its stage."""
     schedule = config.read_schedule()
     if not scratch:
         return schedule
+    keep_last_stage(args)
     model_config = config.model_config(schedule.initial, config.data.vocab_size, as_described=True)
     return from_scratch(schedule, model_config, config.data.block_size)
 
 
-def _pretrained_model(source: str) -> PreTrainedModel:
-    try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(checkpoint_directory(source), dtype="auto"))
-    except OSError as caught:
-        reason = str(caught).strip().partition("\n")[0]
-        raise RunError(f"model.pretrained {source} cannot be loaded ({reason}); it has to have safetensors") from None
-
-
-def _initial_model(
+def _build_initial_model(
     config: RunConfig, schedule: GrowthSchedule, corpus: Corpus, seed: int, *, scratch: bool
 ) -> PreTrainedModel:
     model_config = config.model_config(schedule.initial, len(corpus.tokenizer))
     pretrained = config.model.get("pretrained")
     if pretrained is not None and not scratch:
-        return _pretrained_model(pretrained)
-    model_config = schedule.initial.to_config(model_config)  # a pretrained one's, where its target begins from scratch
+        try:
+            directory = find_checkpoint_directory(pretrained)
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(directory, dtype="auto"))
+        except OSError as caught:
+            raise RunError(
+                f"model.pretrained {pretrained} cannot be loaded ({get_first_line(caught)}); it must have safetensors"
+            ) from None
+    model_config = schedule.initial.to_config(model_config)  # from scratch, a pretrained model has other dims
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model_config, name, getattr(corpus.tokenizer, name))
     set_seed(seed)
     if is_deepspeed_zero3_enabled():
         from . import zero3
 
-        return zero3.random_model(model_config)
+        return zero3.build_random_model(model_config)
     return cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config))
 
 
-def _refuse_unknown(given: Iterable[str], known: list[str], section: str) -> None:
-    for name in given:
+def _refuse_unknown(names: Iterable[str], known: list[str], section: str) -> None:
+    for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise RunError(f"{section}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -1,9 +1,8 @@
-"""`Soundness`: a run whose loss is not finite stops before it saves what it has become."""
+"""`NonFiniteLossGuard`: stop on a non-finite loss, before anything is saved."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,42 +10,42 @@ from ..errors import DivergedError
 from .ranks import Ranks
 
 
-class Soundness:
-    """Watches losses on the device, without waiting for them; looks at what it has seen when asked.
+class NonFiniteLossGuard:
+    """Collects on the device whether a loss was not finite, without waiting for the device until it is asked.
 
     Args:
-        ranks: of the run; where one of them has seen something, all stop.
+        ranks: processes of the run; a non-finite loss on one of them stops all.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._unsound: torch.Tensor | None = None
+        self._non_finite: torch.Tensor | None = None
 
     def watch(self, loss: torch.Tensor) -> None:
-        """Take note of a loss."""
-        bad = ~torch.isfinite(loss.detach())
-        self._unsound = bad if self._unsound is None else self._unsound | bad
+        """Include a loss in the next check."""
+        non_finite = ~torch.isfinite(loss.detach())
+        self._non_finite = non_finite if self._non_finite is None else self._non_finite | non_finite
 
-    def check(self, grad_norm: Any, last_good: Path | None) -> None:
-        """Stop where a loss since the last check, or the gradient's norm, was not finite.
+    def check(self, grad_norm: float | torch.Tensor | None, last_good: Path | None) -> None:
+        """Stop if a loss since the last check, or the gradient norm, was not finite.
 
         Args:
-            grad_norm: of this step; None if it is not known.
-            last_good: what can be resumed from.
+            grad_norm: norm of this step's gradient; None if it is unknown.
+            last_good: checkpoint or stage to resume from; None if there is none.
 
         Raises:
             DivergedError: on all ranks.
         """
         fault = None
-        if self._unsound is not None and bool(self._unsound.any()):
+        if self._non_finite is not None and bool(self._non_finite.any()):
             fault = "the loss"
         elif grad_norm is not None and not torch.isfinite(torch.as_tensor(grad_norm)):
-            fault = "the gradient's norm"
-        self._unsound = None
-        fault = next((one for one in self._ranks.all_gather(fault) if one is not None), None)
+            fault = "the gradient norm"
+        self._non_finite = None
+        fault = next((name for name in self._ranks.gather_all(fault) if name is not None), None)
         if fault is not None:
-            where = f"the last good state is {last_good}" if last_good else "nothing was saved before"
+            state = f"the last good state is {last_good}" if last_good else "nothing was saved before"
             raise DivergedError(
-                f"{fault} is not finite any more; training stops here, {where}. Lower learning_rate, warm up for "
-                "longer (rewarm_steps) or clip gradients at less (max_grad_norm), then resume"
+                f"{fault} is no longer finite; training stopped, and {state}. Lower learning_rate, lengthen the "
+                "warm-up (rewarm_steps) or clip gradients more (max_grad_norm), then resume"
             )

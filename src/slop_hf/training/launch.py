@@ -1,4 +1,4 @@
-"""What a launch needs before transformers looks for its devices."""
+"""Process setup before transformers looks for devices, and a clean exit afterwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,22 +16,25 @@ from accelerate.utils import str_to_bool
 
 from ..errors import RunError
 
-#: How long gloo's threads are given on a machine that is busy; groups that DeepSpeed holds cannot be waited for.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+#: Seconds to wait for gloo's threads on a busy machine; groups held by DeepSpeed cannot be waited for.
 GLOO_SECONDS = 0.5
 
 
-def prepare_launch(args: Any) -> None:
-    """Name the backend of ranks on CPUs, and set up DeepSpeed's surroundings where it is asked for.
+def prepare_launch(args: TrainingArguments) -> None:
+    """Name the backend of ranks on CPUs, and complete the environment of DeepSpeed if it is used.
 
-    Without the backend's name each of several ranks on CPUs believes that it is alone. `accelerate launch` without a
-    configuration sets no rank, and DeepSpeed would look for MPI; and without an accelerator it would compile an
-    operator that makes little difference, for a minute.
+    Without a named backend, each of several ranks on CPUs takes itself for the only one. `accelerate launch` without
+    a configuration sets no rank, and DeepSpeed would look for MPI. Without an accelerator, DeepSpeed would compile an
+    operator for a minute that makes little difference.
 
     Args:
         args: `TrainingArguments` before their `__post_init__`.
 
     Raises:
-        RunError: for a launch that would not do what it says.
+        RunError: for a combination of arguments and launcher that cannot work.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = args.use_cpu or not torch.cuda.is_available()
@@ -39,13 +42,13 @@ def prepare_launch(args: Any) -> None:
         args.ddp_backend = args.ddp_backend or "gloo"
     by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
     if args.deepspeed is None and not by_launcher:
-        # Unasked, accelerate would look for a device, find none, and let every rank train for itself.
+        # Otherwise accelerate would look for a device, find none, and let every rank train alone.
         args.use_cpu = args.use_cpu or (on_cpu and ranks > 1)
         return
     if args.use_cpu:
         raise RunError("use_cpu turns DeepSpeed off; leave it out: without a GPU DeepSpeed runs on the CPU by itself")
     if "RANK" not in os.environ:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _find_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
     if not on_cpu:
         return
@@ -61,11 +64,11 @@ def prepare_launch(args: Any) -> None:
 
 
 @contextmanager
-def launched() -> Iterator[None]:
-    """What a launched program does, up to an end that its ranks survive.
+def guard_exit() -> Iterator[None]:
+    """Run the body of a launched program; then close the process group before Python exits.
 
-    gloo's threads let go of the tensors of a finished message a moment later, under Python's lock; where Python has
-    begun to end by then, the program aborts, with all its work done.
+    gloo's threads free the tensors of a finished message a moment later, under Python's lock. If Python is already
+    exiting then, the program aborts although all its work is done.
     """
     try:
         yield
@@ -77,11 +80,10 @@ def launched() -> Iterator[None]:
 
 
 @contextmanager
-def no_zero_init() -> Iterator[None]:
-    """Lets this rank load a whole model while the others do something else.
+def disable_zero_init() -> Iterator[None]:
+    """Let this rank load a whole model inside the block, while the others do something else.
 
-    Under ZeRO-3 transformers makes every new model in parts, as all ranks together: one that loads a model alone would
-    wait for the others for ever.
+    Under ZeRO-3 transformers shards every new model, all ranks together: a rank that loads a model alone would hang.
     """
     from transformers.integrations import deepspeed as integration
 
@@ -93,7 +95,7 @@ def no_zero_init() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = configured
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def _find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""One curve for a run, over its stages and resumptions, in the tools that `report_to` names."""
+"""One curve per run in TensorBoard, W&B and Trackio, over all its stages and resumptions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..runs.directory import RunDirectory
 def continue_curves(
     callbacks: Iterable[TrainerCallback], args: TrainingArguments, run: RunDirectory, run_id: str, first_step: int
 ) -> None:
-    """Tell reporters which run it is that begins or goes on; for the main process.
+    """Make the loggers continue the run's curves; to be called on the main process.
 
-    Left to themselves they take each `train()` for a run: TensorBoard begins a directory by the clock (below the
-    working directory where it is an evaluation that is logged first), Trackio a name of its own in every stage,
-    Weights & Biases a run in every process. What an interrupted process logged after its last checkpoint is struck
-    out in TensorBoard; the others keep it and show those steps twice.
+    By default they take each call of `Trainer.train` for a run: TensorBoard begins a directory named by the time (in
+    the working directory if an evaluation is logged first), Trackio a run in every stage, W&B a run in every process.
+    TensorBoard drops what an interrupted process logged after its last checkpoint; the other two keep it and show
+    those steps twice.
 
     Args:
-        callbacks: of the trainer.
-        args: of the trainer; gets a `run_name` where there is none.
-        run: its directory.
-        run_id: the same whenever the run is resumed, and that of no other run.
-        first_step: the global step that training goes on from.
+        callbacks: callbacks of the trainer.
+        args: arguments of the trainer; `run_name` is set if it has none.
+        run: run directory.
+        run_id: unique name of the run, the same whenever it is resumed.
+        first_step: number of global steps done.
     """
     args.run_name = args.run_name or run_id
     for callback in callbacks:

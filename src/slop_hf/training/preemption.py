@@ -1,4 +1,4 @@
-"""Ending a run in good order when it is told to go: SIGTERM, as schedulers of clusters send it before they kill."""
+"""Graceful shutdown on SIGTERM, which cluster schedulers send before SIGKILL."""
 
 from __future__ import annotations
 
@@ -7,48 +7,44 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from .ranks import Ranks
-
-logger = logging.get_logger(__name__)
 
 
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint and stops after SIGTERM, at the end of the same step on all ranks.
 
-    The signal reaches ranks at different moments. Each tells the others at the end of a step whether it has one, and
-    hears their answers a step later, so that nobody waits.
+    The signal reaches the ranks at different moments. At the end of each step they start an all-reduce of whether one
+    of them has received it, and read its result a step later, so that no rank waits.
 
     Args:
-        ranks: of the run.
+        ranks: processes of the run.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.stopped = False  # all ranks agree on it
+        self.stopped = False  # the same on all ranks
         self._ranks = ranks
         self._received = False
-        self._group: Any = None
-        self._asking: tuple[torch.Tensor, Any] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While a run goes on, over all of its stages, SIGTERM is only remembered."""
+    def watch_signals(self) -> Iterator[None]:
+        """Only take note of SIGTERM inside the block, which trains all stages."""
         self.stopped = self._received = False
         if self._ranks.count > 1:
             self._group = dist.new_group(backend="gloo")
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
+        in_main = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
         before = signal.signal(signal.SIGTERM, self._receive) if in_main else None
         try:
             yield
-            self._answer()
+            self._finish_reduction()
         finally:
-            self._asking = None
+            self._pending = None
             if in_main:
                 signal.signal(signal.SIGTERM, before)
 
@@ -56,26 +52,26 @@ class StopOnSignal(TrainerCallback):
         self._received = True
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        if self._told_to_stop():
+        if self._should_stop():
             self.stopped = True
             control.should_save = control.should_training_stop = True
         return control
 
-    def _told_to_stop(self) -> bool:
+    def _should_stop(self) -> bool:
         if self._ranks.count == 1:
             return self._received
-        told = self._answer()
+        received = self._finish_reduction()
         flag = torch.tensor(int(self._received))
-        self._asking = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return told
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return received
 
-    def _answer(self) -> bool:
-        """What all ranks said a step ago."""
-        if self._asking is None:
+    def _finish_reduction(self) -> bool:
+        """Whether any rank had received the signal a step ago."""
+        if self._pending is None:
             return False
-        flag, work = self._asking
-        self._asking = None
+        flag, work = self._pending
+        self._pending = None
         work.wait()
         return bool(flag)

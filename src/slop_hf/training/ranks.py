@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..errors import RunError, SlopError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 T = TypeVar("T")
 
@@ -20,9 +23,9 @@ class Ranks:
     """This process among those of the run.
 
     Args:
-        rank: its number.
-        count: how many there are.
-        device: that messages between ranks have to lie on.
+        rank: number of this process.
+        count: number of processes.
+        device: device that tensors sent between ranks must be on.
     """
 
     rank: int = 0
@@ -30,14 +33,14 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def of(cls, args: Any) -> Ranks:
-        """Those that `TrainingArguments` have found."""
+    def from_args(cls, args: TrainingArguments) -> Ranks:
+        """Return the ranks described by `TrainingArguments`."""
         device = torch.device("cpu") if args.world_size > 1 and dist.get_backend() == "gloo" else args.device
         return cls(args.process_index, args.world_size, device)
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is the rank that writes what has to be written once."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -45,29 +48,29 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def all_gather(self, value: T) -> list[T]:
-        """A small value of every rank, in their order."""
+    def gather_all(self, value: T) -> list[T]:
+        """Return a small value of every rank, in the order of the ranks."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def from_first(self, value: T) -> T:
-        """The first rank's value, on all."""
+        """Return the first rank's value on all ranks."""
         if self.count == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every rank what was raised on one; otherwise the others would wait for it for ever.
+    def raise_any(self, error: Exception | None) -> None:
+        """Raise an error on every rank if one rank has one: the others would wait for that rank in vain.
 
         Raises:
-            SlopError: the error of this rank, or of the first that has one.
+            SlopError: the error of this rank, or of the first rank that has one.
         """
-        errors = self.all_gather(None if error is None else f"{type(error).__name__}: {error}")
+        errors = self.gather_all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         for rank, message in enumerate(errors):
@@ -75,15 +78,15 @@ class Ranks:
                 raise RunError(f"rank {rank} failed: {message}")
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """A block without messages between ranks, which fails on all of them where it fails on one."""
-        failed: Exception | None = None
+    def raise_on_all(self) -> Iterator[None]:
+        """Run a block without collectives; if it fails on one rank, raise on all."""
+        error: Exception | None = None
         try:
             yield
         except (SlopError, OSError) as caught:
-            failed = caught
-        self.agree(failed)
+            error = caught
+        self.raise_any(error)
 
-    def mine(self, items: Sequence[T]) -> list[T]:
-        """This rank's share of a list: every `count`-th item."""
+    def select_share(self, items: Sequence[T]) -> list[T]:
+        """Return this rank's share of a list: every `count`-th item."""
         return list(items[self.rank :: self.count])

@@ -1,9 +1,8 @@
-"""Where a run begins: at its first step, after a stage, or at a checkpoint inside one."""
+"""Where a run begins: at its first step, after a finished stage, or at a checkpoint inside one."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,96 +12,109 @@ from transformers.utils import logging
 from ..errors import RunError
 from ..runs.directory import SCHEDULE_FILE, RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
-from .checkpoints import check_stage, last_good_checkpoint, step_of
-from .checks import with_inits
-from .checksums import fault_of
+from .checkpoints import check_stage, find_last_good_checkpoint, parse_step
+from .checksums import find_corruption
 from .ranks import Ranks
-from .recording import check_same_schedule
-from .spans import StageSpan
+from .run_plan import RunPlan, with_inits
 
 logger = logging.get_logger(__name__)
 
 
 class Position(NamedTuple):
-    """Where to begin.
+    """The position at which training begins.
 
     Args:
-        stage: its number; that of the stage after the last if the run is finished.
-        checkpoint: inside it; None for its beginning.
+        stage: number of the stage; the number of stages if the run is finished.
+        checkpoint: checkpoint inside the stage; None for the stage's beginning.
     """
 
     stage: int
     checkpoint: Path | None = None
 
-    def first_step(self, spans: Sequence[StageSpan]) -> int:
-        """The global step that training goes on from."""
+    def find_step(self, plan: RunPlan) -> int:
+        """Return the number of global steps done."""
         if self.checkpoint is not None:
-            return step_of(self.checkpoint)
-        return spans[self.stage].first_step if self.stage < len(spans) else spans[-1].end_step
+            return parse_step(self.checkpoint)
+        return plan.spans[self.stage].first_step if self.stage < len(plan.spans) else plan.end_step
 
 
-def begin(run: RunDirectory, schedule: GrowthSchedule, facts: RunFacts, ranks: Ranks) -> Position:
+def begin_run(run: RunDirectory, plan: RunPlan, ranks: Ranks) -> Position:
     """Begin a run in an empty directory.
 
     Raises:
-        RunError: where it holds a run already.
+        RunError: if the directory holds a run.
     """
-    with ranks.together():
+    with ranks.raise_on_all():
         if ranks.is_first:
             if run.exists:
                 raise RunError(
                     f"{run.path} holds another run, with {run.finished_stages} stages finished; "
                     "resume it (resume_from_checkpoint=True) or choose another output directory"
                 )
-            replace(facts, run_id=f"{run.path.resolve().name}-{secrets.token_hex(3)}").save(run)
-            schedule.to_yaml(run.path / SCHEDULE_FILE)
-    with ranks.together():
+            replace(plan.facts, run_id=f"{run.path.resolve().name}-{secrets.token_hex(3)}").save(run)
+            plan.schedule.to_yaml(run.path / SCHEDULE_FILE)
+    with ranks.raise_on_all():
         if not run.exists:
             raise RunError(f"rank {ranks.rank} does not see {run.path}; all nodes need output_dir on a shared disk")
     return Position(0)
 
 
-def resume(
+def resume_run(
     run: RunDirectory,
-    schedule: GrowthSchedule,
-    facts: RunFacts,
+    plan: RunPlan,
     ranks: Ranks,
-    where: str | bool = True,
+    checkpoint: str | bool = True,
     growth_init: str | dict[str, str] | None = None,
 ) -> Position:
-    """Find where a run stopped; files that are not what was written are passed over, or refused.
+    """Find the position at which a run stopped; corrupt checkpoints are skipped, and a corrupt stage is refused.
 
     Args:
-        run: its directory.
-        schedule, facts: of the trainer; they have to be the run's.
-        ranks: all come to the same answer.
-        where: a checkpoint of the stage in training; True finds the last.
-        growth_init: of stages that the run's schedule leaves open, as one may that was given to `slop rollback`.
+        run: run directory.
+        plan: plan of the trainer, which must be that of the run.
+        ranks: processes of the run; all return the same position.
+        checkpoint: path of a checkpoint of the stage in training, or True for the last one.
+        growth_init: init of the stages whose schedule in the directory has none, as `slop rollback` may leave it.
 
     Raises:
-        RunError: for a directory without a run, or with another.
+        RunError: if the directory holds no run, or another one.
     """
-    with ranks.together():
+    schedule = plan.schedule
+    with ranks.raise_on_all():
         if not run.exists:
             raise RunError(f"nothing to resume: {run.path} holds no run; begin one with resume_from_checkpoint=None")
-        check_same_schedule(run, with_inits(run.schedule, growth_init), schedule)
+        _check_same_schedule(run, with_inits(run.schedule, growth_init), schedule)
         begun = RunFacts.load(run)
         if begun is not None:
-            begun.check(facts, run)
+            begun.check(plan.facts, run)
     stage, finished = ranks.from_first((run.finished_stages, run.is_finished))
-    checkpoint = None
-    if isinstance(where, str) and Path(where).resolve() != run.path.resolve():
-        checkpoint = Path(where)
-        with ranks.together():
-            if finished or checkpoint.resolve().parent != run.running_dir(stage).resolve():
-                raise RunError(f"{where} is not a checkpoint of the stage in training; resume with True")
-        if fault := fault_of(checkpoint, ranks):
-            raise RunError(f"{checkpoint} is corrupt: {fault}; resume with True, which finds the last good one")
+    path: Path | None = None
+    if isinstance(checkpoint, str) and Path(checkpoint).resolve() != run.path.resolve():
+        path = Path(checkpoint)
+        with ranks.raise_on_all():
+            if finished or path.resolve().parent != run.running_dir(stage).resolve():
+                raise RunError(f"{path} is not a checkpoint of the stage in training; resume with True")
+        if fault := find_corruption(path, ranks):
+            raise RunError(f"{path} is corrupt: {fault}; resume with True, which finds the last good one")
     elif not finished:
-        checkpoint = last_good_checkpoint(run, stage, ranks)
-    if checkpoint is not None:
-        logger.info(f"Resuming {schedule.stage_name(stage)} from {checkpoint}")
+        path = find_last_good_checkpoint(run, stage, ranks)
+    if path is not None:
+        logger.info(f"Resuming {schedule.stage_name(stage)} from {path}")
     elif stage:
         check_stage(run, stage - 1, ranks)
         logger.info(f"Resuming after {schedule.stage_name(stage - 1)}")
-    return Position(stage, checkpoint)
+    return Position(stage, path)
+
+
+def _check_same_schedule(run: RunDirectory, begun: GrowthSchedule, schedule: GrowthSchedule) -> None:
+    """Refuse to resume a run with another schedule than it was begun with."""
+    if begun == schedule:
+        return
+    old = zip(begun.structures, begun.tokens, strict=True)
+    new = zip(schedule.structures, schedule.tokens, strict=True)
+    pairs = enumerate(zip(old, new, strict=False))
+    stage = next((number for number, (before, after) in pairs if before != after), None)
+    difference = "they differ in their number of stages or inits" if stage is None else f"stage {stage} differs"
+    raise RunError(
+        f"{run.path} holds a run of another schedule ({difference}); resume with {run.path / SCHEDULE_FILE}, "
+        "or choose another output directory"
+    )

@@ -1,126 +1,161 @@
-"""Writing stages and checkpoints, all ranks together."""
+"""Writing stages and checkpoints, all ranks together: each directory is complete or absent."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ..growth import WEIGHT, no_progress_bars
-from ..io.files import write_text
+from ..errors import RunError
+from ..growth import WEIGHT, hide_progress_bars
+from ..io.files import flush_to_disk, make_temporary_path, write_text
+from ..io.serialization import Json
 from ..runs.directory import RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.records import StageRecord
-from .checkpoints import CHECKPOINT, RESUME_FILE, rotate, written_together
-from .checksums import seal
-from .random_state import random_state
-from .state_io import leave
+from .checkpoints import CHECKPOINT, RESUME_FILE, Resumption, remove_old_checkpoints
+from .checksums import write_checksums
+from .random_state import get_random_state
+from .ranks import Ranks
+from .state_io import save_states
 from .states import States
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
-def save_stage(
-    run: RunDirectory,
-    record: StageRecord,
-    states: States,
-    model: PreTrainedModel,
-    processing_class: Any,
-    trainer_state: TrainerState,
-    max_shard_size: str,
-) -> Path:
-    """Write a finished stage: a stock model with its record, or nothing at all. Its checkpoints are removed.
 
-    Args:
-        run: the run's directory.
-        record: of the stage.
-        states: of the model.
-        model: for its config.
-        processing_class: the tokenizer, or None.
-        trainer_state: with the log up to the stage's end.
-        max_shard_size: of a file.
+@contextmanager
+def write_directory_on_all_ranks(target: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield an empty directory that all ranks write into; rename it to `target` when the block ends without an error.
+
+    If the block fails on any rank, the directory is removed. `io.files.write_directory` is the same for one process;
+    here `write_checksums` and `state_io` flush the files, each rank its own.
 
     Raises:
-        SlopError: on all ranks, for a full disk and the like.
+        RunError: if not all ranks see the directory.
     """
-    ranks, target = states.ranks, run.stage_dir(record.stage)
-    with written_together(target, ranks) as directory:
-        mine = _save_model(directory, states, model, processing_class, trainer_state, max_shard_size)
-        with ranks.together():
+    temporary = make_temporary_path(target)
+    with ranks.raise_on_all():
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    try:
+        with ranks.raise_on_all():
+            if not temporary.is_dir():
+                raise RunError(
+                    f"rank {ranks.rank} does not see {temporary}; all nodes need output_dir on a shared disk"
+                )
+        yield temporary
+        with ranks.raise_on_all():
             if ranks.is_first:
-                write_text(directory / RECORD_FILE, record.to_json())
-        seal(directory, mine, ranks)
+                temporary.rename(target)
+                flush_to_disk(target.parent)
+    except BaseException:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The model in training, as it is written to a stage or a checkpoint.
+
+    Args:
+        states: its weights and AdamW's state.
+        model: the model, for its config.
+        processing_class: tokenizer, or None.
+        trainer_state: state of the trainer, with the log so far.
+        max_shard_size: largest file of weights or optimizer state, such as "2GB".
+    """
+
+    states: States
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase | None
+    trainer_state: TrainerState
+    max_shard_size: str
+
+    def write(self, directory: Path) -> list[str]:
+        """Write a stock model, AdamW's state and the log; return the files with tensors that this rank has written."""
+        states = self.states
+        config = copy.deepcopy(self.model.config)
+        config.use_cache = True  # Trainer turns it off, and would leave it so in every published config
+        config.architectures = [type(self.model).__name__]
+        config.dtype = states.get_dtype(next(iter(states.shapes)), WEIGHT)
+        written = save_states(states, config, directory, self.max_shard_size)
+        with states.ranks.raise_on_all(), hide_progress_bars():
+            if states.ranks.is_first:
+                config.save_pretrained(directory)
+                if self.model.generation_config is not None:
+                    self.model.generation_config.save_pretrained(directory)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(directory)
+                self.trainer_state.save_to_json(str(directory / STATE_FILE))
+        return written
+
+
+def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> Path:
+    """Write the directory of a finished stage, complete or not at all, and remove the stage's checkpoints.
+
+    Args:
+        run: run directory.
+        record: record of the stage.
+        snapshot: its model.
+
+    Raises:
+        SlopError: on all ranks, for example if the disk is full.
+    """
+    ranks = snapshot.states.ranks
+    target = run.stage_dir(record.stage)
+    with write_directory_on_all_ranks(target, ranks) as directory:
+        written = snapshot.write(directory)
+        with ranks.raise_on_all():
+            if ranks.is_first:
+                record.to_json(directory / RECORD_FILE)
+        write_checksums(directory, written, ranks)
     if ranks.is_first:
         shutil.rmtree(run.running_dir(record.stage), ignore_errors=True)
     return target
 
 
 def save_checkpoint(
-    run: RunDirectory,
-    stage: int,
-    resume: dict[str, Any],
-    states: States,
-    model: PreTrainedModel,
-    processing_class: Any,
-    trainer_state: TrainerState,
-    max_shard_size: str,
-    keep: int | None,
+    run: RunDirectory, stage: int, resumption: Resumption, snapshot: Snapshot, keep: int | None
 ) -> Path:
-    """Write a checkpoint inside a stage, or nothing at all; then remove all but the newest `keep`.
+    """Write a checkpoint inside a stage, complete or not at all; then remove all but the newest `keep`.
 
     Args:
-        stage: in training.
-        resume: what else the run needs to go on, as JSON; each rank's random state is added.
-        keep: None or 0 keeps all.
+        run: run directory.
+        stage: number of the stage in training.
+        resumption: what else the run needs to resume; the random state of each rank is added.
+        snapshot: its model.
+        keep: number of checkpoints to keep; None or 0 for all.
 
-    The other arguments are those of `save_stage`, and so are the errors.
+    Raises:
+        SlopError: on all ranks, for example if the disk is full.
     """
-    ranks = states.ranks
-    target = run.running_dir(stage) / f"{CHECKPOINT}{trainer_state.global_step}"
-    with written_together(target, ranks) as directory:
-        mine = _save_model(directory, states, model, processing_class, trainer_state, max_shard_size)
-        random_states = ranks.all_gather(random_state())
-        with ranks.together():
+    ranks = snapshot.states.ranks
+    target = run.running_dir(stage) / f"{CHECKPOINT}{snapshot.trainer_state.global_step}"
+    with write_directory_on_all_ranks(target, ranks) as directory:
+        written = snapshot.write(directory)
+        random_states = ranks.gather_all(get_random_state())
+        with ranks.raise_on_all():
             if ranks.is_first:
-                write_text(directory / RESUME_FILE, json.dumps({**resume, "random": random_states}))
-        seal(directory, mine, ranks)
+                write_text(directory / RESUME_FILE, json.dumps({**resumption, "random": random_states}))
+        write_checksums(directory, written, ranks)
     if ranks.is_first:
-        rotate(run, stage, keep)
+        remove_old_checkpoints(run, stage, keep)
     return target
 
 
-def keep_callback_states(trainer: Trainer) -> None:
-    """Put what callbacks want to keep into the trainer's state, where `Trainer` looks for it."""
-    kept: dict[str, Any] = {}
+def store_callback_states(trainer: Trainer) -> None:
+    """Put the states that callbacks export into the trainer's state, where `Trainer` looks for them."""
+    states: dict[str, list[Json]] = {}
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
-            name = type(callback).__name__
-            kept[name] = [*kept.get(name, []), callback.state()]
-    trainer.state.stateful_callbacks = {name: one if len(one) > 1 else one[0] for name, one in kept.items()}
-
-
-def _save_model(
-    directory: Path,
-    states: States,
-    model: PreTrainedModel,
-    processing_class: Any,
-    trainer_state: TrainerState,
-    max_shard_size: str,
-) -> list[str]:
-    """Write what makes a stock model, AdamW's state and the log; the files with tensors that this rank has written."""
-    config = copy.deepcopy(model.config)
-    config.use_cache = True  # Trainer turns it off, and would leave it so in every published config
-    config.architectures = [type(model).__name__]
-    config.dtype = states.dtype(next(iter(states.shapes)), WEIGHT)
-    mine = leave(states, config, directory, max_shard_size)
-    with states.ranks.together(), no_progress_bars():
-        if states.ranks.is_first:
-            config.save_pretrained(directory)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(directory)
-            if processing_class is not None:
-                processing_class.save_pretrained(directory)
-            trainer_state.save_to_json(str(directory / STATE_FILE))
-    return mine
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    trainer.state.stateful_callbacks = {name: group if len(group) > 1 else group[0] for name, group in states.items()}

@@ -1,13 +1,12 @@
-"""`StageSpan`: where each stage lies on the run's axes of steps, blocks, tokens and FLOPs."""
+"""`StageSpan`: the position of a stage on the run's axes of steps, blocks, tokens and FLOPs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..cost.flops import count_parameters, flops_per_token
-from ..dims import ModelDims
+from ..cost.flops import count_flops_per_token, count_parameters
+from ..dims import ModelConfig, ModelDims
 from ..errors import RunError
 from ..schedule import GrowthSchedule, GrowthStage
 
@@ -17,15 +16,15 @@ class StageSpan:
     """One stage of training, in whole optimizer steps.
 
     Args:
-        number: of the stage; 0 is the initial model.
-        name: of its directory.
-        growth: the growth at its beginning; None for stage 0.
+        number: number of the stage; 0 is the initial model.
+        name: name of its directory.
+        growth: growth at its beginning; None for stage 0.
         dims: its structure.
-        parameters: the true number of parameters.
-        first_step, steps: optimizer steps before it, and of it.
-        first_block, blocks: training blocks before it, and of it.
-        first_token, tokens: the same in tokens.
-        first_flops, flops: the same in training FLOPs.
+        parameters: its number of parameters.
+        first_step, steps: optimizer steps before the stage, and in it.
+        first_block, blocks: training blocks before the stage, and in it.
+        first_token, tokens: tokens before the stage, and in it.
+        first_flops, flops: training FLOPs before the stage, and in it.
     """
 
     number: int
@@ -44,35 +43,40 @@ class StageSpan:
 
     @property
     def blocks_per_step(self) -> int:
-        """Blocks of an optimizer step over all devices; 0 where there is none."""
+        """Blocks per optimizer step, over all devices; 0 in a stage without steps."""
         return self.blocks // self.steps if self.steps else 0
 
     @property
     def end_step(self) -> int:
-        """The global step at which it ends."""
+        """The global step at which the stage ends."""
         return self.first_step + self.steps
 
-    def at_step(self, global_step: int) -> tuple[int, float]:
-        """Tokens and FLOPs of the run up to a global step within the stage."""
+    @property
+    def end_token(self) -> int:
+        """The tokens of the run up to the end of the stage."""
+        return self.first_token + self.tokens
+
+    def count_until(self, global_step: int) -> tuple[int, float]:
+        """Return the tokens and the FLOPs of the run up to a global step within the stage."""
         done = (global_step - self.first_step) / self.steps if self.steps else 1.0
         return self.first_token + round(done * self.tokens), self.first_flops + done * self.flops
 
 
-def stage_spans(
-    schedule: GrowthSchedule, config: Any, block_size: int, blocks_per_step: Sequence[int]
+def compute_stage_spans(
+    schedule: GrowthSchedule, config: ModelConfig, block_size: int, blocks_per_step: Sequence[int]
 ) -> tuple[StageSpan, ...]:
-    """The spans of all stages.
+    """Return the spans of all stages.
 
-    Tokens are rounded to whole steps, to at least one step where any are asked for.
+    The tokens of a stage are rounded to whole steps, and to at least one step unless it has none.
 
     Args:
-        schedule: with tokens.
-        config: the initial model's config, or its dict.
-        block_size: tokens of a training block.
-        blocks_per_step: blocks of an optimizer step of each stage, over all devices and accumulation.
+        schedule: growth schedule with tokens.
+        config: config of the initial model.
+        block_size: tokens per training block.
+        blocks_per_step: blocks per optimizer step of each stage, over all devices and accumulation steps.
 
     Raises:
-        RunError: for a schedule without any tokens.
+        RunError: if the schedule has no tokens at all.
     """
     if not sum(schedule.tokens):
         raise RunError("the schedule has no tokens to train on; give tokens to its stages, or --tokens to `slop plan`")
@@ -96,7 +100,7 @@ def stage_spans(
                 first_token=block * block_size,
                 tokens=steps * tokens_per_step,
                 first_flops=flops,
-                flops=float(flops_per_token(dims, config, block_size)) * steps * tokens_per_step,
+                flops=float(count_flops_per_token(dims, config, block_size)) * steps * tokens_per_step,
             )
         )
         step += steps

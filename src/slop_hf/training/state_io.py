@@ -1,8 +1,8 @@
-"""What crosses a boundary between stages: weights and AdamW's state, out to files and in from files.
+"""Saving and loading weights and AdamW's state at a stage boundary, one tensor at a time.
 
-Both ways go a tensor at a time. Each rank writes its share of the files, reads and grows its share of weights and
-moments; in between, a whole tensor lies on one rank only. Growth, resumption and the change from one number of
-ranks to another are the same thing: states that enter from a directory.
+Each rank writes its share of the files, and reads and grows its share of weights and moments; in between, a whole
+tensor is on one rank only. Growth, resumption and a change of the number of ranks are the same operation: states are
+loaded from a directory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,31 +33,34 @@ from ..growth.safetensors_io import (
 )
 from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
-from .states import MOMENTS, STEP, States
+from .states import MOMENT_KEYS, STEP, States
 
-#: Weights and moments that a rank reads and grows at a time.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: Weights and moments that a rank reads and grows at the same time.
 MOST_THREADS = 4
-#: Of those that it has read before they are needed; a larger one is read alone.
+#: Largest size of the tensors that a rank has read before they are needed; a larger tensor is read alone.
 AHEAD_BYTES = 2**28
 
 
-def leave(states: States, config: Any, directory: Path, max_shard_size: int | str) -> list[str]:
-    """Write a model's weights, and AdamW's state if it has one, as all ranks together.
+def save_states(states: States, config: PreTrainedConfig, directory: Path, max_shard_size: int | str) -> list[str]:
+    """Write a model's weights, and AdamW's state if it has one, all ranks together.
 
     Weights are named and sharded as transformers does, at the precision of the states: under ZeRO-3 they are the
     float32 masters.
 
     Args:
-        states: of the model.
-        config: of the model.
-        directory: to write into; all ranks see the same.
-        max_shard_size: of a file, such as "2GB".
+        states: states of the model.
+        config: config of the model.
+        directory: directory to write into; all ranks see it.
+        max_shard_size: largest file, such as "2GB".
 
     Returns:
-        The files that this rank has written.
+        The names of the files that this rank has written.
 
     Raises:
-        SlopError: on all ranks, for a full disk and the like.
+        SlopError: on all ranks, for example if the disk is full.
     """
     architecture = get_architecture(config)
     stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
@@ -67,10 +70,10 @@ def leave(states: States, config: Any, directory: Path, max_shard_size: int | st
     for name, shape in states.shapes.items():
         weight = stored.get(name, name)
         sources[weight] = name, WEIGHT
-        layouts["model"][weight] = DTYPE_NAMES[states.dtype(name, WEIGHT)], shape
-        for key in (*MOMENTS, STEP) if has_moments else ():
+        layouts["model"][weight] = DTYPE_NAMES[states.get_dtype(name, WEIGHT)], shape
+        for key in (*MOMENT_KEYS, STEP) if has_moments else ():
             sources[f"{key}/{name}"] = name, key
-            dtype = torch.float32 if key == STEP else states.dtype(name, key)
+            dtype = torch.float32 if key == STEP else states.get_dtype(name, key)
             layouts["optimizer"][f"{key}/{name}"] = DTYPE_NAMES[dtype], () if key == STEP else shape
     weights = plan_shards(layouts["model"], max_shard_size)
     shards = [*weights, *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if has_moments else ())]
@@ -84,12 +87,12 @@ def leave(states: States, config: Any, directory: Path, max_shard_size: int | st
 def _write_shards(
     states: States, directory: Path, shards: list[Shard], sources: Mapping[str, tuple[str, str]]
 ) -> list[str]:
-    """Write every shard, each on one rank; round by round, each rank writes a tensor of one of its own."""
+    """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards."""
     ranks = states.ranks
-    mine = ranks.mine(shards)
-    with ranks.together():
-        for shard in mine:
-            create_shard(directory, shard)  # takes the space: a full disk is found out now
+    share = ranks.select_share(shards)
+    with ranks.raise_on_all():
+        for shard in share:
+            create_shard(directory, shard)  # allocates the space: a full disk fails now
     queues = [
         [tensor for shard in shards[rank :: ranks.count] for tensor in shard.tensors] for rank in range(ranks.count)
     ]
@@ -101,63 +104,63 @@ def _write_shards(
             if tensor is None:
                 continue
             name, key = sources[tensor.name]
-            value = step if key == STEP else states.whole(name, key, owner)
+            value = step if key == STEP else states.gather(name, key, owner)
             if owner == ranks.rank and value is not None:
                 job = tensor, value
         if job is not None and failed is None:
             try:
                 write_tensor(directory, *job)
-            except SlopError as caught:  # go on with what the others wait for
+            except SlopError as caught:  # continue: the other ranks wait for the rest
                 failed = caught
-    ranks.agree(failed)
-    with ranks.together():
-        for shard in mine:
+    ranks.raise_any(failed)
+    with ranks.raise_on_all():
+        for shard in share:
             flush_shard(directory, shard)
-    return [shard.file for shard in mine]
+    return [shard.file for shard in share]
 
 
-def enter(states: States, stream: GrownStateReader) -> None:
-    """Fill a model's weights and AdamW's state from a directory, grown on the way if the stream grows them.
+def load_states(states: States, reader: GrownStateReader) -> None:
+    """Fill a model's weights and AdamW's state from a directory, growing them if the reader grows.
 
     Args:
-        states: of the model; all of its parameters are replaced.
-        stream: the directory, on all ranks the same. Without AdamW's state in it, AdamW begins anew.
+        states: states of the model; all of its parameters are replaced.
+        reader: reader of the directory, the same on all ranks. Without AdamW's state there, AdamW starts afresh.
 
     Raises:
-        SlopError: on all ranks, for files that cannot be read or are of another model.
+        SlopError: on all ranks, if files cannot be read or belong to another model.
     """
     ranks, names = states.ranks, list(states.shapes)
-    if missing := sorted(set(names) ^ stream.names):
+    if missing := sorted(set(names) ^ reader.names):
         raise GrowthError(f"the model's parameters and the stored ones differ, as in {missing[0]}")
-    step = stream.step
-    keys = (WEIGHT, *MOMENTS) if step is not None else (WEIGHT,)
+    step = reader.step
+    keys = (WEIGHT, *MOMENT_KEYS) if step is not None else (WEIGHT,)
     if step is not None:
         states.make_moments(step)
     entries = [(name, key) for name in names for key in keys]
     failed: Exception | None = None
     with start_worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
-        reading = _ahead(pool, stream, ranks.mine(entries), states.shapes)
+        futures = _read_ahead(pool, reader, ranks.select_share(entries), states.shapes)
         for number, (name, key) in enumerate(entries):
             owner = number % ranks.count
             value: torch.Tensor | None = None
             if owner == ranks.rank:
                 try:
-                    value = next(reading).result()
+                    value = next(futures).result()
                 except (SlopError, OSError) as caught:
                     failed = failed or caught
-                    value = torch.zeros(states.shapes[name])  # the others wait for something
+                    value = torch.zeros(states.shapes[name])  # the other ranks wait for a tensor
             states.put(name, key, value, owner)
-    ranks.agree(failed)
+    ranks.raise_any(failed)
     states.finish()
 
 
-def _ahead(
+def _read_ahead(
     pool: ThreadPoolExecutor,
-    stream: GrownStateReader,
+    reader: GrownStateReader,
     entries: Iterable[tuple[str, str]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Future[torch.Tensor]]:
-    """What a rank reads, in order; later entries are read while one is worked on, as many as `AHEAD_BYTES` allow."""
+    """Yield what a rank reads, in order; further entries are read meanwhile, as far as `AHEAD_BYTES` allows."""
     waiting: deque[tuple[Future[torch.Tensor], int]] = deque()
     held = 0
     for name, key in entries:
@@ -167,7 +170,7 @@ def _ahead(
             held -= taken
             yield future
             del future  # with its tensor
-        waiting.append((pool.submit(stream.read, name, key, stream.room(name, key)), size))
+        waiting.append((pool.submit(reader.read, name, key, reader.allocate(name, key)), size))
         held += size
     while waiting:
         yield waiting.popleft()[0]

@@ -1,9 +1,13 @@
-"""`States`: weights and AdamW's state of the model in training, a parameter at a time, however they are shared out."""
+"""`States`: weights and AdamW's state, one parameter at a time. `Strategy`: how the ranks hold the model.
+
+Here is the strategy of one process and of DistributedDataParallel, under which every rank holds the whole model;
+`zero3.py` has that of DeepSpeed ZeRO-3.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -13,16 +17,19 @@ from transformers.initialization import no_init_weights
 from ..growth import WEIGHT
 from .ranks import Ranks
 
-#: AdamW's moments, as its state names them.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, Trainer
+
+#: Names of AdamW's two moments in its state.
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 
 
 class States(Protocol):
-    """Weights and AdamW's state, whole on every rank or in parts on all.
+    """Weights and AdamW's state, replicated on every rank or sharded over all.
 
-    `whole` and `put` are called by all ranks in the same order. A parameter's whole tensor lies on one rank, its
-    `owner`, so that no rank ever holds a whole model.
+    A `key` is `weight`, or one of `MOMENT_KEYS`. All ranks call `gather` and `put` in the same order. The whole tensor
+    of a parameter is on one rank, its `owner`, so that no rank ever holds a whole sharded model.
     """
 
     ranks: Ranks
@@ -31,36 +38,36 @@ class States(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each parameter, in the model's order."""
 
-    def dtype(self, name: str, key: str) -> torch.dtype:
-        """Of a parameter's `weight` or moment, as it is kept at its most precise."""
+    def get_dtype(self, name: str, key: str) -> torch.dtype:
+        """Return the dtype of a weight or a moment, as it is kept at its most precise."""
 
     def has_moments(self) -> bool:
-        """Whether AdamW has a state: not before its first step."""
+        """Whether AdamW has a state; it has none before its first step."""
 
     @property
     def step(self) -> float:
-        """How many steps AdamW has counted."""
+        """The number of steps that AdamW has counted."""
 
-    def whole(self, name: str, key: str, owner: int) -> torch.Tensor | None:
-        """A `weight` or a moment, on the CPU of its owner; None on other ranks."""
+    def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
+        """Return a weight or a moment on the CPU of its owner; None on other ranks."""
 
     def make_moments(self, step: float) -> None:
-        """Give a fresh AdamW moments of 0 and a step, to `put` the true ones into."""
+        """Give a fresh AdamW moments of 0 and a step; `put` then fills in the moments."""
 
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
-        """Replace a `weight` or a moment by the owner's."""
+        """Replace a weight or a moment by the owner's value."""
 
     def finish(self) -> None:
-        """Make what has been put what the next forward pass sees."""
+        """Make the next forward pass see the values that were put."""
 
 
-class WholeStates:
-    """States of a model that every rank has whole: in one process, or under DistributedDataParallel.
+class ReplicatedStates:
+    """States of a model that every rank holds whole: in one process, or under DistributedDataParallel.
 
     Args:
-        model: in training.
+        model: model in training.
         optimizer: its AdamW; None for the weights alone.
-        ranks: of the run.
+        ranks: processes of the run.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> None:
@@ -72,35 +79,35 @@ class WholeStates:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
-    def dtype(self, name: str, key: str) -> torch.dtype:
-        return self._tensor(name, key).dtype
+    def get_dtype(self, name: str, key: str) -> torch.dtype:
+        return self._get_tensor(name, key).dtype
 
     def has_moments(self) -> bool:
-        return self._optimizer is not None and any(MOMENTS[0] in state for state in self._optimizer.state.values())
+        return self._optimizer is not None and any(MOMENT_KEYS[0] in state for state in self._optimizer.state.values())
 
     @property
     def step(self) -> float:
         assert self._optimizer is not None
         return max(float(state[STEP]) for state in self._optimizer.state.values() if state)
 
-    def whole(self, name: str, key: str, owner: int) -> torch.Tensor | None:
-        return self._tensor(name, key).detach().cpu() if self.ranks.rank == owner else None
+    def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
+        return self._get_tensor(name, key).detach().cpu() if self.ranks.rank == owner else None
 
     def make_moments(self, step: float) -> None:
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
-            # Where AdamW keeps its step itself: beside the parameter for kernels that read it there.
-            beside = group.get("fused") or group.get("capturable")
+            # AdamW keeps its step on the parameter's device for kernels that read it there, else on the CPU.
+            on_device = group.get("fused") or group.get("capturable")
             for parameter in group["params"]:
-                device = parameter.device if beside else torch.device("cpu")
+                device = parameter.device if on_device else torch.device("cpu")
                 self._optimizer.state[parameter] = {
                     STEP: torch.tensor(step, dtype=torch.float32, device=device),
-                    **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS},
+                    **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENT_KEYS},
                 }
 
     @torch.no_grad()
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
-        tensor = self._tensor(name, key)
+        tensor = self._get_tensor(name, key)
         if self.ranks.count == 1:
             assert value is not None
             # The value itself: a copy into memory that has never been touched costs more than reading did.
@@ -114,38 +121,41 @@ class WholeStates:
     def finish(self) -> None:
         pass
 
-    def _tensor(self, name: str, key: str) -> torch.Tensor:
+    def _get_tensor(self, name: str, key: str) -> torch.Tensor:
         parameter = self._parameters[name]
         if key == WEIGHT:
             return parameter
         assert self._optimizer is not None
-        return self._optimizer.state[parameter][key]
+        tensor: torch.Tensor = self._optimizer.state[parameter][key]
+        return tensor
 
 
-class Setup(Protocol):
-    """How a launch holds models."""
+class Strategy(Protocol):
+    """How the ranks of a launch hold a model: replicated or sharded."""
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
-        """What is to be set before a stage's model is prepared."""
+        """Make the settings that a stage needs before its model is prepared."""
 
-    def prepared(self, wrapped: Any) -> None:
-        """Told of a stage's model, once it is wrapped for training."""
+    def finish_preparation(self, wrapped: torch.nn.Module) -> None:
+        """Adjust a stage's model after it was wrapped for training."""
 
-    def empty_model(self, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
-        """A model whose parameters hold nothing yet."""
+    def build_empty_model(
+        self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+    ) -> PreTrainedModel:
+        """Return a model with uninitialised parameters."""
 
-    def states(self, trainer: Any) -> States:
-        """Of the model that a trainer has prepared."""
+    def get_states(self, trainer: Trainer) -> States:
+        """Return the states of the model that a trainer has prepared."""
 
-    def release(self, wrapped: Any) -> None:
-        """Let go of a wrapped model that training has ended with."""
+    def release(self, wrapped: torch.nn.Module) -> None:
+        """Free a wrapped model after its stage."""
 
 
-class WholeSetup:
+class ReplicatedStrategy:
     """Every rank holds the whole model.
 
     Args:
-        ranks: of the run.
+        ranks: processes of the run.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -154,18 +164,20 @@ class WholeSetup:
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
         pass
 
-    def prepared(self, wrapped: Any) -> None:
+    def finish_preparation(self, wrapped: torch.nn.Module) -> None:
         pass
 
-    def empty_model(self, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    def build_empty_model(
+        self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+    ) -> PreTrainedModel:
         with no_init_weights():
             model = cast(PreTrainedModel, model_class._from_config(config, dtype=dtype))
         model.tie_weights()
         return model
 
-    def states(self, trainer: Any) -> WholeStates:
+    def get_states(self, trainer: Trainer) -> ReplicatedStates:
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-        return WholeStates(trainer.model, optimizer, self._ranks)
+        return ReplicatedStates(trainer.model, optimizer, self._ranks)
 
-    def release(self, wrapped: Any) -> None:
+    def release(self, wrapped: torch.nn.Module) -> None:
         pass

@@ -2,78 +2,106 @@
 
 from __future__ import annotations
 
+import gc
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerState, default_data_collator
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerState,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..cost.hours import CostModel
-from ..data.order import BlockOrder, consumed
-from ..data.packing import MixedBlocks
-from ..data.tokenizing import vocabulary_of
+from ..data.order import BlockOrder, count_consumed_tokens
+from ..data.packing import Blocks, MixedBlocks
+from ..data.tokenizing import hash_vocabulary
 from ..errors import RunError
 from ..growth import GrownStateReader, hide_progress_bars, plan_growth
 from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
+from ..runs.records import compute_perplexity
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
-from .batches import count_blocks_per_step, resolve_per_stage, share_batches
+from .batches import find_largest_divisor
 from .callbacks import StageCallback, StageEnd
-from .checkpoints import read_resumption
+from .checkpoints import LossSums, Resumption, list_checkpoints, read_resumption
 from .checks import (
     check_blocks,
     check_document_mask,
-    check_growths,
     check_launch,
     check_model,
     check_publishing,
     describe_repeated_data,
     describe_space_shortage,
-    with_inits,
 )
-from .divergence import Soundness
-from .learning_rate import check_scheduler
+from .divergence import NonFiniteLossGuard
+from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler
 from .loggers import continue_curves
 from .preemption import StopOnSignal
 from .progress import RunProgress
+from .random_state import set_random_state
 from .ranks import Ranks
-from .stage_record import HELD_OUT, stage_record
-from .resuming import Position, begin, resume
-from .saving import save_stage
-from .spans import StageSpan, compute_stage_spans
-from .stage_trainer import StageTrainer
-from .states import Setup, WholeSetup
-from .run_timer import Pace, peak_of_device
+from .resuming import Position, begin_run, resume_run
+from .run_plan import plan_run, with_inits
+from .run_timer import RunTimer, find_peak_flops
+from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
+from .spans import StageSpan
+from .stage_record import EVAL_LOSS, build_stage_record
+from .state_io import load_states
+from .states import ReplicatedStrategy, Strategy
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import DataLoader, Dataset
 
 logger = logging.get_logger(__name__)
 
 
-class SlopTrainer(StageTrainer):
-    """Trains a model through a growth schedule: each stage for its tokens, the weights grown between.
+class SlopTrainer(Trainer):
+    """Trains a model through a growth schedule: each stage for its tokens, with growth of the weights in between.
 
     It is a `transformers.Trainer`: callbacks, `report_to`, `compute_metrics` and `processing_class` work as they do
-    there, and `on_train_begin` and `on_train_end` come once a stage. `state.global_step`, the log history and every
-    logged entry's `tokens` and `train_flops` count over the whole run; `stage` says where.
+    there; `on_train_begin` and `on_train_end` are called once per stage. `state.global_step`, the log history and the
+    `tokens` and `train_flops` of every log entry count over the whole run; `stage` is the stage of the entry.
 
-    It runs in one process, in several that each hold the model (DistributedDataParallel), or under DeepSpeed ZeRO-3,
-    where no rank ever holds a whole model: what crosses a boundary goes through the stage's files, a parameter at a
-    time. Files are those of `records.RunDirectory`; checkpoints inside a stage follow `save_steps`, and can be resumed
-    from with another number of processes. After SIGTERM a checkpoint is saved and training stops.
+    It runs in one process, in several processes that each hold the model (DistributedDataParallel), or under DeepSpeed
+    ZeRO-3. No rank ever holds a whole sharded model: at a boundary, states pass through the stage's files one
+    parameter at a time. The files are those of `runs.directory.RunDirectory`. Checkpoints inside a stage follow
+    `save_steps`, and can be resumed from with another number of processes. After SIGTERM the trainer saves a
+    checkpoint and stops.
+
+    It overrides private methods of `Trainer` (`_init_training_state`, `_prepare_for_training`, `_save_checkpoint`,
+    `_load_rng_state`, `_maybe_log_save_evaluate`); `tests/training` fails if a release of transformers changes them.
 
     Args:
-        model: the initial model, with the schedule's initial dims.
-        args: the training arguments.
-        schedule: the stages, with their tokens.
-        train_dataset: map-style, of blocks of equal length with `input_ids`. The trainer shuffles it, and shows no
-            block twice within a pass over it.
-        kwargs: as for `transformers.Trainer`.
+        model: initial model, with the schedule's initial dims.
+        args: training arguments.
+        schedule: growth schedule with tokens.
+        train_dataset: map-style data set of blocks of equal length with `input_ids`. The trainer shuffles it, and
+            repeats no block within a pass over it.
+        kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        RunError, DataError: for what cannot be trained, before training begins.
+        RunError, DataError, GrowthError: before training begins, if the run cannot be trained.
     """
+
+    # Attributes of `Trainer`, whose types mypy does not read.
+    args: SlopTrainingArguments
+    model: Any
+    model_wrapped: Any
+    lr_scheduler: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -81,7 +109,7 @@ class SlopTrainer(StageTrainer):
         args: SlopTrainingArguments | None = None,
         *,
         schedule: GrowthSchedule,
-        train_dataset: Any,
+        train_dataset: Blocks,
         **kwargs: Any,
     ) -> None:
         if model is None or kwargs.get("model_init") is not None:
@@ -92,36 +120,51 @@ class SlopTrainer(StageTrainer):
         if not isinstance(args, SlopTrainingArguments):
             raise RunError(f"args must be SlopTrainingArguments, got {type(args).__name__}")
         check_publishing(args.push_to_hub, kwargs.get("callbacks"))
-        self.schedule = with_inits(schedule, args.growth_init)
-        self.run = RunDirectory(args.output_dir)
+        schedule = with_inits(schedule, args.growth_init)
         check_model(model, schedule, kwargs.get("processing_class"))
         block_size = check_blocks(train_dataset, model)
-        self.blocks = MixedBlocks.wrap(train_dataset)
-        held_out = kwargs.get("eval_dataset")
-        if isinstance(held_out, dict):  # such as `Corpus.held_out`
-            if len(held_out) == 1 and list(held_out) == list(self.blocks.parts):
-                (held_out,) = held_out.values()  # the loss of the only source is `eval_loss`
-            kwargs["eval_dataset"] = held_out or None
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         check_launch(args, fsdp=self.is_fsdp_enabled)
-        self.ranks = Ranks.of(args)
-        self._setup: Setup = WholeSetup(self.ranks)
+
+        # The run.
+        self.run = RunDirectory(args.output_dir)
+        self.ranks = Ranks.from_args(args)
+        self.blocks = MixedBlocks.wrap(train_dataset)
+        tokenizer = self.processing_class
+        self.plan = plan_run(
+            schedule,
+            args,
+            model.config,
+            block_size=block_size,
+            devices=self.ranks.count,
+            blocks=len(self.blocks),
+            data=self.blocks.fingerprint,
+            vocabulary=hash_vocabulary(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else "",
+            begun=self.ranks.from_first(RunFacts.load(self.run)),
+        )
+        self.schedule, self.spans = self.plan.schedule, self.plan.spans
+        check_document_mask(self.blocks, model, [batches.micro_batch_size for batches in self.plan.batches])
+        check_scheduler(args, self.spans)
+        self._strategy: Strategy = ReplicatedStrategy(self.ranks)
         if self.is_deepspeed_enabled:
             from . import zero3
 
-            self._setup = zero3.Zero3Setup(self.accelerator.state.deepspeed_plugin, self.ranks)
-        # What later models have in common with the first, whose parameters may by then be gone.
+            self._strategy = zero3.Zero3Strategy(self.accelerator.state.deepspeed_plugin, self.ranks)
+        # Traits that later models share with the first one, whose parameters may be gone by then.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
-        self._lay_out(self.ranks.from_first(RunFacts.load(self.run)), block_size)
-        check_growths(self.spans, model.config)
-        check_document_mask(train_dataset, model, [batches.micro_batch_size for batches in self._batches])
-        check_scheduler(args, self.spans)
-        self._span = self.spans[0]
-        self._resumed, self._random = {}, []
-        self._soundness = Soundness(self.ranks)
-        self._pace = self._begin_pace(args)
+
+        # The stage in training.
+        self._span: StageSpan = self.spans[0]
+        self._reader: GrownStateReader | None = None  # source of the states of the model that is being prepared
+        self._resumption: Resumption = {}  # of the checkpoint that the stage resumes from
+        self._losses: LossSums | None = None  # of the same, until `Trainer` has set up its own sums
+        self._first_step = 0  # of this call of `Trainer.train`, which may begin at a checkpoint
+
+        # Observers.
+        self._guard = NonFiniteLossGuard(self.ranks)
+        self._timer = self._build_timer()
         self._stop = StopOnSignal(self.ranks)
         self._progress = RunProgress(lambda: self._span, self.spans)
         if not args.disable_tqdm:
@@ -130,187 +173,417 @@ class SlopTrainer(StageTrainer):
         self.add_callback(self._stop)
         self.add_callback(StageEnd(lambda: self._span.end_step))
 
-    def _lay_out(self, begun: RunFacts | None, block_size: int) -> None:
-        """Steps, blocks and batches of all stages; a run that has begun keeps its batches on any number of devices."""
-        args, stages = self.args, len(self.schedule.structures)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        per_step = count_blocks_per_step(args, block_size, self.ranks.count, stages)
-        if begun is not None:
-            asked, per_step = per_step, begun.batches(stages)
-            if args.batch_tokens is not None and asked != per_step:
-                logger.warning(f"batch_tokens {args.batch_tokens} is not what the run began with, and is left out")
-        self.facts = RunFacts(
-            block_size,
-            len(self.blocks),
-            tuple(per_step),
-            seed,
-            data=self.blocks.fingerprint,
-            vocabulary=self._vocabulary(),
-        )
-        self.spans = compute_stage_spans(self.schedule, self.model.config, block_size, per_step)
-        self._batches = share_batches(args, per_step, self.ranks.count)
-        self._rates = resolve_per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
-
-    def _vocabulary(self) -> str:
-        tokenizer = self.processing_class
-        return vocabulary_of(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else ""
-
-    def _begin_pace(self, args: SlopTrainingArguments) -> Pace:
+    def _build_timer(self) -> RunTimer:
+        args = self.args
         half = args.bf16 or args.fp16 or self._dtype in (torch.bfloat16, torch.float16)
         tf32 = bool(args.tf32) or torch.backends.cuda.matmul.allow_tf32
-        known = peak_of_device(args.device, half=half, tf32=tf32)
-        peak = args.peak_tflops * 1e12 if args.peak_tflops else known
-        cost_model = None if args.cost_model is None else CostModel.from_yaml(args.cost_model)
-        return Pace(self.spans, self.ranks.count, peak, cost_model)
+        peak_flops = find_peak_flops(args.device, half=half, tf32=tf32)
+        return RunTimer(
+            self.spans,
+            devices=self.ranks.count,
+            peak_flops=args.peak_tflops * 1e12 if args.peak_tflops else peak_flops,
+            cost_model=None if args.cost_model is None else CostModel.from_yaml(args.cost_model),
+        )
 
     # ---- The run -----------------------------------------------------------------------------------------------
 
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Run the schedule, or what is left of it.
+        """Train the stages of the schedule, or those that are left.
 
         Args:
-            resume_from_checkpoint: True goes on where the run in `output_dir` stopped, inside a stage or at a
-                boundary; the final weights are those of an uninterrupted run. A path to one of the run's
-                `checkpoint-N` goes on from there.
+            resume_from_checkpoint: True to resume the run in `output_dir` where it stopped, inside a stage or at a
+                boundary; the final weights are those of an uninterrupted run. Or the path of one of the run's
+                `checkpoint-N`, to resume from there.
             trial: not supported.
             ignore_keys_for_eval: as for `Trainer.train`.
 
         Raises:
-            RunError: where `output_dir` holds another run, or nothing to resume; where the loss is not finite.
+            RunError: if `output_dir` holds another run, or no run to resume.
+            DivergedError: if the loss is no longer finite.
         """
         if trial is not None:
             raise RunError("hyper-parameter search over a staged run is not supported; search with plain Trainer")
-        # Ranks that look for a run at different moments may see different things.
+        # The first rank decides: ranks that look for a run at different moments may see different things.
         resume_from_checkpoint = self.ranks.from_first(resume_from_checkpoint)
         if resume_from_checkpoint:
-            init = self.args.growth_init
-            position = resume(self.run, self.schedule, self.facts, self.ranks, resume_from_checkpoint, init)
+            position = resume_run(self.run, self.plan, self.ranks, resume_from_checkpoint, self.args.growth_init)
         else:
-            position = begin(self.run, self.schedule, self.facts, self.ranks)
+            position = begin_run(self.run, self.plan, self.ranks)
         self._warn()
-        self._continue_curves(position)
+        if self.ranks.is_first:
+            self._continue_curves(position)
         self.state = TrainerState()
         if position.stage and position.checkpoint is None:
             self.state = TrainerState.load_from_json(str(self.run.stage_dir(position.stage - 1) / STATE_FILE))
         output = TrainOutput(self.state.global_step, float("nan"), {})
         try:
-            with self._stop.watching():
+            with self._stop.watch_signals():
                 for span in self.spans[position.stage :]:
                     self._span = span
                     output = self._train_stage(span, position, ignore_keys_for_eval)
                     if self.state.global_step == span.end_step:
-                        self._finish(span)
-                    step, last = self.state.global_step, self.spans[-1].end_step
-                    if (self._stop.stopped or step < span.end_step) and step < last:
-                        logger.warning(f"stopped at step {step} of {last}, in {span.name}; resume to go on")
+                        self._finish_stage(span)
+                    step, end_step = self.state.global_step, self.plan.end_step
+                    if (self._stop.stopped or step < span.end_step) and step < end_step:
+                        logger.warning(f"stopped at step {step} of {end_step}, in {span.name}; resume to continue")
                         break
         finally:
             self._progress.close()
-        if position.stage == len(self.spans):  # all was done before
-            self._release()
+        if position.stage == len(self.spans):  # the run had finished before
+            self._release_model()
             with hide_progress_bars():
                 final = self._model_class.from_pretrained(
                     self.run.stage_dir(position.stage - 1), dtype="auto", attn_implementation=self._attention
                 )
-            self._take(cast(PreTrainedModel, final))
+            self._set_model(cast(PreTrainedModel, final))
         return output
+
+    def _warn(self) -> None:
+        """Log what the user may not have intended."""
+        if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
+            logger.warning(f"checkpoints keep only AdamW's state: a run that is resumed starts with a fresh {optim}")
+        for warning in describe_repeated_data(self.blocks, self.plan):
+            logger.warning(warning)
+        if self.ranks.is_first:
+            shortage = describe_space_shortage(self.plan, self.run.path, self.args.save_total_limit)
+            if shortage:
+                logger.warning(shortage)
+
+    def _continue_curves(self, position: Position) -> None:
+        begun = RunFacts.load(self.run)
+        run_id = begun.run_id if begun is not None and begun.run_id else self.run.path.resolve().name
+        continue_curves(self.callback_handler.callbacks, self.args, self.run, run_id, position.find_step(self.plan))
 
     def _train_stage(self, span: StageSpan, position: Position, ignore_keys: list[str] | None) -> TrainOutput:
         """Train one stage for its tokens, from its beginning or from a checkpoint inside it."""
         checkpoint = position.checkpoint if span.number == position.stage else None
-        batches = self._batches[span.number]
+        batches = self.plan.batches[span.number]
+        self._resumption = {} if checkpoint is None else read_resumption(checkpoint)
         if checkpoint is not None:
-            self._resumed = read_resumption(checkpoint)
             self._change_model(checkpoint)
         elif span.growth is not None:
-            self._resumed = {}
             self._change_model(self.run.stage_dir(span.number - 1), span)
-        self._setup.begin_stage(batches.micro_batch_size, batches.accumulation_steps)
-        # A stage without tokens is prepared and evaluated like every other: no epochs over one step's blocks.
-        blocks = span.blocks or self.facts.blocks_per_step[span.number]
-        stretch = BlockOrder(self.blocks, span.first_block, blocks, self.facts.data_seed)
+        self._strategy.begin_stage(batches.micro_batch_size, batches.accumulation_steps)
+        # A stage without tokens is prepared and evaluated like any other: zero epochs over the blocks of one step.
+        blocks = span.blocks or self.plan.facts.blocks_per_step[span.number]
         changes = {
             "per_device_train_batch_size": batches.micro_batch_size,
             "gradient_accumulation_steps": batches.accumulation_steps,
             "num_train_epochs": float(span.steps > 0),
-            "learning_rate": self._rates[span.number],
+            "learning_rate": self.plan.rates[span.number],
         }
-        before = {name: getattr(self.args, name) for name in changes}
+        arguments = {name: getattr(self.args, name) for name in changes}
+        dataset = self.train_dataset
         self._set_arguments(changes)
-        self.train_dataset = stretch
+        self.train_dataset = BlockOrder(self.blocks, span.first_block, blocks, self.plan.facts.data_seed)
         try:
             path = None if checkpoint is None else str(checkpoint)
             return super().train(resume_from_checkpoint=path, ignore_keys_for_eval=ignore_keys)
         finally:
-            self.train_dataset = self.blocks
-            self._set_arguments(before)
+            self.train_dataset = dataset
+            self._set_arguments(arguments)
 
-    def _set_arguments(self, changes: dict[str, Any]) -> None:
-        for name, value in changes.items():
+    def _set_arguments(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
             setattr(self.args, name, value)
         self._train_batch_size = self.args.train_batch_size
 
-    def _change_model(self, directory: Path, span: StageSpan | None = None) -> None:
-        """Replace the model by an empty one, which the directory's states will fill; grown for a stage."""
-        assert self.model is not None
-        self._release()
-        config = self._model_class.config_class.from_pretrained(directory)
-        plan, moments = None, bool(list(directory.glob("optimizer*.safetensors")))
-        if span is not None and span.growth is not None:
-            plan = plan_growth(config, span.growth, seed=self._growth_seed(span), noise=self.args.growth_noise)
-            if self.args.carry_optimizer_state and not moments and self.spans[span.number - 1].end_step:
-                logger.warning(f"{directory} has no optimizer state any more: AdamW begins anew in {span.name}")
-            moments = moments and self.args.carry_optimizer_state
-            logger.info(f"{span.name}: growing from {plan.old} to {plan.new}, {span.parameters:,} parameters")
-        self._entering = GrownStateReader(directory, config, plan, moments=moments)
-        config = config if plan is None else plan.config()
-        config._attn_implementation = self._attention
-        config.use_cache = self.args.use_cache
-        model = self._setup.empty_model(self._model_class, config, self._dtype)
-        if self._generation_config is not None:
-            model.generation_config = type(self._generation_config).from_dict(self._generation_config.to_dict())
-        self._take(model)
-
-    def _growth_seed(self, span: StageSpan) -> int:
-        return self.args.growth_seed + span.number
-
-    def _finish(self, span: StageSpan) -> None:
+    def _finish_stage(self, span: StageSpan) -> None:
         """Evaluate the stage's model and write its directory."""
-        self._check_soundness()
-        seconds = self._pace.stage_seconds
+        self._check_loss()
+        seconds = self._timer.stage_seconds
         history = list(self.state.log_history)
         metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
-        if HELD_OUT in metrics:  # the last step may have been the one
-            self._soundness.watch(torch.tensor(metrics[HELD_OUT]))
-            self._check_soundness()
-        seed, size = self.facts.data_seed, self.facts.block_size
-        data = consumed(self.blocks, seed, size, span.first_block, span.blocks)
-        devices, growth_seed, noise = self.ranks.count, self._growth_seed(span), self.args.growth_noise
-        record = stage_record(span, history, metrics, seconds, devices, growth_seed, noise, data, self.facts)
-        states = self._setup.states(self)
-        save_stage(self.run, record, states, self.model, self.processing_class, self.state, self.args.max_shard_size)
+        if EVAL_LOSS in metrics:  # the last step may have been the one that diverged
+            self._guard.watch(torch.tensor(metrics[EVAL_LOSS]))
+            self._check_loss()
+        facts = self.plan.facts
+        record = build_stage_record(
+            span,
+            history=history,
+            metrics=metrics,
+            seconds=seconds,
+            devices=self.ranks.count,
+            growth_seed=self._get_growth_seed(span),
+            growth_noise=self.args.growth_noise,
+            data=count_consumed_tokens(self.blocks, facts.data_seed, facts.block_size, span.first_block, span.blocks),
+            facts=facts,
+        )
+        save_stage(self.run, record, self._take_snapshot())
         self._drop_optimizer_state(span.number - 1)
-        told = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
-        for callback in sorted(told, key=lambda callback: callback.publishes):
+        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
+        for callback in sorted(callbacks, key=lambda callback: callback.publishes):
             callback.on_stage_written(self.run, span.number, self.ranks)
 
-    def _continue_curves(self, position: Position) -> None:
-        if self.ranks.is_first:
-            begun = RunFacts.load(self.run)
-            run_id = begun.run_id if begun is not None and begun.run_id else self.run.path.resolve().name
-            first_step = position.first_step(self.spans)
-            continue_curves(self.callback_handler.callbacks, self.args, self.run, run_id, first_step)
+    def _get_growth_seed(self, span: StageSpan) -> int:
+        return self.args.growth_seed + span.number
 
-    def _warn(self) -> None:
-        """Say before training what may not have been meant."""
-        if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
-            logger.warning(f"checkpoints keep AdamW's state only: a run that is resumed begins a new {optim}")
-        for said in describe_repeated_data(self.blocks, self.spans[-1], self.facts):
-            logger.warning(said)
-        if self.ranks.is_first and (warning := describe_space_shortage(self.spans, self.run.path, self.args.save_total_limit)):
-            logger.warning(warning)
+    def _take_snapshot(self) -> Snapshot:
+        states = self._strategy.get_states(self)
+        return Snapshot(states, self.model, self.processing_class, self.state, self.args.max_shard_size)
+
+    def _drop_optimizer_state(self, number: int) -> None:
+        """Remove the optimizer state of a finished stage, now that the next one has enough to resume from."""
+        if number >= 0 and self.ranks.is_first and not self.args.keep_optimizer_states:
+            for path in self.run.optimizer_files(number):
+                path.unlink()
+
+    # ---- A model per stage -------------------------------------------------------------------------------------
+
+    def _change_model(self, directory: Path, span: StageSpan | None = None) -> None:
+        """Replace the model by an empty one, grown if a stage is given; `_reader` will fill it from the directory."""
+        assert self.model is not None
+        self._release_model()
+        config = self._model_class.config_class.from_pretrained(directory)
+        growth, moments = None, bool(list(directory.glob("optimizer*.safetensors")))
+        if span is not None and span.growth is not None:
+            seed, noise = self._get_growth_seed(span), self.args.growth_noise
+            growth = plan_growth(config, span.growth, seed=seed, noise=noise)
+            if self.args.carry_optimizer_state and not moments and self.spans[span.number - 1].end_step:
+                logger.warning(f"{directory} no longer has an optimizer state: AdamW starts afresh in {span.name}")
+            moments = moments and self.args.carry_optimizer_state
+            logger.info(f"{span.name}: growing from {growth.old} to {growth.new}, {span.parameters:,} parameters")
+        self._reader = GrownStateReader(directory, config, growth, moments=moments)
+        config = config if growth is None else growth.config()
+        config._attn_implementation = self._attention
+        config.use_cache = self.args.use_cache
+        model = self._strategy.build_empty_model(self._model_class, config, self._dtype)
+        if self._generation_config is not None:
+            model.generation_config = type(self._generation_config).from_dict(self._generation_config.to_dict())
+        self._set_model(model)
+
+    def _release_model(self) -> None:
+        """Free the model in training, its optimizer and dataloaders, before the next model is built."""
+        wrapped = self.model_wrapped
+        with _limit_collection():  # everything is still referenced here: a full collection would take 0.3 s in vain
+            self.accelerator.free_memory()
+        self.model = self.model_wrapped = self.deepspeed = None
+        self.optimizer = self.lr_scheduler = None
+        for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
+            setattr(self.callback_handler, name, None)
+        self._strategy.release(wrapped)
+        del wrapped
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.args.torch_compile:
+            torch.compiler.reset()  # code compiled for other shapes is useless, and counts against a limit
+            logger.info(f"{self._span.name} will be compiled again")
+
+    def _set_model(self, model: PreTrainedModel) -> None:
+        """Make `model` the one in training."""
+        if self.place_model_on_device:
+            self._move_model_to_device(model, self.args.device)
+        self.model = self.model_wrapped = model
+        self.callback_handler.model = model
+
+    # ---- The beginning of a stage ------------------------------------------------------------------------------
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: object,
+    ) -> tuple[int, int]:
+        """Begin a stage where the one before ended, so that steps and logs count over the run."""
+        before = self.state
+        super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            self.state.global_step = self._span.first_step
+            self.state.total_flos = before.total_flos
+            self.state.num_input_tokens_seen = before.num_input_tokens_seen
+            self.state.log_history = list(before.log_history)
+        self.state.max_steps = self.plan.end_step
+        self._first_step = self.state.global_step
+        done = self._first_step - self._span.first_step
+        return 0, done * self.args.gradient_accumulation_steps
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[object], resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, DataLoader[object]]:
+        """Fill the prepared model and its fresh optimizer from the directory that they continue from."""
+        prepared: tuple[torch.nn.Module, DataLoader[object]] = super()._prepare_for_training(
+            max_steps, train_dataloader, None
+        )
+        self._strategy.finish_preparation(self.model_wrapped)
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            load_states(self._strategy.get_states(self), reader)
+        self._losses = self._resumption.get("losses")
+        if resume_from_checkpoint is not None:
+            restore_scheduler(self.lr_scheduler, self._resumption["scheduler"])
+            if scaler := self._resumption.get("scaler"):
+                self.accelerator.scaler.load_state_dict(scaler)
+        elif self._span.growth is not None and self.eval_dataset is not None and self.args.eval_after_growth:
+            self.evaluate()
+        set_seed(self.args.seed + self._span.number)
+        self._timer.begin_stage(self._span, self.state.global_step, self._resumption.get("seconds", 0.0))
+        return prepared
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Return the scheduler of the stage, by `lr_span` and `rewarm_steps`."""
+        if self.lr_scheduler is None:
+            optimizer = cast("Optimizer", self.optimizer if optimizer is None else optimizer)
+            self.lr_scheduler = build_stage_scheduler(self.args, optimizer, self._span, self.plan.end_step)
+            self._created_lr_scheduler = True
+        return cast("LRScheduler", self.lr_scheduler)
+
+    def _load_from_checkpoint(self, *args: object, **kwargs: object) -> None:
+        """Do nothing: states are loaded once model and optimizer have been prepared."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore each rank's random numbers and sums of losses; another number of ranks starts with new seeds."""
+        states = self._resumption.get("random", [])
+        if len(states) == self.ranks.count:
+            set_random_state(states[self.ranks.rank])
+        elif states:
+            set_seed(self.args.seed + self._span.number + self.state.global_step)
+        if self._losses is not None:  # Trainer sets its sums to 0 just before it calls this
+            pending = self._losses["pending"]
+            same_ranks = len(pending) == self.ranks.count
+            self._tr_loss.fill_(pending[self.ranks.rank] if same_ranks else math.fsum(pending) / len(pending))
+            self._total_loss_scalar, self._globalstep_last_logged = self._losses["total"], self._losses["logged"]
+            self._losses = None
+
+    # ---- Steps -------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; also watches for a loss that is not finite."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._guard.watch(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: float | torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in `Trainer`, but stops before a loss that is not finite is logged or saved."""
+        if self.control.should_log or self.control.should_save:
+            self._check_loss(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_loss(self, grad_norm: float | torch.Tensor | None = None) -> None:
+        number = self._span.number
+        newest = list_checkpoints(self.run, number) or ([self.run.stage_dir(number - 1)] if number else [])
+        # Too high a loss scale makes gradients infinite; the scaler skips such a step.
+        self._guard.check(None if self.accelerator.scaler else grad_norm, newest[0] if newest else None)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """Write a checkpoint of the stage in training."""
+        self.store_flos()
+        store_callback_states(self)
+        scaler, number = self.accelerator.scaler, self._span.number
+        resumption: Resumption = {
+            "seconds": self._timer.stage_seconds,
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "losses": {
+                "total": self._total_loss_scalar,
+                "logged": self._globalstep_last_logged,
+                "pending": self.ranks.gather_all(float(self._tr_loss)),
+            },
+        }
+        with self._timer.exclude():
+            save_checkpoint(self.run, number, resumption, self._take_snapshot(), self.args.save_total_limit)
+        if len(list_checkpoints(self.run, number)) > 1:  # the newest may turn out to be corrupt
+            self._drop_optimizer_state(number - 1)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset[object] | dict[str, Dataset[object]] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`, with a `perplexity` for each loss; its time does not count as training time.
+
+        Several data sets, given by name, have one loss each, and `eval_loss` is the mean of the losses, weighted by
+        the sources' shares of the mixture if the names are those of its sources.
+
+        Each loss is the mean over all blocks, on any number of ranks: batches divide the number of blocks, because
+        `Trainer` would fill up incomplete batches with blocks that it has counted already.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        single = self.eval_dataset[data] if isinstance(data, str) else data
+        if self.ranks.count > 1 and hasattr(single, "__len__") and not isinstance(single, dict):
+            self.args.per_device_eval_batch_size = find_largest_divisor(len(single), batch_size)
+        try:
+            with self._timer.exclude():
+                metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.args.per_device_eval_batch_size = batch_size
+        if isinstance(data, dict):
+            mean = {f"{metric_key_prefix}_loss": self._average_losses(metrics, data, metric_key_prefix)}
+            self.log(mean)
+            metrics |= mean
+        return metrics
+
+    def _average_losses(self, metrics: dict[str, float], names: Iterable[str], prefix: str) -> float:
+        weights = {name: self.blocks.weights.get(name, 0.0) for name in names}
+        if not any(weights.values()):
+            weights = dict.fromkeys(weights, 1.0)
+        losses = {name: metrics[f"{prefix}_{name}_loss"] for name in weights}
+        return math.fsum(weights[name] * losses[name] for name in weights) / math.fsum(weights.values())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with stage, tokens, FLOPs, speed and perplexities; epochs count over the corpus."""
+        step, span = self.state.global_step, self._span
+        tokens, flops = span.count_until(step)
+        logs.update({"stage": span.number, "tokens": tokens, "train_flops": flops})
+        if "loss" in logs:
+            seconds_left = self._timer.eta(step)
+            logs.update(self._timer.throughput(step))
+            if seconds_left is not None:
+                logs["seconds_left"] = seconds_left
+        for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
+            logs[name.removesuffix("loss") + "perplexity"] = compute_perplexity(logs[name])
+        if "train_runtime" in logs:
+            done = step - self._first_step
+            logs["train_steps_per_second"] = round(done / logs["train_runtime"], 3)
+            logs["train_samples_per_second"] = round(done * span.blocks_per_step / logs["train_runtime"], 3)
+            # The mean over the whole stage; Trainer divides by the steps of this call.
+            logs["train_loss"] = self._total_loss_scalar / max(step - span.first_step, 1)
+        self.state.epoch = tokens / (len(self.blocks) * self.plan.facts.block_size)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Return the training FLOPs of a batch by `cost.flops`, as in the planner and the report."""
+        return round(inputs["input_ids"].numel() * self._span.flops / max(self._span.tokens, 1))
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Do nothing: with `push_to_hub`, a callback publishes finished stages."""
+
+    def push_to_hub(self, *args: object, **kwargs: object) -> str:
+        """Refuse: the model in training is not a finished stage.
+
+        Raises:
+            RunError: with the ways to publish finished stages.
+        """
+        raise RunError(
+            "the trainer pushes nothing itself; use `slop_hf.publish_stage`, or `slop publish RUN --to NAME`"
+        )
+
+    def _get_output_dir(self, trial: object) -> str:
+        """Return the directory of the checkpoints of the stage in training."""
+        return str(self.run.running_dir(self._span.number))
+
+
+@contextmanager
+def _limit_collection() -> Iterator[None]:
+    """Make `gc.collect` look only at objects that are made inside the block."""
+    if gc.get_freeze_count():  # another user of `freeze`, whose objects `unfreeze` would release
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

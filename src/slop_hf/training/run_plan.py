@@ -1,0 +1,115 @@
+"""`RunPlan`: a run laid out in stages, steps, batches and learning rates before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from transformers.utils import logging
+
+from ..dims import ModelConfig
+from ..growth import plan_growth, resolve_inits
+from ..operators import get_operator
+from ..runs.directory import RunFacts
+from ..schedule import GrowthSchedule
+from .arguments import SlopTrainingArguments
+from .batches import Batches, count_blocks_per_step, resolve_per_stage, share_batches
+from .spans import StageSpan, compute_stage_spans
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is decided about a run before its first step; `plan_run` builds it.
+
+    Args:
+        schedule: growth schedule, with its inits.
+        facts: facts that must not change when the run is resumed.
+        spans: position of each stage on the axes of steps, blocks, tokens and FLOPs.
+        batches: batch of one device in each stage.
+        rates: peak learning rate of each stage.
+    """
+
+    schedule: GrowthSchedule
+    facts: RunFacts
+    spans: tuple[StageSpan, ...]
+    batches: tuple[Batches, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def end_step(self) -> int:
+        """The global step at which the run ends."""
+        return self.spans[-1].end_step
+
+
+def plan_run(
+    schedule: GrowthSchedule,
+    args: SlopTrainingArguments,
+    config: ModelConfig,
+    *,
+    block_size: int,
+    devices: int,
+    blocks: int = 0,
+    data: str = "",
+    vocabulary: str = "",
+    begun: RunFacts | None = None,
+) -> RunPlan:
+    """Lay out a run.
+
+    Args:
+        schedule: growth schedule, with its inits (see `with_inits`).
+        args: training arguments.
+        config: config of the initial model.
+        block_size: tokens per training block.
+        devices: number of devices that share the work.
+        blocks: number of blocks of the training data; 0 if unknown, as in a preview.
+        data: fingerprint of the training data; "" if they have none.
+        vocabulary: hash of the tokenizer; "" if there is none.
+        begun: facts of the run if it has begun: it keeps its batches on any number of devices.
+
+    Raises:
+        RunError: if the arguments do not fit the schedule or the devices.
+        GrowthError: if a stage cannot be grown.
+    """
+    stages = len(schedule.structures)
+    per_step = count_blocks_per_step(args, block_size, devices, stages)
+    if begun is not None:
+        if args.batch_tokens is not None and per_step != begun.batches(stages):
+            logger.warning(f"batch_tokens {args.batch_tokens} is ignored: the run began with another batch")
+        per_step = begun.batches(stages)
+    spans = compute_stage_spans(schedule, config, block_size, per_step)
+    batches = share_batches(args, per_step, devices)
+    rates = resolve_per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
+    seed = args.seed if args.data_seed is None else args.data_seed
+    facts = RunFacts(block_size, blocks, tuple(per_step), seed, data=data, vocabulary=vocabulary)
+    for before, span in pairwise(spans):
+        if span.growth is not None:  # refuse now what the boundary would refuse after hours
+            plan_growth(before.dims.to_config(config), span.growth)
+    return RunPlan(schedule, facts, spans, batches, rates)
+
+
+def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> GrowthSchedule:
+    """Return the schedule with an init for each stage that has none.
+
+    Args:
+        schedule: growth schedule.
+        init: one init for all operators, or an init by operator; a stage takes those of its own operators.
+
+    Raises:
+        GrowthError: for an unknown operator or init.
+    """
+    if init is None:
+        return schedule
+    if isinstance(init, dict):
+        for operator in init:
+            get_operator(operator)
+            resolve_inits((operator,), init)
+    stages = []
+    for stage in schedule.stages:
+        if stage.init is None:
+            names = init if isinstance(init, str) else {name: init[name] for name in stage.operators if name in init}
+            resolve_inits(stage.operators, names)
+            stage = replace(stage, init=names or None)
+        stages.append(stage)
+    return replace(schedule, stages=tuple(stages))
