@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from slop_hf.cli import app
 from slop_hf.errors import PlanError
 from slop_hf.paper import reproduction
-from slop_hf.paper.page import COMMAND, reproduction_page
+from slop_hf.paper.page import PAGE_COMMAND, format_reproduction_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 
@@ -23,14 +23,20 @@ def run(*arguments):
 def test_the_page_is_what_the_command_writes(tmp_path):
     done = run("--output", tmp_path / "docs" / "page.md")
     assert done.exit_code == 0 and "page written to" in done.stdout
-    assert (tmp_path / "docs" / "page.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8"), COMMAND
+    assert (tmp_path / "docs" / "page.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8"), (
+        PAGE_COMMAND
+    )
 
 
 def test_the_page_has_every_figure():
-    page = reproduction_page()
-    for row in [*reproduction.reproduce_table_1(), *reproduction.table_3(), *reproduction.table_4()]:
+    page = format_reproduction_page()
+    for row in [
+        *reproduction.reproduce_table_1(),
+        *reproduction.reproduce_table_3(),
+        *reproduction.reproduce_table_4(),
+    ]:
         assert f"{row.target} | {row.sequence} | {row.printed} |" in page and f"{row.computed:.3E}" in page
-    for row in reproduction.hours():
+    for row in reproduction.reproduce_hours():
         assert f"| {row.table} | {row.target} | {row.trained} | {row.printed:g} | {row.computed:.1f} |" in page
 
 
@@ -55,7 +61,7 @@ def test_json():
     assert [row["agrees"] for row in rows] == [True, True, True, True, False, True]
     assert rows[4]["printed"] == "5.54E+25" and rows[4]["note"].startswith("misprint")
     everything = json.loads(run("--json").stdout)
-    assert len(everything) == 18 + len(reproduction.hours())
+    assert len(everything) == 18 + len(reproduction.reproduce_hours())
     assert all({"table", "target", "printed", "computed", "agrees", "note"} <= row.keys() for row in everything)
 
 
@@ -66,6 +72,6 @@ def test_unknown_part():
 
 
 def test_it_loads_no_torch():
-    code = "import sys; from slop_hf.cli.reproduce import reproduction_page as p; p(); print('torch' in sys.modules)"
+    code = "import sys; from slop_hf.cli.reproduce import format_reproduction_page as p; p(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..io.files import write_text
 from ..io.serialization import to_plain
 from ..paper import reproduction
-from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_row, write_reproduction_page
+from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_reproduction_page, format_row
 from ..paper.reproduction import Hours, Product
 from .shared import AsJson, print_json, print_table
 
@@ -39,7 +39,7 @@ def reproduce_command(
         raise PlanError(f"unknown part {part!r}; known: {', '.join(_PARTS)}, all")
     names = list(_PARTS) if part == "all" else [part]
     if output is not None:
-        write_text(output, write_reproduction_page())
+        write_text(output, format_reproduction_page())
     if as_json:
         rows = [to_plain(row) | {"agrees": row.agrees} for name in names for row in _PARTS[name]()]
         print_json(rows)

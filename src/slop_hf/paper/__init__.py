@@ -1,1 +1,5 @@
-"""The paper's printed tables, and their reproduction."""
+"""The numbers that the SLOP paper prints, and their reproduction."""
+
+from .tables import fit_cost_model
+
+__all__ = ["fit_cost_model"]

@@ -1,8 +1,8 @@
-"""What the SLOP paper prints: its structures, products, perplexities and GPU hours, and the cost model they make.
+"""The numbers that the SLOP paper prints, and a cost model fitted to its GPU hours.
 
 *Model Growth Schedule Learning via Optimal Path (SLOP) for Efficient LLM Pre-Training*, submitted to ICLR 2025,
-withdrawn, anonymous. Products of parameter increments are kept as printed, so that one can tell whether a computed
-one is the same to the printed digits. What the figures mean where the paper does not say is in `docs/reproduction.md`.
+withdrawn, anonymous. Products of parameter increments are strings as printed, so that a computed product can be
+compared digit by digit. `docs/reproduction.md` explains what the numbers mean where the paper does not say.
 """
 
 from __future__ import annotations
@@ -10,37 +10,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from ..cost.flops import flops_per_token
+from ..cost.flops import count_flops_per_token
 from ..cost.hours import CostModel, Measurement
 from ..dims import ModelDims
 
-#: Tokens of a training sequence. Not printed; with 2048, and Llama's vocabulary, the hours are a line in the FLOPs.
+#: Tokens per training sequence. Not printed; with 2048 and Llama's vocabulary, the hours are linear in the FLOPs.
 SEQUENCE_LENGTH = 2048
 
-#: Training tokens of the initial model, of each stage of growth, and of the whole budget (section 4.1).
+#: Training tokens: initial model, growth stage, whole run (section 4.1).
 INITIAL_TOKENS, STAGE_TOKENS, TOTAL_TOKENS = 25 * 10**9, 10 * 10**9, 65 * 10**9
 
-#: The structure that Tables 1, 2, 4 and 10 begin with, "100M" (section 4.1).
+#: The initial structure of Tables 1, 2, 4 and 10, "100M" (section 4.1).
 INITIAL = ModelDims(768, 2048, 6, 6)
 
-#: The structure that Table 3 begins with. Printed as (1024, 4096, 16, 24), which would be 16 layers and 24 heads; but
-#: its products come out with 24 layers, which also make the "450M" of the text, and 24 does not divide 1024.
+#: The initial structure of Table 3. Printed as (1024, 4096, 16, 24), which would be 16 layers and 24 heads; but only
+#: 24 layers reproduce its products and make the "450M" of the text, and 24 does not divide 1024.
 INITIAL_450M = ModelDims(1024, 4096, 24, 16)
 
 
 @dataclass(frozen=True)
 class GrownRun:
-    """One row of Tables 1, 3 and 4: a target grown to in one order.
+    """One row of Tables 1, 3 and 4: growth to a target in one order.
 
     Args:
-        target: what it ends with; heads of 128, as in Table 4, where the paper names none.
-        sequence: the order of growth, one letter a stage.
-        product: the product of the parameter increments, as printed.
-        perplexity: at the end.
-        stage_hours: GPU hours of each stage of growth.
-        total_hours: printed as their sum with the initial model's.
-        stage_tokens: training tokens of each stage of growth.
-        recommended: whether the row is the paper's recommendation.
+        target: structure at the end; with heads of size 128, as in Table 4, if the paper gives no heads.
+        sequence: order of growth, one letter per stage.
+        product: product of the parameter increments, as printed.
+        perplexity: final perplexity.
+        stage_hours: GPU hours of each growth stage.
+        total_hours: printed sum of these hours and the initial model's.
+        stage_tokens: training tokens of each growth stage.
+        recommended: whether the paper recommends this row.
     """
 
     target: ModelDims
@@ -53,8 +53,8 @@ class GrownRun:
     recommended: bool = False
 
     def path(self, initial: ModelDims) -> tuple[ModelDims, ...]:
-        """The structures from `initial` to the target (see `path`)."""
-        return path(initial, self.target, self.sequence)
+        """The structures from `initial` to the target, see `trace_path`."""
+        return trace_path(initial, self.target, self.sequence)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class GrowthTable:
     """One of Tables 1, 3 and 4.
 
     Args:
-        number: of the table.
-        initial: the structure that all its rows begin with.
-        initial_hours: GPU hours of training it, by the table.
-        runs: its rows.
+        number: number of the table.
+        initial: initial structure of all rows.
+        initial_hours: printed GPU hours of the initial structure.
+        runs: rows.
     """
 
     number: int
@@ -75,26 +75,30 @@ class GrowthTable:
 
     @property
     def targets(self) -> tuple[ModelDims, ...]:
-        """The different targets, in the order of the rows."""
+        """The distinct targets, in the order of the rows."""
         return tuple(dict.fromkeys(run.target for run in self.runs))
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One row of Tables 2 and 10: a way of training to the same target."""
+    """One row of Tables 2 and 10: a method of training the same target."""
 
     method: str
     perplexity: float
     hours: float
 
 
-def path(initial: ModelDims, target: ModelDims, sequence: str) -> tuple[ModelDims, ...]:
-    """The structures along an order of growth, the initial one first.
+def trace_path(initial: ModelDims, target: ModelDims, sequence: str) -> tuple[ModelDims, ...]:
+    """Return the structures along an order of growth, the initial one first.
 
-    Heads and their size have no letter in the paper's tables, nor has ffn in Table 4: what has none follows `h`.
-    A dimension may shrink, as it does in Table 3; such a path can be priced, not grown.
+    Heads and their size have no letter in the paper's tables, and ffn has none in Table 4; dimensions without a letter
+    follow `h`. A dimension may shrink, as in Table 3; such a path has a cost, but no model can grow along it.
 
-    >>> [str(dims) for dims in path(INITIAL, ModelDims(1536, 4096, 32, 12), "h-l")]
+    Args:
+        initial, target: structures at both ends.
+        sequence: order of growth, such as `l-f-h`.
+
+    >>> [str(dims) for dims in trace_path(INITIAL, ModelDims(1536, 4096, 32, 12), "h-l")]
     ['(768, 2048, 6, 6)', '(1536, 4096, 6, 12)', '(1536, 4096, 32, 12)']
     """
     structures = [initial]
@@ -112,11 +116,11 @@ _GROWN_BY = {
 
 
 def _target(hidden: int, ffn: int, layers: int) -> ModelDims:
-    """A target as the tables name it, with the heads of 128 that Table 4's text gives to its own."""
+    """Return a target as the tables name it, with heads of size 128 as in the text on Table 4."""
     return ModelDims(hidden, ffn, layers, hidden // 128)
 
 
-#: The target of the rows that the paper recommends in Tables 1, 2 and 4.
+#: The target of the recommended rows of Tables 1, 2 and 4.
 TARGET = _target(2816, 7680, 8)
 
 #: Orders of growth from 100M to four structures of about 1B parameters.
@@ -138,7 +142,7 @@ TABLE_1 = GrowthTable(
     ),
 )
 
-#: Ways of training to `TARGET`.
+#: Methods of training `TARGET`.
 TABLE_2 = {
     run.method: run
     for run in (
@@ -165,8 +169,8 @@ TABLE_3 = GrowthTable(
     ),
 )
 
-#: Orders of growth in two dimensions, hidden and layer; ffn goes with hidden. That one stage of each row takes 20B
-#: tokens is not printed; its hours are twice those that Table 1 prints for the same structure.
+#: Orders of growth in two dimensions, hidden and layer; ffn follows hidden. The 20B tokens of one stage per row are
+#: not printed; the stage's hours are twice the hours in Table 1 for the same structure.
 TABLE_4 = GrowthTable(
     4,
     INITIAL,
@@ -177,10 +181,10 @@ TABLE_4 = GrowthTable(
     ),
 )
 
-#: The target of Table 10, and the order that SLOP takes to it (Table 8, sch3).
+#: The target of Table 10, and SLOP's order of growth to it (Table 8, sch3).
 TABLE_10_TARGET, TABLE_10_SEQUENCE = _target(2048, 5632, 16), "l-f-h"
 
-#: Ways of training to `TABLE_10_TARGET`.
+#: Methods of training `TABLE_10_TARGET`.
 TABLE_10 = {
     run.method: run
     for run in (
@@ -192,14 +196,14 @@ TABLE_10 = {
 }
 
 
-def stage_hours(table: GrowthTable, initial: ModelDims | None = None) -> dict[tuple[ModelDims, int], float]:
-    """The GPU hours that a table prints for growth stages, of each structure and number of tokens once.
+def list_stage_hours(table: GrowthTable, initial: ModelDims | None = None) -> dict[tuple[ModelDims, int], float]:
+    """Return the printed GPU hours of a table's growth stages, keyed by structure and number of tokens.
 
     Args:
         table: one of Tables 1, 3 and 4.
-        initial: the structure that the stages are taken to have grown from; by default the table's.
+        initial: structure from which the stages are assumed to have grown; default, the table's.
 
-    >>> stage_hours(TABLE_1)[TARGET, STAGE_TOKENS]
+    >>> list_stage_hours(TABLE_1)[TARGET, STAGE_TOKENS]
     43.39
     """
     return {
@@ -212,18 +216,18 @@ def stage_hours(table: GrowthTable, initial: ModelDims | None = None) -> dict[tu
 
 
 @cache
-def cost_model() -> CostModel:
-    """The paper's GPU hours as a function of FLOPs and tokens, fitted to the 30 growth stages of its Table 1.
+def fit_cost_model() -> CostModel:
+    """Fit the paper's GPU hours as a function of FLOPs and tokens, to the 30 growth stages of its Table 1.
 
-    A worked example of a cost model, and good for comparing schedules with one another. As a forecast it is far too
-    hopeful: the hours are fewer than one A100 could take (`docs/reproduction.md`). For hours of your own hardware,
-    `slop calibrate` measures it. The initial model's hours are left out, since they are on no line with the others.
+    This is an example of a cost model, and good for comparing schedules with each other. It is far too optimistic as a
+    forecast: the hours are fewer than one A100 could take (`docs/reproduction.md`); `slop calibrate` measures your own
+    hardware. The initial model's hours are left out, because they do not lie on a line with the others.
 
-    >>> round(cost_model().hours(flops_per_token(TARGET), STAGE_TOKENS), 1)
+    >>> round(fit_cost_model().hours(count_flops_per_token(TARGET), STAGE_TOKENS), 1)
     43.1
     """
     measurements = [
-        Measurement(str(dims), flops_per_token(dims, sequence_length=SEQUENCE_LENGTH), tokens, hours)
+        Measurement(str(dims), count_flops_per_token(dims, sequence_length=SEQUENCE_LENGTH), tokens, hours)
         for run in TABLE_1.runs
         for dims, tokens, hours in zip(run.path(INITIAL)[1:], run.stage_tokens, run.stage_hours, strict=True)
     ]
