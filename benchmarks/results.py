@@ -121,7 +121,7 @@ def build_block(words: Sequence[str], where: str, document: str, records: Mappin
         return TEXT_KINDS[kind](records[name])
     shown = Shown(name, FIGURE_KINDS[kind])
     link = Path(os.path.relpath(shown.path, Path(document).parent)).as_posix()
-    return f"{format_figure_link(shown.figure, link)}\n\n{COMPARISON_FIGURES[shown.figure].caption}"
+    return f"{format_figure_link(shown.figure, link)}\n\n{_fill(COMPARISON_FIGURES[shown.figure].caption)}"
 
 
 def list_documents(root: Path) -> list[str]:

@@ -166,12 +166,20 @@ def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
 @pytest.mark.parametrize(
     ("arm", "error", "message"),
     [
-        ({"plan": "best", "shares": [1, 1]}, RunError, r"arm one: 2 shares for 4 stages \(l-f-h\): give one per stage"),
+        (
+            {"plan": "best", "shares": [1, 1]},
+            RunError,
+            r"arm one: 2 shares for 4 stages \(l-f-h\): give one per stage",
+        ),
         ({"plan": "best", "target": "goal"}, RunError, "arm one: some: scale tiny has no structure 'goal'"),
         ({"plan": "best", "planner": {"objectiv": "flops"}}, PlanError, "arm one: planner or space: .*objectiv"),
         ({"plan": "best", "space": {"wide": 1}}, PlanError, "arm one: planner or space: .*wide"),
         ({"plan": "best", "planner": {"objective": "speed"}}, PlanError, "unknown objective 'speed'"),
-        ({"plan": "worst", "planner": {"mode": "joint", "stages": 3}}, PlanError, "need the planner's mode 'once', not 'joint'"),
+        (
+            {"plan": "worst", "planner": {"mode": "joint", "stages": 3}},
+            PlanError,
+            "need the planner's mode 'once', not 'joint'",
+        ),
         ({"order": "l-l-h"}, PlanError, "operators must be one or more different names"),
         ({"schedule": "none.yaml"}, SlopError, r"arm one: .*none\.yaml"),
     ],

@@ -133,10 +133,10 @@ def test_one_seed_proves_nothing():
 def test_a_study_is_set_beside_its_first_arm():
     found = comparison(["slop", "single-stage", "copies", "msg"], reference=None)
     told = " ".join(summarize_comparison(found))
-    assert "Compared with slop, higher beyond the spread of seeds: copies, single-stage and msg." in told
-    assert "Growth" not in told and "final loss" not in told
+    assert "Compared with slop, copies, single-stage and msg end higher, beyond the spread of seeds." in told
+    assert "Growth" not in told and "reaches" not in told
     close = comparison(["slop", "msg"], reference=None, losses={"slop": 3.29})
-    assert "Compared with slop, all within the spread of seeds." in " ".join(summarize_comparison(close))
+    assert "All other arms stay within the spread of seeds of slop." in " ".join(summarize_comparison(close))
 
 
 def test_a_smaller_model_that_is_lowest_is_named():

@@ -129,7 +129,7 @@ def test_overrides_reach_arms_and_scales(read):
         ({"plan": "best", "shares": (0.0, 0.0)}, "shares must be 0 or more, and not all of them 0"),
         ({"plan": "best", "shares": (2.0, -1.0)}, "shares must be 0 or more"),
         ({"plan": "best", "shares": ()}, "shares must be 0 or more"),
-        ({"plan": "best", "training": {"seed": 3}}, "training names seed, which follow"),
+        ({"plan": "best", "training": {"seed": 3}}, "training sets seed, which follow"),
     ],
 )
 def test_arms_that_mean_nothing_are_refused(arm, message):

@@ -29,7 +29,7 @@ from .results import Spread, compute_rank_correlation, find_baseline, find_main_
 from .tables import format_spread
 
 GROWN, NOT_GROWN = RUN_COLOURS[:2]
-_MARKERS = "os^Dv"  # one after another, each time that the colours have been used up
+_MARKERS = "os^Dv"  # five shapes and eight colours: 40 different points
 
 
 def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
@@ -111,9 +111,9 @@ def draw_scatter(
         figure = create_figure(6.4, 5.2)
         axes = figure.add_subplot()
         entries: list[LegendEntry] = []
-        for number, (name, x, y) in enumerate(zip(names, predicted, measured, strict=True)):
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-            marker = _MARKERS[number // len(RUN_COLOURS) % len(_MARKERS)]
+        # The legend names the points from the highest down.
+        for number, (y, x, name) in enumerate(sorted(zip(measured, predicted, names, strict=True), reverse=True)):
+            colour, marker = RUN_COLOURS[number % len(RUN_COLOURS)], _MARKERS[number % len(_MARKERS)]
             style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6.5, "alpha": 0.8}
             axes.plot([x], [y], zorder=3, **style)
             entries.append((shorten(name, 28), Line2D([], [], **style)))

@@ -81,10 +81,8 @@ def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult) -> str:
         return f"{sentence}."
     lower = sum(is_below(arm.loss, scratch.loss) for arm in grown)
     higher = sum(is_below(scratch.loss, arm.loss) for arm in grown)
-    return (
-        f"{sentence}. Beyond that spread, {lower or 'none'} of the {len(grown)} grown arms "
-        f"{'ends' if lower == 1 else 'end'} below {name} and {higher or 'none'} above."
-    )
+    counts = f"{lower} of {len(grown)} grown arms {'ends' if lower == 1 else 'end'} below {name}, {higher} above"
+    return f"{sentence}. Beyond that spread, {counts}."
 
 
 def _describe_variants(others: Sequence[ArmResult], baseline: ArmResult) -> list[str]:
@@ -94,10 +92,12 @@ def _describe_variants(others: Sequence[ArmResult], baseline: ArmResult) -> list
     lower = [other.arm for other in others if is_below(other.loss, baseline.loss)]
     higher = [other.arm for other in others if is_below(baseline.loss, other.loss)]
     sides = (("lower", lower), ("higher", higher))
-    parts = [f"{side} beyond the spread of seeds: {_join(arms)}" for side, arms in sides if arms]
-    if rest := len(others) - len(lower) - len(higher):
-        parts.append(f"within that spread: {rest} of {len(others)}" if parts else "all within the spread of seeds")
-    return [f"Compared with {_quote(baseline.arm)}, {'; '.join(parts)}."]
+    parts = [f"{_join(arms)} {'ends' if len(arms) == 1 else 'end'} {side}" for side, arms in sides if arms]
+    name, rest = _quote(baseline.arm), len(others) - len(lower) - len(higher)
+    if not parts:
+        return [f"All other arms stay within the spread of seeds of {name}."]
+    remainder = f"; {rest} of {len(others)} arms stay within it" if rest else ""
+    return [f"Compared with {name}, {' and '.join(parts)}, beyond the spread of seeds{remainder}."]
 
 
 def _describe_saving(comparison: Comparison, others: Sequence[ArmResult]) -> list[str]:
