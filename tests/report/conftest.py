@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_runs import write_run
 
+from slop_hf.report.write import REPORT_FIGURES
 from slop_hf.runs.directory import RunDirectory
 
 
@@ -24,11 +26,12 @@ def make_run(tmp_path: Path) -> Callable[..., RunDirectory]:
 
 @pytest.fixture
 def text_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the two figures of every report where only the text matters: they are what takes time."""
+    """Skip the two figures of every report in tests of the text: drawing takes most of the time."""
 
     def empty(runs: object, path: Path) -> Path:
         path.write_bytes(b"")
         return path
 
-    for name in ("draw_run_losses", "draw_run_paths"):
-        monkeypatch.setattr(f"slop_hf.report.write.{name}", empty)
+    for name in ("loss", "path"):
+        kind = replace(REPORT_FIGURES[name], draw=empty)
+        monkeypatch.setitem(REPORT_FIGURES, name, kind)

@@ -78,7 +78,7 @@ def test_page_is_titled_and_in_order(full_runs, text_only):
     assert page.texts["h1"] == page.texts["title"] == ["Comparison of 3 runs"]
     assert page.texts["h2"] == ["slop", "hidden-first", "x" * 60, "Columns"]
     assert page.texts["h3"][:5] == [
-        "Lineage", "Results per stage", "Held-out loss by source", "Tokens by source", "To load it",
+        "Lineage", "Results per stage", "Held-out loss by source", "Tokens by source", "Loading the model",
     ]  # fmt: skip
     assert page.all("html") == [{"lang": "en"}]
     assert "width=device-width" in str(page.all("meta"))

@@ -244,7 +244,7 @@ def test_many_short_stages_keep_their_labels_apart():
     assert len(texts(figure.axes[0], "end")) == module.MAX_LABELS
     assert legends(figure)[1][:3] == ["0 initial", "1 l", "2 f"]
     assert touching(figure) == []
-    styles = [module._arm_style(number) for number in range(8)]
+    styles = [module._style_arm(number) for number in range(8)]
     assert [line(figure.axes[0], f"arm-{n}").get_color() for n in range(1, 9)] == [style["color"] for style in styles]
     assert len({style["color"] for style in styles[:5]}) == 5 and len(set(map(str, styles))) == 8
 

@@ -38,7 +38,7 @@ def test_comparison_of_runs(make_run, tmp_path, text_only):
     assert re.findall("^## (.*)$", text, re.MULTILINE) == ["slop", "scratch", "Columns"]
     for path in re.findall(r'Model.*from_pretrained\("(.*)"\)', text):
         assert (target / path / "stage.json").is_file()
-    assert "trained without growth" in text and "by the sequence l-f-h" in text
+    assert "trained without growth" in text and "in the order l-f-h" in text
     slop, scratch = json.loads((target / "report.json").read_text())["runs"]
     assert slop["summary"]["sequence"] == "l-f-h" and len(slop["stages"]) == 4
     assert scratch["stages"][0]["dims"]["hidden_size"] == 128 and "marginal_utility" not in scratch["summary"]

@@ -55,7 +55,6 @@ Style: TypeAlias = Mapping[str, object]
 #: A name in a legend and the artist, or the artists side by side, that it explains.
 LegendEntry: TypeAlias = tuple[str, Artist | tuple[Artist, ...]]
 
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -175,21 +174,6 @@ def draw_legend(
         # Set afterwards and without mathtext, since names may begin with `_` or contain `$`.
         text.set_parse_math(False)
         text.set_text(name)
-
-
-def draw_named_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Draw points of different colours and shapes, and a legend at the right that names them from the highest down."""
-    entries = []
-    for number, ((x, y), name) in enumerate(sorted(zip(points, names, strict=True), key=lambda pair: -pair[0][1])):
-        style = {
-            "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-            "marker": _MARKERS[number % len(_MARKERS)],
-            "markersize": 6,
-            "linestyle": "none",
-        }
-        entries.append((name, axes.plot([x], [y], zorder=3, **style)[0]))
-    panel = axes.get_figure()
-    draw_legend(panel, entries, loc="outside right upper", ncols=math.ceil(len(names) / 24), fontsize=8)
 
 
 def label_flops_axis(axes: Axes, most: float) -> None:

@@ -1,157 +1,137 @@
-"""The templates of the report: Markdown, and HTML in a single file."""
+"""The report's templates: Markdown, and HTML in a single file."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-#: Figures about twice as wide as high, which a page shows larger than the others.
-WIDE = frozenset(("loss", "path", "heads"))
+from .summary import RunSummary
+from .tables import TextTable
 
-#: Title and caption of each figure.
-FIGURES = {
-    "loss": (
-        "Loss against training FLOPs",
-        "Training loss (lines) and held-out loss (markers); a dashed line is a growth, labelled with what grew. The "
-        "descent at the very beginning leaves through the top.",
-    ),
-    "path": (
-        "The path of structures",
-        "(a) Parameters in training; (b) dimensions as multiples of their initial sizes at each stage, lines drawn "
-        "slightly apart where they would coincide.",
-    ),
-    "radar": (
-        "Downstream tasks",
-        "Scores of the finished runs' last stages on the tasks that all evaluated runs share, with the same examples "
-        "and limits. Each axis runs from 0 at the centre to the best of these runs at the rim, whose score stands "
-        "beside the task; compare along an axis, not areas. As Fig. 4 of the SLOP paper, which does not say how its "
-        "axes are scaled.",
-    ),
-    "correlation": (
-        "Correlation of training times",
-        "Pearson's correlation between the device hours of the stages, the initial one first, of every two finished "
-        "schedules with the same number of stages; in the order of Π Δparams where all have one. As Fig. 3 of the "
-        "SLOP paper, which names neither the coefficient nor the times that it takes. Over so few stages, a high "
-        "correlation says little.",
-    ),
-    "heads": (
-        "Number of attention heads",
-        "Targets that differ in their heads alone, grown from one structure in one order: perplexity at the end, and "
-        "scores on the tasks that they share, where they were evaluated. As Table 9 and Fig. 6 of the SLOP paper.",
-    ),
-}
-
-#: What the table of runs × tasks shows.
-SCORES = (
-    "What each run's last stage scored on downstream tasks, ± the standard error; a dash where it was not scored so. "
-    "The results of every stage, with examples shown and limits, follow under each run."
+#: Introduction to the table of runs × tasks.
+SCORES_CAPTION = (
+    "Scores of each run's last stage on downstream tasks, ± the standard error. A dash means that the run was not "
+    "evaluated on the task with these settings. The section of each run lists the scores of every stage, with "
+    "few-shot examples and limits."
 )
 
-#: Headings of columns, and what stands under them.
-GLOSSARY = (
+#: Headings of columns, and their meaning.
+COLUMN_MEANINGS = (
     (
         ("target structure", "structure"),
-        "hidden size, feed-forward size, layers, attention heads; what differs from one key/value head a query head, "
-        "or from heads that fill the hidden size, is spelled out.",
+        "hidden size, feed-forward size, layers, attention heads. Key/value heads and the head size are given if they "
+        "differ from the usual: as many key/value heads as query heads, and heads that fill the hidden size.",
     ),
     (
         ("sequence",),
-        "the order of growth; l layer, f feed-forward, h hidden (heads that follow it included), a attention heads; "
-        "lf grows both in one stage.",
+        "the order of growth: l for layers, f for the feed-forward size, h for the hidden size (including the heads "
+        "that follow it), a for attention heads; lf grows both in one stage.",
     ),
     (
         ("Π Δparams",),
-        "product over the growth stages of the parameters added since the initial model (Eq. 11 of the SLOP paper as "
-        "in its Table 1); the planner's score, smaller is better.",
+        "the planner's score: the product over the growth stages of the parameters added since the initial model "
+        "(Eq. 11 of the SLOP paper, as computed in its Table 1). Smaller is better.",
     ),
-    (("ppl",), "perplexity on the held-out data, exp of the held-out loss, at the end of the run or stage."),
-    (("seconds a stage",), "wall-clock seconds of training, the initial stage first."),
-    (("sum (s)",), "their sum. Device hours are seconds × devices / 3600."),
+    (("ppl",), "perplexity on the held-out data at the end of the run or stage: exp of the held-out loss."),
+    (("seconds per stage",), "wall-clock seconds of training, the initial stage first."),
+    (("sum (s)",), "the sum of these seconds. Device hours are seconds × devices / 3600."),
     (("tokens",), "training tokens. k is 10³, M 10⁶, B 10⁹, T 10¹²."),
     (
         ("FLOPs",),
-        "training FLOPs, forward and backward: 6 × (matrix weights + layers × query width × sequence length) a token; "
-        "recomputation is not counted.",
+        "training FLOPs, forward and backward: 6 × (matrix weights + layers × query width × sequence length) per "
+        "token. Recomputation is not counted.",
     ),
     (
         ("marginal utility",),
-        "Σ over growth stages of the drop in perplexity from the stage before, divided by the stage's device hours "
-        "(Eq. 2), in perplexity a device hour; larger is better, and a stage that raised the perplexity counts "
-        "negatively.",
+        "the drop in perplexity of each growth stage divided by its device hours, summed over the growth stages "
+        "(Eq. 2 of the SLOP paper), in perplexity per device hour. Larger is better; a stage that raised the "
+        "perplexity counts negatively.",
     ),
-    (("grew",), "the operators at the beginning of the stage, and in brackets the init of what is new."),
+    (("grew",), "the operators applied at the beginning of the stage, with the initialisation of the new weights."),
     (("steps",), "optimizer steps of the stage."),
     (
         ("loss after growth", "held-out loss"),
-        "loss on the held-out data in nats a token, right after the growth and at the end of the stage.",
+        "loss on the held-out data in nats per token, right after the growth and at the end of the stage.",
     ),
 )
-RESULTS_GLOSSARY = (
+RESULTS_MEANINGS = (
     (
         ("task", "metric", "setting"),
-        "a benchmark and what is measured on it, at the end of each stage ± the standard error, and right after a "
-        "growth where it was; the examples shown before each question, and the limit on documents where there is one.",
+        "a benchmark and its metric, scored at the end of each stage ± the standard error, and right after the growth "
+        "if that was evaluated. The setting is the number of few-shot examples before each question, and the limit on "
+        "the number of documents, if any.",
     ),
 )
-DATA_GLOSSARY = (
+DATA_MEANINGS = (
     (
         ("share", "available", "passes"),
-        "of a source: its share of the run's tokens, the tokens it has, and how often they have been passed over by "
-        "the end.",
+        "a source's share of the run's tokens, the number of tokens it has, and how many times the run has read them "
+        "by its end.",
     ),
 )
 
 
 @dataclass(frozen=True)
-class DrawnFigure:
-    """A figure of the report, of a name in `FIGURES`.
+class ReportFigure:
+    """A figure of the report.
 
     Args:
-        name: its name.
         path: its PNG file.
+        title: what it shows, in a few words.
+        caption: how to read it.
+        is_wide: whether it is about twice as wide as high; a page shows it larger than the others.
     """
 
-    name: str
     path: Path
-
-    @property
-    def title(self) -> str:
-        """What it shows, in a few words."""
-        return FIGURES[self.name][0]
-
-    @property
-    def caption(self) -> str:
-        """How to read it."""
-        return FIGURES[self.name][1]
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether a page shows it at full width."""
-        return self.name in WIDE
+    title: str
+    caption: str
+    is_wide: bool
 
     @property
     def data_uri(self) -> str:
-        """The picture itself, for a page that needs no other file."""
+        """The picture itself, for a page in a single file."""
         return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode("ascii")
 
 
-def render(template: str, content: Mapping[str, Any]) -> str:
-    """Fill in a template; what goes into one of HTML is escaped.
+class RunSection(TypedDict):
+    """The section on one run; tables are None if the run lacks their data."""
+
+    summary: RunSummary
+    sentence: str
+    versions: Mapping[str, str]
+    stages: TextTable
+    results: TextTable | None
+    held_out: TextTable | None
+    data: TextTable | None
+    last: str  # path of the last stage, relative to the report
+
+
+class ReportContent(TypedDict):
+    """The content of a report."""
+
+    title: str
+    runs: Sequence[RunSection]
+    comparison: TextTable
+    scores: TextTable | None
+    figures: Sequence[ReportFigure]
+
+
+def render_report(template: str, content: ReportContent) -> str:
+    """Fill in a template; HTML is escaped.
 
     Args:
-        template: its file, `report.md.j2` or `report.html.j2`.
-        content: `title`, `runs`, `comparison`, `scores` and `figures`.
+        template: file name of the template, `report.md.j2` or `report.html.j2`.
+        content: content of the report.
     """
-    runs = content["runs"]
-    glossary = [
-        *GLOSSARY,
-        *(RESULTS_GLOSSARY if any(run["results"] for run in runs) else ()),
-        *(DATA_GLOSSARY if any(run["data"] for run in runs) else ()),
+    column_meanings = [
+        *COLUMN_MEANINGS,
+        *(RESULTS_MEANINGS if any(run["results"] for run in content["runs"]) else ()),
+        *(DATA_MEANINGS if any(run["data"] for run in content["runs"]) else ()),
     ]
     environment = Environment(
         loader=PackageLoader(__package__),
@@ -161,4 +141,6 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(content, glossary=glossary, scores_caption=SCORES)
+    return environment.get_template(template).render(
+        content, column_meanings=column_meanings, scores_caption=SCORES_CAPTION
+    )

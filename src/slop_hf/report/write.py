@@ -1,4 +1,4 @@
-"""`write_report`: runs as Markdown, HTML, figures and JSON in one directory."""
+"""`write_report`: a report on runs as Markdown, HTML, figures and JSON in one directory."""
 
 from __future__ import annotations
 
@@ -7,34 +7,82 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import RunError
 from ..io.files import write_text
-from ..io.serialization import to_json, to_plain
+from ..io.serialization import Json, to_json, to_plain
 from ..io.units import format_count, format_decimals, format_significant
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
 from .comparisons import draw_heads, draw_radar, draw_time_correlation
 from .figures import draw_run_losses, draw_run_paths
-from .render import DrawnFigure, render
+from .render import ReportContent, ReportFigure, RunSection, render_report
 from .results import tabulate_data, tabulate_held_out_losses, tabulate_stage_scores
 from .scores import tabulate_final_scores
 from .summary import RunSummary, name_runs, summarise
 from .tables import tabulate_runs, tabulate_stages
 
-REPORT_DIR = "report"
-MARKDOWN_FILE, HTML_FILE, JSON_FILE = "report.md", "report.html", "report.json"
+
+@dataclass(frozen=True)
+class _FigureKind:
+    """A figure that a report may have: it is drawn if the runs have the data for it."""
+
+    draw: Callable[[Sequence[RunDirectory], Path], Path | None]
+    title: str
+    caption: str
+    is_wide: bool = False
+
+
+#: Figures of a report, by the names of their PNG files.
+REPORT_FIGURES = {
+    "loss": _FigureKind(
+        draw_run_losses,
+        "Loss against training FLOPs",
+        "Training loss (lines) and held-out loss (dots); a triangle is the held-out loss just before a growth. The "
+        "steep descent at the very beginning leaves through the top.",
+        is_wide=True,
+    ),
+    "path": _FigureKind(
+        draw_run_paths,
+        "The path of structures",
+        "(a) Parameters in training. (b) Dimensions at each stage as multiples of their initial sizes; lines that "
+        "would coincide are drawn slightly apart.",
+        is_wide=True,
+    ),
+    "radar": _FigureKind(
+        draw_radar,
+        "Downstream tasks",
+        "Scores of the last stages of finished runs on the tasks that all evaluated runs share, with equal few-shot "
+        "examples and limits. Each axis runs from 0 at the centre to the best score of these runs at the rim, printed "
+        "next to the task. Compare along an axis, not areas. After Fig. 4 of the SLOP paper, which does not say how "
+        "its axes are scaled.",
+    ),
+    "correlation": _FigureKind(
+        draw_time_correlation,
+        "Correlation of training times",
+        "Pearson's correlation between the device hours per stage, the initial stage first, of every pair of finished "
+        "schedules with the same number of stages; sorted by Π Δparams if all schedules have it. After Fig. 3 of the "
+        "SLOP paper, which names neither the coefficient nor the times. With few stages, a high correlation says "
+        "little.",
+    ),
+    "heads": _FigureKind(
+        draw_heads,
+        "Number of attention heads",
+        "Final perplexity of targets that differ only in their heads and were grown from one structure in one order, "
+        "and their scores on shared tasks if they were evaluated. After Table 9 and Fig. 6 of the SLOP paper.",
+        is_wide=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
-class _RunParts:
-    """A run as its part of the report needs it."""
+class _ReportedRun:
+    """The data of a run that a report shows."""
 
     run: RunDirectory
     summary: RunSummary
     stages: list[StageRecord]
-    evaluations: list[list[EvalRecord]]  # of each stage
+    evaluations: list[list[EvalRecord]]  # per stage
 
 
 def write_report(
@@ -42,114 +90,108 @@ def write_report(
 ) -> Path:
     """Report on one run, or compare several.
 
-    Writes `report.md` (tables, figures, how to load each stage), `report.html` (the same in one file that opens
-    offline), `report.json` (summaries, stage records, evaluations) and the figures: `loss.png` and `path.png`, and
-    where the runs carry what they show, `radar.png` (downstream scores), `correlation.png` (training times) and
-    `heads.png` (numbers of attention heads). Of several runs that were evaluated there is a table of runs × tasks too.
-    All runs are read before anything is written, and each file is written aside and renamed. Runs of the same name are
-    told apart by their parent directories; unfinished ones are reported with the stages they have, and marked.
+    Writes `report.md` (tables, figures, how to load the models), `report.html` (the same in one file that opens
+    offline), `report.json` (summaries, stage records, evaluations) and the figures `loss.png` and `path.png`. If the
+    runs have the data, there are also `radar.png` (downstream scores), `correlation.png` (training times) and
+    `heads.png` (numbers of attention heads), and for several evaluated runs a table of runs × tasks.
+
+    All runs are read before anything is written, and each file is written atomically. Runs with the same name are
+    distinguished by their parent directories. An unfinished run is reported with its finished stages, and marked.
 
     Args:
-        runs: run directories.
-        output_dir: where to write; default, `report/` in the first run.
+        runs: one run directory, or several.
+        output_dir: directory to write to; default: `report/` in the first run.
 
     Returns:
         the directory of the report.
 
     Raises:
-        RunError: for no runs, one given twice, a directory that is no run, a run without a finished stage, or one
-            whose evaluations cannot be read.
+        RunError: if no run is given, a directory occurs twice or is not a run, or a run has no finished stage or
+            malformed evaluations.
 
     >>> write_report([])
     Traceback (most recent call last):
-    slop_hf.errors.RunError: no runs to report on; give the output directory of `slop train`, or several
+    slop_hf.errors.RunError: no runs to report on; give one or more output directories of `slop train`
     """
-    given = [runs] if isinstance(runs, (RunDirectory, str, Path)) else runs
-    found = [run if isinstance(run, RunDirectory) else RunDirectory(run) for run in given]
-    if not found:
-        raise RunError("no runs to report on; give the output directory of `slop train`, or several")
-    parts = [_read(run, name) for run, name in zip(found, name_runs(found), strict=True)]
-    target = Path(output_dir) if output_dir is not None else found[0].path / REPORT_DIR
+    paths = [runs] if isinstance(runs, (RunDirectory, str, Path)) else runs
+    directories = [path if isinstance(path, RunDirectory) else RunDirectory(path) for path in paths]
+    if not directories:
+        raise RunError("no runs to report on; give one or more output directories of `slop train`")
+    reported = [_read_run(run, name) for run, name in zip(directories, name_runs(directories), strict=True)]
+    target = Path(output_dir) if output_dir is not None else directories[0].path / "report"
     if target.exists() and not target.is_dir():
-        raise RunError(f"{target} is a file; give a directory to write the report into")
+        raise RunError(f"{target} is a file; give a directory to write the report to")
 
     target.mkdir(parents=True, exist_ok=True)
-    content = {
-        "title": parts[0].summary.name if len(parts) == 1 else f"Comparison of {len(parts)} runs",
-        "runs": [_section(part, target) for part in parts],
-        "comparison": tabulate_runs(part.summary for part in parts),
-        "scores": tabulate_final_scores([part.summary for part in parts], [part.evaluations[-1] for part in parts]),
-        "figures": _draw(found, target),
+    summaries = [run.summary for run in reported]
+    content: ReportContent = {
+        "title": summaries[0].name if len(reported) == 1 else f"Comparison of {len(reported)} runs",
+        "runs": [_build_section(run, target) for run in reported],
+        "comparison": tabulate_runs(summaries),
+        "scores": tabulate_final_scores(summaries, [run.evaluations[-1] for run in reported]),
+        "figures": _draw_figures(directories, target),
     }
-    values = [{"summary": one.summary, "stages": one.stages, **_evaluated(one)} for one in parts]
-    write_text(target / JSON_FILE, to_json(_strict(to_plain({"runs": values}))))
-    write_text(target / MARKDOWN_FILE, render(f"{MARKDOWN_FILE}.j2", content))
-    write_text(target / HTML_FILE, render(f"{HTML_FILE}.j2", content))
+    values = [{"summary": run.summary, "stages": run.stages, **_collect_evaluations(run)} for run in reported]
+    write_text(target / "report.json", to_json(_replace_non_finite(to_plain({"runs": values}))))
+    for name in ("report.md", "report.html"):
+        write_text(target / name, render_report(f"{name}.j2", content))
     return target
 
 
-def _read(run: RunDirectory, name: str) -> _RunParts:
+def _read_run(run: RunDirectory, name: str) -> _ReportedRun:
     summary, stages = summarise(run, name=name), run.records()
-    return _RunParts(run, summary, stages, [run.evaluations(stage.stage) for stage in stages])
+    return _ReportedRun(run, summary, stages, [run.evaluations(stage.stage) for stage in stages])
 
 
-def _section(part: _RunParts, target: Path) -> dict[str, Any]:
-    """What the templates tell of a run."""
+def _build_section(reported: _ReportedRun, target: Path) -> RunSection:
     return {
-        "summary": part.summary,
-        "sentence": _sentence(part.summary),
-        "versions": part.stages[-1].versions,
-        "table": tabulate_stages(part.stages),
-        "results": tabulate_stage_scores(part.stages, part.evaluations),
-        "held_out": tabulate_held_out_losses(part.stages),
-        "data": tabulate_data(part.stages),
-        # Relative paths, so that run and report can move together and name no machine's directories.
-        "last": Path(os.path.relpath(part.run.path / part.stages[-1].name, target)).as_posix(),
+        "summary": reported.summary,
+        "sentence": _describe_run(reported.summary),
+        "versions": reported.stages[-1].versions,
+        "stages": tabulate_stages(reported.stages),
+        "results": tabulate_stage_scores(reported.stages, reported.evaluations),
+        "held_out": tabulate_held_out_losses(reported.stages),
+        "data": tabulate_data(reported.stages),
+        # A relative path: run and report can be moved together, and no directory of this machine is named.
+        "last": Path(os.path.relpath(reported.run.path / reported.stages[-1].name, target)).as_posix(),
     }
 
 
-def _sentence(run: RunSummary) -> str:
-    """A run in a sentence: what it did, what it took and where it came to."""
+def _describe_run(run: RunSummary) -> str:
+    """Describe a run in a sentence: the growth, the costs and the final loss."""
     if run.sequence:
-        what = f"Grown from {run.initial} to {run.target} by the sequence {run.sequence}"
+        growth = f"Grown from {run.initial} to {run.target} in the order {run.sequence}"
     else:
-        what = f"Structure {run.target}, trained without growth"
+        growth = f"Structure {run.target}, trained without growth"
     size = f" ({format_count(run.parameters)} parameters)" if run.parameters else ""
     cost = f"{format_count(run.tokens)} tokens in {format_significant(run.device_hours)} device hours"
-    loss = "" if run.eval_loss is None else f", held-out loss {format_decimals(run.eval_loss, 4)} nats a token"
-    return f"{what}{size}: {cost}{loss}."
+    loss = "" if run.eval_loss is None else f", held-out loss {format_decimals(run.eval_loss, 4)} nats per token"
+    return f"{growth}{size}: {cost}{loss}."
 
 
-def _draw(runs: Sequence[RunDirectory], target: Path) -> list[DrawnFigure]:
-    """Draw every figure that the runs have something for, and remove an earlier report's that they have not."""
-    draw: dict[str, Callable[[Sequence[RunDirectory], Path], Path | None]] = {
-        "loss": draw_run_losses,
-        "path": draw_run_paths,
-        "radar": draw_radar,
-        "correlation": draw_time_correlation,
-        "heads": draw_heads,
-    }
-    drawn = []
-    for name, function in draw.items():
+def _draw_figures(runs: Sequence[RunDirectory], target: Path) -> list[ReportFigure]:
+    """Draw the figures that the runs have data for, and remove the other figures of an earlier report."""
+    figures = []
+    for name, kind in REPORT_FIGURES.items():
         path = target / f"{name}.png"
-        if function(runs, path) is None:
+        if kind.draw(runs, path) is None:
             path.unlink(missing_ok=True)
         else:
-            drawn.append(DrawnFigure(name, path))
-    return drawn
+            figures.append(ReportFigure(path, kind.title, kind.caption, kind.is_wide))
+    return figures
 
 
-def _evaluated(part: _RunParts) -> dict[str, Any]:
-    """The evaluations by stage directory, those of stages that have some."""
-    pairs = zip(part.stages, part.evaluations, strict=True)
-    by_stage = {stage.name: scored for stage, scored in pairs if scored}
+def _collect_evaluations(reported: _ReportedRun) -> dict[str, dict[str, list[EvalRecord]]]:
+    """Return the evaluations of stages that have any, by stage directory."""
+    pairs = zip(reported.stages, reported.evaluations, strict=True)
+    by_stage = {stage.name: evaluations for stage, evaluations in pairs if evaluations}
     return {"evaluations": by_stage} if by_stage else {}
 
 
-def _strict(value: Any) -> Any:
-    """Plain data in which a diverged run's infinities are None, since JSON has no word for them."""
+def _replace_non_finite(value: Json) -> Json:
+    """Replace a diverged run's infinities and NaNs by None: JSON has no such numbers."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(item) for item in value]
+        return [_replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
