@@ -126,5 +126,5 @@ def require_space(directory: Path, needed: int) -> None:
     if free < needed * 1.1:
         raise SystemExit(
             f"the checkpoints need {format_bytes(needed)}, the disk has {format_bytes(free)} free: "
-            "name a directory on a larger one with --workdir"
+            "name a directory on a larger disk with --workdir"
         )

@@ -109,7 +109,7 @@ def measure_reading(scale: str, repetitions: int, folder: Path) -> Record:
         blocks = min(count, tokens // block_size) // BATCH * BATCH
         dataset = open_cache(folder, tokens, block_size)
         stretch = BlockOrder(dataset, 0, blocks, seed=0)
-        cursors = list(zip(*(axis.tolist() for axis in stretch.order.places(np.arange(blocks))), strict=True))
+        cursors = list(zip(*(axis.tolist() for axis in stretch.order.locate(np.arange(blocks))), strict=True))
         mapped = [np.memmap(part.path, dtype="<u2", mode="r") for part in dataset.parts.values()]
         contenders = {
             "stream": partial(time_call, partial(read_stream, stretch)),

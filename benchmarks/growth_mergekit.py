@@ -101,7 +101,7 @@ def run(context: Context) -> Record:
         "source_dims": SOURCES[context.scale].as_dict(),
         "target_layers": layers,
         **list_runs(results),
-        "seconds_to_exit": {name: [one.value for one in runs] for name, runs in results.items()},
+        "seconds_to_exit": {name: [run.value for run in runs] for name, runs in results.items()},
         "median_seconds": seconds,
         "median_peak_bytes": peaks,
         "differing_weights": unlike,
@@ -202,8 +202,8 @@ def _install(environment: Path, install: Sequence[str]) -> dict[str, str]:
         )
     names = ("mergekit", "torch", "transformers", "safetensors", "pydantic")
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=clear_environment())
-    return dict(json.loads(found.stdout))
+    listing = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=clear_environment())
+    return dict(json.loads(listing.stdout))
 
 
 def _self_test(environment: Path, workdir: Path) -> None:

@@ -57,7 +57,7 @@ def run_size(dims: ModelDims, vocab: int, context: Context) -> Record:
     config = llama_config(dims, vocab, torch.bfloat16)
     new = double_ffn(dims, vocab)
     new_dims = {"intermediate_size": new.intermediate_size}
-    source_bytes, target_bytes = (count_weight_bytes(one, config, 2) for one in (dims, new))
+    source_bytes, target_bytes = (count_weight_bytes(each, config, 2) for each in (dims, new))
     require_space(context.workdir, source_bytes + target_bytes)
     source, target = context.workdir / f"source-{source_bytes}", context.workdir / "target"
     measure_in_process(write_checkpoint, source, config)
@@ -70,8 +70,8 @@ def run_size(dims: ModelDims, vocab: int, context: Context) -> Record:
         },
         context.repetitions,
     )
-    seconds = {name: [one.seconds for one in runs] for name, runs in results.items()}
-    peaks = {name: [one.peak_bytes for one in results[name]] for name in ("grow_model", "grow_checkpoint")}
+    seconds = {name: [run.seconds for run in runs] for name, runs in results.items()}
+    peaks = {name: [run.peak_bytes for run in results[name]] for name in ("grow_model", "grow_checkpoint")}
     medians = {name: statistics.median(runs) for name, runs in seconds.items()}
     return {
         "source_dims": dims.as_dict(),

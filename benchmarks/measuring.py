@@ -182,19 +182,19 @@ def alternate(contenders: Mapping[str, Callable[[], T]], repetitions: int) -> di
 
 def compute_median_seconds(measurements: Sequence[Measurement]) -> float:
     """Return the median of the seconds."""
-    return statistics.median(one.seconds for one in measurements)
+    return statistics.median(run.seconds for run in measurements)
 
 
 def compute_median_peak(measurements: Sequence[Measurement]) -> float:
     """Return the median of the peak memory, in bytes."""
-    return statistics.median(one.peak_bytes for one in measurements)
+    return statistics.median(run.peak_bytes for run in measurements)
 
 
 def list_runs(results: Mapping[str, Sequence[Measurement]]) -> Record:
     """Return the seconds and the peak memory of every run, for the record."""
     return {
-        "seconds": {name: [one.seconds for one in runs] for name, runs in results.items()},
-        "peak_bytes": {name: [one.peak_bytes for one in runs] for name, runs in results.items()},
+        "seconds": {name: [run.seconds for run in runs] for name, runs in results.items()},
+        "peak_bytes": {name: [run.peak_bytes for run in runs] for name, runs in results.items()},
     }
 
 

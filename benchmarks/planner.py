@@ -63,9 +63,9 @@ def run(scale: str, repetitions: int) -> Record:
                 {
                     "mode": mode,
                     "size": runs[0].value,
-                    "seconds": [one.seconds for one in runs],
-                    "median_seconds": statistics.median(one.seconds for one in runs),
-                    "peak_bytes": [one.peak_bytes for one in runs],
+                    "seconds": [run.seconds for run in runs],
+                    "median_seconds": statistics.median(run.seconds for run in runs),
+                    "peak_bytes": [run.peak_bytes for run in runs],
                 }
             )
     record["networkx"] = measure_networkx(SIZES[scale]["once"][-1], PEERS[scale], record["cases"])
@@ -111,7 +111,7 @@ TASKS = {"once": once, "repeated": repeated, "joint": joint}
 
 
 def _box(count: int) -> tuple[ConfigSpace, int]:
-    """A target with about so many structures between it and the initial one, and how many there are."""
+    """Return a space with one target and about `count` structures on the way to it, and their number."""
     side = round(count ** (1 / 3))
     steps = side - 1, max(1, round(count / side**2)) - 1
     target = ModelDims(768 + 128 * steps[0], 2048 + 256 * steps[0], 6 + steps[1], 6 + steps[0])

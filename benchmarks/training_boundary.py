@@ -106,18 +106,18 @@ def compare(rounds: Sequence[Record]) -> Record:
         rounds: results of `cross` (key "ours") and `save_and_load` (key "peer") of each round.
     """
     seconds = {
-        "boundary": [one["ours"]["seconds"] for one in rounds],
-        "save_file": [one["peer"]["save_file"] for one in rounds],
-        "load_file": [one["peer"]["load_file"] for one in rounds],
+        "boundary": [each["ours"]["seconds"] for each in rounds],
+        "save_file": [each["peer"]["save_file"] for each in rounds],
+        "load_file": [each["peer"]["load_file"] for each in rounds],
     }
     both = [saved + loaded for saved, loaded in zip(seconds["save_file"], seconds["load_file"], strict=True)]
     medians = {name: statistics.median(runs) for name, runs in seconds.items()}
-    names = dict.fromkeys(name for one in rounds for name in one["ours"]["phases"])
+    names = dict.fromkeys(name for each in rounds for name in each["ours"]["phases"])
     return {
         "seconds": seconds,
         "median_seconds": {**medians, "save_file + load_file": statistics.median(both)},
         "median_phase_seconds": {
-            name: statistics.median(one["ours"]["phases"].get(name, 0.0) for one in rounds) for name in names
+            name: statistics.median(each["ours"]["phases"].get(name, 0.0) for each in rounds) for name in names
         },
         "saved_bytes": rounds[-1]["peer"]["saved_bytes"],
         "loaded_bytes": rounds[-1]["peer"]["loaded_bytes"],

@@ -167,18 +167,18 @@ def compare_speeds(speeds: Mapping[str, Sequence[Record]], flops: float, peak: f
         flops: FLOPs per token.
         peak: peak of the device in FLOP/s; None leaves out the MFU.
     """
-    seconds = {trainer: [one["seconds"] for one in runs] for trainer, runs in speeds.items()}
-    tokens = {trainer: statistics.median(one["tokens_per_second"] for one in runs) for trainer, runs in speeds.items()}
-    logged = [one["logged"] for one in speeds["SlopTrainer"]]
+    seconds = {trainer: [run["seconds"] for run in runs] for trainer, runs in speeds.items()}
+    tokens = {trainer: statistics.median(run["tokens_per_second"] for run in runs) for trainer, runs in speeds.items()}
+    logged = [run["logged"] for run in speeds["SlopTrainer"]]
     ratios = [theirs / ours for ours, theirs in zip(seconds["SlopTrainer"], seconds["Trainer"], strict=True)]
     return {
         "seconds": seconds,
         "tokens_per_second": tokens,
         "mfu": None if peak is None else {trainer: speed * flops / peak for trainer, speed in tokens.items()},
         "logged": {
-            name: statistics.median(one[name] for one in logged)
+            name: statistics.median(medians[name] for medians in logged)
             for name in ("tokens_per_second", "mfu")
-            if all(name in one for one in logged)
+            if all(name in medians for medians in logged)
         },
         "ratios": {"steps_per_second": ratios},
         "ratio": statistics.median(ratios),

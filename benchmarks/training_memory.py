@@ -109,7 +109,7 @@ def compare(results: dict[str, list[list[Record]]]) -> Record:
     del ratios["baseline"]
     return {
         "seconds": {name: [max(rank["seconds"] for rank in run) for run in runs] for name, runs in results.items()},
-        **{f"{kind}_bytes": found for kind, found in byte_counts.items()},
+        **{f"{kind}_bytes": counts for kind, counts in byte_counts.items()},
         "phase_peak_bytes": {name: _find_phase_peaks(runs) for name, runs in results.items()},
         "ratios": ratios,
         "ratio": ratios["peak"],
@@ -190,7 +190,7 @@ def build_tables(record: Record) -> list[Table]:
         for name in (ONE, SHARED):
             numbers = (format_bytes(max(case[kind][name])) for kind in kinds)
             table.add_row(case["allocator"], name, *numbers)
-        names = dict.fromkeys(phase for found in case["phase_peak_bytes"].values() for phase in found)
+        names = dict.fromkeys(phase for phases in case["phase_peak_bytes"].values() for phase in phases)
         for phase in names:
             peaks = (case["phase_peak_bytes"][name].get(phase, {}).get("resident", 0) for name in (ONE, SHARED))
             phases.add_row(case["allocator"], phase, *map(format_bytes, peaks))

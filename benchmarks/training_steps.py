@@ -68,14 +68,14 @@ def compare(rounds: Sequence[Mapping[str, Sequence[float]]], warm_up: int) -> Re
         rounds: seconds of every step by trainer, for each round.
         warm_up: number of first steps that do not count.
     """
-    seconds = {name: [statistics.median(one[name][warm_up:]) for one in rounds] for name in CONTENDERS}
-    lowest = {name: [_tenth(one[name][warm_up:]) for one in rounds] for name in CONTENDERS}
+    seconds = {name: [statistics.median(each[name][warm_up:]) for each in rounds] for name in CONTENDERS}
+    lowest = {name: [_tenth(each[name][warm_up:]) for each in rounds] for name in CONTENDERS}
     # Ratios of simultaneous steps: whatever slows the machine down for a while affects both.
     ratios = [
         statistics.median(
-            theirs / ours for ours, theirs in zip(*(one[name][warm_up:] for name in CONTENDERS), strict=True)
+            theirs / ours for ours, theirs in zip(*(each[name][warm_up:] for name in CONTENDERS), strict=True)
         )
-        for one in rounds
+        for each in rounds
     ]
     ratio = statistics.median(ratios)
     return {
@@ -108,7 +108,7 @@ def train_in_turns(names: Sequence[str], settings: Mapping[str, Any], workdir: P
             )
             for name, ahead in zip(names, (True, False), strict=True)
         ]
-        return {name: one["seconds"] for name, one in zip(names, wait_for_all(launches), strict=True)}
+        return {name: result["seconds"] for name, result in zip(names, wait_for_all(launches), strict=True)}
 
 
 def train(

@@ -33,7 +33,7 @@ def train_run(
     """Train a run to its end, and evaluate and publish its stages as its config says.
 
     Each stage is scored when it has finished if the config has a section `evaluation`, and is then published with its
-    scores if `training.push_to_hub` is true. If scoring or publishing fails, a message says so and training goes on.
+    scores if `training.push_to_hub` is true. If scoring or publishing fails, a message says so and training continues.
     SIGTERM stops a run early, with its state saved: `run.is_finished` says whether stages are missing.
 
     Under a launcher such as torchrun or `accelerate launch`, every process makes the same call.
@@ -58,7 +58,7 @@ def train_run(
         The run directory.
 
     Raises:
-        SlopError: if the run cannot begin, which is checked before training, or if its loss diverges.
+        SlopError: if the run cannot begin (checked before training), or if its loss diverges.
     """
     directory = RunDirectory(output_dir)
     is_resumed = resume and directory.exists  # before the first process creates it
@@ -83,7 +83,7 @@ def _build_publishers(config: RunConfig, callbacks: Sequence[TrainerCallback]) -
     if not config.training.get("push_to_hub") or any(getattr(callback, "publishes", False) for callback in callbacks):
         return []
     pretrained = config.model.get("pretrained")
-    base_model = None  # a directory, such as that of a fetched stage, is not named on the cards
+    base_model = None  # the cards do not name a directory, such as a fetched stage's
     if pretrained is not None and not Path(pretrained).exists():
         base_model = Address.parse(pretrained).repo_id
     return [PublishCallback.from_arguments(config.training, base_model=base_model)]

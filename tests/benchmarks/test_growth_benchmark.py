@@ -83,8 +83,8 @@ def assert_well_formed(record):
     assert record["command"].startswith("python benchmarks/growth.py ")
     assert {"date", "scale", "repetitions", "machine", "versions"} <= record.keys()
     assert {"cpu", "cores", "memory_bytes"} <= record["machine"].keys()
-    for one in record["goals"]:
-        assert one["met"] is (one["value"] <= one["limit"]), one
+    for goal in record["goals"]:
+        assert goal["met"] is (goal["value"] <= goal["limit"]), goal
     for case in record.get("cases", [record]):
         assert all(len(runs) == record["repetitions"] and min(runs) >= 0 for runs in case["seconds"].values())
 
@@ -96,7 +96,7 @@ def test_memory_and_scaling(benchmark, tmp_path):
     memory, scaling = records.values()
     assert_well_formed(memory)
     assert [case["operator"] for case in memory["cases"]] == ["layer", "ffn", "hidden", "mha"]
-    goals = " ".join(one["goal"] for one in memory["goals"])
+    goals = " ".join(goal["goal"] for goal in memory["goals"])
     assert all(f"{init}, grow_model" in goals for init in ("stack", "random", "preserving", "copy"))
     for case in memory["cases"]:
         grown = case["target_parameters"] / case["source_parameters"]

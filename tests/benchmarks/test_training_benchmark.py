@@ -28,27 +28,27 @@ def record(tmp_path, part):
     assert list(workdir.iterdir()) == [], "what it wrote is removed"
     text = output.read_text()
     assert str(tmp_path) not in text and str(BENCHMARKS) not in text, "a record names no path of the machine"
-    found = json.loads(text)[part]
-    assert found["command"].startswith(f"python benchmarks/training.py {part} ")
-    assert {"date", "scale", "repetitions", "machine", "versions"} <= found.keys()
-    assert {"cpu", "cores", "memory_bytes", "disk", "load_average_before"} <= found["machine"].keys()
-    for one in found["goals"]:
-        assert one["met"] is (one["value"] <= one["limit"]), one
-    for case in found.get("cases", [found]):
-        assert all(len(runs) == found["repetitions"] and min(runs) > 0 for runs in case["seconds"].values())
-    return found
+    result = json.loads(text)[part]
+    assert result["command"].startswith(f"python benchmarks/training.py {part} ")
+    assert {"date", "scale", "repetitions", "machine", "versions"} <= result.keys()
+    assert {"cpu", "cores", "memory_bytes", "disk", "load_average_before"} <= result["machine"].keys()
+    for goal in result["goals"]:
+        assert goal["met"] is (goal["value"] <= goal["limit"]), goal
+    for case in result.get("cases", [result]):
+        assert all(len(runs) == result["repetitions"] and min(runs) > 0 for runs in case["seconds"].values())
+    return result
 
 
 def test_steps(tmp_path):
-    found = record(tmp_path, "steps")
-    assert set(found["median_seconds"]) == {"SlopTrainer", "Trainer"}
-    assert len(found["ratios"]["steps_per_second"]) == found["repetitions"] == 1
-    assert found["goals"][0]["value"] == pytest.approx(1 / found["ratio"])
+    result = record(tmp_path, "steps")
+    assert set(result["median_seconds"]) == {"SlopTrainer", "Trainer"}
+    assert len(result["ratios"]["steps_per_second"]) == result["repetitions"] == 1
+    assert result["goals"][0]["value"] == pytest.approx(1 / result["ratio"])
 
 
 def test_boundary(tmp_path):
-    found = record(tmp_path, "boundary")
-    (case,) = found["cases"]
+    result = record(tmp_path, "boundary")
+    (case,) = result["cases"]
     medians = case["median_seconds"]
     assert case["ratio"] == pytest.approx(medians["boundary"] / (medians["save_file"] + medians["load_file"]))
     assert sum(case["median_phase_seconds"].values()) == pytest.approx(medians["boundary"])
@@ -63,9 +63,9 @@ def test_boundary(tmp_path):
 @pytest.mark.deepspeed
 def test_memory(tmp_path):
     pytest.importorskip("deepspeed")
-    found = record(tmp_path, "memory")
-    assert [case["allocator"] for case in found["cases"]] == ["as it comes", "gives back"]
-    for case in found["cases"]:
+    result = record(tmp_path, "memory")
+    assert [case["allocator"] for case in result["cases"]] == ["as it comes", "gives back"]
+    for case in result["cases"]:
         one, ranks = case["peak_bytes"].values()
         assert case["ratio"] == max(ranks) / max(one)
         for name, peaks in case["peak_bytes"].items():
@@ -103,18 +103,18 @@ def test_without_a_gpu_its_part_says_so(module, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_gpu_on_the_cpu(module, tmp_path):
     gpu, measuring = module("training_gpu"), module("measuring")
-    found = gpu.measure(
+    result = gpu.measure(
         measuring.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False]
     )
-    (case,) = found["cases"]
+    (case,) = result["cases"]
     assert case["ratios"]["steps_per_second"] == [case["ratio"]]
     for trainer, tokens in case["tokens_per_second"].items():
-        assert tokens == pytest.approx(found["tokens_per_step"] / case["seconds"][trainer][0])
+        assert tokens == pytest.approx(result["tokens_per_step"] / case["seconds"][trainer][0])
     # The same windows by the trainer's own clock: its MFU is the same share of its speed.
     ours, logged = case["tokens_per_second"]["SlopTrainer"], case["logged"]
     assert logged["mfu"] / logged["tokens_per_second"] == pytest.approx(case["mfu"]["SlopTrainer"] / ours)
-    assert found["boundary"]["ratio"] > 0
-    assert gpu.build_tables(found)
+    assert result["boundary"]["ratio"] > 0
+    assert gpu.build_tables(result)
 
 
 def test_the_speed_between_logs(module):
@@ -125,7 +125,7 @@ def test_the_speed_between_logs(module):
         "tokens_per_second": 500.0,
         "logged": {},
     }
-    logs = [{**one, "tokens_per_second": one["step"], "mfu": 0.4} for one in logs]
+    logs = [{**log, "tokens_per_second": log["step"], "mfu": 0.4} for log in logs]
     assert gpu.compute_speed(logs, 100, 20)["logged"] == {"tokens_per_second": 40, "mfu": 0.4}
 
 
@@ -135,21 +135,21 @@ def test_speeds_are_compared(module):
         "SlopTrainer": [{"seconds": 0.5, "tokens_per_second": 200.0, "logged": {"tokens_per_second": 198.0}}],
         "Trainer": [{"seconds": 0.4, "tokens_per_second": 250.0, "logged": {}}],
     }
-    found = gpu.compare_speeds(speeds, flops=2e9, peak=1e12)
-    assert found["mfu"] == pytest.approx({"SlopTrainer": 0.4, "Trainer": 0.5})
-    assert found["ratio"] == pytest.approx(0.8)
-    assert found["logged"] == {"tokens_per_second": 198.0}
+    result = gpu.compare_speeds(speeds, flops=2e9, peak=1e12)
+    assert result["mfu"] == pytest.approx({"SlopTrainer": 0.4, "Trainer": 0.5})
+    assert result["ratio"] == pytest.approx(0.8)
+    assert result["logged"] == {"tokens_per_second": 198.0}
     assert gpu.compare_speeds(speeds, flops=2e9, peak=None)["mfu"] is None
-    (one,) = gpu.make_goals([{"torch_compile": True, **found}])
+    (one,) = gpu.make_goals([{"torch_compile": True, **result}])
     assert not one["met"] and one["value"] == pytest.approx(1.25)
 
 
 def test_steps_are_compared_side_by_side(module):
     steps = module("training_steps")
     one = {"SlopTrainer": [9.0, 1.0, 2.0, 4.0], "Trainer": [1.0, 2.0, 3.0, 4.0]}
-    found = steps.compare([one], warm_up=1)
-    assert found["seconds"] == {"SlopTrainer": [2.0], "Trainer": [3.0]}
-    assert found["ratio"] == 1.5 == found["ratios"]["steps_per_second"][0]
+    result = steps.compare([one], warm_up=1)
+    assert result["seconds"] == {"SlopTrainer": [2.0], "Trainer": [3.0]}
+    assert result["ratio"] == 1.5 == result["ratios"]["steps_per_second"][0]
 
 
 @pytest.mark.slow

@@ -39,18 +39,18 @@ def test_measures_and_writes(slop, tmp_path):
     assert "(128, 512, 4, 4)" in out and "mean error" in out and "cost model written to cost_model.yaml" in out
     assert [path.name for path in tmp_path.iterdir()] == ["cost_model.yaml"]
     cost_model = CostModel.from_yaml("cost_model.yaml")
-    assert [one.label for one in cost_model.measurements] == ["(16, 32, 1, 2)", "(128, 512, 4, 4)"]
+    assert [measurement.label for measurement in cost_model.measurements] == ["(16, 32, 1, 2)", "(128, 512, 4, 4)"]
 
 
 def test_json(slop):
     code, out, err = slop("--structures", SIZES, *QUICK, "-o", "out/cost.yaml", "--json")
     assert code == 0, err
-    found, cost_model = json.loads(out), CostModel.from_yaml("out/cost.yaml")
-    assert found["cost_model"]["hours_per_flop"] == cost_model.hours_per_flop
-    assert found["mean_error"] == cost_model.mean_error
-    assert [row["error"] for row in found["structures"]] == list(cost_model.errors)
-    for row, one in zip(found["structures"], cost_model.measurements, strict=True):
-        assert row["structure"] == one.label and row["seconds_per_step"] > 0
+    answer, cost_model = json.loads(out), CostModel.from_yaml("out/cost.yaml")
+    assert answer["cost_model"]["hours_per_flop"] == cost_model.hours_per_flop
+    assert answer["mean_error"] == cost_model.mean_error
+    assert [row["error"] for row in answer["structures"]] == list(cost_model.errors)
+    for row, measurement in zip(answer["structures"], cost_model.measurements, strict=True):
+        assert row["structure"] == measurement.label and row["seconds_per_step"] > 0
         assert row["predicted_hours"] / row["measured_hours"] - 1 == pytest.approx(row["error"])
 
 
@@ -90,7 +90,7 @@ def test_sizes_from_the_ends(slop, tmp_path):
     wide.to_config(LlamaConfig(vocab_size=100)).save_pretrained(tmp_path / "large")
     ends = ["--from", "small", "--to", "large/config.json"]
     rows = json.loads(slop(*ends, "--dry-run", "--json")[1])
-    assert [row["structure"] for row in rows] == [str(one) for one in interpolate_structures(dims, wide)]
+    assert [row["structure"] for row in rows] == [str(size) for size in interpolate_structures(dims, wide)]
     assert rows[0]["parameters"] == count_parameters(
         dims, {"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": True}
     )
@@ -108,12 +108,12 @@ def test_sizes_from_the_ends(slop, tmp_path):
     ],
 )
 def test_interpolate_structures_rise(smallest, largest):
-    found = interpolate_structures(smallest, largest)
-    flops = [count_flops_per_token(dims) for dims in found]
-    assert flops == sorted(flops) and (found[0], found[-1]) == (smallest, largest)
+    structures = interpolate_structures(smallest, largest)
+    flops = [count_flops_per_token(dims) for dims in structures]
+    assert flops == sorted(flops) and (structures[0], structures[-1]) == (smallest, largest)
     if flops[-1] > 10 * flops[0]:
         ratios = [after / before for before, after in pairwise(flops)]
-        assert len(found) == 5 and max(ratios) < 2.5 * min(ratios)
+        assert len(structures) == 5 and max(ratios) < 2.5 * min(ratios)
 
 
 @pytest.mark.parametrize(

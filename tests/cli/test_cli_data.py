@@ -33,8 +33,8 @@ def small(tmp_path):
     return [text for key, value in values.items() for text in ("--set", f"data.{key}={value}")]
 
 
-def rows(found):
-    return {row["name"]: row for row in found["sources"]}
+def rows(summary):
+    return {row["name"]: row for row in summary["sources"]}
 
 
 class TestInspect:
@@ -43,37 +43,42 @@ class TestInspect:
         out = output_of("data", "inspect", mixture, *small, "--samples", 2)
         assert "60.00%" in out and "40.00%" in out and "~30" in out and "~10" in out
         assert "training tokens before a source repeats: words is the first" in out
-        assert "a bpe of 300 tokens trained on the sample" in out and "not all of it is in the cache" in out
+        assert "a bpe of 300 tokens trained on the sample" in out and "not all tokens are in the cache" in out
         assert "notes, document 1" in out and "words [1] 0 1 2" in out and "notes, document 3" not in out
         assert sorted(tmp_path.rglob("*")) == before
 
     def test_json(self, output_of, mixture, small):
-        found = json.loads(output_of("data", "inspect", mixture, *small, "--json", "--samples", 0))
-        assert not found["cached"] and found["complete"] and found["scarcest"] == "words" and found["samples"] == {}
-        assert found["total"]["documents"] == 40
-        words = rows(found)["words"]
+        summary = json.loads(output_of("data", "inspect", mixture, *small, "--json", "--samples", 0))
+        assert (
+            not summary["cached"]
+            and summary["complete"]
+            and summary["scarcest"] == "words"
+            and summary["samples"] == {}
+        )
+        assert summary["total"]["documents"] == 40
+        words = rows(summary)["words"]
         assert words["weight"] == 0.4 and words["tokens"] > 0 and words["disk_bytes"] == 2 * words["tokens"]
-        assert found["tokens_before_repeat"] == pytest.approx(words["tokens"] * 0.8 / 0.4, rel=0.01)
+        assert summary["tokens_before_repeat"] == pytest.approx(words["tokens"] * 0.8 / 0.4, rel=0.01)
 
     def test_counts_are_exact_once_cached(self, output_of, mixture, small):
-        made = json.loads(output_of("data", "tokenize", mixture, *small, "--json"))
-        found = json.loads(output_of("data", "inspect", mixture, *small, "--json"))
-        assert found["cached"] and found["samples"]["notes"][0].startswith("notes [0]")
-        for name, row in rows(made).items():
-            assert rows(found)[name]["tokens"] == row["training_tokens"] + row["held_out_tokens"]
+        counts = json.loads(output_of("data", "tokenize", mixture, *small, "--json"))
+        summary = json.loads(output_of("data", "inspect", mixture, *small, "--json"))
+        assert summary["cached"] and summary["samples"]["notes"][0].startswith("notes [0]")
+        for name, row in rows(counts).items():
+            assert rows(summary)[name]["tokens"] == row["training_tokens"] + row["held_out_tokens"]
         out = output_of("data", "inspect", mixture, *small, "--samples", 0)
-        assert "all of it is in the cache" in out and "~" not in out
-        assert f"{rows(found)['words']['tokens']:,}" in out
+        assert "all tokens are in the cache" in out and "~" not in out
+        assert f"{rows(summary)['words']['tokens']:,}" in out
 
     def test_a_runs_file_will_do(self, output_of, config):
-        found = json.loads(output_of("data", "inspect", config, "--json", "--set", "data.max_documents=7"))
-        assert [row["documents"] for row in found["sources"]] == [7]
-        assert found["samples"]["corpus"][0].startswith("file 0:")
+        summary = json.loads(output_of("data", "inspect", config, "--json", "--set", "data.max_documents=7"))
+        assert [row["documents"] for row in summary["sources"]] == [7]
+        assert summary["samples"]["corpus"][0].startswith("file 0:")
 
     def test_changes_of_a_mixture(self, output_of, mixture, small):
         change = "--set", "sources.notes.max_documents=5"
-        found = json.loads(output_of("data", "inspect", mixture, *small, *change, "--json"))
-        assert rows(found)["notes"]["documents"] == 5
+        summary = json.loads(output_of("data", "inspect", mixture, *small, *change, "--json"))
+        assert rows(summary)["notes"]["documents"] == 5
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -101,22 +106,22 @@ class TestTokenize:
                 mixture=str(mixture), vocab_size=300, block_size=16, held_out=0.2, cache_dir=str(tmp_path / "cache")
             )
         )
-        for name, found in corpus.sources.items():
-            folder = found.train.path.parent
-            assert f"{name}: {found.train.tokens:,} training tokens" in out and f"in {folder}" in out
+        for name, source in corpus.sources.items():
+            folder = source.train.path.parent
+            assert f"{name}: {source.train.tokens:,} training tokens" in out and f"in {folder}" in out
 
     def test_a_dry_run_writes_nothing(self, output_of, mixture, small, tmp_path):
         out = output_of("data", "tokenize", mixture, *small, "--dry-run")
         assert "notes" in out and not (tmp_path / "cache").exists()
-        found = json.loads(output_of("data", "tokenize", mixture, *small, "--dry-run", "--json"))
-        assert rows(found).keys() == {"notes", "words"}
+        summary = json.loads(output_of("data", "tokenize", mixture, *small, "--dry-run", "--json"))
+        assert rows(summary).keys() == {"notes", "words"}
 
     def test_another_tokenizer(self, output_of, mixture, small, tmp_path):
         output_of("data", "train-tokenizer", mixture, "-o", tmp_path / "tokens", "--vocab-size", 280, *small)
-        given = "--tokenizer", tmp_path / "tokens"
-        made = json.loads(output_of("data", "tokenize", mixture, *small, *given, "--json"))
-        assert made["vocab_size"] == 280
-        assert "in the cache" in output_of("data", "tokenize", mixture, *small, *given, "--dry-run")
+        tokenizer = "--tokenizer", tmp_path / "tokens"
+        counts = json.loads(output_of("data", "tokenize", mixture, *small, *tokenizer, "--json"))
+        assert counts["vocab_size"] == 280
+        assert "in the cache" in output_of("data", "tokenize", mixture, *small, *tokenizer, "--dry-run")
 
 
 class TestTrainTokenizer:

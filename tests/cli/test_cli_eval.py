@@ -27,8 +27,8 @@ def run(config, trained, tmp_path, output_of):
 
 def test_help_states_the_settings(output_of):
     text = " ".join(output_of("eval", "--help").split())
-    for name, one in PAPER_TASKS.items():
-        assert f"{name}: {one.task}, {one.num_fewshot}-shot, {one.metric}" in text
+    for name, task in PAPER_TASKS.items():
+        assert f"{name}: {task.task}, {task.num_fewshot}-shot, {task.metric}" in text
     options = ("--tasks", "--limit", "--batch-size", "--num-fewshot", "--stage", "--include-path", "--data", "--text")
     assert all(option in text for option in (*options, "--datasets", "--json", "--dry-run", "RUN|MODEL"))
 
@@ -57,19 +57,19 @@ def test_perplexity_of_a_run(run, config, tmp_path, output_of):
     last = RunDirectory(run).records()[2]
     assert f"{last.perplexity:.2f}" in rows[-1] and "marginal utility (Eq. 2):" in text
 
-    found = json.loads(output_of(*command, "--stage", 1, "--json"))
-    assert [one["name"] for one in found["stages"]] == ["stage-1-layer"] and found["marginal_utility"] is None
-    assert found["stages"][0]["evaluations"][0]["metrics"]["loss"] > 0
-    assert [one.when for one in RunDirectory(run).evaluations(1)] == ["after_growth", "end"]
+    answer = json.loads(output_of(*command, "--stage", 1, "--json"))
+    assert [stage["name"] for stage in answer["stages"]] == ["stage-1-layer"] and answer["marginal_utility"] is None
+    assert answer["stages"][0]["evaluations"][0]["metrics"]["loss"] > 0
+    assert [record.when for record in RunDirectory(run).evaluations(1)] == ["after_growth", "end"]
 
 
 def test_perplexity_of_a_model_on_a_text(run, tmp_path, output_of):
     (tmp_path / "a.txt").write_text("file 1: 1 2 3 4 5 6 7 8 9 " * 20)
     command = ["eval", run / "stage-1-layer", "--tasks", "perplexity", "--text", tmp_path / "a.txt"]
     options = ["--block-size", 32, "--batch-size", 2, "--limit", 3, "--cache-dir", tmp_path / "results"]
-    found = json.loads(output_of(*command, *options, "--json"))
-    (record,) = found["evaluations"]
-    assert record["documents"] == record["limit"] == 3 and found["model"] == str(run / "stage-1-layer")
+    answer = json.loads(output_of(*command, *options, "--json"))
+    (record,) = answer["evaluations"]
+    assert record["documents"] == record["limit"] == 3 and answer["model"] == str(run / "stage-1-layer")
     assert f"{record['metrics']['perplexity']:,.2f}" in output_of(*command, *options)
     assert not (run / "stage-1-layer" / "evaluations.json").exists()
 
@@ -92,8 +92,8 @@ def test_a_dry_run_scores_nothing(run, output_of, tmp_path):
     text = output_of("eval", run, "--dry-run", "--after-growth")
     assert "would score stage-0-initial, stage-1-layer, stage-2-ffn (and each right after its growth)" in text
     assert "leaderboard_bbh (3-shot)" in text and "gsm8k (5-shot)" in text
-    found = json.loads(output_of("eval", run, "--tasks", "piqa,perplexity", "--stage", 2, "--dry-run", "--json"))
-    assert found == {"stages": ["stage-2-ffn"], "tasks": ["piqa", "perplexity"], "after_growth": False}
+    answer = json.loads(output_of("eval", run, "--tasks", "piqa,perplexity", "--stage", 2, "--dry-run", "--json"))
+    assert answer == {"stages": ["stage-2-ffn"], "tasks": ["piqa", "perplexity"], "after_growth": False}
     assert not list(run.rglob("evaluations.json"))
 
 
@@ -102,8 +102,8 @@ def test_errors(run, config, tmp_path, error_of):
     assert "no such directory" in error_of("eval", tmp_path / "none", *perplexity)
     assert "neither a run nor a model directory" in error_of("eval", tmp_path, "--tasks", "piqa")
     assert "is not a run, and has no stages" in error_of("eval", run / "stage-0-initial", "--stage", 0, *perplexity)
-    assert "stage 7 of" in error_of("eval", run, "--stage", 7, *perplexity)
-    assert "stage 7 of" in error_of("eval", run, "--stage", 7, "--dry-run")
+    assert "no finished stage 7" in error_of("eval", run, "--stage", 7, *perplexity)
+    assert "no finished stage 7" in error_of("eval", run, "--stage", 7, "--dry-run")
     assert "perplexity needs text" in error_of("eval", run, "--tasks", "perplexity")
     assert "batch_size must be 'auto'" in error_of("eval", run, "--batch-size", "big", *perplexity)
     text = tmp_path / "a.txt"

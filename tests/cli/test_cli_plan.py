@@ -27,11 +27,11 @@ def test_plan_prints_a_table(output_of):
 def test_plan_writes_a_schedule_that_train_accepts(tmp_path, config, output_of):
     done = output_of("plan", "--initial", "16,32,2,2", "--target", "32,48,3,4", "--operators", "layer,ffn,hidden,mha",
                 "--tokens", "4e3", "-o", tmp_path / "plan.yaml", "--json")  # fmt: skip
-    found = json.loads(done)
+    answer = json.loads(done)
     schedule = GrowthSchedule.from_yaml(tmp_path / "plan.yaml")
     assert (
-        len(found["schedules"]) == 5
-        and found["schedules"][0]["initial"]["hidden_size"] == 16
+        len(answer["schedules"]) == 5
+        and answer["schedules"][0]["initial"]["hidden_size"] == 16
         and len(schedule.stages) == 4
     )
     rows = json.loads(
@@ -53,7 +53,7 @@ def test_plan_from_a_model(tmp_path, output_of):
     [
         (["--initial", "768,2048,6", "--target-params", "1e9"], "expected hidden,ffn,layers,heads"),
         (["--initial", "768,2048,6,6"], "either targets or target_params"),
-        (["--target-params", "1e9"], "either with --initial or with --from"),
+        (["--target-params", "1e9"], "give the initial structure with either --initial or --from"),
         (["--from", "nowhere", "--target-params", "1e9"], "no readable config.json"),
         ([*PLAN[1:], "--operators", "depth"], "unknown operator 'depth'"),
         ([*PLAN[1:], "--objective", "flops"], "needs a token budget"),
@@ -87,9 +87,9 @@ def test_train_accepts_every_schedule(options, tmp_path, config, output_of):
     common = ["plan", "--initial", "16,32,2,2", "--tokens", "4e3", "--hidden-multiple", "8", "--ffn-multiple", "16"]
     target = [] if "--target" in options else ["--target", "32,64,4,4"]
     path = tmp_path / "plan.yaml"
-    found = json.loads(output_of(*common, *target, *options, "-o", path, "--explain", "--json"))
-    assert found["schedules"] and found["choices"]
-    assert {arm["name"] for arm in found["arms"]} >= {
+    answer = json.loads(output_of(*common, *target, *options, "-o", path, "--explain", "--json"))
+    assert answer["schedules"] and answer["choices"]
+    assert {arm["name"] for arm in answer["arms"]} >= {
         "plan",
         "from_scratch",
         "single_stage",
@@ -98,7 +98,7 @@ def test_train_accepts_every_schedule(options, tmp_path, config, output_of):
         "elle",
         "stacking",
     }
-    for raw in found["schedules"]:
+    for raw in answer["schedules"]:
         path.write_text(json.dumps(raw))  # YAML contains JSON
         rows = json.loads(output_of("train", config, "-s", path, "-o", tmp_path / "out", "--dry-run", "--json"))
         assert [row["stage"] for row in rows] == list(GrowthSchedule.from_yaml(path).stage_names)
@@ -159,14 +159,14 @@ class Hub(BaseHTTPRequestHandler):
                                     num_attention_heads=4).to_dict()).encode()  # fmt: skip
 
     def do_HEAD(self, with_body=False):
-        found = self.path == "/org/small/resolve/main/config.json"
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(self.config) if found else 0))
-        headers = {"ETag": '"1"', "X-Repo-Commit": 40 * "a"} if found else {"X-Error-Code": "RepoNotFound"}
+        exists = self.path == "/org/small/resolve/main/config.json"
+        self.send_response(200 if exists else 404)
+        self.send_header("Content-Length", str(len(self.config) if exists else 0))
+        headers = {"ETag": '"1"', "X-Repo-Commit": 40 * "a"} if exists else {"X-Error-Code": "RepoNotFound"}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if found and with_body:
+        if exists and with_body:
             self.wfile.write(self.config)
 
     def do_GET(self):

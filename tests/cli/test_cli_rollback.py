@@ -89,7 +89,7 @@ def test_with_another_schedule_the_run_goes_on_as_it_says(run, tmp_path, output_
 
 def test_errors(run, tmp_path, error_of):
     before = names(run)
-    assert "stage 3 has not finished; finished are 0 to 2" in error_of("rollback", run, "--to-stage", 3)
+    assert "no finished stage 3: choose one from 0 to 2" in error_of("rollback", run, "--to-stage", 3)
     assert "ends with stage-2-ffn" in error_of("rollback", run, "--to-stage", 2)
     assert "is not a run" in error_of("rollback", tmp_path, "--to-stage", 0)
     assert "no such file" in error_of("rollback", run, "--to-stage", 1, "-s", tmp_path / "none.yaml")

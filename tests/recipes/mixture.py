@@ -28,8 +28,8 @@ WEIGHTS = {
 
 def seven_sources(folder: Path, texts: int = 560) -> dict[str, Any]:
     """Write the sources into a folder, and return the mixture as plain data for YAML."""
-    found = list(read_documents(Source("python-stdlib", max_documents=texts)))
-    shares = dict(zip(WEIGHTS, (found[number::7] for number in range(7)), strict=True))
+    documents = list(read_documents(Source("python-stdlib", max_documents=texts)))
+    shares = dict(zip(WEIGHTS, (documents[number::7] for number in range(7)), strict=True))
     # Formats with one document per line need documents of one line.
     lines = {name: "\n".join(" ".join(text.split()) for text in shares[name]).encode() for name in ("c4", "books")}
     rows = {

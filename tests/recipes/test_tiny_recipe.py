@@ -105,11 +105,14 @@ def test_the_consumed_tokens_of_a_mixture(two):
     records = RunDirectory(two).records()
     ends = dict.fromkeys(WEIGHTS, 0)
     for record in records:
-        assert [one.source for one in record.data] == list(WEIGHTS)
-        for one in record.data:
-            assert (one.first_token, one.weight) == (ends[one.source], pytest.approx(WEIGHTS[one.source] / 100))
-            ends[one.source] = one.end_token
-        assert sum(one.tokens for one in record.data) == record.tokens
+        assert [source.source for source in record.data] == list(WEIGHTS)
+        for source in record.data:
+            assert (source.first_token, source.weight) == (
+                ends[source.source],
+                pytest.approx(WEIGHTS[source.source] / 100),
+            )
+            ends[source.source] = source.end_token
+        assert sum(source.tokens for source in record.data) == record.tokens
         weighed = [(record.eval_losses[name], WEIGHTS[name]) for name in record.eval_losses]
         mean = sum(loss * weight for loss, weight in weighed) / sum(weight for _, weight in weighed)
         assert record.eval_loss == pytest.approx(mean, rel=1e-9) and len(weighed) >= 2

@@ -90,7 +90,7 @@ def compare_command(
 
 
 def _select_arms(experiment: Experiment, names: list[str], seeds: str | None) -> Experiment:
-    """Return the experiment with the arms of these names (all if there are none), and with other seeds."""
+    """Return the experiment with the named arms only (with all if no name is given), and with other seeds."""
     for name in names:
         if name not in experiment.arms:
             raise RunError(f"--arm {name}: the arms at this scale are {', '.join(experiment.arms)}")

@@ -234,7 +234,7 @@ def _count(config: DataConfig) -> tuple[list[dict[str, Json]], Mapping[str, int 
 
 
 def _estimate(config: DataConfig) -> tuple[list[dict[str, Json]], Mapping[str, int | None], str]:
-    """Return the same as `_count` for a mixture that is not in the cache, from samples."""
+    """Return the same as `_count`, estimated from samples, for a mixture outside the cache."""
     from ..data.estimate import estimate
 
     estimated = estimate(config)
@@ -293,7 +293,7 @@ def _show_summary(summary: Mapping[str, Json], title: str) -> None:
         print("unknown how many training tokens there are before a source repeats: no source has a known size")
     else:
         count = _format_exactly(tokens) if in_cache else format_count(tokens)
-        unknown = "" if is_complete else ", of those with a known size"
+        unknown = "" if is_complete else ", among sources of known size"
         print(f"{mark}{count} training tokens before a source repeats: {summary['scarcest']} is the first{unknown}")
     print("all tokens are in the cache" if in_cache else "not all tokens are in the cache")
 

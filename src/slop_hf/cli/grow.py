@@ -29,7 +29,7 @@ def grow_command(
     num_key_value_heads: Annotated[int | None, typer.Option(help="New number of key/value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="New size of a head.")] = None,
     schedule: Annotated[
-        Path | None, typer.Option("--schedule", "-s", help="Schedule of `slop plan`: grow through all its stages.")
+        Path | None, typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages.")
     ] = None,
     init: Annotated[
         str | None,
@@ -114,7 +114,7 @@ def _build_stage(directory: Path, old: ModelDims, sizes: dict[str, int], init: s
 
 
 def _read_stages(path: Path, old: ModelDims, sizes: Mapping[str, int], init: str | None) -> Sequence[GrowthStage]:
-    """Return the growths of a schedule, which has its own sizes and inits."""
+    """Read the growths of a schedule; refuse other sizes and inits next to it."""
     if sizes or init:
         raise GrowthError(f"{path} has its own sizes and inits: give either --schedule, or new sizes and --init")
     schedule = GrowthSchedule.from_yaml(path)

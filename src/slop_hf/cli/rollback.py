@@ -56,7 +56,7 @@ def rollback_command(
         f"to continue: `slop train CONFIG -o {run}{with_schedule} --resume`"
     )
     if schedule is not None:
-        print(f"its schedule {'would be' if dry_run else 'is now'} that of {schedule}; the old one is in {plan.aside}")
+        print(f"its schedule {'would be' if dry_run else 'is now'} {schedule}; the old one is in {plan.aside}")
     if not plan.keeps_optimizer:
         print(
             "its AdamW state no longer exists, so the next stage begins with a new one; "
