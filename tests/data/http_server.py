@@ -63,13 +63,14 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             if content is None:
                 return self.answer(404, b"", {})
             headers = {"ETag": f'"{sha256(content).hexdigest()}"'}
-            found = re.fullmatch(r"bytes=(\d+)-", asked or "") if server.ranges else None
-            start, size = int(found[1]) if found else 0, len(content)
-            if found and start >= size:
-                return self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
-            if found:
-                headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-            self.answer(206 if found else 200, content[start:], headers, fault)
+            match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked or "") if server.ranges else None
+            start, end = (int(match[1]), int(match[2]) + 1) if match else (0, len(content))
+            body = content[start:end]
+            if match and not body:
+                return self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            if match:
+                headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(content)}"
+            self.answer(206 if match else 200, body, headers, fault)
 
         def answer(self, status: int, body: bytes, headers: dict[str, str], share: float | None = None) -> None:
             self.send_response(status)

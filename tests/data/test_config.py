@@ -20,7 +20,7 @@ TWO = {"web": Source("web/", weight=0.9), "books": Source(["a.txt", "b/"], weigh
         ({"source": 5}, r"source must name a corpus .* got 5: give 'python-stdlib', a local path, a URL, or a Hub"),
         ({"split": ""}, "split must not be empty; the default is 'train'"),
         ({"text_column": ""}, "text_column must not be empty"),
-        ({"max_documents": 0}, "max_documents must be a whole number of at least 1, got 0"),
+        ({"max_documents": 0}, "max_documents must be a whole number, 1 or more, got 0"),
         ({"max_documents": True}, "max_documents"),
         ({"format": "csv"}, "format must be one of text, lines, jsonl, parquet, got 'csv'"),
     ],
@@ -35,7 +35,7 @@ def test_a_value_of_a_source_out_of_range_is_refused_there_and_in_the_data(
 
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), "half", True])
 def test_a_weight_is_a_number_above_0(weight: Any) -> None:
-    with pytest.raises(DataError, match=r"weight must be a number above 0, got .*; leave a source out for none of it"):
+    with pytest.raises(DataError, match=r"weight must be a number above 0, got .*; to leave a source out, delete it"):
         Source("a", weight=weight)
 
 
@@ -46,7 +46,7 @@ def test_a_weight_is_a_number_above_0(weight: Any) -> None:
         ({"tokenizer_kind": "words"}, "tokenizer_kind must be one of bpe, sentencepiece, got 'words'"),
         ({"vocab_size": 256}, "vocab_size must be a whole number of at least 257"),
         ({"vocab_size": True}, "vocab_size"),
-        ({"block_size": 1}, "block_size must be a whole number of at least 2"),
+        ({"block_size": 1}, "block_size must be a whole number, 2 or more"),
         ({"held_out": 1}, "held_out"),
         ({"held_out": -0.1}, "held_out"),
         ({"held_out": float("nan")}, "held_out"),

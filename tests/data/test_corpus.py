@@ -21,15 +21,15 @@ from slop_hf.data import (
     Mixture,
     Source,
     corpus,
-    documents,
+    download,
     prepare_data,
-    retrying,
+    read_documents,
     tokenizing,
     train_tokenizer,
 )
 from slop_hf.data.config import ONLY
 from slop_hf.errors import DataError
-from slop_hf.io.serialization import hash_json
+from slop_hf.io.retry import RetryPolicy
 
 SETTINGS: dict[str, Any] = {"vocab_size": 300, "block_size": 16, "held_out": 0.3}
 WORDS = ["layer", "stage", "grow", "token", "block", "naïve", "☕"]
@@ -62,7 +62,7 @@ def texts_in(made: Corpus, part: str, name: str = ONLY) -> list[str]:
 
 
 def all_texts(config: DataConfig) -> list[str]:
-    return list(documents(config.sources[ONLY]))
+    return list(read_documents(config.sources[ONLY]))
 
 
 def folder_of(made: Corpus, name: str = ONLY) -> Path:
@@ -81,16 +81,18 @@ def test_every_document_is_on_one_side(config: DataConfig) -> None:
     assert sorted(train + held_out) == sorted(all_texts(config))
     assert train and held_out and not set(train) & set(held_out)
     assert made.documents == 20 and len(set(train + held_out)) == 19
-    assert len(made.train) > len(made.held_out) >= 1
-    assert made.train.parts[ONLY].block_size == made.held_out.block_size == 16
+    assert len(made.train) > len(made.held_out[ONLY]) >= 1
+    assert made.train.parts[ONLY].block_size == made.held_out[ONLY].block_size == 16
 
 
 def test_the_split_follows_the_text_and_the_share() -> None:
     texts = [f"text {i}".encode() for i in range(2000)]
-    some, more = ({text for text in texts if tokenizing.part_of(text, share) == "held_out"} for share in (0.1, 0.3))
+    some, more = (
+        {text for text in texts if tokenizing.choose_split(text, share) == "held_out"} for share in (0.1, 0.3)
+    )
     assert 150 < len(some) < 250 and 520 < len(more) < 680  # within four standard deviations
     assert some < more
-    assert not any(tokenizing.part_of(text, 0.0) == "held_out" for text in texts)
+    assert not any(tokenizing.choose_split(text, 0.0) == "held_out" for text in texts)
 
 
 def test_the_split_does_not_depend_on_the_order(config: DataConfig, folder: Path) -> None:
@@ -119,11 +121,11 @@ def test_the_tokenizer_is_trained_on_the_first_training_documents_only(
 
 
 def test_a_second_call_reads_no_text(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not corpus.cached(config)
+    assert not corpus.is_cached(config)
     first = prepare_data(config)
     monkeypatch.setattr("slop_hf.data.sources.DocumentStream.__iter__", lambda self: pytest.fail("texts are read"))
     again, coarser = prepare_data(config), prepare_data(changed(config, block_size=32))
-    assert corpus.cached(config) and not corpus.cached(changed(config, held_out=0.2))
+    assert corpus.is_cached(config) and not corpus.is_cached(changed(config, held_out=0.2))
     assert again.fingerprint == coarser.fingerprint == first.fingerprint
     assert again.documents == first.documents
     assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
@@ -134,8 +136,9 @@ def test_a_second_call_reads_no_text(config: DataConfig, monkeypatch: pytest.Mon
 
 def test_what_the_tokens_depend_on_makes_another_cache(config: DataConfig, folder: Path) -> None:
     def keys(config: DataConfig) -> tuple[str, str]:
-        (source,) = config.sources.values()
-        return hash_json(corpus._made_from(source, config.held_out, "v")), corpus._tokenizer_key(config)
+        texts = corpus._describe_sources(config)
+        (source,) = corpus._find_sources(config, texts, "v")
+        return source.folder.name, corpus._find_tokenizer(config, texts).name
 
     changes = (
         {},
@@ -302,7 +305,7 @@ def test_a_part_without_a_block_is_refused_with_remedies(config: DataConfig) -> 
 
 def test_nothing_need_be_held_out(config: DataConfig) -> None:
     made = prepare_data(changed(config, held_out=0))
-    assert made.held_out is None
+    assert made.held_out == {}
     assert len(texts_in(made, "train")) == 20
 
 
@@ -342,7 +345,7 @@ def test_a_mixture_keeps_its_sources_apart(mixture: DataConfig, caplog: pytest.L
     assert list(made.sources) == list(made.train.parts) == ["files", "rows", "few"]
     assert made.weights == made.train.weights == pytest.approx({"files": 0.6, "rows": 0.39, "few": 0.01})
     assert made.documents == 111 and len(made.train) == sum(len(one.train) for one in made.sources.values())
-    assert isinstance(made.held_out, dict) and set(made.held_out) == {"files", "rows"}
+    assert set(made.held_out) == {"files", "rows"}
     rows = texts_in(made, "train", "rows") + texts_in(made, "held_out", "rows")
     assert sorted(rows) == sorted(f"row {i} of the rows" for i in range(90))
 
@@ -361,7 +364,7 @@ def test_other_weights_take_the_same_tokens(mixture: DataConfig, monkeypatch: py
 
 def test_a_tokenizer_sees_every_source_by_its_weight(mixture: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "TOKENIZER_TRAINING_BYTES", 2000)
-    texts = list(corpus.tokenizer_texts(mixture))
+    texts = list(corpus.read_tokenizer_texts(mixture))
     rows = [text for text in texts if text.startswith("row ")]
     few = [text for text in texts if text.startswith("a few")]
     files = [text for text in texts if text not in rows + few]
@@ -373,7 +376,8 @@ def test_a_tokenizer_sees_every_source_by_its_weight(mixture: DataConfig, monkey
 @pytest.fixture
 def served(mixture: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, DataConfig]]:
     """The mixture with more rows, and a web server that has them."""
-    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(download, "RETRY_POLICY", RetryPolicy(first_wait=0.0))
+    monkeypatch.setattr(download, "PIECE_BYTES", 50_000)
     monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr(tokenizing, "JOURNAL_BATCHES", 1)
     rows = tmp_path / "many.jsonl"
@@ -394,21 +398,34 @@ def test_a_failing_server_loses_nothing(served: tuple[Any, DataConfig], tmp_path
     server, config = served
     expected = prepare_data(config)
     server.faults = iter([None, None, 0.3, 500, 429, 0.5, 503, 0.1, 502, 0.8])
-    assert prepare_data(fetched(server, config, tmp_path)).fingerprint == expected.fingerprint
-    assert len(server.requests) == 11
+    made = prepare_data(fetched(server, config, tmp_path))
+    assert made.fingerprint == expected.fingerprint
+    assert next(server.faults, None) is None
+    assert [path.suffix for path in (tmp_path / "other/downloads").iterdir()] == [".lock"], "tokens replace downloads"
 
 
 def test_a_server_that_is_gone_is_waited_for_by_the_next_call(served: tuple[Any, DataConfig], tmp_path: Path) -> None:
     """It stops with an error, keeps what it has, and later asks for the rest only."""
     server, config = served
     expected, config = prepare_data(config), fetched(server, config, tmp_path)
-    server.faults = iter([None, None, 0.7, *[500] * 100])
-    with pytest.raises(DataError, match=r"many\.jsonl.*it goes on where it stopped"):
+    server.faults = iter([None, None, None, None, None, 0.7, *[500] * 100])
+    with pytest.raises(DataError, match=r"many\.jsonl.*it resumes where it stopped"):
         prepare_data(config)
     (journal,) = Path(str(config.cache_dir)).glob(f"sources/.*.building/{tokenizing.JOURNAL}")
     assert json.loads(journal.read_text())["bytes"] > 100_000
     server.faults = iter(())
     server.requests.clear()
     assert prepare_data(config).fingerprint == expected.fingerprint
-    _, asked = server.requests[-1]  # those before have looked the source up
-    assert int(asked.removeprefix("bytes=").rstrip("-")) > 100_000
+    pieces = [asked for _, asked in server.requests if asked]  # the others have looked the file up
+    assert int(pieces[0].removeprefix("bytes=").partition("-")[0]) > 100_000
+
+
+def test_a_signature_is_not_stored(served: tuple[Any, DataConfig], tmp_path: Path) -> None:
+    server, config = served
+    prepare_data(config)
+    signed = fetched(server, config, tmp_path)
+    rows = dataclasses.replace(signed.sources["rows"], source=f"{server.url('many.jsonl')}?signature=secret")
+    made = prepare_data(changed(signed, mixture=Mixture({**signed.sources, "rows": rows})))
+    record = json.loads((folder_of(made, "rows") / "source.json").read_text())
+    assert record["made_from"]["source"] == [server.url("many.jsonl")]
+    assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "other").rglob("*") if path.is_file())

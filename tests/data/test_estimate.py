@@ -10,7 +10,7 @@ import pytest
 
 from slop_hf.data import DataConfig, Mixture, Source, prepare_data, train_tokenizer
 from slop_hf.data import estimate as module
-from slop_hf.data.estimate import SourceEstimate, estimate, tokens_before_repeat
+from slop_hf.data.estimate import SourceEstimate, estimate, find_first_repeat, shorten
 from slop_hf.errors import DataError
 
 SETTINGS: dict[str, Any] = {"vocab_size": 300, "block_size": 16, "held_out": 0.25}
@@ -43,9 +43,8 @@ def test_a_source_that_is_read_whole_is_counted(mixture: Mixture, tmp_path: Path
     found = estimate(config(mixture, tmp_path))
     assert [(one.name, one.documents, one.weight) for one in found.sources] == [("web", 600, 0.8), ("books", 40, 0.2)]
     web = by_name(found)["web"]
-    assert web.text_bytes == web.sample_bytes == sum(map(len, texts(600, "web")))
+    assert web.text_bytes == sum(map(len, texts(600, "web")))
     assert web.disk_bytes == 2 * (web.tokens or 0) and (web.seconds or 0) > 0
-    assert web.sample.startswith("web 000 web 000") and found.token_bytes == 2
     assert "a bpe of 300 tokens trained on the sample" in found.tokenizer
 
 
@@ -66,7 +65,6 @@ def test_a_part_of_the_texts_tells_of_all(mixture: Mixture, tmp_path: Path) -> N
     given = config(mixture, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
     whole, part = (by_name(estimate(given, size)) for size in (2**22, 2**13))
     for name in whole:
-        assert part[name].sample_bytes == 2**13
         assert part[name].text_bytes == pytest.approx(whole[name].text_bytes, rel=0.03)
         assert part[name].documents == pytest.approx(whole[name].documents, rel=0.03)
         assert part[name].tokens == pytest.approx(whole[name].tokens, rel=0.03)
@@ -87,25 +85,28 @@ def test_max_documents_bounds_a_source(tmp_path: Path, mixture: Mixture) -> None
 
 
 def test_max_documents_is_all_that_is_known_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "documents", lambda source: iter(texts(200, "hub")))
-    monkeypatch.setattr(module, "local_bytes", lambda source: None)
+    monkeypatch.setattr(module, "read_documents", lambda source, cache_dir: iter(texts(200, "hub")))
+    monkeypatch.setattr(module, "count_local_bytes", lambda source: None)
     sources = {"known": Source("owner/a", 0.5, max_documents=5000), "unknown": Source("owner/b", 0.5)}
     found = estimate(DataConfig(mixture=Mixture(sources), **SETTINGS), 2**13)
     known, unknown = found.sources
     assert known.documents == 5000 and known.text_bytes == 5000 * len(texts(1, "hub")[0])
     assert unknown.bytes_per_token > 1
     assert {unknown.tokens, unknown.documents, unknown.disk_bytes, unknown.seconds, unknown.text_bytes} == {None}
-    assert found.before_repeat == (round(found.training_tokens["known"] * 2), "known")
+    training_tokens = found.training_tokens
+    weights = {name: source.weight for name, source in sources.items()}
+    assert find_first_repeat(training_tokens, weights) == (round((training_tokens["known"] or 0) * 2), "known")
 
 
 def test_the_scarcest_source_ends_first(mixture: Mixture, tmp_path: Path) -> None:
     found = estimate(config(mixture, tmp_path))
-    assert found.before_repeat is not None
-    tokens, name = found.before_repeat
+    repeat = find_first_repeat(found.training_tokens, mixture.weights)
+    assert repeat is not None
+    tokens, name = repeat
     books = by_name(found)["books"].tokens
     assert name == "books" and books is not None
     assert tokens == pytest.approx(books * 0.75 / 0.2, abs=5)
-    assert tokens_before_repeat({"web": None}, {"web": 1.0}) is None
+    assert find_first_repeat({"web": None}, {"web": 1.0}) is None
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_stood_in_for(mixture: Mixture, tmp_path: Path) -> None:
@@ -116,8 +117,8 @@ def test_a_tokenizer_that_cannot_be_loaded_is_stood_in_for(mixture: Mixture, tmp
 def test_a_long_document_is_shortened(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("long " * 100_000)
     found = estimate(DataConfig(str(tmp_path), **SETTINGS), 2**12).sources[0]
-    assert (found.sample_bytes, found.text_bytes, found.documents) == (2**12, 500_000, 1)
-    assert len(found.sample) < 500 and found.sample.endswith(" …")
+    assert (found.text_bytes, found.documents) == (500_000, 1)
+    assert shorten("long " * 100_000) == f"{('long ' * 80).rstrip()} …"
 
 
 def test_nothing_is_written(mixture: Mixture, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from slop_hf.data.order import BlockOrder, StreamOrder, consumed
+from slop_hf.data import MixedBlocks
+from slop_hf.data.order import BlockOrder, StreamOrder, count_consumed_tokens
 
 BLOCK = 4
 
@@ -32,12 +33,9 @@ class Part:
         return {"input_ids": torch.arange(BLOCK) + BLOCK * index + 1_000_000 * self.number}
 
 
-class Mixed:
-    """As `MixedBlocks`, without files."""
-
-    def __init__(self, counts: list[int], weights: list[float]) -> None:
-        self.parts = {f"s{number}": Part(number, count) for number, count in enumerate(counts)}
-        self.weights = dict(zip(self.parts, weights, strict=True))
+def mix(counts: list[int], weights: list[float]) -> MixedBlocks:
+    parts = {f"s{number}": Part(number, count) for number, count in enumerate(counts)}
+    return MixedBlocks(parts, dict(zip(parts, weights, strict=True)))
 
 
 @st.composite
@@ -55,15 +53,15 @@ SEEDS = st.integers(0, 2**32 - 1)
 def test_pieces_make_the_whole(mixture, seed, first, lengths):
     """From anywhere, in pieces of any size, one by one, and pickled: always the same stream."""
     order = StreamOrder(*mixture, seed)
-    whole = order.places(np.arange(first, first + sum(lengths)))
+    whole = order.locate(np.arange(first, first + sum(lengths)))
     position = first
     for length in lengths:
         again = pickle.loads(pickle.dumps(StreamOrder(*mixture, seed)))
-        sources, blocks = again.places(np.arange(position, position + length))
+        sources, blocks = again.locate(np.arange(position, position + length))
         here = slice(position - first, position - first + length)
         assert np.array_equal(sources, whole[0][here]) and np.array_equal(blocks, whole[1][here])
         mixed = np.random.default_rng(seed).permutation(length)
-        assert np.array_equal(order.places(position + mixed)[1], blocks[mixed])
+        assert np.array_equal(order.locate(position + mixed)[1], blocks[mixed])
         position += length
 
 
@@ -72,8 +70,8 @@ def test_pieces_make_the_whole(mixture, seed, first, lengths):
 def test_passes_are_permutations_and_shares_are_kept(mixture, seed, length):
     counts, weights = mixture
     order = StreamOrder(counts, weights, seed)
-    sources, blocks = order.places(np.arange(length))
-    assert np.array_equal(order.given(length), np.bincount(sources, minlength=len(counts)))
+    sources, blocks = order.locate(np.arange(length))
+    assert np.array_equal(order.count_before(length), np.bincount(sources, minlength=len(counts)))
     for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         mine = blocks[sources == source]
         for start in range(0, len(mine), count):
@@ -88,15 +86,15 @@ def test_passes_are_permutations_and_shares_are_kept(mixture, seed, length):
 def test_whole_rounds_give_the_shares_to_a_block(mixture, seed, rounds):
     order = StreamOrder(*mixture, seed)
     length = rounds * order.round_size
-    assert np.abs(order.given(length) - order.weights * length).max() < 1
-    assert (order.given(length) >= order.given(length - order.round_size)).all()
+    assert np.abs(order.count_before(length) - order.weights * length).max() < 1
+    assert (order.count_before(length) >= order.count_before(length - order.round_size)).all()
 
 
 def test_orders_look_random():
     """Passes, seeds and sources have orders of their own; neighbours do not stay together."""
     count = 1000
-    first, second = (StreamOrder([count], [1.0], 0).places(np.arange(n * count, (n + 1) * count))[1] for n in (0, 1))
-    other = StreamOrder([count], [1.0], 1).places(np.arange(count))[1]
+    first, second = (StreamOrder([count], [1.0], 0).locate(np.arange(n * count, (n + 1) * count))[1] for n in (0, 1))
+    other = StreamOrder([count], [1.0], 1).locate(np.arange(count))[1]
     for one, two in ((first, second), (first, other), (first, np.arange(count))):
         assert (one == two).sum() < 12  # one is expected by chance
         assert abs(np.corrcoef(one, two)[0, 1]) < 0.15
@@ -107,14 +105,14 @@ def test_orders_look_random():
     order = StreamOrder([100], [1.0], 3)
     table = np.zeros((10, 10))
     for number in range(400):
-        blocks = order.places(np.arange(number * 100, number * 100 + 100))[1]
+        blocks = order.locate(np.arange(number * 100, number * 100 + 100))[1]
         np.add.at(table, (np.arange(100) // 10, blocks // 10), 1)
     assert ((table - 400) ** 2 / 400).sum() < 140
 
 
 def test_a_corpus_of_billions_takes_no_memory():
     order = StreamOrder([2**33, 7], [0.999, 0.001], 0)
-    sources, blocks = order.places(10**12 + np.arange(10_000))
+    sources, blocks = order.locate(10**12 + np.arange(10_000))
     assert blocks.max() > 2**32 and (np.bincount(sources)[1] / 10_000) == pytest.approx(0.001, abs=0.002)
 
 
@@ -131,7 +129,7 @@ def batches_of(
 @given(st.data(), MIXTURES, SEEDS)
 def test_ranks_workers_and_resumes_see_one_stream(data, mixture, seed):
     """Stages of steps of 12 blocks, interrupted and gone on with by other ranks: token by token the same."""
-    dataset, per_step = Mixed(*mixture), 12
+    dataset, per_step = mix(*mixture), 12
     stages = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     order = StreamOrder(*mixture, seed)
     position, seen = 0, []
@@ -152,7 +150,7 @@ def test_ranks_workers_and_resumes_see_one_stream(data, mixture, seed):
             done = until
         position += steps * per_step
     tokens = torch.cat(seen).flatten()
-    sources, blocks = order.places(np.arange(position))
+    sources, blocks = order.locate(np.arange(position))
     expected = (1_000_000 * sources + BLOCK * blocks)[:, None] + np.arange(BLOCK)
     assert np.array_equal(tokens.numpy(), expected.flatten())
 
@@ -160,11 +158,11 @@ def test_ranks_workers_and_resumes_see_one_stream(data, mixture, seed):
 @given(MIXTURES, SEEDS, st.lists(st.integers(0, 5_000), min_size=1, max_size=4))
 def test_the_books_are_right(mixture, seed, lengths):
     """Ranges of stages follow one another, and hold what has been given."""
-    dataset, order, first = Mixed(*mixture), StreamOrder(*mixture, seed), 0
+    dataset, order, first = mix(*mixture), StreamOrder(*mixture, seed), 0
     ends = dict.fromkeys(dataset.parts, 0)
     for length in lengths:
-        books = consumed(dataset, seed, BLOCK, first, length)
-        sources, _ = order.places(np.arange(first, first + length))
+        books = count_consumed_tokens(dataset, seed, BLOCK, first, length)
+        sources, _ = order.locate(np.arange(first, first + length))
         for number, one in enumerate(books):
             assert (one.first_token, one.tokens) == (ends[one.source], BLOCK * int((sources == number).sum()))
             assert (one.available_tokens, one.weight) == (BLOCK * mixture[0][number], mixture[1][number])
@@ -174,11 +172,12 @@ def test_the_books_are_right(mixture, seed, lengths):
 
 
 def test_plain_data_is_one_source():
-    rows = [{"input_ids": torch.tensor([i])} for i in range(5)]
+    rows = MixedBlocks.wrap([{"input_ids": torch.tensor([i])} for i in range(5)])
+    assert MixedBlocks.wrap(rows) is rows
     stream = BlockOrder(rows, 0, 10, seed=0)
     assert sorted(int(stream[i]["input_ids"]) for i in range(5)) == list(range(5))
     assert all("labels" in stream[i] for i in range(10)) and len(stream) == 10
     with pytest.raises(IndexError):
         stream[10]
-    (books,) = consumed(rows, 0, 1, 2, 6)
+    (books,) = count_consumed_tokens(rows, 0, 1, 2, 6)
     assert (books.source, books.first_token, books.end_token, books.available_tokens) == ("corpus", 2, 8, 5)

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from slop_hf.architectures import ARCHITECTURES
 from slop_hf.data import MixedBlocks, PackedDataset, packing, train_tokenizer
-from slop_hf.data.packing import TokenWriter, kept_apart
-from slop_hf.data.tokenizing import plain_backend
+from slop_hf.data.packing import TokenWriter, separate_documents
+from slop_hf.data.tokenizing import make_plain_backend
 from slop_hf.errors import DataError
-from slop_hf.testing import tiny_model
+from slop_hf.testing import build_tiny_model
 
 TEXTS = [
     "to be or not to be",
@@ -30,7 +30,7 @@ TOKENIZER = train_tokenizer(TEXTS, 290)
 
 
 def pack(folder: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast = TOKENIZER, name: str = "train") -> Path:
-    backend = plain_backend(tokenizer)
+    backend = make_plain_backend(tokenizer)
     with TokenWriter(folder / f"{name}.ds", "a tokenizer", len(tokenizer)) as writer:
         for text in texts:
             writer.write([backend.encode(text, add_special_tokens=False).ids], tokenizer.eos_token_id)
@@ -72,7 +72,7 @@ def test_a_writer_goes_on_where_its_state_was_taken(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), TokenWriter(tmp_path / "resumed" / "x.ds", "t", 300) as writer:
         for document in documents[:2]:
             writer.write([document], 0)
-        state = writer.state()
+        state = writer.flush()
         writer.write([[99] * 1000], 0)
         raise KeyboardInterrupt
     assert not (tmp_path / "resumed" / "x.ds.metadata").exists()
@@ -143,9 +143,9 @@ def test_a_damaged_file_is_refused_with_the_folder_to_delete(tmp_path: Path) -> 
         PackedDataset(path, 8)
     for content in ("", "a tokenizer|3\n4\n4 T", "a tokenizer|2\nmany\n"):
         Path(f"{path}.metadata").write_text(content)
-        with pytest.raises(DataError, match=f"not a whole token file .*: delete the folder {tmp_path}"):
+        with pytest.raises(DataError, match=f"not a complete token file .*: delete the folder {tmp_path}"):
             PackedDataset(path, 8)
-    with pytest.raises(DataError, match="not a whole token file"):
+    with pytest.raises(DataError, match="not a complete token file"):
         PackedDataset(tmp_path / "nothing.ds", 8)
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_refused_with_the_folder_to_delete(tmp_path: Path) -> 
     ("tokens", "expected"), [(12, "12 T"), (1500, "1.5 kT"), (10_281_560, "10.3 MT"), (2 * 10**9, "2 GT")]
 )
 def test_counts_are_readable(tokens: int, expected: str) -> None:
-    assert packing._readable(tokens) == expected
+    assert packing._format_tokens(tokens) == expected
 
 
 def test_documents_are_kept_apart(tmp_path: Path) -> None:
@@ -174,11 +174,11 @@ def test_documents_are_kept_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_models_mask_attention_between_documents(family: str) -> None:
     """By the position ids alone a document has the logits that it has by itself, in every family."""
-    model = tiny_model(family, use_cache=False)
+    model = build_tiny_model(family, use_cache=False)
     vocab = model.config.vocab_size
     one, two = (torch.randint(1, vocab, (2, length), generator=torch.manual_seed(length)) for length in (5, 7))
     packed = torch.cat([one, torch.zeros(2, 1, dtype=torch.long), two], dim=1)
-    positions = torch.stack([kept_apart(row, eos=0)["position_ids"] for row in packed])
+    positions = torch.stack([separate_documents(row, eos=0)["position_ids"] for row in packed])
     with torch.no_grad():
         together = model(input_ids=packed, position_ids=positions).logits
         alone = model(input_ids=two).logits
@@ -194,7 +194,7 @@ def test_mixed_blocks_are_all_blocks_of_all_sources(tmp_path: Path) -> None:
     mixed = MixedBlocks(parts, {"b": 0.25, "a": 0.75, "c": 0.0}, "f")
     assert list(mixed.weights.items()) == [("a", 0.75), ("b", 0.25)]
     expected = [part[i]["input_ids"] for part in parts.values() for i in range(len(part))]
-    assert len(mixed) == len(expected) and mixed.tokens == 8 * len(expected)
+    assert len(mixed) == len(expected)
     assert all(torch.equal(mixed[i]["input_ids"], one) for i, one in enumerate(expected))
     for index in (-1, len(mixed)):
         with pytest.raises(IndexError):

@@ -14,12 +14,12 @@ import pytest
 
 from slop_hf.data import formats, sources
 from slop_hf.data.config import Source
-from slop_hf.data.sources import documents, local_bytes, local_files
+from slop_hf.data.sources import count_local_bytes, list_local_files, read_documents
 from slop_hf.errors import DataError
 
 
 def texts(source: Any, **settings: Any) -> list[str]:
-    return list(documents(Source(source, **settings)))
+    return list(read_documents(Source(source, **settings)))
 
 
 def write(root: Path, files: dict[str, bytes | str]) -> str:
@@ -57,7 +57,7 @@ def test_a_file_is_a_document_and_sources_follow_one_another(tmp_path: Path) -> 
 
 
 def test_the_standard_library_is_its_own_sources_without_installed_packages() -> None:
-    files = local_files("python-stdlib")
+    files = list_local_files("python-stdlib")
     assert files is not None
     assert {"ast.py", "json/decoder.py"} <= set(files)
     assert list(files) == sorted(files)
@@ -71,7 +71,7 @@ def test_the_standard_library_is_its_own_sources_without_installed_packages() ->
 
 def test_files_are_read_only_when_asked_for(tmp_path: Path) -> None:
     folder = write(tmp_path, {"a.txt": "a", "b.txt": "b"})
-    stream = documents(Source(folder))
+    stream = read_documents(Source(folder))
     assert next(stream) == "a"
     (tmp_path / "b.txt").write_text("changed")
     assert next(stream) == "changed"
@@ -85,17 +85,17 @@ def test_a_local_path_comes_before_a_hub_dataset(tmp_path: Path, monkeypatch: py
 
 def test_bytes_are_counted_where_all_places_are_local(tmp_path: Path) -> None:
     folder = write(tmp_path, {"a.txt": "four", "b/c.bin": b"\0" * 5})
-    assert local_bytes(Source(folder)) == 9
-    assert local_bytes(Source([folder, str(tmp_path / "a.txt")])) == 13
-    assert local_bytes(Source([folder, "owner/name"])) is None
-    assert local_bytes(Source("http://localhost/a.txt")) is None
-    assert local_files("https://localhost/a.txt") is None
+    assert count_local_bytes(Source(folder)) == 9
+    assert count_local_bytes(Source([folder, str(tmp_path / "a.txt")])) == 13
+    assert count_local_bytes(Source([folder, "owner/name"])) is None
+    assert count_local_bytes(Source("http://localhost/a.txt")) is None
+    assert list_local_files("https://localhost/a.txt") is None
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "nowhere.txt", "a/b/c", "owner/"])
 def test_a_name_that_is_nothing_is_refused_at_the_call(source: str) -> None:
     with pytest.raises(DataError, match="neither an existing file or folder nor a Hub dataset id"):
-        documents(Source(source))
+        read_documents(Source(source))
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_wrong_column_is_refused_with_those_there_are(tmp_path: Path, hub_text
 
 def test_an_unreachable_hub_is_refused_with_remedies() -> None:
     with pytest.raises(DataError, match=r"check the name .*network and HF_ENDPOINT, or use a local path"):
-        documents(Source("owner/name:config"))  # conftest.py sets HF_HUB_OFFLINE
+        read_documents(Source("owner/name:config"))  # conftest.py sets HF_HUB_OFFLINE
 
 
 def test_local_texts_do_without_importing_datasets() -> None:
@@ -177,8 +177,8 @@ def test_local_texts_do_without_importing_datasets() -> None:
         "import importlib.util, sys, types\n"
         f"package = types.ModuleType('slop_hf.data'); package.__path__ = [{str(Path(sources.__file__).parent)!r}]\n"
         "sys.modules['slop_hf.data'] = package\n"
-        "from slop_hf.data.sources import Source, documents\n"
-        "next(documents(Source('python-stdlib')))\n"
+        "from slop_hf.data.sources import Source, read_documents\n"
+        "next(read_documents(Source('python-stdlib')))\n"
         "print(sorted({'datasets', 'pyarrow', 'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)

@@ -9,17 +9,19 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from http_server import FileServer
 
-from slop_hf.data import retrying
+from slop_hf.data import download
 from slop_hf.data.config import Format, Source
-from slop_hf.data.sources import DocumentStream
+from slop_hf.data.sources import DocumentStream, discard_downloads
 from slop_hf.errors import DataError
-from slop_hf.io.network_errors import LONGEST_RETRY_AFTER
+from slop_hf.io.network_errors import summarize_error
+from slop_hf.io.retry import Retries, RetryPolicy
 
 TEXTS = ["first", "zwei ☕", "третий\u2028still", "four " * 50, *(f"document {i}" for i in range(5, 40)), "last"]
 
@@ -84,7 +86,10 @@ def check_every_place(source: Source, expected: list[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    """Retries without waits, small pieces, and a cache of the test's own."""
+    monkeypatch.setattr(download, "RETRY_POLICY", RetryPolicy(first_wait=0.0))
+    monkeypatch.setattr(download, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 
@@ -121,6 +126,11 @@ def test_the_most_documents_are_counted_over_resumptions(tmp_path: Path) -> None
     source = Source(str(tmp_path / "a.jsonl"), max_documents=7)
     check_every_place(source, TEXTS[:7])
     assert list(resumed(source, 7)[1]) == []
+
+
+def downloads(tmp_path: Path) -> list[Path]:
+    """Files in the cache of downloads, locks aside."""
+    return [path for path in (tmp_path / "home/slop_hf/downloads").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_stream_goes_on_where_it_stands_and_reads_no_further(tmp_path: Path) -> None:
@@ -208,13 +218,13 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     next(iter(stream))
     state = stream.state_dict()
     for wrong in (state | {"place": 1}, state | {"more": 0}):
-        with pytest.raises(DataError, match="is of no stream over 1 places: begin without it"):
+        with pytest.raises(DataError, match="does not belong to a stream over 1 places: begin without it"):
             DocumentStream(source, wrong)
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:5]))
     with pytest.raises(DataError, match=r"a\.jsonl has \d+ bytes, and had \d+ when reading began"):
         list(DocumentStream(source, state))
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(DataError, match=r"has no file 'a\.jsonl' any more"):
+    with pytest.raises(DataError, match=r"no longer has the file 'a\.jsonl'"):
         list(DocumentStream(source, state))
 
 
@@ -233,15 +243,18 @@ def scripted(seed: int, drops: int = 2) -> Iterator[Any]:
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize(("kind", "suffix"), KINDS)
-def test_nothing_is_lost_or_doubled_over_a_bad_network(kind: Format, suffix: str, ranges: bool) -> None:
+def test_nothing_is_lost_or_doubled_over_a_bad_network(
+    tmp_path: Path, kind: Format, suffix: str, ranges: bool
+) -> None:
     texts = [f"{i} " + random.Random(i).randbytes(4000).hex() for i in range(60)]
-    name = f"corpus.{kind}{suffix}"
+    name, content = f"corpus.{kind}{suffix}", packed(kind, suffix, texts)
     # Without ranges a drop before the place reached is no progress, so that many in a row would be too many.
-    with FileServer({name: packed(kind, suffix, texts)}, scripted(7, 9 if ranges else 2), ranges=ranges) as server:
+    with FileServer({name: content}, scripted(7, 9 if ranges else 2), ranges=ranges) as server:
         source = Source(server.url(name), format=kind)
         assert list(DocumentStream(source)) == texts
         first, rest = resumed(source, 33)
         assert first + list(rest) == texts
+    assert content in [path.read_bytes() for path in downloads(tmp_path)]
 
 
 @pytest.mark.parametrize(("kind", "suffix"), KINDS)
@@ -264,42 +277,67 @@ def test_a_body_in_chunks_that_breaks_off_is_read_on() -> None:
     assert len(server.requests) > 4
 
 
-def test_a_resumed_stream_asks_for_the_rest_only() -> None:
-    content = lines(TEXTS)
+def test_a_file_is_downloaded_once_and_no_further_than_it_is_read(tmp_path: Path) -> None:
+    texts = [f"{i} " * 2000 for i in range(100)]
+    content = lines(texts)
     with FileServer({"a.txt": content}) as server:
-        source = Source(server.url("a.txt"), format="lines")
-        first, rest = resumed(source, 20)
+        source = Source(server.url("a.txt"), format="lines", max_documents=20)
+        assert list(DocumentStream(source)) == texts[:20]
+        assert len(content) > 14 * download.PIECE_BYTES and len(server.requests) < 6
+        whole = Source(server.url("a.txt"), format="lines")
+        first, rest = resumed(whole, 60)
         server.requests.clear()
-        assert first + list(rest) == TEXTS
-    offset = content.index(TEXTS[20].encode()) - len(b" \n")  # the blank line is read again
-    assert server.requests == [("a.txt", f"bytes={offset - 1}-")]
+        assert first + list(rest) == texts
+        starts = [int(asked.removeprefix("bytes=").partition("-")[0]) for _, asked in server.requests if asked]
+        assert starts == sorted(starts) and starts[0] >= content.index(texts[60].encode()) - download.PIECE_BYTES
+        server.requests.clear()
+        assert list(DocumentStream(whole)) == texts
+        assert server.requests == [("a.txt", None)]  # which file the server has
+
+
+def test_a_download_can_be_shared_by_processes(tmp_path: Path) -> None:
+    texts = [f"{i} " * 2000 for i in range(60)]
+    with FileServer({"a.txt": lines(texts)}) as server:
+        source = Source(server.url("a.txt"), format="lines")
+        one, other = (iter(DocumentStream(source)) for _ in range(2))
+        pairs = list(zip(one, other, strict=True))
+    assert pairs == [(text, text) for text in texts]
+    assert lines(texts) in [path.read_bytes() for path in downloads(tmp_path)]
+
+
+def test_a_download_is_replaced_by_the_file_that_the_server_has_now() -> None:
+    with FileServer({"a.txt": b"old\n"}) as server:
+        source = Source(server.url("a.txt"), format="lines")
+        assert list(DocumentStream(source)) == ["old"]
+        server.files["a.txt"] = b"new\n"  # of the same size
+        assert list(DocumentStream(source)) == ["new"]
 
 
 def test_every_failure_is_logged_and_a_server_may_ask_to_wait(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(retrying, "FIRST_WAIT", 1.0)
     monkeypatch.setattr("time.sleep", waits.append)
-    failure = retrying.HTTPError("", 429, "Too Many Requests", {"Retry-After": "7"}, None)
-    patience = retrying.Patience("it")
+    failure = HTTPError("", 429, "Too Many Requests", {"Retry-After": "7"}, None)  # type: ignore[arg-type]
+    policy = RetryPolicy()
+    retries = Retries(policy, "reading it")
     with caplog.at_level(logging.WARNING, "slop_hf"):
         for caught in (TimeoutError("slow"), failure, ConnectionResetError("gone"), TimeoutError("slow")):
-            patience.wait(caught)
+            download.wait_or_give_up(retries, caught)
     assert 0.5 <= waits[0] <= 1 and waits[1] == 7 and 2 <= waits[2] <= 4 <= waits[3] <= 8
     assert "reading it: slow; attempt 2 of 8 in" in caplog.messages[0]
     failure.headers["Retry-After"] = "Fri, 01 Jan 2100 00:00:00 GMT"
-    patience.wait(failure)
-    assert waits[-1] == LONGEST_RETRY_AFTER
+    download.wait_or_give_up(retries, failure)
+    assert waits[-1] == policy.longest_retry_after
 
 
 def test_it_gives_up_and_a_later_run_completes() -> None:
-    with FileServer({"a.jsonl": jsonl([f"{i} " * 5000 for i in range(50)])}, [None, 0.5]) as server:
+    with FileServer({"a.jsonl": jsonl([f"{i} " * 5000 for i in range(50)])}, [None, None, 0.5]) as server:
         source = Source(server.url("a.jsonl"))
         stream = DocumentStream(source)
         server.faults = iter([0.5, *[503] * 6, 0.1, *[503] * 7])  # a drop and six are bearable
         seen = []
-        message = r"http://127.*/a.jsonl failed 8 times in a row, the last time with: .*503.* goes on where it stopped"
+        message = r"http://127.*/a.jsonl failed 8 times in a row, the last time with: .*503.* resumes where it stopped"
         with pytest.raises(DataError, match=message):
             for text in stream:
                 seen.append(text)
@@ -310,10 +348,10 @@ def test_it_gives_up_and_a_later_run_completes() -> None:
 
 
 def test_bytes_that_were_there_before_are_no_progress() -> None:
-    with FileServer({"a.txt": b"x\n" * 300_000}, [None, 0.6, *[0.5] * 20], ranges=False) as server:
-        stream = DocumentStream(Source(server.url("a.txt"), format="lines"))
+    with FileServer({"a.txt": b"x\n" * 300_000}, ranges=False) as server:
+        server.faults = iter([None, 0.6, *[0.5] * 20])
         with pytest.raises(DataError, match="failed 8 times in a row"):
-            list(stream)
+            list(DocumentStream(Source(server.url("a.txt"), format="lines")))
 
 
 @pytest.mark.parametrize(
@@ -345,31 +383,31 @@ def test_a_file_that_changed_on_the_server_is_refused() -> None:
                 next(texts)
             for changed in (other, jsonl(["short"])):
                 server.files["a.jsonl"] = changed
-                with pytest.raises(DataError, match=r"changed on the server.*begin anew without the state"):
+                with pytest.raises(DataError, match=r"changed on the server.*begin again without the state"):
                     list(DocumentStream(source, stream.state_dict()))
 
 
-def test_secrets_stay_out_of_messages(caplog: pytest.LogCaptureFixture) -> None:
+def test_secrets_stay_out_of_messages_and_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with FileServer({"a.txt": b" "}, [500, None]) as server:
         with pytest.raises(DataError) as raised:
             list(DocumentStream(Source(server.url("a.txt?sig=secret"))))
         assert caplog.messages and "secret" not in str(raised.value) + caplog.text
+        assert all(b"secret" not in path.name.encode() + path.read_bytes() for path in downloads(tmp_path))
     with pytest.raises(DataError, match="holds a user or password") as raised:
         DocumentStream(Source("https://me:secret@localhost/a.txt"))
     assert "secret" not in str(raised.value)
     with pytest.raises(DataError, match="malformed"):
         DocumentStream(Source("https://localhost:port/a.txt"))
-    assert retrying.summarize_error(OSError("Bearer abc hf_abc123 x")) == "Bearer ... hf_ ... x"
+    assert summarize_error(OSError("Bearer abc hf_abc123 x")) == "Bearer ... hf_ ... x"
 
 
-def test_a_parquet_file_from_a_url_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_downloads_are_discarded(tmp_path: Path) -> None:
     with FileServer({"a.parquet": parquet(TEXTS)}) as server:
-        texts = iter(DocumentStream(Source(server.url("a.parquet"))))
-        next(texts)
-        assert len(list(tmp_path.iterdir())) == 1
-        del texts
-    assert not list(tmp_path.iterdir())
+        source = Source([server.url("a.parquet"), "python-stdlib"])
+        next(iter(DocumentStream(source)))
+        assert len(downloads(tmp_path)) == 2  # the file, and its identity
+        discard_downloads(source)
+    assert not downloads(tmp_path)
 
 
 # The Hub, played by a folder

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from slop_hf.data import Source, documents, load_tokenizer, train_tokenizer
-from slop_hf.data.tokenizer import from_sentencepiece, train_sentencepiece
+from slop_hf.data import Source, load_tokenizer, read_documents, train_tokenizer
+from slop_hf.data.tokenizer import convert_sentencepiece, train_sentencepiece
 from slop_hf.errors import DataError
 
-TEXTS = list(documents(Source("python-stdlib", max_documents=12)))
+TEXTS = list(read_documents(Source("python-stdlib", max_documents=12)))
 TOKENIZER = train_tokenizer(TEXTS, 400)
 
 
@@ -60,7 +60,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_and_a_warning(caplog: pytest.
     with caplog.at_level(logging.WARNING):
         tokenizer = train_tokenizer(["abab"], 1000)
     assert 257 < len(tokenizer) < 270
-    assert f"vocabulary of {len(tokenizer)} only, 1000 were asked for" in caplog.text
+    assert f"vocabulary of only {len(tokenizer)} tokens, vocab_size is 1000" in caplog.text
 
 
 def test_a_saved_tokenizer_loads_the_same(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ class TestSentencePiece:
     """Needs the extra `sentencepiece`."""
 
     def test_ids_are_sentencepieces_own(self, processor: Any) -> None:
-        converted = from_sentencepiece(processor)
+        converted = convert_sentencepiece(processor)
         for text in [*TEXTS, "  two  spaces ", "a\tb\r\n\n", "naïve ☕ 日本語", "2026", "<0x41> <s> <unk>", ""]:
             assert converted.encode(text).ids == processor.encode(text)
 
     @settings(max_examples=300, deadline=None)
     @given(st.text(alphabet="  =_seltf0\n\t☕é") | st.text().filter(lambda text: "▁" not in text))
     def test_ids_are_sentencepieces_own_for_any_text(self, processor: Any, text: str) -> None:
-        assert from_sentencepiece(processor).encode(text).ids == processor.encode(text)
+        assert convert_sentencepiece(processor).encode(text).ids == processor.encode(text)
 
     @settings(max_examples=50, deadline=None)
     @given(st.text())

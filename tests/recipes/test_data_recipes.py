@@ -7,7 +7,7 @@ import pytest
 from mixture import WEIGHTS
 
 from slop_hf.data import DataConfig, Mixture
-from slop_hf.data.sources import local_bytes
+from slop_hf.data.sources import count_local_bytes
 
 ROOT = Path(__file__).parents[2]
 MIXTURES = sorted(ROOT.glob("recipes/data/*.yaml"))
@@ -19,7 +19,9 @@ def test_every_mixture_can_be_read(path, monkeypatch):
     mixture = Mixture.from_yaml(path)
     assert DataConfig(mixture=str(path)).weights == mixture.weights
     for source in mixture.sources.values():
-        assert (local_bytes(source) is not None) == (path.stem == "local"), "a Hub id, or what every checkout has"
+        assert (count_local_bytes(source) is not None) == (path.stem == "local"), (
+            "a Hub id, or what every checkout has"
+        )
 
 
 def test_redpajamas_weights_are_the_papers():

@@ -3,7 +3,7 @@
 from .config import DataConfig, Mixture, Source
 from .corpus import Corpus, prepare_data
 from .packing import MixedBlocks, PackedDataset
-from .sources import documents
+from .sources import read_documents
 from .tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Mixture",
     "PackedDataset",
     "Source",
-    "documents",
     "load_tokenizer",
     "prepare_data",
+    "read_documents",
     "train_tokenizer",
 ]

@@ -1,6 +1,6 @@
-"""What training data there is: `Source`, `Mixture`, and `DataConfig`, which also says how it is cut.
+"""Training-data configuration: `Source`, `Mixture` and `DataConfig`.
 
-No torch here, so that a configuration can be read and checked at once.
+No torch here: a configuration is read and checked at once.
 """
 
 from __future__ import annotations
@@ -11,45 +11,47 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args
+
+from huggingface_hub import constants
 
 from ..errors import DataError
-from ..io.serialization import parse, read_yaml
+from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
+from ..io.record import Record
 
 STDLIB = "python-stdlib"
-SMALLEST_VOCAB = 257  # a token for each byte, and the end of text
-ONLY = "corpus"  # the name of a source that is the only one
-#: How a file holds documents: all of it is one; one a line; JSON with one a line; Parquet with one a row.
+SMALLEST_VOCAB = 257  # a token per byte, and the end of text
+ONLY = "corpus"  # the name of the source of data without a mixture
+#: How a file holds documents: it is one document; one per line; JSON with one per line; Parquet with one per row.
 Format = Literal["text", "lines", "jsonl", "parquet"]
 TokenizerKind = Literal["bpe", "sentencepiece"]
 LEAST_SHARE = 1e-6
-ROUNDING = 1e-4  # of weights that were written with a few digits
+ROUNDING = 1e-4  # tolerance for weights written with a few digits
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Record, error=DataError):
     """Documents of one kind, and their share of the training tokens.
 
     Args:
-        source: where the documents are, one place or several of
+        source: place of the documents, or several places, each one of
             `"python-stdlib"`, the Python sources of the running interpreter's standard library;
             a local file, or a folder, of which every visible file is read;
             the URL of a file;
             a dataset on the Hub, `"owner/name"` or `"owner/name:config"`.
             An existing local path comes before a dataset of the same name.
-        weight: its share of the tokens; the weights of a mixture add up to 1, or to 100.
-        split: the split of Hub datasets.
-        text_column: the column of Hub datasets, JSON lines and Parquet that holds the text.
-        format: of files; by default each one's name tells: `.jsonl` (`.ndjson`, `.json`), `.parquet`, and `text` for
-            all others, in which a file is a document. Files may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
-        max_documents: use only the first so many documents with text; None, all.
+        weight: share of the tokens; the weights of a mixture add up to 1, or to 100.
+        split: split of Hub datasets.
+        text_column: column of Hub datasets, JSON lines and Parquet that holds the text.
+        format: format of the files; default, by their names: `.jsonl` (`.ndjson`, `.json`), `.parquet`, and `text`
+            for all others, with one document per file. Files may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
+        max_documents: use only the first N documents with text; None, all.
 
     Raises:
         DataError: for a value out of its range.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     source: str | tuple[str, ...] = STDLIB
     weight: float = 1.0
@@ -72,23 +74,25 @@ class Source:
                 raise DataError(f"{name} must not be empty; the default is {getattr(type(self), name)!r}")
         if self.format is not None and self.format not in get_args(Format):
             raise DataError(f"format must be one of {', '.join(get_args(Format))}, got {self.format!r}")
-        if not _is_number(self.weight) or not 0 < self.weight < math.inf:
-            raise DataError(f"weight must be a number above 0, got {self.weight!r}; leave a source out for none of it")
+        if not is_finite_number(self.weight, least=0) or not self.weight:
+            raise DataError(f"weight must be a number above 0, got {self.weight!r}; to leave a source out, delete it")
         if self.max_documents is not None:
-            _check_count("max_documents", self.max_documents, 1)
+            require_whole_number(self.max_documents, "max_documents", error=DataError)
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where the documents are, always as a tuple."""
+        """The places of the documents, always as a tuple."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Record, error=DataError):
     """Several sources, each with its share of the training tokens.
 
+    Read from a file, local places are relative to the working directory, as on the command line.
+
     Args:
-        sources: by name; a name goes into logs (`eval_NAME_loss`) and records.
+        sources: sources by name; the names go into logs (`eval_NAME_loss`) and records.
 
     Raises:
         DataError: for weights that do not add up to 1 or 100, and names that cannot be part of a file's name.
@@ -97,8 +101,6 @@ class Mixture:
     >>> mixture.weights
     {'web': 0.9, 'books': 0.1}
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     sources: dict[str, Source]
 
@@ -110,9 +112,9 @@ class Mixture:
                 raise DataError(f"{name!r} cannot name a source: use letters, digits, _ and -")
         total = math.fsum(source.weight for source in self.sources.values())
         if not any(math.isclose(total, whole, rel_tol=ROUNDING) for whole in (1.0, 100.0)):
-            given = ", ".join(f"{name} {source.weight:g}" for name, source in self.sources.items())
+            weights = ", ".join(f"{name} {source.weight:g}" for name, source in self.sources.items())
             raise DataError(
-                f"the weights add up to {total:g}, expected 1 or 100 ({given}); "
+                f"the weights add up to {total:g}, expected 1 or 100 ({weights}); "
                 f"multiplied by {100 / total:.6g} they would add up to 100"
             )
         for name, share in self.weights.items():
@@ -122,35 +124,25 @@ class Mixture:
     @property
     def weights(self) -> dict[str, float]:
         """The shares of the sources, which add up to 1."""
-        total = math.fsum(source.weight for source in self.sources.values())
-        return {name: source.weight / total for name, source in self.sources.items()}
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str]) -> Mixture:
-        """Read a mixture; local places are relative to the working directory, as on the command line.
-
-        Raises:
-            DataError: naming the file and the key at fault.
-        """
-        return parse(cls, read_yaml(path, error=DataError) or {}, where=str(path), error=DataError)
+        return _normalize_weights(self.sources)
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Training data and how to cut it into blocks of tokens.
+class DataConfig(Record, error=DataError):
+    """Training data, and how it is cut into blocks of tokens.
 
-    There is one source (`source` and the four fields behind it), or a `mixture` of several.
+    The data is one source (`source` and the four fields after it), or a `mixture` of several.
 
     Args:
-        source, split, text_column, format, max_documents: of the one source, as for `Source`.
-        mixture: the sources with their weights, in place, or the path of their file.
-        tokenizer: a local folder or Hub id[@revision]; None trains one on the training documents.
-        tokenizer_kind: of the one to train: `"bpe"`, byte-level, or `"sentencepiece"`, SentencePiece's BPE.
-        vocab_size: of the one to train, at least 257 (the bytes and the end of text).
-        block_size: tokens in a training example.
+        source, split, text_column, format, max_documents: fields of the only source, as for `Source`.
+        mixture: sources with their weights, or the path of their file.
+        tokenizer: local folder or Hub id[@revision]; None trains a tokenizer on the training documents.
+        tokenizer_kind: kind of tokenizer to train: `"bpe"`, byte-level, or `"sentencepiece"`, SentencePiece's BPE.
+        vocab_size: size of the vocabulary to train, at least 257 (the bytes and the end of text).
+        block_size: tokens per training example.
         held_out: share of the documents of each source kept for evaluation, in [0, 1).
-        document_mask: let no token see another document of its block, and predict none from another.
-        cache_dir: where tokenized corpora are kept; default, `slop_hf` in the Hugging Face home.
+        document_mask: whether tokens see, and are predicted from, their own document only.
+        cache_dir: cache of tokens and downloads; default, `slop_hf` in the Hugging Face home.
 
     Raises:
         DataError: for a value out of its range.
@@ -161,8 +153,6 @@ class DataConfig:
     Traceback (most recent call last):
     slop_hf.errors.DataError: held_out must be a share of the documents in [0, 1), got 1.0
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     source: str | tuple[str, ...] = STDLIB
     split: str = "train"
@@ -181,7 +171,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if isinstance(self.source, list):
             object.__setattr__(self, "source", tuple(self.source))
-        assert self.sources  # read and checked now
+        assert self.sources  # a mixture's file is read and checked now
         if self.tokenizer == "":
             raise DataError("tokenizer must be a local folder or Hub id, or None to train one, got ''")
         if self.tokenizer_kind not in get_args(TokenizerKind):
@@ -190,18 +180,18 @@ class DataConfig:
             )
         if self.tokenizer is None:
             check_vocab_size(self.vocab_size)
-        # Transformers predicts each token from those before it: one alone has nothing to predict.
-        _check_count("block_size", self.block_size, 2)
-        if not _is_number(self.held_out) or not 0 <= self.held_out < 1:
+        # Transformers predicts each token from those before it: one token alone leaves nothing to predict.
+        require_whole_number(self.block_size, "block_size", least=2, error=DataError)
+        if not is_finite_number(self.held_out, least=0) or self.held_out >= 1:
             raise DataError(f"held_out must be a share of the documents in [0, 1), got {self.held_out!r}")
 
     @cached_property
     def sources(self) -> Mapping[str, Source]:
-        """The sources by name; a single one is named `corpus`."""
-        own = {name: getattr(self, name) for name in ("source", "split", "text_column", "format", "max_documents")}
+        """The sources by name; the name of data without a mixture is `corpus`."""
+        fields = {name: getattr(self, name) for name in ("source", "split", "text_column", "format", "max_documents")}
         if self.mixture is None:
-            return {ONLY: Source(**own)}
-        for name, value in own.items():
+            return {ONLY: Source(**fields)}
+        for name, value in fields.items():
             if value != getattr(type(self), name):
                 raise DataError(f"{name} {value!r} is for data of one source; set it for sources of the mixture")
         mixture = Mixture.from_yaml(self.mixture) if isinstance(self.mixture, str) else self.mixture
@@ -210,27 +200,27 @@ class DataConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The shares of the sources, which add up to 1."""
-        total = math.fsum(source.weight for source in self.sources.values())
-        return {name: source.weight / total for name, source in self.sources.items()}
+        return _normalize_weights(self.sources)
+
+
+def _normalize_weights(sources: Mapping[str, Source]) -> dict[str, float]:
+    total = math.fsum(source.weight for source in sources.values())
+    return {name: source.weight / total for name, source in sources.items()}
 
 
 def check_vocab_size(vocab_size: int) -> None:
     """Refuse a vocabulary that cannot spell every text.
 
     Raises:
-        DataError: for less than 257 tokens.
+        DataError: for fewer than 257 tokens.
     """
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < SMALLEST_VOCAB:
+    if not is_whole_number(vocab_size, least=SMALLEST_VOCAB):
         raise DataError(
             f"vocab_size must be a whole number of at least {SMALLEST_VOCAB} (256 bytes and the end of text), "
             f"got {vocab_size!r}"
         )
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise DataError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def find_cache(cache_dir: str | None) -> Path:
+    """Return the absolute path of the cache; None is the default one, `slop_hf` in the Hugging Face home."""
+    return Path(cache_dir or os.path.join(constants.HF_HOME, "slop_hf")).expanduser().absolute()

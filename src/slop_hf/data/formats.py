@@ -1,6 +1,6 @@
-"""Files of texts: plain, lines, JSON lines, Parquet, compressed or not.
+"""Readers of text files: plain text, lines, JSON lines and Parquet, compressed or not.
 
-A reader is a generator of (text, place behind it) that starts from any such place; JSON can hold places.
+A reader yields (text, cursor) pairs and can start from any cursor; cursors are JSON-serialisable.
 """
 
 from __future__ import annotations
@@ -10,37 +10,40 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import BinaryIO, NoReturn, Protocol, TypeAlias
 
 from ..errors import DataError
 from ..io.network_errors import summarize_error
+from ..io.serialization import Json
 from .config import Format
 
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-_SKIPPED = 2**20  # bytes read at once on the way to a place in a compressed file
+_SKIP_BYTES = 2**20  # read at once on the way to an offset in a compressed file
 _PARQUET_ROWS = 1024  # rows decoded at once
 
-Texts = Iterator[tuple[str, Any]]
+#: The position after a text, in a form that depends on the format; None is the beginning.
+Cursor: TypeAlias = Json
+Texts: TypeAlias = Iterator[tuple[str, Cursor]]
 
 
 class File(Protocol):
-    """Bytes under a name, local or not."""
+    """A file, local or not."""
 
     @property
     def name(self) -> str: ...
     @property
-    def identity(self) -> Any: ...
-    def expect(self, identity: Any) -> None: ...
-    def open(self, offset: int = 0) -> Any: ...
-    def on_disk(self) -> AbstractContextManager[Path]: ...
+    def identity(self) -> Json: ...
+    def expect(self, identity: Json) -> None: ...
+    def open(self, offset: int = 0) -> BinaryIO: ...
+    def download(self) -> Path: ...
 
 
 class LocalFile:
-    """A file on disk. Its size tells whether it is the one that an earlier run read."""
+    """A file on disk. Its size shows whether it is the one that an earlier run read."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -53,7 +56,7 @@ class LocalFile:
         if identity != self.identity:
             raise DataError(
                 f"{self.name} has {self.identity} bytes, and had {identity} when reading began: bring the old file "
-                "back, or begin anew without the state of the earlier run"
+                "back, or begin again without the state of the earlier run"
             )
 
     def open(self, offset: int = 0) -> BinaryIO:
@@ -61,14 +64,15 @@ class LocalFile:
         opened.seek(offset)
         return opened
 
-    def on_disk(self) -> AbstractContextManager[Path]:
-        return nullcontext(self.path)
+    def download(self) -> Path:
+        """Return the path: a local file needs no download."""
+        return self.path
 
 
-def format_of(name: str) -> Format:
-    """What a file holds, by its name.
+def find_format(name: str) -> Format:
+    """Return the format of a file, by its name.
 
-    >>> format_of("a.jsonl.gz"), format_of("a.md"), format_of("A.PARQUET")
+    >>> find_format("a.jsonl.gz"), find_format("a.md"), find_format("A.PARQUET")
     ('jsonl', 'text', 'parquet')
     """
     path = Path(name.lower())
@@ -76,7 +80,7 @@ def format_of(name: str) -> Format:
 
 
 def is_wrapped(name: str) -> bool:
-    """Whether a file has other bytes than the texts that it holds.
+    """Whether a file holds its texts in another form: compressed, as JSON or as Parquet.
 
     >>> [is_wrapped(name) for name in ("a.txt", "a.txt.gz", "a.jsonl")]
     [False, True, True]
@@ -84,45 +88,47 @@ def is_wrapped(name: str) -> bool:
     return Path(name.lower()).suffix in {*_FORMATS, *_OPENERS}
 
 
-def read_texts(file: File, format: Format, column: str, at: Any = None) -> Texts:
-    """The texts of a file, each with the place behind it; a text may be blank.
+def read_texts(file: File, format: Format, column: str, start: Cursor = None) -> Texts:
+    """Yield the texts of a file, each with the cursor after it; a text may be blank.
 
     Args:
-        file: local or remote.
-        format: how it holds texts.
-        column: of JSON lines and Parquet, the one with the text.
-        at: the place to go on from; None, from the beginning.
+        file: local or remote file.
+        format: format of the file.
+        column: column with the text, in JSON lines and Parquet.
+        start: cursor to start from; None, the beginning.
 
     Raises:
-        DataError: for a file that is cut off or damaged, a line that is not what it should be, and a column that is
-            not there or holds no text.
+        DataError: for a truncated or damaged file, a malformed line, and a column that is missing or holds no text.
     """
-    with _faults_of(file):
-        yield from _READERS[format](file, column, at)
+    with _explain_errors(file):
+        yield from _READERS[format](file, column, start)
 
 
-def text_in(row: Mapping[str, Any], column: str, where: str, texts: list[str]) -> str:
-    """The text of a row, "" for a null.
+def get_text(row: Mapping[str, Json], column: str, where: str, text_columns: list[str]) -> str:
+    """Return the text of a row, "" for a null.
 
     Args:
-        texts: names of the columns with text, for the message.
+        row: values by column.
+        column: column with the text.
+        where: description of the row, for messages.
+        text_columns: columns that hold text, for messages.
 
     Raises:
-        DataError: for a column that is not there or holds no text.
+        DataError: for a column that is missing or holds no text.
     """
     _check_column(column, row, where)
     text = row[column]
     if text is not None and not isinstance(text, str):
-        kind, others = type(text).__name__, ", ".join(texts) or "none"
+        kind, others = type(text).__name__, ", ".join(text_columns) or "none"
         raise DataError(f"column {column!r} of {where} holds {kind}, expected text; columns with text: {others}")
     return text or ""
 
 
-def _whole(file: File, column: str, at: Any) -> Texts:
-    """A file as a document, line ends as they are; "" if it is not text (a NUL byte is git's sign of that)."""
-    if at is None:
-        with _opened(file, 0) as opened:
-            content = opened.read()
+def _read_whole(file: File, column: str, start: Cursor) -> Texts:
+    """Yield a file as a document with its line ends; "" for a file that is not text (git's sign: a NUL byte)."""
+    if start is None:
+        with _open(file, 0) as stream:
+            content = stream.read()
         try:
             text = "" if b"\0" in content else content.decode("utf-8")
         except UnicodeDecodeError:
@@ -130,102 +136,104 @@ def _whole(file: File, column: str, at: Any) -> Texts:
         yield text, True
 
 
-def _lines(file: File, column: str, at: Any) -> Texts:
-    for line, behind in _raw_lines(file, at):
+def _read_lines(file: File, column: str, start: Cursor) -> Texts:
+    for line, cursor in _read_raw_lines(file, start):
         try:
-            yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8"), behind
+            yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8"), cursor
         except UnicodeDecodeError:
-            raise DataError(f"line {behind[0]} of {file.name} is not UTF-8: convert the file, as with iconv") from None
+            raise DataError(
+                f"line {cursor[0]} of {file.name} is not UTF-8: convert the file, for example with iconv"
+            ) from None
 
 
-def _json_lines(file: File, column: str, at: Any) -> Texts:
-    for line, behind in _raw_lines(file, at):
+def _read_json_lines(file: File, column: str, start: Cursor) -> Texts:
+    for line, cursor in _read_raw_lines(file, start):
         if not line.strip():
             continue
-        where = f"line {behind[0]} of {file.name}"
+        where = f"line {cursor[0]} of {file.name}"
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as caught:
             _refuse_line(where, f"not JSON ({caught})")
         if not isinstance(row, dict):
             _refuse_line(where, f"a JSON {type(row).__name__}")
-        text = text_in(row, column, where, [name for name, value in row.items() if isinstance(value, str)])
+        text = get_text(row, column, where, [name for name, value in row.items() if isinstance(value, str)])
         if b"\\u" in line:  # half of a surrogate pair can be written in JSON, but not in UTF-8
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield text, behind
+        yield text, cursor
 
 
-def _refuse_line(where: str, found: str) -> NoReturn:
+def _refuse_line(where: str, content: str) -> NoReturn:
     raise DataError(
-        f"{where} is {found}, expected a JSON object: correct or remove the line, or set format "
-        "(text takes a file as a document, lines a line)"
+        f"{where} is {content}, expected a JSON object: correct or remove the line, or set format "
+        "(text: one document per file; lines: one per line)"
     )
 
 
-def _raw_lines(file: File, at: Any) -> Iterator[tuple[bytes, list[int]]]:
-    """Lines with [their number, the offset behind them], both of the content without compression."""
-    number, offset = at or (0, 0)
-    with _opened(file, offset) as opened:
-        for line in opened:
+def _read_raw_lines(file: File, start: Cursor) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """Yield lines, each with the cursor (its number, the offset after it), both in the uncompressed content."""
+    number, offset = start or (0, 0)
+    with _open(file, offset) as stream:
+        for line in stream:
             number, offset = number + 1, offset + len(line)
-            yield line, [number, offset]
+            yield line, (number, offset)
 
 
-def _parquet(file: File, column: str, at: Any) -> Texts:
-    """Places are [row group, rows of it]."""
+def _read_parquet(file: File, column: str, start: Cursor) -> Texts:
+    """Yield rows, each with the cursor (row group, rows read of it)."""
     from pyarrow import parquet, types  # slow to import
 
-    group, skipped = at or (0, 0)
-    with file.on_disk() as path, parquet.ParquetFile(path) as table:
+    group, skipped = start or (0, 0)
+    with parquet.ParquetFile(file.download()) as table:
         kinds = {field.name: field.type for field in table.schema_arrow}
-        texts = [name for name, kind in kinds.items() if types.is_string(kind) or types.is_large_string(kind)]
+        text_columns = [name for name, kind in kinds.items() if types.is_string(kind) or types.is_large_string(kind)]
         _check_column(column, kinds, file.name)
         for number in range(group, table.num_row_groups):
             row = 0
             for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[number], columns=[column]):
                 first = min(max(skipped - row, 0), len(batch)) if number == group else 0
-                for place, value in enumerate(batch.column(0)[first:].to_pylist(), row + first + 1):
-                    yield text_in({column: value}, column, file.name, texts), [number, place]
+                for rows_read, value in enumerate(batch.column(0)[first:].to_pylist(), row + first + 1):
+                    yield get_text({column: value}, column, file.name, text_columns), (number, rows_read)
                 row += len(batch)
 
 
-_READERS: dict[Format, Callable[[File, str, Any], Texts]] = {
-    "text": _whole,
-    "lines": _lines,
-    "jsonl": _json_lines,
-    "parquet": _parquet,
+_READERS: dict[Format, Callable[[File, str, Cursor], Texts]] = {
+    "text": _read_whole,
+    "lines": _read_lines,
+    "jsonl": _read_json_lines,
+    "parquet": _read_parquet,
 }
 
 
-def _check_column(column: str, columns: Mapping[str, Any], where: str) -> None:
+def _check_column(column: str, columns: Collection[str], where: str) -> None:
     if column not in columns:
         raise DataError(f"{where} has no column {column!r}: set text_column to one of {', '.join(columns) or 'none'}")
 
 
 @contextmanager
-def _opened(file: File, offset: int) -> Iterator[Any]:
-    """The content of a file, without compression, from an offset on."""
+def _open(file: File, offset: int) -> Iterator[BinaryIO]:
+    """Open the uncompressed content of a file at an offset."""
     opener = _OPENERS.get(Path(file.name.lower()).suffix)
     if opener is None:
-        with file.open(offset) as opened:
-            yield opened
+        with file.open(offset) as stream:
+            yield stream
         return
-    with file.open() as packed, opener(packed) as opened:
+    with file.open() as compressed, opener(compressed) as stream:
         while offset:
-            skipped = len(opened.read(min(offset, _SKIPPED)))
+            skipped = len(stream.read(min(offset, _SKIP_BYTES)))
             if not skipped:
-                raise EOFError("it ends before the place to go on at")
+                raise EOFError("it ends before the offset to resume at")
             offset -= skipped
-        yield opened
+        yield stream
 
 
-def _open_zstd(packed: BinaryIO) -> io.BufferedReader:
-    import pyarrow  # slow to import; unlike the package zstandard it tells a file that is cut off from a whole one
+def _open_zstd(compressed: BinaryIO) -> BinaryIO:
+    import pyarrow  # slow to import; unlike the package zstandard it recognises a truncated file
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd"))
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(compressed, "r"), "zstd"))
 
 
-_OPENERS: dict[str, Callable[[Any], Any]] = {
+_OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -234,8 +242,8 @@ _OPENERS: dict[str, Callable[[Any], Any]] = {
 
 
 @contextmanager
-def _faults_of(file: File) -> Iterator[None]:
-    """Tell what is wrong with a file, whichever reader found it."""
+def _explain_errors(file: File) -> Iterator[None]:
+    """Name the file and the remedy in the errors of all readers."""
     try:
         yield
     except DataError:

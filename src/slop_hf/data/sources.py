@@ -1,7 +1,7 @@
-"""Where texts come from: the standard library, local files, URLs, the Hub.
+"""Documents of a source, one after another: from the standard library, local files, URLs and the Hub.
 
-Each place is read as pairs (text, where one stands behind it), from any such stand on. So the state of a stream is
-the stand behind its last text. No torch here.
+Every place yields (text, cursor) pairs and can resume from any cursor, so a stream's state is the cursor of its last
+text. No torch here.
 """
 
 from __future__ import annotations
@@ -11,31 +11,49 @@ import re
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypedDict
+
+from huggingface_hub import constants
 
 from ..errors import DataError
 from ..io.network_errors import is_transient, summarize_error
-from .config import STDLIB, Format, Source
-from .formats import File, LocalFile, Texts, format_of, read_texts, text_in
-from .retrying import Patience, RemoteFile
+from ..io.retry import Retries
+from ..io.serialization import Json
+from . import download
+from .config import STDLIB, Format, Source, find_cache
+from .download import RemoteFile
+from .formats import Cursor, File, LocalFile, Texts, find_format, get_text, read_texts
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
+class StreamState(TypedDict):
+    """The state of a stream: the number of documents read, the number of the current place, and the cursor in it."""
+
+    documents: int
+    place: int
+    at: Cursor
+
+
 class DocumentStream:
     """The texts of a source, one by one, always in the same order; blank ones are left out.
 
-    Files are read as they are asked for and Hub datasets and URLs are streamed, but every place is looked up at once,
-    so that a wrong name fails before work begins. Failures of the network are waited out (see `retrying.py`).
+    Files are read when they are needed, URLs are downloaded into the cache as far as they are read, and Hub datasets
+    are streamed. Every place is looked up at once, so that a wrong name fails before work begins. Transient failures
+    of the network are retried.
 
     Args:
-        source: where the texts are.
-        state: of an earlier stream over the same source, which this one goes on from.
+        source: source of the texts.
+        state: state of an earlier stream over the same source, to resume from.
+        cache_dir: cache for downloads, as for `DataConfig`.
 
     Raises:
-        DataError: for a place that is not there, a column that is not there or holds no text, a damaged file, a state
-            that does not fit and, once the texts end, for a source without any.
+        DataError: for a missing place, a column that is missing or holds no text, a damaged file, a state that does
+            not fit and, once the texts end, for a source without any.
 
     >>> stream = DocumentStream(Source("python-stdlib", max_documents=3))
     >>> first = next(iter(stream))
@@ -43,28 +61,30 @@ class DocumentStream:
     2
     """
 
-    def __init__(self, source: Source, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, source: Source, state: StreamState | None = None, *, cache_dir: str | None = None) -> None:
         self.source = source
-        self._state = {"documents": 0, "place": 0, "at": None} | (state or {})
-        self._places = [_place(place, source) for place in source.places]
+        self._state = state or StreamState(documents=0, place=0, at=None)
+        self._places = [_make_place(place, source, cache_dir) for place in source.places]
         if set(self._state) != {"documents", "place", "at"} or not self._state["place"] < len(self._places):
-            raise DataError(f"the state {state!r} is of no stream over {len(self._places)} places: begin without it")
+            raise DataError(
+                f"the state {state!r} does not belong to a stream over {len(self._places)} places: begin without it"
+            )
         for place in self._places[self._state["place"] :]:
             place.check()
 
     def __iter__(self) -> Iterator[str]:
-        """Go on behind the last text that was given."""
-        most = self.source.max_documents
-        if most is not None and self._state["documents"] >= most:
+        """Yield the texts after the last one that was given."""
+        limit = self.source.max_documents
+        if limit is not None and self._state["documents"] >= limit:
             return
         for number in range(self._state["place"], len(self._places)):
-            at = self._state["at"] if number == self._state["place"] else None
-            for text, behind in self._places[number].read(at):
+            start = self._state["at"] if number == self._state["place"] else None
+            for text, cursor in self._places[number].read(start):
                 if not text or text.isspace():
                     continue
-                self._state = {"documents": self._state["documents"] + 1, "place": number, "at": behind}
+                self._state = {"documents": self._state["documents"] + 1, "place": number, "at": cursor}
                 yield text
-                if self._state["documents"] == most:
+                if self._state["documents"] == limit:
                     return
         if not self._state["documents"]:
             raise DataError(
@@ -72,34 +92,44 @@ class DocumentStream:
                 f"of UTF-8 text or rows with text in the column {self.source.text_column!r}"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, for JSON: `DocumentStream(source, state)` gives what comes after."""
-        return dict(self._state)
+    def state_dict(self) -> StreamState:
+        """The state of the stream, for JSON: `DocumentStream(source, state)` yields the texts that follow."""
+        return self._state.copy()
 
 
-def documents(source: Source) -> Iterator[str]:
-    """The texts of a source; every place is looked up at the call.
+def read_documents(source: Source, *, cache_dir: str | None = None) -> Iterator[str]:
+    """Yield the texts of a source; every place is looked up at the call.
+
+    Args:
+        source, cache_dir: as for `DocumentStream`.
 
     Raises:
         DataError: as `DocumentStream`.
 
-    >>> len(list(documents(Source("python-stdlib", max_documents=3))))
+    >>> len(list(read_documents(Source("python-stdlib", max_documents=3))))
     3
     """
-    return iter(DocumentStream(source))
+    return iter(DocumentStream(source, cache_dir=cache_dir))
 
 
-def local_files(place: str) -> dict[str, Path] | None:
-    """The files of a local place by their names relative to it, sorted; None for a Hub dataset or a URL.
+def discard_downloads(source: Source, *, cache_dir: str | None = None) -> None:
+    """Delete the downloads of a source from the cache."""
+    for place in source.places:
+        if is_url(place):
+            _open_url(place, cache_dir).discard()
+
+
+def list_local_files(place: str) -> dict[str, Path] | None:
+    """Return the files of a local place by their names relative to it, sorted; None for a Hub dataset or a URL.
 
     Raises:
-        DataError: for a name that is none of these.
+        DataError: for any other name.
     """
     if place == STDLIB:
         # Installed packages lie inside the standard library's folder and are no part of it.
         root = Path(sysconfig.get_paths()["stdlib"])
         return _walk(root, suffix=".py", skipped=("site-packages", "dist-packages"))
-    if _URL.match(place):
+    if is_url(place):
         return None
     path = Path(place).expanduser()
     if path.is_dir():
@@ -114,16 +144,25 @@ def local_files(place: str) -> dict[str, Path] | None:
     )
 
 
-def local_bytes(source: Source) -> int | None:
-    """The bytes of the files of a source, compressed as they are; None where a place is not local."""
-    places = [local_files(place) for place in source.places]
+def count_local_bytes(source: Source) -> int | None:
+    """Return the size of a source's files, as they are stored; None if some place is not local."""
+    places = [list_local_files(place) for place in source.places]
     if any(files is None for files in places):
         return None
     return sum(path.stat().st_size for files in places for path in (files or {}).values())
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is the URL of a file.
+
+    >>> is_url("https://example.org/a.jsonl"), is_url("owner/name")
+    (True, False)
+    """
+    return _URL.match(place) is not None
+
+
 def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[str, Path]:
-    found = {}
+    files = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
             name for name in subfolders if name not in skipped and name != "__pycache__" and name[0] != "."
@@ -131,28 +170,31 @@ def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[s
         for name in names:
             path = Path(folder, name)
             if name[0] != "." and name.endswith(suffix) and path.is_file():
-                found[path.relative_to(root).as_posix()] = path
-    return dict(sorted(found.items()))
-
-
-# Places: each can be checked, and read from anywhere on.
+                files[path.relative_to(root).as_posix()] = path
+    return dict(sorted(files.items()))
 
 
 class _Place(Protocol):
+    """A place that can be checked, and read from any cursor on."""
+
     name: str
 
     def check(self) -> None: ...
-    def read(self, at: Any) -> Texts: ...
+    def read(self, start: Cursor) -> Texts: ...
 
 
-def _place(place: str, source: Source) -> _Place:
-    files = local_files(place)
+def _make_place(place: str, source: Source, cache_dir: str | None) -> _Place:
+    files = list_local_files(place)
     if files is not None:
         return _Files(place, {name: LocalFile(path) for name, path in files.items()}, source)
-    if _URL.match(place):
-        file = RemoteFile(place)
+    if is_url(place):
+        file = _open_url(place, cache_dir)
         return _Files(file.name, {file.filename: file}, source)
     return _HubDataset(place, source)
+
+
+def _open_url(url: str, cache_dir: str | None) -> RemoteFile:
+    return RemoteFile(url, find_cache(cache_dir) / "downloads")
 
 
 class _Files:
@@ -162,29 +204,29 @@ class _Files:
         self.name, self.files, self.source = name, files, source
 
     def check(self) -> None:
-        """Look the first file up, and its first text where that does not take the whole file over the network."""
+        """Look up the first file, and its first text unless that needs the whole file over the network."""
         for name, file in list(self.files.items())[:1]:
-            if isinstance(file, RemoteFile) and self._format(name) in ("text", "parquet"):
+            if isinstance(file, RemoteFile):
                 file.look_up()
-            else:
+            if not isinstance(file, RemoteFile) or self._find_format(name) in ("lines", "jsonl"):
                 next(self.read(None), None)
 
-    def read(self, at: Any) -> Texts:
-        """Texts behind (name of a file, its identity, place in it)."""
-        start, identity, inner = at or ("", None, None)
-        if at and start not in self.files:
-            raise DataError(f"{self.name} has no file {start!r} any more, which the state is in: bring it back")
+    def read(self, start: Cursor) -> Texts:
+        """Yield texts from a cursor on: [name of a file, its identity, cursor in it]."""
+        first_name, identity, first_cursor = start or ("", None, None)
+        if start and first_name not in self.files:
+            raise DataError(f"{self.name} no longer has the file {first_name!r}, which the state needs: bring it back")
         for name, file in self.files.items():
-            if name < start:
+            if name < first_name:
                 continue
-            if at and name == start:
+            if start and name == first_name:
                 file.expect(identity)
-            place = inner if name == start else None
-            for text, behind in read_texts(file, self._format(name), self.source.text_column, place):
+            cursor = first_cursor if name == first_name else None
+            for text, behind in read_texts(file, self._find_format(name), self.source.text_column, cursor):
                 yield text, [name, file.identity, behind]
 
-    def _format(self, name: str) -> Format:
-        return self.source.format or format_of(name)
+    def _find_format(self, name: str) -> Format:
+        return self.source.format or find_format(name)
 
 
 class _HubDataset:
@@ -192,53 +234,47 @@ class _HubDataset:
 
     def __init__(self, place: str, source: Source) -> None:
         self.name, self.source = place, source
-        self._opened: Any = None
+        self._dataset: IterableDataset | None = None
 
     def check(self) -> None:
         next(self.read(None), None)
 
-    def read(self, at: Any) -> Texts:
-        patience = Patience(f"the Hub dataset {self.name!r}")
+    def read(self, start: Cursor) -> Texts:
+        retries = Retries(download.RETRY_POLICY, f"reading the Hub dataset {self.name!r}")
         while True:
             try:
-                for row in self._rows(at):
-                    at = self._opened.state_dict()
-                    patience.progress()
-                    yield self._text(row), at
+                dataset = self._open(start)
+                for row in dataset:
+                    start = dataset.state_dict()
+                    retries.reset()
+                    yield self._get_text(row), start
                 return
             except DataError:
                 raise
             except Exception as caught:  # datasets, hub client, pyarrow and the network: their errors share no base
-                self._opened = None
-                if _is_offline() or not is_transient(caught):
+                self._dataset = None
+                if constants.HF_HUB_OFFLINE or not is_transient(caught):  # offline by the user's wish, which stays
                     self._refuse(caught)
-                patience.wait(caught)
+                download.wait_or_give_up(retries, caught)
 
-    def _rows(self, at: Any) -> Iterator[dict[str, Any]]:
+    def _open(self, start: Cursor) -> IterableDataset:
         # Takes longer to import than everything else here together, and only Hub datasets need it.
         import datasets
 
-        if self._opened is None:
+        if self._dataset is None:
             name, _, subset = self.name.partition(":")
-            self._opened = datasets.load_dataset(name, subset or None, split=self.source.split, streaming=True)
-        if at is not None:
-            self._opened.load_state_dict(at)
-        return iter(self._opened)
+            self._dataset = datasets.load_dataset(name, subset or None, split=self.source.split, streaming=True)
+        if start is not None:
+            self._dataset.load_state_dict(start)
+        return self._dataset
 
-    def _text(self, row: dict[str, Any]) -> str:
-        texts = [name for name, value in row.items() if isinstance(value, str)]
-        return text_in(row, self.source.text_column, repr(self.name), texts)
+    def _get_text(self, row: Mapping[str, Json]) -> str:
+        text_columns = [name for name, value in row.items() if isinstance(value, str)]
+        return get_text(row, self.source.text_column, repr(self.name), text_columns)
 
     def _refuse(self, caught: Exception) -> NoReturn:
         raise DataError(
-            f"source {self.name!r} is no local path, and the Hub did not give its split {self.source.split!r} "
-            f"({summarize_error(caught)}): check the name (owner/name or owner/name:config), the split, "
+            f"source {self.name!r} is not a local path, and its split {self.source.split!r} cannot be read from the "
+            f"Hub ({summarize_error(caught)}): check the name (owner/name or owner/name:config), the split, "
             "`hf auth login`, the network and HF_ENDPOINT, or use a local path"
         ) from caught
-
-
-def _is_offline() -> bool:
-    """Whether the user has forbidden the network, which no waiting changes."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)

@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE or SentencePiece's BPE, or load one."""
+"""Tokenizers: training of a byte-level BPE or of SentencePiece's BPE, and loading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,33 +14,37 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..io.hub_address import locate
+from ..io.network_errors import get_first_line
 from .config import TokenizerKind, check_vocab_size
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 logger = logging.get_logger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# As SentencePiece numbers and spells them, and LLaMA with it.
-UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+# In the order and spelling of SentencePiece and LLaMA.
+UNKNOWN_TOKEN, BEGIN_TOKEN, END_TOKEN = "<unk>", "<s>", "</s>"
 SENTENCEPIECE_SPACE = "\u2581"  # ▁
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: TokenizerKind = "bpe") -> PreTrainedTokenizerFast:
-    """A tokenizer trained on `texts`, the same for the same texts.
+    """Train a tokenizer on `texts`; the same texts give the same tokenizer.
 
-    Every text decodes to itself, whatever its language: there is no normalization and a token for each byte. On
-    little text there are fewer pairs to merge than asked for; the vocabulary is then smaller, and a warning says so.
+    Every text decodes to itself, whatever its language: there is no normalization, and every byte has a token. If the
+    texts have too few pairs to merge, the vocabulary is smaller than `vocab_size`, and a warning says so.
 
     Args:
-        texts: read once.
-        vocab_size: tokens in all, at least 257 (256 bytes and the end of text).
+        texts: training texts, read once.
+        vocab_size: number of tokens, at least 257 (256 bytes and the end of text).
         kind: `"bpe"`, byte-level BPE. Token 0 is `<|endoftext|>`, which begins, ends and pads sequences.
-            `"sentencepiece"`, SentencePiece's BPE with LLaMA's settings: digits apart, runs of spaces as tokens, bytes
-            for rare characters, and tokens 0 to 2 `<unk>`, `<s>`, `</s>`. Unlike LLaMA's it begins no text with a
-            space of its own. Training needs the extra `slop-hf[sentencepiece]`; the tokenizer does not. It gives the
-            ids of SentencePiece, except that a space is spelled " ", not "▁", so that a "▁" in a text stays one.
+            `"sentencepiece"`, SentencePiece's BPE with LLaMA's settings: single digits, tokens for runs of spaces,
+            bytes for rare characters, and tokens 0 to 2 `<unk>`, `<s>`, `</s>`. Unlike LLaMA's, it adds no space
+            before a text. Training needs the extra `slop-hf[sentencepiece]`; the tokenizer does not. Its ids are those
+            of SentencePiece, except that a space is spelled " ", not "▁", so that a "▁" in a text is preserved.
 
     Raises:
-        DataError: for a smaller `vocab_size`, an unknown kind, a missing extra or texts without any content.
+        DataError: for a smaller `vocab_size`, an unknown kind, a missing extra or texts without content.
 
     >>> tokenizer = train_tokenizer(["to be or not to be"] * 2, 259)
     >>> len(tokenizer), tokenizer.eos_token_id
@@ -55,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: TokenizerKind =
     tokenizer = train(texts, vocab_size)
     if len(tokenizer) < vocab_size:
         logger.warning(
-            f"the corpus has pairs for a vocabulary of {len(tokenizer)} only, {vocab_size} were asked for; "
+            f"the corpus has pairs for a vocabulary of only {len(tokenizer)} tokens, vocab_size is {vocab_size}; "
             "to silence this, lower vocab_size or give more text"
         )
     return tokenizer
@@ -67,7 +71,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=2,  # a pair seen once saves a single token, and says nothing about other texts
+        min_frequency=2,  # a pair that occurs once saves one token, and says nothing about other texts
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -84,20 +88,20 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=from_sentencepiece(train_sentencepiece(texts, vocab_size)),
-        unk_token=UNKNOWN,
-        bos_token=BEGIN,
-        eos_token=END,
-        pad_token=END,
+        tokenizer_object=convert_sentencepiece(train_sentencepiece(texts, vocab_size)),
+        unk_token=UNKNOWN_TOKEN,
+        bos_token=BEGIN_TOKEN,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
         clean_up_tokenization_spaces=False,
     )
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Any:
-    """A `SentencePieceProcessor` with LLaMA's settings, but for the space before each text.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceProcessor:
+    """Train a SentencePiece model with LLaMA's settings, but without its space before each text.
 
     Raises:
-        DataError: where the package is missing, or the characters of the texts are more than the vocabulary.
+        DataError: if the package is missing, or the texts have more characters than the vocabulary has tokens.
     """
     try:
         import sentencepiece
@@ -110,9 +114,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Any:
 
     def lines() -> Iterator[str]:
         try:
-            # By lines, as SentencePiece reads files: a line break stays a byte of its own.
+            # By lines, as SentencePiece reads files: a line break stays a separate byte.
             yield from (line for text in texts for line in text.split("\n") if line)
-        except Exception as caught:  # a source that cannot be read, of which SentencePiece would keep the words alone
+        except Exception as caught:  # an unreadable source; SentencePiece would keep only its message
             failed.append(caught)
             raise
 
@@ -136,48 +140,48 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Any:
             minloglevel=2,
         )
     except RuntimeError as caught:
-        raise failed[0] if failed else _sentencepiece_error(str(caught), vocab_size) from caught
+        raise failed[0] if failed else _explain_sentencepiece_error(caught, vocab_size) from caught
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def _sentencepiece_error(message: str, vocab_size: int) -> DataError:
-    least = re.search(r"required_chars\. \d+ vs (\d+)", message)
+def _explain_sentencepiece_error(caught: RuntimeError, vocab_size: int) -> DataError:
+    least = re.search(r"required_chars\. \d+ vs (\d+)", str(caught))
     if least:
         return DataError(
             f"vocab_size {vocab_size} is too small for SentencePiece: {least[1]} tokens are needed for the characters "
             "of the texts, 256 bytes and 3 special tokens; set a larger one, or tokenizer_kind to bpe"
         )
-    reason = message.strip().partition("\n")[0]
-    return DataError(f"SentencePiece cannot be trained on these texts ({reason}): give more text")
+    return DataError(f"SentencePiece cannot be trained on these texts ({get_first_line(caught)}): give more text")
 
 
-def from_sentencepiece(processor: Any) -> Tokenizer:
-    """The same tokenizer without the package: equal ids for every text without "▁", which SentencePiece takes for " ".
+def convert_sentencepiece(processor: SentencePieceProcessor) -> Tokenizer:
+    """Convert a SentencePiece model to a tokenizer that does not need the package.
 
-    SentencePiece merges the neighbours whose union is the piece with the best score. Scores of a BPE model fall from
-    piece to piece, so every way to split a piece in two is a merge, in the order of the pieces.
+    The ids are equal for every text without "▁", which SentencePiece reads as " ". SentencePiece merges the neighbours
+    whose union is the piece with the best score. Scores of a BPE model fall from piece to piece, so every way to split
+    a piece in two is a merge, in the order of the pieces.
     """
     numbers = range(processor.get_piece_size())
-    spelled = [processor.id_to_piece(number) for number in numbers]
+    pieces = [processor.id_to_piece(number) for number in numbers]
     learned = {
-        spelled[number].replace(SENTENCEPIECE_SPACE, " "): number
+        pieces[number].replace(SENTENCEPIECE_SPACE, " "): number
         for number in numbers
         if not (processor.is_byte(number) or processor.is_control(number) or processor.is_unknown(number))
     }
-    others = {spelled[number]: number for number in set(numbers) - set(learned.values())}
-    merges = [split for piece in learned for split in _splits(piece, learned)]
-    bpe = Tokenizer(models.BPE({**others, **learned}, merges, unk_token=UNKNOWN, byte_fallback=True))
+    others = {pieces[number]: number for number in set(numbers) - set(learned.values())}
+    merges = [split for piece in learned for split in _list_splits(piece, learned)]
+    bpe = Tokenizer(models.BPE({**others, **learned}, merges, unk_token=UNKNOWN_TOKEN, byte_fallback=True))
     bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return bpe
 
 
-def _splits(piece: str, pieces: dict[str, int]) -> list[tuple[str, str]]:
+def _list_splits(piece: str, pieces: dict[str, int]) -> list[tuple[str, str]]:
     pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
     return [(left, right) for left, right in pairs if left in pieces and right in pieces]
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer in a local folder or on the Hub; code that comes with it is never run.
+    """Load the tokenizer in a local folder or on the Hub; code that comes with it is never run.
 
     Raises:
         DataError: if it cannot be loaded, has no Rust implementation or no end-of-text token.
@@ -185,9 +189,8 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**locate(name))
     except Exception as caught:  # transformers, tokenizers, the Hub and the network: their errors share no base
-        reason = str(caught).strip().partition("\n")[0] or type(caught).__name__
         raise DataError(
-            f"tokenizer '{name}' cannot be loaded ({reason}): give a folder with tokenizer.json, "
+            f"tokenizer '{name}' cannot be loaded ({get_first_line(caught)}): give a folder with tokenizer.json, "
             "a Hub id that can be reached, or leave tokenizer out to train one"
         ) from caught
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -1,38 +1,50 @@
-"""Documents to token files: read, tokenized and written side by side, and gone on with after an interruption."""
+"""From documents to token files: resumable tokenization, with reading, encoding and writing in parallel."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..io.files import write_text
 from ..io.serialization import hash_json
 from .config import Source
-from .packing import TokenWriter
-from .sources import DocumentStream, local_bytes
+from .packing import TokenWriter, WriterState
+from .sources import DocumentStream, StreamState, count_local_bytes
 
-TRAIN, HELD_OUT = PARTS = ("train", "held_out")
+TRAIN_SPLIT, HELD_OUT_SPLIT = SPLITS = ("train", "held_out")
 JOURNAL = "journal.json"
-# One batch for the threads of tokenizers: enough for many cores, while encodings take some 40 bytes a character.
+# One batch for the threads of tokenizers: enough for many cores, while encodings take about 40 bytes per character.
 BATCH_CHARACTERS = 2**21
-#: After so many, what has been written is flushed and the journal says how far it is.
+#: Number of batches after which the files are flushed and the journal is written.
 JOURNAL_BATCHES = 16
+
+
+class _Journal(TypedDict):
+    """The state of an interrupted tokenization: of the stream of documents, and of both files."""
+
+    stream: StreamState | None
+    bytes: int
+    train: WriterState | None
+    held_out: WriterState | None
 
 
 class _Batch(NamedTuple):
     texts: list[str]
-    parts: list[str]
-    state: dict[str, Any]  # of the stream, behind these texts
+    splits: list[str]
+    state: StreamState  # after these texts
     nbytes: int
+
+
+_Write: TypeAlias = Callable[[_Batch, list[Encoding], int], None]
 
 
 def tokenize(
@@ -43,74 +55,79 @@ def tokenize(
     name: str,
     *,
     title: str,
+    cache_dir: str | None = None,
     progress: bool = True,
 ) -> dict[str, TokenWriter]:
     """Tokenize a source into `folder/train.ds` and `folder/held_out.ds`.
 
-    An eos follows each document. A document that spells out a special token gets the characters, not
-    the token, so that an eos in the file is always the end of a document. Where the folder holds what an interrupted
-    call has left, this one goes on there, and the files come out the same.
+    An eos follows each document. A special token spelled out in a document becomes its characters, not the token, so
+    an eos in the file is always the end of a document. If the folder holds the files of an interrupted call, this one
+    resumes from them, and the files come out the same.
 
     A document is held out if the hash of its text, as a fraction, is below `held_out`: equal documents are on the same
     side, whatever their order, number and source.
 
     Args:
-        source: of the documents.
-        tokenizer: with an eos token.
-        folder: an existing folder; the caller renames it into place once `tokenize` has returned.
-        held_out: share of the documents.
-        name: of the tokenizer, for the metadata.
-        title: of the progress bar.
-        progress: whether to show it.
+        source: source of the documents.
+        tokenizer: tokenizer with an eos token.
+        folder: existing folder; the caller renames it when `tokenize` has returned.
+        held_out: share of the documents to hold out.
+        name: name of the tokenizer, for the metadata.
+        title: title of the progress bar.
+        cache_dir: cache for downloads, as for `DataConfig`.
+        progress: whether to show the progress bar.
 
     Returns:
-        The closed writers by part.
+        The closed writers by split.
 
     Raises:
-        DataError: for a source that cannot be read (any more); what was tokenized until then is kept.
+        DataError: for a source that cannot be read; what was tokenized until then is kept.
     """
-    backend, eos = plain_backend(tokenizer), tokenizer.eos_token_id
-    journal = folder / JOURNAL
-    left: dict[str, Any] = {"stream": None, "bytes": 0}
-    if journal.exists():
-        left = json.loads(journal.read_text(encoding="utf-8"))
-    stream = DocumentStream(source, left["stream"])
+    backend, eos = make_plain_backend(tokenizer), tokenizer.eos_token_id
+    path = folder / JOURNAL
+    journal: _Journal = {"stream": None, "bytes": 0, "train": None, "held_out": None}
+    if path.exists():
+        journal = json.loads(path.read_text(encoding="utf-8"))
+    stream = DocumentStream(source, journal["stream"], cache_dir=cache_dir)
+    states = {TRAIN_SPLIT: journal["train"], HELD_OUT_SPLIT: journal["held_out"]}
     with ExitStack() as stack:
         writers = {
-            part: stack.enter_context(TokenWriter(folder / f"{part}.ds", name, len(tokenizer), left.get(part)))
-            for part in PARTS
+            split: stack.enter_context(TokenWriter(folder / f"{split}.ds", name, len(tokenizer), state))
+            for split, state in states.items()
         }
         bar = stack.enter_context(
             tqdm(
-                total=local_bytes(source),
-                initial=left["bytes"],
+                total=count_local_bytes(source),
+                initial=journal["bytes"],
                 desc=title,
                 unit="B",
                 unit_scale=True,
                 disable=None if progress else True,
             )
         )
-        done = left["bytes"]
+        nbytes = journal["bytes"]
 
-        def write(batch: _Batch, encodings: list[Any], number: int) -> None:
-            nonlocal done
-            for part, writer in writers.items():
-                chosen = [one.ids for one, of in zip(encodings, batch.parts, strict=True) if of == part]
-                if chosen:
-                    writer.write(chosen, eos)
-            done += batch.nbytes
+        def write(batch: _Batch, encodings: list[Encoding], number: int) -> None:
+            nonlocal nbytes
+            for split, writer in writers.items():
+                documents = [
+                    encoding.ids for encoding, its in zip(encodings, batch.splits, strict=True) if its == split
+                ]
+                if documents:
+                    writer.write(documents, eos)
+            nbytes += batch.nbytes
             bar.update(batch.nbytes)
             if number % JOURNAL_BATCHES == 0:
-                states = {part: writer.state() for part, writer in writers.items()}
-                write_text(journal, json.dumps({"stream": batch.state, "bytes": done, **states}))
+                states = {split: writer.flush() for split, writer in writers.items()}
+                write_text(path, json.dumps({"stream": batch.state, "bytes": nbytes, **states}))
 
-        _side_by_side(_batches(stream, held_out), backend, write)
-    journal.unlink(missing_ok=True)
+        _encode(_make_batches(stream, held_out), backend, write)
+    path.unlink(missing_ok=True)
     return writers
 
 
-def _side_by_side(batches: Iterator[_Batch], backend: Tokenizer, write: Any) -> None:
-    """Read a batch and write another while the threads of tokenizers encode a third."""
+def _encode(batches: Iterator[_Batch], backend: Tokenizer, write: _Write) -> None:
+    """Encode batches in order, while the next one is read and the last one is written."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         number, reading = 0, reader.submit(next, batches, None)
@@ -125,37 +142,37 @@ def _side_by_side(batches: Iterator[_Batch], backend: Tokenizer, write: Any) -> 
             writing.result()
 
 
-def _batches(stream: DocumentStream, held_out: float) -> Iterator[_Batch]:
+def _make_batches(stream: DocumentStream, held_out: float) -> Iterator[_Batch]:
     texts: list[str] = []
     characters = 0
     for text in stream:
         texts.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
-            yield _batch(texts, stream, held_out)
+            yield _make_batch(texts, stream, held_out)
             texts, characters = [], 0
     if texts:
-        yield _batch(texts, stream, held_out)
+        yield _make_batch(texts, stream, held_out)
 
 
-def _batch(texts: list[str], stream: DocumentStream, held_out: float) -> _Batch:
+def _make_batch(texts: list[str], stream: DocumentStream, held_out: float) -> _Batch:
     contents = [text.encode() for text in texts]
-    parts = [part_of(content, held_out) for content in contents]
-    return _Batch(texts, parts, stream.state_dict(), sum(map(len, contents)))
+    splits = [choose_split(content, held_out) for content in contents]
+    return _Batch(texts, splits, stream.state_dict(), sum(map(len, contents)))
 
 
-def part_of(text: bytes, held_out: float) -> str:
-    """Which part a document belongs to, by its text.
+def choose_split(text: bytes, held_out: float) -> str:
+    """Return the split that a document belongs to, by the hash of its text.
 
-    >>> part_of(b"a document", 0.0), part_of(b"a document", 1.0)
+    >>> choose_split(b"a document", 0.0), choose_split(b"a document", 1.0)
     ('train', 'held_out')
     """
     fraction = int.from_bytes(blake2b(text, digest_size=8).digest(), "little") / 2**64
-    return HELD_OUT if fraction < held_out else TRAIN
+    return HELD_OUT_SPLIT if fraction < held_out else TRAIN_SPLIT
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy without truncation, padding and special tokens in texts: these are settings of the tokenizer itself."""
+def make_plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy without truncation and padding, which reads special tokens in texts as characters."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -163,8 +180,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return backend
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of all that a tokenizer's tokens depend on: two with the same give the same tokens."""
-    content = json.loads(plain_backend(tokenizer).to_str())
-    content["eos"] = tokenizer.eos_token_id
-    return hash_json(content)
+def hash_vocabulary(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a hash of everything that a tokenizer's tokens depend on: equal hashes mean equal tokens."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return hash_json({**content, "truncation": None, "padding": None, "eos": tokenizer.eos_token_id})

@@ -69,7 +69,8 @@ class Record:
         Raises:
             SlopError: of the subclass's kind, if the file does not exist or does not hold such a value.
         """
-        return cls.from_plain(read_yaml(path, error=cls._error), str(path))
+        content = read_yaml(path, error=cls._error)
+        return cls.from_plain({} if content is None else content, str(path))  # an empty file has no keys
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the value as JSON text; also write it to `path`, atomically, if one is given."""
