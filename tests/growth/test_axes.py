@@ -2,7 +2,7 @@ import pytest
 
 from slop_hf import ModelDims
 from slop_hf.errors import GrowthError
-from slop_hf.growth.axes import AxisMap, Run, build_axis_maps
+from slop_hf.growth.axes import AxisMap, Segment, build_axis_maps
 from slop_hf.growth.inits import interleave, resolve_inits, stack
 
 
@@ -14,21 +14,21 @@ def test_new_query_heads_join_their_group():
     assert maps["key_value"].is_identity
 
 
-def test_new_groups_come_behind():
+def test_new_groups_come_last():
     old, new = ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 8, 4, 2)
     maps = build_axis_maps(old, new, {})
     assert maps["query"].source == [*range(8), *[None] * 8]
     assert maps["key_value"].source == [*range(4), *[None] * 4]
 
 
-def test_smaller_groups_share_out_copies_of_their_keys():
-    """From 4 query heads on 2 key/value heads to one for each: repeat_interleave, not repeat."""
+def test_smaller_groups_get_copies_of_their_keys():
+    """From 4 query heads with 2 key/value heads to 4 with 4: repeat_interleave, not repeat."""
     maps = build_axis_maps(ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 4, 4, 2), {})
     assert maps["query"].is_identity
     assert maps["key_value"].source == [0, 1, 0, 1, 2, 3, 2, 3]
 
 
-def test_groups_cannot_part_otherwise():
+def test_groups_split_into_equal_parts_only():
     with pytest.raises(GrowthError, match="from 6 to 4 query heads per key/value head"):
         build_axis_maps(ModelDims(24, 8, 1, 6, 1, 2), ModelDims(24, 8, 1, 8, 2, 2), {})
     with pytest.raises(GrowthError, match="from 4 to 2 query heads"):
@@ -39,12 +39,12 @@ def test_copied_heads_stay_in_groups():
     maps = build_axis_maps(ModelDims(24, 8, 1, 4, 2, 2), ModelDims(24, 8, 1, 8, 2, 2), {"mha": "copy"})
     heads = maps["query"].source[::2]
     assert heads == [0, 2, 0, 2, 4, 6, 4, 6]
-    assert {run.copies for run in maps["query"].runs} == {2}
+    assert {segment.copies for segment in maps["query"].segments} == {2}
 
 
 def test_tiles():
     assert AxisMap.tile(3, 8, "ffn").source == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert [(run.start, run.copies) for run in AxisMap.tile(3, 8, "ffn").runs] == [
+    assert [(segment.start, segment.copies) for segment in AxisMap.tile(3, 8, "ffn").segments] == [
         (0, 3),
         (2, 2),
         (3, 3),
@@ -53,7 +53,7 @@ def test_tiles():
     ]
     whole = AxisMap.tile(3, 8, "hidden", whole=True)
     assert whole.source == [0, 1, 2, 0, 1, 2, None, None]
-    assert whole.most_copies == 2 and whole.runs[-1].operator == "hidden"
+    assert whole.max_copies == 2 and whole.segments[-1].operator == "hidden"
 
 
 def test_pairs_of_rotary_embeddings_stay_pairs():
@@ -70,11 +70,16 @@ def test_pairs_of_rotary_embeddings_stay_pairs():
         build_axis_maps(old, new.replace(head_dim=10), {"head_dim": "spread"})
 
 
-def test_runs_cover_the_axis_and_are_few():
-    axis = AxisMap.of(4, [None, 0, 1, None, None, 2, 3], "ffn")
-    assert axis.runs == (Run(0, 1, None, 1, "ffn"), Run(1, 2, 0), Run(3, 2, None, 1, "ffn"), Run(5, 2, 2))
-    assert axis.new_size == 7 == sum(run.length for run in axis.runs)
-    assert len(AxisMap.append(4096, 8192, "hidden").runs) == 2
+def test_segments_cover_the_axis_and_are_few():
+    axis = AxisMap.from_source([None, 0, 1, None, None, 2, 3], 4, "ffn")
+    assert axis.segments == (
+        Segment(0, 1, None, 1, "ffn"),
+        Segment(1, 2, 0),
+        Segment(3, 2, None, 1, "ffn"),
+        Segment(5, 2, 2),
+    )
+    assert axis.new_size == 7 == sum(segment.length for segment in axis.segments)
+    assert len(AxisMap.append(4096, 8192, "hidden").segments) == 2
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 4), (6, 8), (5, 17)])

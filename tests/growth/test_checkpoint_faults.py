@@ -16,7 +16,7 @@ from saved_models import assert_same, change, in_the_open, load, save
 
 from slop_hf import GrowthStage, ModelDims, grow_checkpoint, grow_model, plan_checkpoint_growth
 from slop_hf.errors import ArchitectureError, GrowthError
-from slop_hf.growth import checkpoint, checkpoint_plan
+from slop_hf.growth import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_requests_that_cannot_be(source, tmp_path, monkeypatch):
         grow_checkpoint(source, source, "ffn", 64)
     with pytest.raises(GrowthError, match="there is no such directory"):
         grow_checkpoint(tmp_path / "none", target, "ffn", 64)
-    with pytest.raises(GrowthError, match="could be fetched from the Hub"):  # tests are offline
+    with pytest.raises(GrowthError, match="could be downloaded from the Hub"):  # tests are offline
         grow_checkpoint("nobody/no-such-model", target, "ffn", 64)
     for operator in ([], ["ffn"], None, 5):
         with pytest.raises(GrowthError, match="operator must be a name, a GrowthStage or several"):
@@ -97,7 +97,7 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(GrowthError, match=r"model.safetensors: No space left on device; free some space"):
         grow_checkpoint(source, tmp_path / "grown", "ffn", 64)
-    monkeypatch.setattr(checkpoint_plan, "_free_bytes", lambda target: 1000)
+    monkeypatch.setattr(checkpoint, "_count_free_bytes", lambda target: 1000)
     with pytest.raises(GrowthError, match=r"takes \S+ kB, but its disk has 1 kB free"):
         plan_checkpoint_growth(source, tmp_path / "grown", "ffn", 64)
     assert in_the_open(tmp_path) == ["source"]
@@ -119,7 +119,7 @@ def small_disk(tmp_path):
 def test_a_small_disk(source, small_disk, monkeypatch, reserves):
     with pytest.raises(GrowthError, match=r"takes [\d.]+ MB, but its disk has 8\.\d+ MB free"):
         grow_checkpoint(source, small_disk / "grown", "ffn", 30_000)
-    monkeypatch.setattr(checkpoint_plan, "_free_bytes", lambda target: 10**12)
+    monkeypatch.setattr(checkpoint, "_count_free_bytes", lambda target: 10**12)
     if not reserves:  # then the disk is full in the middle of the work
         monkeypatch.delattr(os, "posix_fallocate")
     with pytest.raises(GrowthError, match="No space left on device; free some space"):

@@ -1,4 +1,4 @@
-"""The conformance suite over all families, and what single families bring along."""
+"""The conformance suite over all families, and what is particular to single families."""
 
 import dataclasses
 import math
@@ -20,19 +20,19 @@ from slop_hf.testing import (
     MHA,
     MQA,
     Case,
+    build_exactness_page,
+    build_tiny_model,
     check,
-    conformance,
-    conformance_cases,
-    exactness_page,
-    logit_error,
-    probe,
-    tiny_model,
+    check_conformance,
+    compute_logit_error,
+    list_conformance_cases,
+    make_probe_tokens,
 )
 
 LONG = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(2))
 EXACTNESS = Path(__file__).parents[2] / "docs" / "exactness.md"
 
-# What the library refuses of a family's cases, by operator and init, with a word of the reason.
+# The cases that the library refuses, by operator and init, each with a part of the reason.
 UNEVEN_SPREAD = {("head_dim", "spread"): "whole multiple"}
 REFUSED = {
     "qwen3": {("head_dim", init): "normalises each head" for init in ("preserving", "spread")},
@@ -56,7 +56,7 @@ def check_refusals(results):
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_conformance(family):
-    results = conformance(family, every=False)
+    results = check_conformance(family, every=False)
     check_refusals(results)
     grown = [result for result in results if not result.refused]
     assert all(result.error < 1e-5 for result in grown if result.preserves)
@@ -67,17 +67,17 @@ def test_conformance(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_conformance_of_every_case(family, dtype):
-    assert check_refusals(conformance(family, dtype)) == set(REFUSED.get(family, UNEVEN_SPREAD))
+    assert check_refusals(check_conformance(family, dtype)) == set(REFUSED.get(family, UNEVEN_SPREAD))
 
 
 def test_the_cases_of_a_family():
     for family in ARCHITECTURES:
-        every = conformance_cases(family)
+        every = list_conformance_cases(family)
         assert {(case.operator, case.init) for case in every} == {
             (name, init) for name in INITS for init in INITS[name]
         }
         assert len(every) == (60 if family == "gpt_neox" else 180) and len(set(map(str, every))) == len(every)
-        some = conformance_cases(family, every=False)
+        some = list_conformance_cases(family, every=False)
         assert set(map(str, some)) < set(map(str, every)) and len(some) == 15
         assert {(case.dims, case.tied) for case in some} == {(case.dims, case.tied) for case in every}
 
@@ -100,13 +100,23 @@ def broken(monkeypatch, **changes):
     ("changes", "operator", "message"),
     [
         ({"q_proj": None}, "ffn", "has a parameter model.layers.0.self_attn.q_proj.weight, unlike the axis table"),
-        ({"down_proj": {"kind": "embedding"}}, "ffn", "is said to keep the function, but logits differ by"),
-        ({"norm": {"kind": "projection"}}, "hidden", "is said to keep the function, but logits differ by"),
+        (
+            {"down_proj": {"kind": "embedding"}},
+            "ffn",
+            "says that the function is preserved, but logits differ by",
+        ),
+        (
+            {"norm": {"kind": "projection"}},
+            "hidden",
+            "says that the function is preserved, but logits differ by",
+        ),
     ],
 )
 def test_a_wrong_table_is_found(monkeypatch, changes, operator, message):
     broken(monkeypatch, **changes)
-    case = next(case for case in conformance_cases("llama") if (case.operator, case.init) == (operator, "preserving"))
+    case = next(
+        case for case in list_conformance_cases("llama") if (case.operator, case.init) == (operator, "preserving")
+    )
     with pytest.raises((AssertionError, GrowthError), match=message):
         check(case)
 
@@ -123,8 +133,8 @@ def half(operator, row, role, initializer_range):
     ("init", "operator", "claimed", "message"),
     [
         (zeros, "ffn", True, r"llama ffn own .*: new entries do not depend on the seed"),
-        (inits.random, "ffn", True, r"llama ffn own .*: is said to keep the function"),
-        (half, "ffn", False, r"llama ffn own .*: keeps the function, but GrowthPlan.preserves denies it"),
+        (inits.random, "ffn", True, r"llama ffn own .*: the plan says that the function is preserved"),
+        (half, "ffn", False, r"llama ffn own .*: the function is preserved, but GrowthPlan.preserves denies it"),
     ],
 )
 def test_a_wrong_init_is_found(monkeypatch, init, operator, claimed, message):
@@ -134,7 +144,7 @@ def test_a_wrong_init_is_found(monkeypatch, init, operator, claimed, message):
     monkeypatch.setitem(inits.WIDTH_INITS, "own", init)
     if claimed:
         monkeypatch.setattr(plan, "EXACT", inits.EXACT | {"own"})
-    cases = [case for case in conformance_cases("llama", every=False) if case.init == "own"]
+    cases = [case for case in list_conformance_cases("llama", every=False) if case.init == "own"]
     assert cases, "a registered init has cases"
     with pytest.raises(AssertionError, match=message):
         check(cases[0])
@@ -144,7 +154,9 @@ def test_dead_slots_are_found(monkeypatch):
     """Zeros on both sides of the new slots keep the function, and never learn."""
 
     def dead(operator, row, role, initializer_range):
-        return InitDistribution(0.0, 0.0 if role == "read" or row.name.endswith("gate_proj.weight") else initializer_range)
+        return InitDistribution(
+            0.0, 0.0 if role == "read" or row.name.endswith("gate_proj.weight") else initializer_range
+        )
 
     monkeypatch.setitem(inits.WIDTH_INITS, "preserving", dead)
     with pytest.raises(AssertionError, match=r"new slots of .*mlp.* have no gradient in 3 steps"):
@@ -171,17 +183,17 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 @pytest.mark.parametrize("head_dim", [14, 24])
 def test_head_dim_under_scaled_rotary_embeddings(rope, head_dim):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
-        model = tiny_model("llama", GQA, dtype, rope_parameters=rope)
-        assert logit_error(model, grow_model(model, "head_dim", head_dim, init="preserving"), LONG) < tolerance
+        model = build_tiny_model("llama", GQA, dtype, rope_parameters=rope)
+        assert compute_logit_error(model, grow_model(model, "head_dim", head_dim, init="preserving"), LONG) < tolerance
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, YARN, LINEAR, {**LONG_YARN, "truncate": False}], ids=str)
 @pytest.mark.parametrize("head_dim", [24, 36])
 def test_spread_pairs_under_scaled_rotary_embeddings(rope, head_dim):
-    model = tiny_model("qwen2", GQA, torch.float64, rope_parameters=rope)
+    model = build_tiny_model("qwen2", GQA, torch.float64, rope_parameters=rope)
     grown = grow_model(model, "head_dim", head_dim, init="spread")
     assert grown.config.rope_parameters["rope_theta"] == rope["rope_theta"]
-    assert logit_error(model, grown, LONG) < 1e-10
+    assert compute_logit_error(model, grown, LONG) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -198,11 +210,11 @@ def test_spread_pairs_under_scaled_rotary_embeddings(rope, head_dim):
             "under rope_type 'dynamic'.*supported: defau",
         ),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, {}, "only grow under full rotary embeddings"),
-        ({"rope_theta": 1e25}, {}, "would raise rope_theta 1e.25 above what float32 holds; use init 'spread'"),
+        ({"rope_theta": 1e25}, {}, "would raise rope_theta 1e.25 above the largest float32; use init 'spread'"),
     ],
 )
 def test_refused_rotary_embeddings(rope, arguments, message):
-    model = tiny_model("llama", rope_parameters=rope)
+    model = build_tiny_model("llama", rope_parameters=rope)
     with pytest.raises(GrowthError, match=message):
         grow_model(model, "head_dim", 24, **arguments)
 
@@ -218,14 +230,16 @@ def test_yarn_is_exact_or_refused(data):
         "original_max_position_embeddings": draw(st.integers(8, 100_000)),
         "truncate": draw(st.booleans()),
     }
-    model = tiny_model("llama", dataclasses.replace(MQA, num_hidden_layers=1), torch.float64, rope_parameters=rope)
+    model = build_tiny_model(
+        "llama", dataclasses.replace(MQA, num_hidden_layers=1), torch.float64, rope_parameters=rope
+    )
     init = draw(st.sampled_from(["preserving", "spread"]))
     try:
         grown = grow_model(model, "head_dim", draw(st.sampled_from([24, 36])), init=init)
     except GrowthError as refusal:
         assert "yarn" in str(refusal)
         return
-    assert logit_error(model, grown) < 1e-10
+    assert compute_logit_error(model, grown) < 1e-10
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -255,13 +269,13 @@ def test_sliding_windows_stay_with_their_layers(family):
     extra = dict(WINDOWED[family])
     if family != "mistral":
         extra["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
-    model = tiny_model(family, dims, torch.float64, **extra)
+    model = build_tiny_model(family, dims, torch.float64, **extra)
     assert model.config.sliding_window == 8
-    unwindowed = tiny_model(family, dims, torch.float64, **{**extra, "sliding_window": 4096})
-    assert logit_error(model, unwindowed, LONG) > 0.01, "the window does not matter, so the test shows nothing"
+    unwindowed = build_tiny_model(family, dims, torch.float64, **{**extra, "sliding_window": 4096})
+    assert compute_logit_error(model, unwindowed, LONG) > 0.01, "the window does not matter, so the test shows nothing"
     for operator, init, size in (("layer", "preserving", 5), ("ffn", "copy", 80), ("hidden", "preserving", 72)):
         grown = grow_model(model, operator, size, init=init)
-        assert logit_error(model, grown, LONG) < 1e-10, operator
+        assert compute_logit_error(model, grown, LONG) < 1e-10, operator
     if family == "mistral":
         return
     kinds = {"s": "sliding_attention", "f": "full_attention"}
@@ -282,17 +296,17 @@ def test_an_inserted_layer_learns_in_new_hidden_slots():
 
 def test_noise_of_copies_sums_to_zero_in_float64():
     for operator, size in (("ffn", 120), ("mha", 12)):
-        model = tiny_model("llama", GQA, torch.float64)
-        assert 0 < logit_error(model, grow_model(model, operator, size, init="copy", noise=5.0)) < 1e-12
+        model = build_tiny_model("llama", GQA, torch.float64)
+        assert 0 < compute_logit_error(model, grow_model(model, operator, size, init="copy", noise=5.0)) < 1e-12
 
 
 def test_noise_writes_nothing_to_new_hidden_slots():
     """The rounding of a zero sum would be magnified by every closing norm on its way."""
     dims, new = ModelDims(2, 17, 3, 1, 1, 4), ModelDims(18, 28, 4, 6, 2, 4)
     inits = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "preserving"}
-    model = tiny_model("gemma2", dims, torch.float64)
+    model = build_tiny_model("gemma2", dims, torch.float64)
     grown = grow_model(model, GrowthStage(tuple(inits), new, init=inits), noise=5.0)
-    assert logit_error(model, grown) < 1e-12
+    assert compute_logit_error(model, grown) < 1e-12
     assert not grown.model.layers[0].mlp.down_proj.weight[2:].any()
 
 
@@ -318,13 +332,13 @@ def test_noise_writes_nothing_to_new_hidden_slots():
 def test_query_and_key_value_heads(family, init, old, new):
     dims = ModelDims(48, 40, 2, *old, 12)
     grown = dims.replace(num_attention_heads=new[0], num_key_value_heads=new[1])
-    source = tiny_model(family, dims, torch.float64)
-    assert logit_error(source, grow_model(source, "mha", grown, init=init)) < 1e-10
+    source = build_tiny_model(family, dims, torch.float64)
+    assert compute_logit_error(source, grow_model(source, "mha", grown, init=init)) < 1e-10
 
 
 def test_query_heads_cannot_leave_their_keys():
-    with pytest.raises(GrowthError, match="would part query heads from their keys; keep num_key_value_heads at 2"):
-        grow_model(tiny_model("llama", ModelDims(48, 40, 1, 12, 2, 12)), "mha", ModelDims(48, 40, 1, 12, 3, 12))
+    with pytest.raises(GrowthError, match="would separate query heads from their keys; keep num_key_value_heads at 2"):
+        grow_model(build_tiny_model("llama", ModelDims(48, 40, 1, 12, 2, 12)), "mha", ModelDims(48, 40, 1, 12, 3, 12))
 
 
 # --- refusals ---
@@ -332,21 +346,21 @@ def test_query_heads_cannot_leave_their_keys():
 
 @pytest.mark.parametrize("init", ["preserving", "copy"])
 def test_a_tied_layer_norm_cannot_be_padded(init):
-    model = tiny_model("gpt_neox", MHA, tied=True)
+    model = build_tiny_model("gpt_neox", MHA, tied=True)
     uneven = MHA.replace(hidden_size=72, num_attention_heads=6, num_key_value_heads=6)
-    with pytest.raises(GrowthError, match="tied embeddings cannot grow exactly by padding"):
+    with pytest.raises(GrowthError, match="tied embeddings cannot be padded exactly"):
         grow_model(model, "hidden", uneven, init=init)
     assert grow_model(model, "hidden", uneven, init="random").config.hidden_size == 72
     double = MHA.replace(hidden_size=96, num_attention_heads=8, num_key_value_heads=8)
     if init == "copy":
-        assert logit_error(model, grow_model(model, "hidden", double, init=init)) < 1e-5
+        assert compute_logit_error(model, grow_model(model, "hidden", double, init=init)) < 1e-5
 
 
 def test_an_unknown_family():
     with pytest.raises(
         ArchitectureError, match=r"no axis table for model_type 'olmo2' \(supported: llama, .*CONTRIBU"
     ):
-        conformance("olmo2")
+        check_conformance("olmo2")
     with pytest.raises(ArchitectureError, match="'gpt2'"):
         plan_growth({"model_type": "gpt2"}, "ffn", 64)
 
@@ -356,7 +370,7 @@ def test_a_family_of_ones_own(monkeypatch):
     qwen2 = ARCHITECTURES["qwen2"]
     own = dataclasses.replace(LLAMA, model_type="qwen2", parameters=qwen2.parameters)
     monkeypatch.setitem(ARCHITECTURES, "qwen2", own)
-    cases = conformance_cases("qwen2", every=False)[4::3]
+    cases = list_conformance_cases("qwen2", every=False)[4::3]
     assert all(check(case).refused == "" for case in cases)
 
 
@@ -364,15 +378,17 @@ def test_a_family_of_ones_own(monkeypatch):
 
 
 def test_models_and_errors():
-    one, same, other = tiny_model("llama"), tiny_model("llama"), tiny_model("llama", seed=1)
-    assert logit_error(one, same) == 0 and logit_error(one, other) > 0.1
-    gains = tiny_model("gemma2").model.norm.weight + 1
+    one, same, other = build_tiny_model("llama"), build_tiny_model("llama"), build_tiny_model("llama", seed=1)
+    assert compute_logit_error(one, same) == 0 and compute_logit_error(one, other) > 0.1
+    gains = build_tiny_model("gemma2").model.norm.weight + 1
     assert 0.5 <= gains.min() < gains.max() <= 1.5
-    assert tiny_model("llama", tied=True).lm_head.weight.shape == (64, 48)
-    assert probe().shape == (2, 20) and torch.equal(probe(), probe())
+    assert build_tiny_model("llama", tied=True).lm_head.weight.shape == (64, 48)
+    assert make_probe_tokens().shape == (2, 20) and torch.equal(make_probe_tokens(), make_probe_tokens())
     refused = check(Case("llama", "head_dim", MHA.replace(head_dim=18), "spread"))
     assert "whole multiple" in refused.refused and math.isnan(refused.error)
-    assert isinstance(tiny_model("mistral"), type(AutoModelForCausalLM.from_config(tiny_model("mistral").config)))
+    assert isinstance(
+        build_tiny_model("mistral"), type(AutoModelForCausalLM.from_config(build_tiny_model("mistral").config))
+    )
 
 
 def rows(page):
@@ -393,4 +409,4 @@ def test_the_page_in_docs_has_the_suites_rows():
 
 @pytest.mark.slow
 def test_the_page_is_the_same_each_time():
-    assert rows(exactness_page(["gpt_neox"])) == rows(exactness_page(["gpt_neox"]))
+    assert rows(build_exactness_page(["gpt_neox"])) == rows(build_exactness_page(["gpt_neox"]))

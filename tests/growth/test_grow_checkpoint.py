@@ -22,7 +22,7 @@ from transformers import (
 
 from slop_hf import GrowthReceipt, GrowthStage, ModelDims, grow_checkpoint, grow_model, plan_checkpoint_growth
 from slop_hf.errors import GrowthError
-from slop_hf.growth import checkpoint, checkpoint_plan, hash_weights
+from slop_hf.growth import checkpoint, hash_weights
 
 GROWTHS = [
     ("layer", 5, None),
@@ -52,7 +52,7 @@ def test_equals_growth_in_memory(tmp_path, operator, size, init, shards):
     assert receipt.parameters == expected.num_parameters()
     assert receipt.source_hash == hash_weights(load(source).named_parameters())
     assert receipt.bytes_written == 4 * receipt.parameters and receipt.peak_memory_bytes > 2**20
-    record = json.loads((tmp_path / "grown" / "growth.json").read_text())
+    record = json.loads((tmp_path / "grown" / "growth_receipt.json").read_text())
     assert record["dims"] == receipt.dims.as_dict() and record["seed"] == 3
 
 
@@ -80,7 +80,7 @@ def test_files_are_those_that_transformers_writes(tmp_path):
         grow_checkpoint(source, tmp_path / size, "layer", 12, max_shard_size=size)
         grow_model(load(source), "layer", 12).save_pretrained(tmp_path / "expected", max_shard_size=size)
         files = in_the_open(tmp_path / "expected")
-        assert in_the_open(tmp_path / size) == sorted([*files, "growth.json"])
+        assert in_the_open(tmp_path / size) == sorted([*files, "growth_receipt.json"])
         assert filecmp.cmpfiles(tmp_path / size, tmp_path / "expected", files, shallow=False)[0] == files
         shutil.rmtree(tmp_path / "expected")
 
@@ -133,7 +133,7 @@ def test_neither_threads_nor_the_memory_limit_change_the_weights(sharded, tmp_pa
     monkeypatch.setattr(checkpoint, "IN_FLIGHT_BYTES", 1)
     grow_checkpoint(sharded, tmp_path / "grown", "ffn", 64, threads=threads, max_shard_size=4000, progress=False)
     assert_same(tmp_path / "grown", grow_model(load(sharded), "ffn", 64))
-    with pytest.raises(GrowthError, match="threads must be 1 or more, got 0"):
+    with pytest.raises(GrowthError, match="threads must be a whole number, 1 or more, got 0"):
         grow_checkpoint(sharded, tmp_path / "x", "ffn", 64, threads=0)
 
 
@@ -207,7 +207,7 @@ def test_from_the_hub(source, tmp_path, monkeypatch):
         asked[repo_id, revision] = allow_patterns, ignore_patterns
         return str(source)
 
-    monkeypatch.setattr(checkpoint_plan, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     receipt = grow_checkpoint("someone/small@step1000", tmp_path / "grown", "ffn", 64)
     allowed, ignored = asked["someone/small", "step1000"]
     assert receipt.source == "someone/small@step1000"
@@ -229,8 +229,8 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     code = """
 import sys
 from slop_hf import grow_checkpoint
-from slop_hf.growth.checkpoint import peak_memory_bytes
-before = peak_memory_bytes()
+from slop_hf.growth.checkpoint import measure_peak_memory
+before = measure_peak_memory()
 receipt = grow_checkpoint(sys.argv[1], sys.argv[2], "hidden", 768, threads=2, progress=False)
 print(receipt.bytes_written, (receipt.peak_memory_bytes - before) / 2**20)
 """
@@ -261,9 +261,11 @@ def test_verify_measures_and_refuses(tmp_path, monkeypatch):
     changed = grow_checkpoint(source, tmp_path / "changed", "ffn", 96, verify=True)
     assert kept.probe.is_exact and kept.probe.live_share == pytest.approx(1 / 3, abs=0.05)
     assert not changed.preserves and changed.probe.max_logit_change > kept.probe.max_logit_change
-    assert json.loads((tmp_path / "kept" / "growth.json").read_text())["probe"]["tokens"] == kept.probe.tokens
+    assert json.loads((tmp_path / "kept" / "growth_receipt.json").read_text())["probe"]["tokens"] == kept.probe.tokens
 
-    monkeypatch.setattr(tensors.ParameterPlan, "fill", lambda self, operators: tensors.Fill(0.0, 0.5))
-    with pytest.raises(GrowthError, match="has not kept its function"):
+    monkeypatch.setattr(
+        tensors.ParameterPlan, "choose_distribution", lambda self, operators: tensors.InitDistribution(0.0, 0.5)
+    )
+    with pytest.raises(GrowthError, match="has not preserved its function"):
         grow_checkpoint(source, tmp_path / "broken", "ffn", 96, init="preserving", verify=True)
     assert not (tmp_path / "broken").exists()

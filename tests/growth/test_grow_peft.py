@@ -18,7 +18,7 @@ from transformers import (
 
 from slop_hf import ModelDims, grow_model
 from slop_hf.errors import GrowthError
-from slop_hf.growth import extract_base_model, build_model, grow_weights, is_peft_model, plan_growth
+from slop_hf.growth import build_model, extract_base_model, grow_weights, is_peft_model, plan_growth
 
 peft = pytest.importorskip("peft")
 LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
@@ -302,7 +302,7 @@ def test_more_refusals(monkeypatch):
         extract_base_model(base_model())
     find_spec = util.find_spec
     monkeypatch.setattr("slop_hf.growth.peft.find_spec", lambda name: None if name == "peft" else find_spec(name))
-    with pytest.raises(GrowthError, match=r"takes peft; pip install 'slop-hf\[peft\]'"):
+    with pytest.raises(GrowthError, match=r"needs peft; pip install 'slop-hf\[peft\]'"):
         extract_base_model(adapted())
 
 

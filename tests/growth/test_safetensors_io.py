@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from slop_hf.errors import GrowthError
 from slop_hf.growth.safetensors_io import (
-    create_shard,
     are_equal_tensors,
+    create_shard,
     flush_shard,
     format_index,
     plan_shards,
@@ -95,11 +95,11 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (file_of({"a": 5}, bytes(8)), "header is not valid"),
         (file_of({"a": {**ENTRY, "shape": [3]}}, bytes(8)), r"shape \[3\] has 8 bytes"),
         (file_of({"a": {**ENTRY, "shape": [-2]}}, bytes(8)), r"a has shape \[-2\]"),
-        (file_of({"a": {**ENTRY, "dtype": "F31"}}, bytes(8)), "dtype 'F31', which is unknown"),
+        (file_of({"a": {**ENTRY, "dtype": "F31"}}, bytes(8)), "the unknown dtype 'F31'"),
         (file_of({"a": {**ENTRY, "dtype": ["F32"]}}, bytes(8)), "header is not valid"),
         (file_of({"a": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16)), "a begins at byte"),
         (file_of({"a": ENTRY, "b": ENTRY}, bytes(8)), "b begins at byte"),
-        (file_of(b'{"a":%s,"a":%s}' % ((json.dumps(ENTRY).encode(),) * 2), bytes(8)), "a name comes twice"),
+        (file_of(b'{"a":%s,"a":%s}' % ((json.dumps(ENTRY).encode(),) * 2), bytes(8)), "a name appears twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -144,7 +144,7 @@ def test_pickles_are_refused(tmp_path):
     with pytest.raises(GrowthError, match="has no weights: expected"):
         read_checkpoint_headers(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(GrowthError, match="save_pretrained it as safetensors first"):
+    with pytest.raises(GrowthError, match="save it with save_pretrained"):
         read_checkpoint_headers(tmp_path)
 
 

@@ -4,7 +4,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slop_hf import ModelDims
 from slop_hf.errors import GrowthError
-from slop_hf.growth import build_model, grow_weights, plan_growth, probe_growth, hash_weights
+from slop_hf.growth import build_model, grow_weights, hash_weights, plan_growth, probe_growth
 
 DIMS = ModelDims(48, 64, 2, 4)
 

@@ -1,4 +1,4 @@
-"""Growing models and optimizer states by axis maps."""
+"""Growth of models and optimizer states by axis maps."""
 
 from .adamw import (
     AdamWState,
@@ -8,27 +8,29 @@ from .adamw import (
     load_adamw_file,
     save_adamw_state,
 )
-from .checkpoint import grow_checkpoint
-from .checkpoint_plan import CheckpointPlan, find_checkpoint_directory, plan_checkpoint_growth
+from .checkpoint import CheckpointPlan, find_checkpoint_directory, grow_checkpoint, plan_checkpoint_growth
 from .inits import INITS, resolve_inits
 from .model import build_model, grow_model, grow_weights, hide_progress_bars
 from .peft import extract_base_model, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
 from .state_reader import WEIGHT, GrownStateReader
-from .verify import probe_growth, hash_stored_weights, hash_weights
+from .verify import hash_stored_weights, hash_weights, probe_growth
+
+checkpoint_directory = find_checkpoint_directory  # the public name of earlier releases
 
 __all__ = [
     "INITS",
     "WEIGHT",
     "AdamWState",
     "CheckpointPlan",
+    "GrownStateReader",
     "GrowthPlan",
     "GrowthProbe",
     "GrowthReceipt",
-    "GrownStateReader",
-    "extract_base_model",
     "build_model",
+    "checkpoint_directory",
+    "extract_base_model",
     "find_checkpoint_directory",
     "grow_adamw_state",
     "grow_adapters",
@@ -37,14 +39,14 @@ __all__ = [
     "grow_optimizer_file",
     "grow_optimizer_state_dict",
     "grow_weights",
+    "hash_stored_weights",
+    "hash_weights",
+    "hide_progress_bars",
     "is_peft_model",
     "load_adamw_file",
-    "hide_progress_bars",
     "plan_checkpoint_growth",
     "plan_growth",
     "probe_growth",
     "resolve_inits",
     "save_adamw_state",
-    "hash_stored_weights",
-    "hash_weights",
 ]

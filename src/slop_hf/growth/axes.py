@@ -1,12 +1,13 @@
-"""Axis maps: for each new slot of an axis, the old slot that it comes from, or "new".
+"""Axis maps: for each slot of a grown axis, the old slot that it comes from, or "new".
 
-From one map per axis follow the grown weights, the optimizer's moments and the config alike.
+One map per axis determines the grown weights, the optimizer's moments and the config. The names of the axes are those
+of the axis tables (`architectures.py`); docs/growth.md explains the idea with a worked example.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +16,15 @@ from ..dims import ModelDims
 from ..errors import GrowthError
 
 
-class Run(NamedTuple):
-    """A run of consecutive slots of a grown axis.
+class Segment(NamedTuple):
+    """Consecutive slots of a grown axis that come from consecutive old slots, or are all new.
 
-    `old` is the old slot that its first slot comes from, None for new slots; `copies` says how many slots in all come
-    from each of these old ones, and `operator` who added new ones.
+    Args:
+        start: first slot.
+        length: number of slots.
+        old: old slot that the first slot comes from; None if the slots are new.
+        copies: number of slots, over the whole axis, that come from each of these old slots.
+        operator: operator that added the slots, if they are new.
     """
 
     start: int
@@ -31,140 +36,162 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class AxisMap:
-    """Where the slots of a grown axis come from.
+    """The origin of every slot of a grown axis.
+
+    A map is stored as a few segments, because tensors are copied and filled block by block: one block for each
+    combination of segments, one per dimension.
 
     Args:
-        old_size: slots before.
-        runs: of slots after, from the first to the last without a gap.
+        old_size: number of slots before growth.
+        segments: slots after growth, from the first to the last without a gap.
 
     >>> AxisMap.append(2, 4, "ffn").source
     [0, 1, None, None]
-    >>> AxisMap.tile(2, 5, "ffn").runs[0]
-    Run(start=0, length=1, old=0, copies=3, operator='')
+    >>> AxisMap.tile(2, 5, "ffn").segments[0]
+    Segment(start=0, length=1, old=0, copies=3, operator='')
     """
 
     old_size: int
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
 
     @classmethod
     def identity(cls, size: int) -> AxisMap:
-        """Every slot where it was."""
-        return cls(size, (Run(0, size, 0),))
+        """Keep every slot where it is."""
+        return cls(size, (Segment(0, size, 0),))
 
     @classmethod
     def append(cls, old_size: int, new_size: int, operator: str) -> AxisMap:
-        """Old slots first, new slots behind them."""
-        return cls.of(old_size, [*range(old_size), *[None] * (new_size - old_size)], operator)
+        """Put new slots after the old ones."""
+        return cls.from_source([*range(old_size), *[None] * (new_size - old_size)], old_size, operator)
 
     @classmethod
     def tile(cls, old_size: int, new_size: int, operator: str, *, whole: bool = False) -> AxisMap:
-        """Old slots over and over: new slot j is a copy of `j mod old_size`.
+        """Repeat the old slots: new slot j is a copy of old slot `j mod old_size`.
 
-        With `whole`, only whole repetitions are copies, and the rest is new.
+        With `whole`, only complete repetitions are copies; the slots after the last one are new.
         """
         end = new_size // old_size * old_size if whole else new_size
-        return cls.of(old_size, [slot % old_size if slot < end else None for slot in range(new_size)], operator)
+        source = [slot % old_size if slot < end else None for slot in range(new_size)]
+        return cls.from_source(source, old_size, operator)
 
     @classmethod
-    def of(cls, old_size: int, source: Sequence[int | None], operator: str, unit: int = 1) -> AxisMap:
-        """The map of a list of sources, each standing for `unit` consecutive slots (a head for its head_dim)."""
+    def from_source(cls, source: Sequence[int | None], old_size: int, operator: str, unit: int = 1) -> AxisMap:
+        """Build the map from the old slot of each new one (None: new).
+
+        Args:
+            source: old unit of each new unit.
+            old_size: number of slots before growth.
+            operator: operator that adds the new slots.
+            unit: consecutive slots that an entry of `source` stands for, such as the head_dim slots of a head.
+        """
         copies = Counter(source)
-        runs: list[Run] = []
+        segments: list[Segment] = []
         for index, old in enumerate(source):
-            start, slot, many = index * unit, None if old is None else old * unit, 1 if old is None else copies[old]
-            if runs and _continues(runs[-1], slot, many):
-                runs[-1] = runs[-1]._replace(length=runs[-1].length + unit)
+            start, slot, count = index * unit, None if old is None else old * unit, 1 if old is None else copies[old]
+            if segments and _continues(segments[-1], slot, count):
+                segments[-1] = segments[-1]._replace(length=segments[-1].length + unit)
             else:
-                runs.append(Run(start, unit, slot, many, operator if old is None else ""))
-        return cls(old_size, tuple(runs))
+                segments.append(Segment(start, unit, slot, count, operator if old is None else ""))
+        return cls(old_size, tuple(segments))
 
-    def inside(self, unit: AxisMap) -> AxisMap:
-        """This map with each stretch of `unit.old_size` old slots grown by `unit`: heads, and what is in a head.
+    def grow_units(self, unit: AxisMap) -> AxisMap:
+        """Return this map with every `unit.old_size` slots grown by `unit`: a map of heads, and one within each head.
 
-        New stretches stay new as a whole.
+        A new head stays new as a whole.
         """
         if unit.is_identity:
             return self
-        runs: list[Run] = []
-        for run in self.runs:
-            for number in range(run.length // unit.old_size):
-                start = (run.start // unit.old_size + number) * unit.new_size
-                if run.old is None:
-                    runs.append(Run(start, unit.new_size, None, 1, run.operator))
+        segments: list[Segment] = []
+        for segment in self.segments:
+            for number in range(segment.length // unit.old_size):
+                start = (segment.start // unit.old_size + number) * unit.new_size
+                if segment.old is None:
+                    segments.append(Segment(start, unit.new_size, None, 1, segment.operator))
                     continue
-                for part in unit.runs:
-                    old = None if part.old is None else run.old + number * unit.old_size + part.old
-                    copies = 1 if old is None else run.copies
-                    runs.append(Run(start + part.start, part.length, old, copies, part.operator))
-        return AxisMap(self.old_size, tuple(runs))
+                for part in unit.segments:
+                    old = None if part.old is None else segment.old + number * unit.old_size + part.old
+                    copies = 1 if old is None else segment.copies
+                    segments.append(Segment(start + part.start, part.length, old, copies, part.operator))
+        return AxisMap(self.old_size, tuple(segments))
 
     @property
     def new_size(self) -> int:
-        """Slots after."""
-        return self.runs[-1].start + self.runs[-1].length
+        """Number of slots after growth."""
+        return self.segments[-1].start + self.segments[-1].length
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing changes."""
-        return self.runs == (Run(0, self.old_size, 0),)
+        """Whether every slot stays where it is and none is added."""
+        return self.segments == (Segment(0, self.old_size, 0),)
 
     @property
-    def most_copies(self) -> int:
+    def max_copies(self) -> int:
         """The largest number of slots that come from one old slot."""
-        return max(run.copies for run in self.runs)
+        return max(segment.copies for segment in self.segments)
 
     @property
     def source(self) -> list[int | None]:
-        """The old slot of each new one; None for a new one."""
-        return [None if run.old is None else run.old + i for run in self.runs for i in range(run.length)]
+        """The old slot of each slot; None for a new one."""
+        return [
+            None if segment.old is None else segment.old + i
+            for segment in self.segments
+            for i in range(segment.length)
+        ]
+
+    @property
+    def new_slots(self) -> list[int]:
+        """The slots that are new."""
+        return [slot for slot, old in enumerate(self.source) if old is None]
 
 
-def _continues(run: Run, slot: int | None, copies: int) -> bool:
-    if run.old is None or slot is None:
-        return run.old is None and slot is None
-    return run.copies == copies and run.old + run.length == slot
+def _continues(segment: Segment, slot: int | None, copies: int) -> bool:
+    """Whether a slot from old slot `slot` (None: new) belongs to the segment before it."""
+    if segment.old is None or slot is None:
+        return segment.old is None and slot is None
+    return segment.copies == copies and segment.old + segment.length == slot
 
 
 def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) -> dict[Axis, AxisMap]:
-    """The maps of all axes but the vocabulary, which growth leaves alone.
+    """Build the map of every axis except the vocabulary, which growth leaves alone.
 
     Args:
-        old, new: structures before and after.
-        inits: the init of each operator; it decides whether new slots are copies.
+        old: structure before growth.
+        new: structure after growth.
+        inits: init of each operator; it decides whether additional slots are copies or new.
 
     Raises:
-        GrowthError: where query heads would have to leave their key/value head.
+        GrowthError: if query heads would be separated from the key/value head that they attend with.
     """
     copies_ffn = inits.get("ffn") == "copy"
     ffn = (AxisMap.tile if copies_ffn else AxisMap.append)(old.intermediate_size, new.intermediate_size, "ffn")
     hidden = AxisMap.append(old.hidden_size, new.hidden_size, "hidden")
     if inits.get("hidden") == "copy":
-        # A residual stream whose slots are copied unequally often cannot be repaired by any gain.
+        # If slots were copied unequally often, no norm gain could restore the residual stream.
         hidden = AxisMap.tile(old.hidden_size, new.hidden_size, "hidden", whole=True)
-    head = _head_map(old.head_dim, new.head_dim, spread=inits.get("head_dim") == "spread")
-    queries, keys = _head_sources(old, new, copy=inits.get("mha") == "copy")
+    head = _build_head_map(old.head_dim, new.head_dim, spread=inits.get("head_dim") == "spread")
+    queries, keys = _find_head_sources(old, new, copy=inits.get("mha") == "copy")
 
-    def heads(source: Iterable[int | None], count: int, parts: int = 1) -> AxisMap:
+    def map_heads(source: Sequence[int | None], count: int, parts: int = 1) -> AxisMap:
         unit = old.head_dim * parts
-        return AxisMap.of(count * unit, list(source), "mha", unit)
+        return AxisMap.from_source(source, count * unit, "mha", unit)
 
     return {
         "hidden": hidden,
         "ffn": ffn,
-        "query": heads(queries, old.num_attention_heads).inside(head),
-        "key_value": heads(keys, old.num_key_value_heads).inside(head),
-        "fused": heads(queries, old.num_attention_heads, parts=3),
+        "query": map_heads(queries, old.num_attention_heads).grow_units(head),
+        "key_value": map_heads(keys, old.num_key_value_heads).grow_units(head),
+        "fused": map_heads(queries, old.num_attention_heads, parts=3),
         "head_dim": head,
     }
 
 
-def _head_sources(old: ModelDims, new: ModelDims, *, copy: bool) -> tuple[list[int | None], list[int | None]]:
-    """The old query and key/value head of each new one.
+def _find_head_sources(old: ModelDims, new: ModelDims, *, copy: bool) -> tuple[list[int | None], list[int | None]]:
+    """Return the old query head of each new query head, and the old key/value head of each new key/value head.
 
-    transformers lets query head i attend with key/value head i // g, g being the query heads per key/value head. So
-    old head (k, j) of group k goes to k * g' + j, and new key/value heads come behind with whole groups of theirs;
-    query heads appended at the end would attend with the wrong keys. A smaller group gives each of its parts a copy of
-    the key/value head that they shared.
+    With g query heads per key/value head, transformers lets query head i attend with key/value head i // g. Old query
+    head j of group k therefore moves from k * g + j to k * g' + j; appended at the end, it would attend with other
+    keys. New key/value heads come last, together with their groups. If the groups become smaller, each part of an old
+    group gets a copy of the key/value head that the group shared.
     """
     group = old.num_attention_heads // old.num_key_value_heads
     new_group = new.num_attention_heads // new.num_key_value_heads
@@ -173,35 +200,36 @@ def _head_sources(old: ModelDims, new: ModelDims, *, copy: bool) -> tuple[list[i
         split, remainder = divmod(group, new_group)
         if remainder or new.num_key_value_heads < old.num_key_value_heads * split:
             raise GrowthError(
-                f"growing from {group} to {new_group} query heads per key/value head would part query heads from "
-                f"their keys; keep num_key_value_heads at {old.num_key_value_heads}, or give each group whole parts"
+                f"growing from {group} to {new_group} query heads per key/value head would separate query heads from "
+                f"their keys; keep num_key_value_heads at {old.num_key_value_heads}, or split each group into equal "
+                "parts"
             )
         group = new_group
     old_groups = old.num_key_value_heads * split
     queries: list[int | None] = []
     keys: list[int | None] = []
     for k in range(new.num_key_value_heads):
-        known = k < old_groups
-        keys.append(k % old_groups // split if known or copy else None)
+        is_old_group = k < old_groups
+        keys.append(k % old_groups // split if is_old_group or copy else None)
         for j in range(new_group):
-            is_old = known and j < group
+            is_old = is_old_group and j < group
             queries.append(k % old_groups * group + j % group if is_old or copy else None)
     return queries, keys
 
 
-def _head_map(old: int, new: int, *, spread: bool) -> AxisMap:
-    """The map within a head. Rotary embeddings turn slots (i, i + d/2) together, at the frequency of pair i.
+def _build_head_map(old: int, new: int, *, spread: bool) -> AxisMap:
+    """Build the map within a head. Rotary embeddings rotate slots (i, i + d/2) together, at the frequency of pair i.
 
-    Pairs keep their index, and `rope_theta` is changed to keep their frequencies; with `spread` pair i becomes pair
-    m * i of m times as many, which has its frequency already.
+    By default pairs keep their index, and `rope_theta` is changed to keep their frequencies. With `spread`, pair i of
+    d/2 becomes pair m * i of m * d/2, which already has its frequency.
     """
     if old == new:
         return AxisMap.identity(old)
     factor, remainder = divmod(new, old)
     if spread and remainder:
-        raise GrowthError(f"init 'spread' takes a whole multiple of head_dim {old}, got {new}; 'preserving' takes any")
+        raise GrowthError(f"init 'spread' needs a whole multiple of head_dim {old}, got {new}; 'preserving' takes any")
     step = factor if spread else 1
     source: list[int | None] = [None] * new
     for i in range(old // 2):
         source[step * i], source[step * i + new // 2] = i, i + old // 2
-    return AxisMap.of(old, source, "head_dim")
+    return AxisMap.from_source(source, old, "head_dim")

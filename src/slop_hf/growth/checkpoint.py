@@ -1,7 +1,11 @@
-"""`grow_checkpoint`: growth from a checkpoint directory to another, a tensor at a time."""
+"""`grow_checkpoint`: growth from one checkpoint directory to another, one tensor at a time.
+
+First `plan_checkpoint_growth` makes every decision and reads only headers; then the plan is executed.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -10,37 +14,378 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..cost.flops import count_parameters
-from ..dims import ModelDims
+from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
-from ..io.files import write_directory, write_text
-from ..io.serialization import list_versions
+from ..io.files import make_temporary_path, write_directory, write_text
+from ..io.hub_address import Address
+from ..io.network_errors import summarize_error
+from ..io.numbers import require_whole_number
+from ..io.serialization import Json, list_versions
+from ..io.units import format_bytes
 from ..schedule import GrowthStage
-from .checkpoint_plan import CheckpointPlan, TensorPlan, plan_checkpoint_growth
-from .plan import DEFAULT_NOISE
+from .plan import DEFAULT_NOISE, GrowthPlan, ParameterPlan, plan_growth
 from .receipt import RECEIPT_FILE, GrowthProbe, GrowthReceipt
 from .safetensors_io import (
     FLOATS,
     INDEX_FILE,
-    create_shard,
+    Shard,
+    StoredTensor,
     are_equal_tensors,
+    create_shard,
     flush_shard,
     format_index,
+    plan_shards,
+    read_checkpoint_headers,
     read_tensor,
     write_tensor,
 )
 from .tensors import ThreadMemory, grow_parameter, start_worker_threads
-from .verify import combine_hashes, probe_checkpoints, hash_tensor
+from .verify import combine_hashes, hash_tensor, probe_checkpoints
 
-#: Memory of the tensors in flight; one that takes more by itself is made alone.
+#: Files that are copied unchanged: generation config, tokenizer and chat templates.
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+)
+_HUB_FILES = ("config.json", "model*.safetensors", INDEX_FILE, *COPIED_FILES)
+
+#: Buffers that older releases of transformers saved and newer ones compute.
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.(bias|masked_bias))$")
+
+_OTHER_FILES_BYTES = 2**16  # config and receipt
+
+#: Memory of the tensors in flight; a tensor that needs more is grown while no other is.
 IN_FLIGHT_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor of the target is made: read, passed through each growth in turn, written.
+
+    Args:
+        source: location of the old tensor.
+        target: location of the new tensor.
+        steps: plan of the parameter in each growth.
+    """
+
+    source: StoredTensor
+    target: StoredTensor
+    steps: tuple[ParameterPlan, ...]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the result depends on the source; a zeroed parameter does not."""
+        return not any(step.zeroed for step in self.steps)
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory needed to make it: the old and the new tensor of a step, and a float32 copy of one being centred."""
+        sizes = [self.source.numel, *(math.prod(step.new_shape) for step in self.steps)]
+        width = FLOATS[self.source.dtype].itemsize
+        centring_width = 8 if width < 4 else width
+        return max(
+            (old + new) * width + (old * centring_width if step.is_centred else 0)
+            for old, new, step in zip(sizes, sizes[1:], self.steps, strict=False)
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """The growth of a checkpoint through one or more `growths`. The executor decides nothing.
+
+    Args:
+        source: directory or Hub id, as the user gave it.
+        directory: local directory of the source.
+        target: directory to be made.
+        growths: growths, in order.
+        tensors: every tensor of the target, in the order of the files.
+        shards: files of weights, with the location of every tensor.
+        twins: pairs of tensors of the source that are stored twice although tied; they must be equal.
+        copied_files: files that are copied unchanged, relative to `directory`.
+        free_bytes: free space on the target's disk.
+    """
+
+    source: str
+    directory: Path
+    target: Path
+    growths: tuple[GrowthPlan, ...]
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[Shard, ...]
+    twins: tuple[tuple[StoredTensor, StoredTensor], ...]
+    copied_files: tuple[Path, ...]
+    free_bytes: int
+
+    @property
+    def old(self) -> ModelDims:
+        """The structure before growth."""
+        return self.growths[0].old
+
+    @property
+    def new(self) -> ModelDims:
+        """The structure after growth."""
+        return self.growths[-1].new
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the grown model computes the same function as the source, up to rounding."""
+        return all(growth.preserves for growth in self.growths)
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The operators that grow, in order, each once."""
+        return tuple(self.inits)
+
+    @property
+    def inits(self) -> dict[str, str]:
+        """The init of each operator; if growths use different ones, all of them, such as "stack, interleave"."""
+        by_operator: dict[str, list[str]] = {}
+        for growth in self.growths:
+            for operator, init in growth.inits.items():
+                if init not in by_operator.setdefault(operator, []):
+                    by_operator[operator].append(init)
+        return {operator: ", ".join(inits) for operator, inits in by_operator.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the grown model."""
+        return int(count_parameters(self.new, self.growths[-1].config()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the grown weights."""
+        return sum(tensor.target.nbytes for tensor in self.tensors)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Disk space that the target takes."""
+        copied = sum((self.directory / file).stat().st_size for file in self.copied_files)
+        index = len(format_index(self.shards)) if len(self.shards) > 1 else 0
+        return sum(shard.nbytes for shard in self.shards) + index + copied + _OTHER_FILES_BYTES
+
+    def as_dict(self) -> dict[str, Json]:
+        """Return a summary of the plan as plain data."""
+        return {
+            "from": str(self.old),
+            "to": str(self.new),
+            "inits": self.inits,
+            "stages": [{"to": str(growth.new), "inits": dict(growth.inits)} for growth in self.growths],
+            "preserves": self.preserves,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "shards": {shard.file: shard.nbytes for shard in self.shards},
+            "carried": [str(file) for file in self.copied_files],
+            "needed_bytes": self.needed_bytes,
+            "free_bytes": self.free_bytes,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} {self.old} to {self.target} {self.new}"]
+        for number, growth in enumerate(self.growths, start=1):
+            inits = ", ".join(f"{operator} by {init}" for operator, init in growth.inits.items())
+            lines.append(f"  growth {number}: {inits} -> {growth.new}" + ("" if growth.preserves else "  (not exact)"))
+        for shard in self.shards:
+            lines.append(f"  {shard.file}: {len(shard.tensors)} tensors, {format_bytes(shard.nbytes)}")
+        if self.copied_files:
+            lines.append(f"  copied unchanged: {', '.join(str(file) for file in self.copied_files)}")
+        needed, free = format_bytes(self.needed_bytes), format_bytes(self.free_bytes)
+        lines.append(f"  {self.parameters:,} parameters; needs {needed} of disk space, {free} are free")
+        return "\n".join(lines)
+
+
+def plan_checkpoint_growth(
+    source: str | Path,
+    target: str | Path,
+    operator: str | GrowthStage | Sequence[GrowthStage],
+    new_dims: int | Mapping[str, int] | ModelDims | None = None,
+    *,
+    init: str | Mapping[str, str] | None = None,
+    seed: int = 0,
+    noise: float = DEFAULT_NOISE,
+    max_shard_size: int | str = "5GB",
+) -> CheckpointPlan:
+    """Decide the growth of a checkpoint, and reject what cannot be done, without reading a weight.
+
+    A source on the Hub is downloaded into the cache. Arguments and errors are those of `grow_checkpoint`.
+    """
+    target = Path(target)
+    if target.exists() or target.is_symlink():
+        raise GrowthError(f"{target} exists already; choose a new directory, nothing is overwritten")
+    directory = find_checkpoint_directory(source)
+    growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise)
+    stored = read_checkpoint_headers(directory)
+    chains = _chain_parameters(growths)
+    sources = _match_sources(directory, growths[0], stored, {chain[0].source: chain[0] for chain in chains.values()})
+    layouts = {
+        chain[-1].stored_name: (sources[chain[0].source].dtype, chain[-1].new_shape)
+        for _, chain in sorted(chains.items(), key=lambda item: _make_natural_key(item[0]))
+    }
+    shards = plan_shards(layouts, max_shard_size)
+    by_stored_name = {chain[-1].stored_name: chain for chain in chains.values()}
+    tensors = []
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        chain = by_stored_name[tensor.name]
+        tensors.append(TensorPlan(sources[chain[0].source], tensor, chain))
+    copied = {path for pattern in COPIED_FILES for path in directory.glob(pattern) if path.is_file()}
+    plan = CheckpointPlan(
+        source=str(source),
+        directory=directory,
+        target=target,
+        growths=growths,
+        tensors=tuple(tensors),
+        shards=shards,
+        twins=tuple(_find_twins(growths[0], stored)),
+        copied_files=tuple(sorted(path.relative_to(directory) for path in copied)),
+        free_bytes=_count_free_bytes(target),
+    )
+    if plan.needed_bytes > plan.free_bytes:
+        needed, free = format_bytes(plan.needed_bytes), format_bytes(plan.free_bytes)
+        raise GrowthError(
+            f"{target} takes {needed}, but its disk has {free} free; free some space or choose another disk"
+        )
+    return plan
+
+
+def find_checkpoint_directory(source: str | Path) -> Path:
+    """Return the local directory of a checkpoint; one on the Hub is downloaded, without pickles or code.
+
+    Args:
+        source: directory; or Hub id, optionally with a revision (`user/name@stage-1-layer`).
+
+    Raises:
+        GrowthError: if the source is neither a directory nor a model that could be downloaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    address = None if path.exists() or isinstance(source, Path) else Address.find(source)
+    if address is None:
+        raise GrowthError(f"{source} is not a model directory: there is no such directory")
+    try:
+        return Path(
+            snapshot_download(
+                address.repo_id,
+                revision=address.revision,
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=["*.bin", "*.py"],
+            )
+        )
+    except (OSError, ValueError) as caught:
+        raise GrowthError(
+            f"{source} is not a directory, and no model of that name could be downloaded from the Hub: "
+            f"{summarize_error(caught)}"
+        ) from None
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise GrowthError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
+        message = f"{directory} is not a checkpoint that transformers can read: {summarize_error(caught)}"
+        raise GrowthError(message) from None
+
+
+def _plan_growths(
+    config: ModelConfig,
+    operator: str | GrowthStage | Sequence[GrowthStage],
+    new_dims: int | Mapping[str, int] | ModelDims | None,
+    init: str | Mapping[str, str] | None,
+    seed: int,
+    noise: float,
+) -> tuple[GrowthPlan, ...]:
+    """Plan each growth, from the config that the one before it leaves."""
+    stages = [operator] if isinstance(operator, (str, GrowthStage)) else operator
+    is_valid = isinstance(stages, Sequence) and bool(stages)
+    if not is_valid or not (isinstance(operator, str) or all(isinstance(stage, GrowthStage) for stage in stages)):
+        raise GrowthError(f"operator must be a name, a GrowthStage or several GrowthStages, got {operator!r}")
+    plans: list[GrowthPlan] = []
+    for number, stage in enumerate(stages):
+        # With the same seed, the new entries that a parameter gets in two growths would begin with the same numbers.
+        plans.append(plan_growth(config, stage, new_dims, init=init, seed=seed + number, noise=noise))
+        config = plans[-1].config()
+    return tuple(plans)
+
+
+def _chain_parameters(growths: Sequence[GrowthPlan]) -> dict[str, tuple[ParameterPlan, ...]]:
+    """Return, for every parameter of the last model, its plan in each growth."""
+    chains: dict[str, tuple[ParameterPlan, ...]] = {}
+    for growth in growths:
+        chains = {parameter.name: (*chains.get(parameter.source, ()), parameter) for parameter in growth.parameters()}
+    return chains
+
+
+def _match_sources(
+    directory: Path,
+    growth: GrowthPlan,
+    stored: Mapping[str, StoredTensor],
+    parameters: Mapping[str, ParameterPlan],
+) -> dict[str, StoredTensor]:
+    """Return the location of each parameter of the old model; reject files that differ from the axis table."""
+    sources: dict[str, StoredTensor] = {}
+    family = growth.architecture.model_type
+    mismatch = f"unlike the axis table of {family!r}; merge adapters and undo quantisation before growing"
+    for source, parameter in parameters.items():
+        name = next((name for name in (parameter.stored_source, source) if name in stored), None)
+        if name is None:
+            raise GrowthError(f"{directory} has no {parameter.stored_source}, {mismatch}")
+        tensor = stored[name]
+        if tensor.shape != parameter.old_shape:
+            raise GrowthError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+                f"but config.json makes it {list(parameter.old_shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise GrowthError(
+                f"{tensor.file}: {name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; "
+                "undo quantisation before growing"
+            )
+        sources[source] = tensor
+    expected = {tensor.name for tensor in sources.values()} | {twin.name for twin, _ in _find_twins(growth, stored)}
+    unexpected = sorted(name for name in stored if name not in expected and not _BUFFERS.search(name))
+    if unexpected:
+        raise GrowthError(f"{directory} has a tensor {unexpected[0]}, {mismatch}")
+    return sources
+
+
+def _find_twins(growth: GrowthPlan, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[StoredTensor, StoredTensor]]:
+    """Yield the tensors that the source stores although they are tied, each with the one that it is tied to."""
+    untied = set(growth.architecture.rows(growth.source_config))
+    for row in growth.architecture.rows(growth.source_config, tied=True):
+        name = next((name for name in (row.stored_as, row.name) if name in stored), None)
+        if row not in untied and name is not None and row.tied_to is not None and row.tied_to in stored:
+            yield stored[name], stored[row.tied_to]
+
+
+def _count_free_bytes(target: Path) -> int:
+    """Return the free space on the target's disk, including what a killed run has left: that is removed first."""
+    parent = next(path for path in target.absolute().parents if path.exists())
+    leftover = sum(path.stat().st_size for path in make_temporary_path(target).rglob("*") if path.is_file())
+    return shutil.disk_usage(parent).free + leftover
+
+
+def _make_natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts names as transformers does, which decides the content of shards: layer 2 before 10."""
+    return [(False, int(part), "") if part.isdigit() else (True, 0, part) for part in name.split(".")]
 
 
 def grow_checkpoint(
@@ -59,26 +404,28 @@ def grow_checkpoint(
 ) -> GrowthReceipt:
     """Grow a checkpoint into a new directory, with its tokenizer, generation config and a receipt.
 
-    Safetensors to safetensors, a tensor at a time: the memory that it takes is that of the largest tensor, before and
-    after, and at least half a GiB to work in. The weights are those of `grow_model`, bit for bit, each in the dtype
-    that it is stored in. The directory is complete or absent; what a killed run leaves beside it (`.NAME.writing`)
-    is removed by the next.
+    Safetensors to safetensors, one tensor at a time: it needs the memory of the largest tensor, before and after
+    growth, and at least half a GiB. The weights are those of `grow_model`, bit for bit, each in the dtype in which it
+    is stored. The directory is complete or absent; the next run removes what a killed run has left (`.NAME.writing`).
 
     Args:
-        source: a local directory or a Hub id[@revision].
-        target: a directory that does not exist yet.
-        operator: as for `grow_model`; or several `GrowthStage`s, which follow one another in one pass over the data.
-            The weights are then those of `grow_model` once for each stage, with `seed`, `seed + 1` and so on.
-        new_dims, init, seed, noise: as for `grow_model`.
-        max_shard_size: largest file of weights, in bytes or as "5GB".
-        threads: that read, grow and write; default, one for each core up to 4.
-        progress: show a bar, where there is a terminal to show it.
-        verify: load both models when the weights are written, measure what changed (`GrowthReceipt.probe`), and fail
-            where a growth that should keep the function does not. This takes the memory of both.
+        source: local directory, or Hub id[@revision].
+        target: directory that does not exist yet.
+        operator: as for `grow_model`; or several `GrowthStage`s, applied one after another in one pass over the data.
+            The weights are then those of one `grow_model` per stage, with `seed`, `seed + 1` and so on.
+        new_dims: as for `grow_model`.
+        init: as for `grow_model`.
+        seed: as for `grow_model`.
+        noise: as for `grow_model`.
+        max_shard_size: size of the largest file of weights, in bytes or as "5GB".
+        threads: number of threads that read, grow and write; default, one per core, at most 4.
+        progress: whether to show a progress bar, if there is a terminal.
+        verify: whether to load both models afterwards, measure what changed (`GrowthReceipt.probe`), and fail if a
+            growth that should preserve the function does not. This needs the memory of both models.
 
     Raises:
-        GrowthError: an unreadable, damaged or unknown source, an existing target, a full disk, and as for
-            `grow_model`. Everything that can be is refused before the first weight is read.
+        GrowthError: if the source cannot be read, is damaged or of an unknown family, the target exists or the disk is
+            full, and as for `grow_model`. Whatever can be checked is checked before the first weight is read.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,8 +439,7 @@ def grow_checkpoint(
     """
     began = time.perf_counter()
     threads = min(4, os.cpu_count() or 1) if threads is None else threads
-    if threads < 1:
-        raise GrowthError(f"threads must be 1 or more, got {threads}")
+    require_whole_number(threads, "threads", error=GrowthError)
     plan = plan_checkpoint_growth(
         source, target, operator, new_dims, init=init, seed=seed, noise=noise, max_shard_size=max_shard_size
     )
@@ -107,76 +453,67 @@ def grow_checkpoint(
         with write_directory(plan.target) as directory:
             source_hash = _write_weights(plan, directory, threads, progress)
             plan.growths[-1].config().save_pretrained(directory)
-            for file in plan.carried:
+            for file in plan.copied_files:
                 (directory / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(plan.directory / file, directory / file)
-            probe = _verified(plan, directory) if verify else None
-            receipt = _receipt(plan, seed, source_hash, time.perf_counter() - began, probe)
-            write_text(directory / RECEIPT_FILE, receipt.to_json())
+            receipt = GrowthReceipt(
+                source=plan.source,
+                operators=plan.operators,
+                inits=plan.inits,
+                seed=seed,
+                noise=noise,
+                source_dims=plan.old,
+                dims=plan.new,
+                source_parameters=count_parameters(plan.old, plan.growths[0].source_config),
+                parameters=plan.parameters,
+                versions=list_versions(),
+                preserves=plan.preserves,
+                source_hash=source_hash,
+                probe=_verify(plan, directory) if verify else None,
+                bytes_written=plan.weight_bytes,
+                seconds=time.perf_counter() - began,
+                peak_memory_bytes=measure_peak_memory(),
+            )
+            receipt.to_json(directory / RECEIPT_FILE)
     except OSError as caught:
         raise GrowthError(f"{plan.target} could not be written: {caught}") from caught
     return receipt
 
 
-def _verified(plan: CheckpointPlan, directory: Path) -> GrowthProbe:
-    """What a batch of tokens shows of the grown checkpoint.
-
-    Raises:
-        GrowthError: where the function should have stayed, and has not.
-    """
+def _verify(plan: CheckpointPlan, directory: Path) -> GrowthProbe:
+    """Measure what the growth changed; raise if the function should have been preserved and was not."""
     probe = probe_checkpoints(plan.directory, directory, plan.growths)
-    if all(growth.preserves for growth in plan.growths) and not probe.is_exact:
+    if plan.preserves and not probe.is_exact:
         raise GrowthError(
-            f"{plan.source} has not kept its function: its logits change by {probe.max_logit_change:.1e} of the "
-            f"largest, rounding explains {probe.rounding_floor:.1e}; nothing was written, please report this"
+            f"the growth of {plan.source} has not preserved its function: its logits change by "
+            f"{probe.max_logit_change:.1e} of the largest, rounding explains {probe.rounding_floor:.1e}; "
+            "nothing was written, please report this"
         )
     return probe
 
 
-def _receipt(
-    plan: CheckpointPlan, seed: int, source_hash: str, seconds: float, probe: GrowthProbe | None
-) -> GrowthReceipt:
-    return GrowthReceipt(
-        source=plan.source,
-        operators=plan.operators,
-        inits=plan.inits,
-        seed=seed,
-        noise=plan.growths[0].noise,
-        source_dims=plan.old,
-        dims=plan.new,
-        source_parameters=count_parameters(plan.old, plan.growths[0].source_config),
-        parameters=plan.parameters,
-        seconds=seconds,
-        versions=list_versions(),
-        preserves=all(growth.preserves for growth in plan.growths),
-        source_hash=source_hash,
-        probe=probe,
-        bytes_written=plan.weight_bytes,
-        peak_memory_bytes=measure_peak_memory(),
-    )
-
-
 def measure_peak_memory() -> int:
-    """Largest resident memory of this process so far.
+    """Return the largest resident memory of this process so far, in bytes.
 
-    Linux counts in `ru_maxrss` also what the parent had when it started this process, so VmHWM comes first.
+    On Linux `ru_maxrss` includes the memory that the parent had when it started this process, so VmHWM comes first.
     """
     with suppress(OSError):
-        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
-            return int(found[1]) * 1024
+        if match := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(match[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress: bool) -> str:
-    """Write every file of weights, and their index where there are several; returns the hash of the source's."""
+    """Write every file of weights, and the index if there are several; return the hash of the source's weights."""
     for shard in plan.shards:
         create_shard(directory, shard)
     if len(plan.shards) > 1:
         write_text(directory / INDEX_FILE, format_index(plan.shards))
     shards = {shard.file: shard for shard in plan.shards}
-    unwritten = Counter(str(one.target.file) for one in plan.tensors)
+    unwritten = Counter(str(tensor.target.file) for tensor in plan.tensors)
     hashes: dict[str, str | None] = {}
     lock = threading.Lock()
+    memory = ThreadMemory(IN_FLIGHT_BYTES // (2 * threads))
 
     with tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
 
@@ -184,25 +521,26 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
             with lock:
                 bar.update(nbytes)
 
-        memory = ThreadMemory(IN_FLIGHT_BYTES // (2 * threads))
-
-        def make(one: TensorPlan) -> None:
-            write_tensor(directory, one.target, _grow(one, hashes, lock, memory), advance)
+        def grow_and_write(tensor: TensorPlan) -> None:
+            write_tensor(directory, tensor.target, _grow_tensor(tensor, hashes, lock, memory), advance)
+            file = str(tensor.target.file)
             with lock:
-                unwritten[str(one.target.file)] -= 1
-                last = not unwritten[str(one.target.file)]
-            if last:
-                flush_shard(directory, shards[str(one.target.file)])
+                unwritten[file] -= 1
+                is_complete = not unwritten[file]
+            if is_complete:
+                flush_shard(directory, shards[file])
 
-        _in_threads(plan.tensors, make, threads)
+        _run_in_threads(plan.tensors, grow_and_write, threads)
     return combine_hashes((name, digest) for name, digest in hashes.items() if digest)
 
 
-def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, memory: ThreadMemory) -> torch.Tensor:
-    """The grown tensor, in the thread's memory; the source is hashed when it is first read."""
-    steps, dtype = one.steps, FLOATS[one.source.dtype]
-    if one.is_read:
-        value = read_tensor(one.source, memory.tensor("read", one.source.shape, dtype))
+def _grow_tensor(
+    tensor: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, memory: ThreadMemory
+) -> torch.Tensor:
+    """Return the grown tensor, in the thread's memory; hash the source when it is first read."""
+    steps, dtype = tensor.steps, FLOATS[tensor.source.dtype]
+    if tensor.is_read:
+        value = read_tensor(tensor.source, memory.allocate("read", tensor.source.shape, dtype))
         name = steps[0].source
         with lock:
             is_first = name not in hashes
@@ -211,58 +549,60 @@ def _grow(one: TensorPlan, hashes: dict[str, str | None], lock: threading.Lock, 
             hashes[name] = hash_tensor(value)
     else:
         value = torch.empty(0, dtype=dtype)
-        steps = steps[max(i for i, step in enumerate(steps) if step.silent) :]
-    growing = [step for step in steps if not step.changes_nothing]
-    for number, step in enumerate(growing, start=1):
-        out = memory.tensor("written", one.target.shape, dtype) if number == len(growing) else None
+        steps = steps[max(i for i, step in enumerate(steps) if step.zeroed) :]
+    steps = tuple(step for step in steps if not step.is_identity)
+    for number, step in enumerate(steps, start=1):
+        out = memory.allocate("written", tensor.target.shape, dtype) if number == len(steps) else None
         value = grow_parameter(value, step, out)
     return value
 
 
-class _InFlight:
-    """Lets tensors begin while all that are being made take no more than IN_FLIGHT_BYTES."""
+class _InFlightLimit:
+    """A byte-counting semaphore: it admits tensors while the total in flight stays below IN_FLIGHT_BYTES."""
 
     def __init__(self) -> None:
         self._bytes = 0
         self._changed = threading.Condition()
-        self.stopped = False
+        self.is_stopped = False
 
-    def enter(self, nbytes: int) -> bool:
-        """Wait for room; False once stopped."""
+    def acquire(self, nbytes: int) -> bool:
+        """Wait until the bytes fit, and count them; return False if stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self.stopped or not self._bytes or self._bytes + nbytes <= IN_FLIGHT_BYTES)
+            self._changed.wait_for(
+                lambda: self.is_stopped or not self._bytes or self._bytes + nbytes <= IN_FLIGHT_BYTES
+            )
             self._bytes += nbytes
-            return not self.stopped
+            return not self.is_stopped
 
-    def leave(self, nbytes: int) -> None:
+    def release(self, nbytes: int) -> None:
         with self._changed:
             self._bytes -= nbytes
             self._changed.notify_all()
 
     def stop(self) -> None:
         with self._changed:
-            self.stopped = True
+            self.is_stopped = True
             self._changed.notify_all()
 
 
-def _in_threads(tensors: Sequence[TensorPlan], make: Callable[[TensorPlan], None], threads: int) -> None:
-    """Make all tensors, in their order; after an error or an interrupt none begins any more, and it is raised."""
-    flight = _InFlight()
+def _run_in_threads(tensors: Sequence[TensorPlan], action: Callable[[TensorPlan], None], threads: int) -> None:
+    """Call `action` for all tensors, in order. After an error or an interrupt no further call starts; it is raised."""
+    limit = _InFlightLimit()
 
-    def run(one: TensorPlan) -> None:
+    def run(tensor: TensorPlan) -> None:
         try:
-            if not flight.stopped:
-                make(one)
+            if not limit.is_stopped:
+                action(tensor)
         except BaseException:
-            flight.stop()
+            limit.stop()
             raise
         finally:
-            flight.leave(one.working_bytes)
+            limit.release(tensor.working_bytes)
 
     with start_worker_threads(threads) as pool:
         try:
-            entered = (one for one in tensors if flight.enter(one.working_bytes))
-            for future in [pool.submit(run, one) for one in entered]:
+            admitted = (tensor for tensor in tensors if limit.acquire(tensor.working_bytes))
+            for future in [pool.submit(run, tensor) for tensor in admitted]:
                 future.result()
         finally:
-            flight.stop()
+            limit.stop()

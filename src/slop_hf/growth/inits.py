@@ -1,20 +1,21 @@
-"""Inits: what new entries hold, and which old layer a new one copies.
+"""Inits: the values of new entries, and the old layer that each new layer copies.
 
-An init of a width operator is a pure function of an operator, a row of the axis table and what the row does along the
-growing axis; it says how entries that are new along that axis are filled. Whether new slots are copies is told by
-`axes.axis_maps`. An init of `layer` is a pure function of the layer counts. To add one, write it and register it.
+An init of a width operator is a pure function of the operator, a row of the axis table, and the row's role along the
+growing axis. It returns the distribution of the entries that are new along that axis. Whether additional slots are new
+or copies is decided by `axes.build_axis_maps`. An init of `layer` is a pure function of the layer counts. To add an
+init, write the function and register it below.
 
 Which of them keep the function that the model computes:
 
 | init | layer | ffn | mha | hidden | head_dim |
 |---|---|---|---|---|---|
-| `random` (the paper's; layers `stack`) | no | no | no | no | no |
+| `random` (the paper's; for layers it is `stack`) | no | no | no | no | no |
 | `interleave` | no | | | | |
 | `preserving` | exact | exact | exact | exact | exact |
 | `spread` | | | | | exact |
 | `copy` | | exact | exact | exact | |
 
-Exact means up to the rounding of the dtype, and for `copy` in bf16 only where the number of copies is a power of two.
+Exact means up to the rounding of the dtype; `copy` in bf16 is exact only if the number of copies is a power of two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..operators import OPERATORS
 
 
 class InitDistribution(NamedTuple):
-    """New entries are drawn from a normal distribution; `std` 0 makes them constant."""
+    """The normal distribution that new entries are drawn from; with `std` 0 they are constant."""
 
     mean: float
     std: float
@@ -37,50 +38,52 @@ class InitDistribution(NamedTuple):
 ZERO = InitDistribution(0.0, 0.0)
 ONE = InitDistribution(1.0, 0.0)
 
+#: Operator, row, role of the row along the growing axis, `initializer_range` -> distribution of new entries.
 WidthInit = Callable[[str, Parameter, Role, float], InitDistribution]
+#: Old and new number of layers -> the old layer of each new one.
 LayerInit = Callable[[int, int], list[int]]
 
 
 def random(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
-    """The paper's init, Eq. 15 to 20: new entries N(0, initializer_range), new norm gains 1.
+    """Draw new entries from N(0, initializer_range^2) and set new norm gains to 1: the paper's init, Eq. 15 to 20.
 
-    The paper writes R for every new entry and says no more of R; the standard deviation is the one that
-    transformers initialises the family with. Gains of norms are not in its equations: 1 is their usual beginning.
-    Not function-preserving.
+    The paper writes R for every new entry and does not define R further; we take the standard deviation with which
+    transformers initialises the family. Norm gains are not in the equations; 1 is their usual initial value. The
+    function of the model is not preserved.
     """
     return ONE if role == "norm" else InitDistribution(0.0, initializer_range)
 
 
 def preserving(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
-    """Function-preserving: zeros on one side of the new slots, random entries on the other.
+    """Preserve the function: zeros on one side of the new slots, random entries on the other.
 
-    New slots of `hidden` are written with zeros (and the norms' gains and epsilon made up for it, see
-    `GrowthPlan.config_changes`); new slots of `ffn`, heads and `head_dim` are read with zeros. With zeros on both
-    sides the new slots would have no gradient for ever. Rows of new key slots within a head are zero too, since the
-    attention scores would read them otherwise.
+    New slots of `hidden` are written with zeros (`GrowthPlan.config_changes` and the norm gains compensate for them);
+    new slots of `ffn`, heads and `head_dim` are read with zeros. With zeros on both sides, the gradients of the new
+    slots would stay zero. The key rows of new slots within a head are zero too, since the attention scores would
+    otherwise read them.
     """
     if role == "norm":
         return ONE
     if operator == "hidden":
-        silent = role == "write"
+        is_zero = role == "write"
     else:
-        silent = role == "read" or (operator == "head_dim" and row.part == "key")
-    return ZERO if silent else InitDistribution(0.0, initializer_range)
+        is_zero = role == "read" or (operator == "head_dim" and row.part == "key")
+    return ZERO if is_zero else InitDistribution(0.0, initializer_range)
 
 
 WIDTH_INITS: dict[str, WidthInit] = {
     "random": random,
     "preserving": preserving,
-    # `copy` leaves new slots only where whole tiles of hidden do not fill it, `spread` is another place for the same.
+    # `copy` has new slots only if hidden is not a whole number of tiles; `spread` only puts them elsewhere.
     "copy": preserving,
     "spread": preserving,
 }
 
 
 def stack(old_layers: int, new_layers: int) -> list[int]:
-    """The paper's init of `layer` (Appendix G, StackBERT): the old model repeated on top of itself.
+    """Repeat the old model on top of itself: the paper's init of `layer` (Appendix G, StackBERT).
 
-    New layer i is a copy of old layer `i mod old_layers`, for any new count. Not function-preserving.
+    New layer i is a copy of old layer `i mod old_layers`, for any new count. The function is not preserved.
 
     >>> stack(3, 5)
     [0, 1, 2, 0, 1]
@@ -89,10 +92,10 @@ def stack(old_layers: int, new_layers: int) -> list[int]:
 
 
 def interleave(old_layers: int, new_layers: int) -> list[int]:
-    """Copies beside their source: new layer i is a copy of old layer `i * old_layers // new_layers`.
+    """Insert copies next to their source: new layer i is a copy of old layer `i * old_layers // new_layers`.
 
-    Not function-preserving. With the init `preserving` of `layer`, the same order, and every copy after the first adds
-    nothing to the residual stream (its output projections are zero).
+    The function is not preserved. The init `preserving` of `layer` uses the same order, but every copy after the first
+    adds nothing to the residual stream, because its output projections are zero.
 
     >>> interleave(3, 5)
     [0, 0, 1, 1, 2]
@@ -102,7 +105,7 @@ def interleave(old_layers: int, new_layers: int) -> list[int]:
 
 LAYER_INITS: dict[str, LayerInit] = {"stack": stack, "interleave": interleave, "preserving": interleave}
 
-#: The inits of each operator; the first is the default, and the paper's where the paper has the operator.
+#: The inits of each operator; the first is the default: the paper's, if the paper has the operator.
 INITS: dict[str, tuple[str, ...]] = {
     "layer": ("stack", "interleave", "preserving"),
     "mha": ("random", "preserving", "copy"),
@@ -112,24 +115,28 @@ INITS: dict[str, tuple[str, ...]] = {
 }
 assert INITS.keys() == OPERATORS.keys()
 
-#: Inits that keep the function.
+#: Inits that preserve the function.
 EXACT = {"preserving", "copy", "spread"}
 
 
 def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None) -> dict[str, str]:
-    """The name of the init of each operator.
+    """Return the name of each operator's init.
+
+    Args:
+        operators: names of the operators that grow.
+        init: one name for all operators, or a mapping from operator to name; operators without a name get the default.
 
     Raises:
-        GrowthError: for a name that the operator does not know.
+        GrowthError: if an operator has no init of that name.
 
     >>> resolve_inits(("layer", "ffn"), None)
     {'layer': 'stack', 'ffn': 'random'}
     """
     names = {}
     for operator in operators:
-        chosen = init.get(operator) if isinstance(init, Mapping) else init
-        names[operator] = chosen or INITS[operator][0]
-        if names[operator] not in INITS[operator]:
+        name = (init.get(operator) if isinstance(init, Mapping) else init) or INITS[operator][0]
+        if name not in INITS[operator]:
             known = ", ".join(INITS[operator])
-            raise GrowthError(f"unknown init {names[operator]!r} for operator {operator!r}; known: {known}")
+            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {known}")
+        names[operator] = name
     return names

@@ -1,12 +1,12 @@
-"""Growing LoRA adapters with their base model; the only file that imports peft.
+"""Growth of LoRA adapters with their base model; the only file that imports peft.
 
-A weight W (written axis × read axis) under LoRA acts as W + alpha / r · B A, with
+With LoRA, a weight W (written axis × read axis) acts as W + alpha / r · B A, where
 
-    A   (rank, read axis)     reads as W does, so it takes 1 / copies, the noise on copies and new columns as W does
-    B   (written axis, rank)  writes as W does, so it takes W's scale and new rows, and is 0 where W is silenced
+    A   (rank, read axis)     reads what W reads: it takes W's 1 / copies, noise on copies and new columns
+    B   (written axis, rank)  writes what W writes: it takes W's scale and new rows, and is 0 if W is zeroed
 
-The rank does not grow, and each factor of W's is on A or on B, never on both. So B A grows as W would have, and an
-init that keeps the function keeps it with adapters too.
+The rank does not grow, and each factor of W goes to A or to B, never to both. So B A grows as W would, and an init
+that preserves the function preserves it with adapters too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -28,25 +28,29 @@ from .axes import AxisMap
 from .plan import GrowthPlan, ParameterPlan
 from .tensors import grow_parameter
 
-_RANK = cast(Axis, "rank")  # of the adapter alone: no table has it
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+_RANK = cast(Axis, "rank")  # an axis of adapters, which no table has
 _ADAPTER = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|modules_to_save)"
     r"\.(?P<adapter>[^.]+)(?:\.(?P<rest>.+))?"
 )
-#: Fields of a LoraConfig that change what A and B mean; refused where they are set.
-_REFUSED = (
+#: Fields of a LoraConfig that change the meaning of A and B; a config that sets one is refused.
+_UNSUPPORTED_FIELDS = (
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",
     "ensure_weight_tying",
     "use_qalora",
     "megatron_config",
+    "use_dora",
 )
-_LAYER_NUMBER = re.compile(r"(?<![A-Za-z_])\d|\\d|\[")  # in a name or a pattern; the 4 of `dense_4h_to_h` is none
+_LAYER_NUMBER = re.compile(r"(?<![A-Za-z_])\d|\\d|\[")  # in a name or pattern, but not the 4 of `dense_4h_to_h`
 
 
-def is_peft_model(model: Any) -> bool:
-    """Whether a model is peft's; peft is not loaded to find out.
+def is_peft_model(model: object) -> TypeGuard[PeftModel]:
+    """Whether a model is peft's; the check does not import peft.
 
     >>> is_peft_model(torch.nn.Linear(2, 2))
     False
@@ -55,17 +59,17 @@ def is_peft_model(model: Any) -> bool:
     return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
 
 
-def extract_base_model(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The base model of a `PeftModel`, and its weights under the names that they have without adapters.
+def extract_base_model(model: PeftModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """Return the base model of a `PeftModel`, and its weights under their names without adapters.
 
-    The base is still wrapped in adapters: take its config and class, not its forward.
+    The base is still wrapped in adapters: use its config and class, not its forward.
 
     Raises:
-        GrowthError: peft is not installed, no LoRA, a variant of LoRA, merged adapters, a quantised base.
+        GrowthError: if peft is not installed, the adapters are not plain LoRA or are merged, or the base is quantised.
     """
     _check_supported(model)
-    base = model.get_base_model()
-    weights = {
+    base: PreTrainedModel = model.get_base_model()
+    weights: dict[str, torch.Tensor] = {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
         for name, parameter in base.named_parameters()
         if not _ADAPTER.fullmatch(name)
@@ -73,57 +77,57 @@ def extract_base_model(model: Any) -> tuple[PreTrainedModel, dict[str, torch.Ten
     return base, weights
 
 
-def grow_adapters(model: Any, grown_base: PreTrainedModel, plan: GrowthPlan) -> Any:
-    """A `PeftModel` around a grown base, with the adapters of `model` grown by the same plan.
+def grow_adapters(model: PeftModel, grown_base: PreTrainedModel, plan: GrowthPlan) -> PeftModel:
+    """Return a `PeftModel` around a grown base, with the adapters of `model` grown by the same plan.
 
-    All adapters are carried over: ranks, alphas, dropout, which of them are active, what is trained, modules to save
-    and biases. Layers that copy a layer copy its adapters. Where the depth changes, whatever in a config names layers
+    All adapters are carried over: ranks, alphas, dropout, active adapters, trainable parameters, modules to save and
+    biases. Layers that copy a layer copy its adapters. If the depth changes, everything in a config that names layers
     by number (`layers_to_transform`, patterns) is replaced by the full names of the modules. An `init_lora_weights`
-    that changes the base (PiSSA, OLoRA, ...) has done so already and becomes `True`.
+    that changes the base (PiSSA, OLoRA, ...) has already done so and becomes `True`.
 
-    Only what the adapters write and read can learn while the base stays frozen: new slots of ffn, which W reads with
-    zeros under `preserving`, come to life through an adapter of `down_proj`, an inserted layer through those of its
+    While the base stays frozen, only what the adapters write and read can learn: new slots of ffn, which W reads with
+    zeros under `preserving`, learn through an adapter of `down_proj`, and an inserted layer through adapters of its
     output projections.
 
     Args:
-        model: as `extract_base_model` accepts it; it is left untouched.
-        grown_base: the grown base model, which is wrapped in place.
-        plan: the growth.
+        model: as for `extract_base_model`; it is not changed.
+        grown_base: grown base model; it is wrapped in place.
+        plan: growth of the base.
 
     Returns:
-        A `PeftModel` of the class of `model`; it saves and loads as any other.
+        A `PeftModel` of the class of `model`, which saves and loads like any other.
 
     Raises:
-        GrowthError: as for `extract_base_model`, and for adapters of modules that the family's table does not have.
+        GrowthError: as for `extract_base_model`, and if an adapter adapts a module that the family's table lacks.
 
     Source: LoRA, https://arxiv.org/abs/2106.09685.
     """
     _check_supported(model)
-    source = dict(model.get_base_model().named_parameters())
+    sources = dict(model.get_base_model().named_parameters())
     plans = {parameter.name: parameter for parameter in plan.parameters()}
-    with torch.random.fork_rng(devices=[]):  # peft fills adapters at random before they get their values
+    with torch.random.fork_rng(devices=[]):  # peft fills adapters with random values first
         grown = _wrap(model, grown_base, plan)
         for name, parameter in grown.get_base_model().named_parameters():
-            old = source.get(_source_name(name, plan))
+            old = sources.get(_find_source_name(name, plan))
             if old is None:
                 raise GrowthError(f"the adapter's config asks for {name} after growth, which has no source; merge it")
-            if found := _ADAPTER.fullmatch(name):
-                parameter.data = grow_parameter(old, _adapter_plan(found, old, plans, plan))
+            if match := _ADAPTER.fullmatch(name):
+                parameter.data = grow_parameter(old, _plan_adapter(match, old, plans, plan))
         modules = dict(model.get_base_model().named_modules())
         for name, module in grown.get_base_model().named_modules():
-            if hasattr(module, "scaling") and hasattr(module, "lora_A"):  # it may have been set by hand
-                module.scaling.update(modules[_source_name(name, plan)].scaling)
-    grown.base_model.set_adapter(model.active_adapters)
+            if hasattr(module, "scaling") and hasattr(module, "lora_A"):  # the user may have set it
+                module.scaling.update(modules[_find_source_name(name, plan)].scaling)
+    grown.base_model.set_adapter(model.active_adapters)  # type: ignore[operator]
     grown.active_adapter = model.active_adapter
     for name, parameter in grown.get_base_model().named_parameters():
-        parameter.requires_grad_(source[_source_name(name, plan)].requires_grad)
+        parameter.requires_grad_(sources[_find_source_name(name, plan)].requires_grad)
     return grown.train(model.training)
 
 
-def _check_supported(model: Any) -> None:
-    """Refuse what is no plain LoRA."""
+def _check_supported(model: object) -> None:
+    """Raise unless a model is a `PeftModel` with plain, unmerged LoRA adapters on an unquantised base."""
     if find_spec("peft") is None:
-        raise GrowthError("growing adapters takes peft; pip install 'slop-hf[peft]'")
+        raise GrowthError("growing adapters needs peft; pip install 'slop-hf[peft]'")
     from peft import PeftModel, PeftType
     from peft.tuners.lora import Embedding, Linear, LoraLayer
 
@@ -133,9 +137,9 @@ def _check_supported(model: Any) -> None:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.peft_type != PeftType.LORA:
             raise GrowthError(f"adapter {name!r} is of type {kind}, only LORA can grow; merge or remove it first")
-        if refused := [field for field in (*_REFUSED, "use_dora") if getattr(config, field, None)]:
+        if refused := [field for field in _UNSUPPORTED_FIELDS if getattr(config, field, None)]:
             raise GrowthError(f"adapter {name!r} uses {refused[0]}, which cannot grow; merge_and_unload it first")
-    base: Any = model.get_base_model()
+    base: PreTrainedModel = model.get_base_model()
     if getattr(base, "is_quantized", False):
         raise GrowthError("the base model is quantised; load it in full precision to grow it")
     tied = base.config.tie_word_embeddings
@@ -153,37 +157,34 @@ def _check_supported(model: Any) -> None:
         if type(module) not in (Linear, Embedding):
             raise GrowthError(f"{name} is peft's {type(module).__name__}; only linear layers and embeddings can grow")
         if hasattr(module.get_base_layer(), "embed_scale") and not hasattr(module, "_get_embed_scale"):
-            raise GrowthError(f"this release of peft ignores the factor of {name}, so it cannot grow; upgrade peft")
+            raise GrowthError(f"this release of peft ignores the scale of {name}, so it cannot grow; upgrade peft")
 
 
-def _wrap(model: Any, base: PreTrainedModel, plan: GrowthPlan) -> Any:
-    """The grown base with adapters of the right sizes, whatever their values."""
-    grown = None
-    for name in model.peft_config:
-        config = _grown_config(model, name, plan)
-        if grown is None:
-            grown = type(model)(base, config, adapter_name=name)
-        else:
-            grown.add_adapter(name, config)
+def _wrap(model: PeftModel, base: PreTrainedModel, plan: GrowthPlan) -> PeftModel:
+    """Return the grown base with adapters of the right sizes and arbitrary values."""
+    first, *others = model.peft_config
+    grown = type(model)(base, _build_config(model, first, plan), adapter_name=first)
+    for name in others:
+        grown.add_adapter(name, _build_config(model, name, plan))
     return grown
 
 
-def _grown_config(model: Any, adapter: str, plan: GrowthPlan) -> Any:
-    """The adapter's config for the grown base."""
+def _build_config(model: PeftModel, adapter: str, plan: GrowthPlan) -> LoraConfig:
+    """Return an adapter's config for the grown base."""
     from peft.tuners.lora import LoraLayer
 
     config = copy.deepcopy(model.peft_config[adapter])
-    config.base_model_name_or_path = None  # the old base's; peft writes the new one's when it saves
+    config.base_model_name_or_path = None  # of the old base; peft writes that of the new one when it saves
     if isinstance(config.init_lora_weights, str):
         config.init_lora_weights = True
     if plan.old.num_hidden_layers == plan.new.num_hidden_layers or not _names_layers(config):
         return config
     if any(map(_LAYER_NUMBER.search, config.modules_to_save or ())):
-        raise GrowthError(f"modules_to_save of adapter {adapter!r} names layers by number; name modules without it")
+        raise GrowthError(f"modules_to_save of adapter {adapter!r} names layers by number; use names without numbers")
     ranks, alphas = {}, {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in module.r:
-            for grown in _grown_names(name, plan):
+            for grown in _find_grown_names(name, plan):
                 ranks[grown], alphas[grown] = module.r[adapter], module.lora_alpha[adapter]
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.target_modules = set(ranks)
@@ -194,8 +195,8 @@ def _grown_config(model: Any, adapter: str, plan: GrowthPlan) -> Any:
     return config
 
 
-def _names_layers(config: Any) -> bool:
-    """Whether a config tells layers apart."""
+def _names_layers(config: LoraConfig) -> bool:
+    """Whether a config treats layers differently."""
     if config.layers_to_transform is not None or isinstance(config.target_modules, str):
         return True
     if isinstance(config.exclude_modules, str):
@@ -205,70 +206,77 @@ def _names_layers(config: Any) -> bool:
     return any(map(_LAYER_NUMBER.search, names))
 
 
-def _source_name(name: str, plan: GrowthPlan) -> str:
-    """The name in the old model of what a parameter or module of the grown one comes from."""
-    prefix = _layer_prefix(plan)
+def _find_source_name(name: str, plan: GrowthPlan) -> str:
+    """Return the name of the old parameter or module that one of the grown model comes from."""
+    prefix = _get_layer_prefix(plan)
     if not name.startswith(prefix):
         return name
     layer, dot, rest = name.removeprefix(prefix).partition(".")
     return f"{prefix}{plan.layers[int(layer)]}{dot}{rest}"
 
 
-def _grown_names(name: str, plan: GrowthPlan) -> list[str]:
-    """The names of the grown modules that come from an old one."""
-    prefix = _layer_prefix(plan)
+def _find_grown_names(name: str, plan: GrowthPlan) -> list[str]:
+    """Return the names of the grown modules that come from an old one."""
+    prefix = _get_layer_prefix(plan)
     if not name.startswith(prefix):
         return [name]
     layer, dot, rest = name.removeprefix(prefix).partition(".")
     return [f"{prefix}{new}{dot}{rest}" for new, old in enumerate(plan.layers) if old == int(layer)]
 
 
-def _layer_prefix(plan: GrowthPlan) -> str:
+def _get_layer_prefix(plan: GrowthPlan) -> str:
     return next(row.name.partition(LAYER)[0] for row in plan.architecture.parameters if row.is_in_layer)
 
 
-def _adapter_plan(
-    found: re.Match[str], old: torch.Tensor, plans: Mapping[str, ParameterPlan], plan: GrowthPlan
+def _plan_adapter(
+    match: re.Match[str], old: torch.Tensor, plans: Mapping[str, ParameterPlan], plan: GrowthPlan
 ) -> ParameterPlan:
-    """The plan of one tensor of an adapter, from that of the weight that it adapts."""
-    part = found["part"]
-    base = plans.get(f"{found['module']}.{found['rest'] if part == 'modules_to_save' else 'weight'}")
-    tied = base is None and _tied_head(found["module"], plan)
-    if tied:
-        base = plans[tied.tied_to or ""]
+    """Derive the plan of an adapter's tensor from the plan of the weight that it adapts.
+
+    Args:
+        match: name of the tensor, split by `_ADAPTER`.
+        old: tensor before growth.
+        plans: plan of each parameter of the base, by name.
+        plan: growth of the base.
+    """
+    part, module, rest = match["part"], match["module"], match["rest"]
+    base = plans.get(f"{module}.{rest if part == 'modules_to_save' else 'weight'}")
+    tied_row = _find_tied_row(module, plan) if base is None else None
+    if tied_row is not None:
+        base = plans[tied_row.tied_to or ""]
     if base is None or (base.row.kind not in ("projection", "embedding") and part != "modules_to_save"):
         raise GrowthError(
-            f"{found[0]} adapts {found['module']}, which the axis table of {plan.architecture.model_type!r} does not "
+            f"{match[0]} adapts {module}, which the axis table of {plan.architecture.model_type!r} does not "
             "describe; merge_and_unload the adapter first"
         )
-    base = replace(base, name=found[0], source=_source_name(found[0], plan))
+    base = replace(base, name=match[0], source=_find_source_name(match[0], plan))
     if part == "modules_to_save":
         return base
-    row = tied or base.row
-    writes, reads = (1, 0) if row.kind == "embedding" else (0, 1)
-    rank = AxisMap.identity(old.shape[0 if part in ("lora_A", "lora_embedding_A") else -1])
+    row = tied_row or base.row
+    written, read = (1, 0) if row.kind == "embedding" else (0, 1)
     if part in ("lora_A", "lora_embedding_A"):
         return replace(
             base,
-            row=Parameter(found[0], (_RANK, row.axes[reads]), "projection"),
-            maps=(rank, base.maps[reads]),
-            # The final norm divides for a tied matrix, which cannot do so itself.
-            scale=float(plan.residual_copies) if tied else 1.0,
-            centre=False,
-            silent=False,
+            row=Parameter(match[0], (_RANK, row.axes[read]), "projection"),
+            maps=(AxisMap.identity(old.shape[0]), base.maps[read]),
+            # A tied output projection cannot divide by the copies that it reads: the final norm does it, and applies
+            # to the adapter too.
+            scale=float(plan.residual_copies) if tied_row else 1.0,
+            is_centred=False,
+            zeroed=False,
         )
-    if found["rest"] == "bias":
-        bias = Parameter(found[0], (row.axes[writes],), "bias", part=row.part)
-        return replace(base, row=bias, maps=(base.maps[writes],), noise=0.0)
+    if rest == "bias":
+        bias = Parameter(match[0], (row.axes[written],), "bias", part=row.part)
+        return replace(base, row=bias, maps=(base.maps[written],), noise=0.0)
     return replace(
         base,
-        row=Parameter(found[0], (row.axes[writes], _RANK), "projection", part=row.part),
-        maps=(base.maps[writes], rank),
+        row=Parameter(match[0], (row.axes[written], _RANK), "projection", part=row.part),
+        maps=(base.maps[written], AxisMap.identity(old.shape[-1])),
         noise=0.0,
     )
 
 
-def _tied_head(module: str, plan: GrowthPlan) -> Parameter | None:
-    """The row of a weight that has no storage of its own."""
+def _find_tied_row(module: str, plan: GrowthPlan) -> Parameter | None:
+    """Return the table row of a module whose weight is tied to another's."""
     rows = plan.architecture.rows(plan.source_config, tied=True)
     return next((row for row in rows if row.name == f"{module}.weight" and row.tied_to), None)

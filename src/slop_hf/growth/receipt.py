@@ -1,36 +1,39 @@
-"""`GrowthReceipt`: what a growth did, and `GrowthProbe`: what a batch of tokens showed of it."""
+"""`GrowthReceipt`: the record of a growth, and `GrowthProbe`: its effect, measured on a batch of tokens."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
 
 from ..dims import ModelDims
-from ..io.serialization import to_json
+from ..errors import GrowthError
+from ..io.record import Record
 
-RECEIPT_FILE = "growth.json"
+RECEIPT_FILE = "growth_receipt.json"
+#: Name of the receipt in directories that earlier releases wrote.
+_EARLIER_RECEIPT_FILE = "growth.json"
 
-#: A growth counts as exact while its error is within so many times the rounding error of the dtype: both models round.
+#: A growth counts as exact if its error is at most this many rounding errors of the dtype: both models round.
 EXACT_WITHIN = 4.0
 
 
 @dataclass(frozen=True)
-class GrowthProbe:
-    """What a probe batch shows of a growth.
+class GrowthProbe(Record, error=GrowthError):
+    """The effect of a growth on a batch of tokens.
 
-    Logit differences are relative to the largest logit of the source on the batch.
+    Differences of logits are relative to the source's largest logit on the batch.
 
     Args:
-        tokens: of the batch.
-        max_logit_change, mean_logit_change: |Δlogit|, largest and mean.
-        loss_change: change of the next-token loss, nats a token.
+        tokens: number of tokens in the batch.
+        max_logit_change: largest |Δlogit|.
+        mean_logit_change: mean |Δlogit|.
+        loss_change: change of the next-token loss, nats per token.
         rounding_floor: largest |Δlogit| of the source between its dtype and another precision.
-        live_share: share of the new entries that have a gradient on the batch; None where there are none.
-        copies_spread: root mean square of the differences between copies of one slot and their mean, over that of the
-            weights; 0 is tied, None is without copies.
+        live_share: fraction of the new entries that have a gradient on the batch; None if there are no new entries.
+        copies_spread: root mean square of the differences between copies of a slot and their mean, divided by that of
+            the weights: 0 if copies are equal, None if there are no copies.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     tokens: int
     max_logit_change: float
@@ -42,32 +45,33 @@ class GrowthProbe:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the function stayed, up to rounding; in bf16 that is coarse, and small changes pass."""
+        """Whether the function was preserved, up to rounding; in bf16 that is coarse, and small changes pass."""
         return self.max_logit_change <= EXACT_WITHIN * self.rounding_floor
 
 
 @dataclass(frozen=True)
-class GrowthReceipt:
-    """What a growth did, kept as `growth.json` beside the grown checkpoint.
+class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it next to the grown checkpoint"):
+    """The record of a growth, stored as `growth_receipt.json` next to the grown checkpoint.
 
     Args:
-        source: the model it began with.
-        operators: what grew.
-        inits: the init of each operator.
-        seed: of the random entries.
-        noise: on copies, as a share of `initializer_range`; None in receipts of earlier releases.
-        source_dims, dims: structures before and after.
-        source_parameters, parameters: true numbers of parameters before and after.
-        seconds: wall-clock seconds, reading and writing included.
-        versions: of slop_hf, transformers and torch.
-        preserves: whether these inits keep the function, up to rounding.
-        source_hash: of the source's weights (`weights_hash`).
+        source: model that was grown.
+        operators: operators that grew it.
+        inits: init of each operator.
+        seed: random seed of new entries.
+        source_dims: structure before growth.
+        dims: structure after growth.
+        source_parameters: true number of parameters before growth.
+        parameters: true number of parameters after growth.
+        seconds: wall-clock time, including reading and writing.
+        versions: versions of slop_hf, transformers and torch.
+        noise: standard deviation of the noise on copies, as a fraction of `initializer_range`; None in receipts of
+            earlier releases.
+        preserves: whether these inits preserve the function, up to rounding.
+        source_hash: hash of the source's weights (`hash_weights`).
         bytes_written: size of the grown weights.
         peak_memory_bytes: largest resident memory of the process.
-        probe: what a batch of tokens showed; None where the growth was not verified.
+        probe: effect on a batch of tokens; None if the growth was not verified.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     source: str
     operators: tuple[str, ...]
@@ -86,6 +90,12 @@ class GrowthReceipt:
     peak_memory_bytes: int | None = None
     probe: GrowthProbe | None = None
 
-    def to_json(self) -> str:
-        """The receipt as JSON text."""
-        return to_json(self)
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> GrowthReceipt:
+        """Read the receipt of a grown checkpoint, also if an earlier release wrote it.
+
+        Raises:
+            GrowthError: if the directory has no receipt, or it is malformed.
+        """
+        path, earlier = (Path(directory) / name for name in (RECEIPT_FILE, _EARLIER_RECEIPT_FILE))
+        return cls.from_json(earlier if earlier.exists() and not path.exists() else path)

@@ -1,12 +1,13 @@
-"""Reading and writing safetensors files a tensor at a time.
+"""Safetensors files, read and written one tensor at a time.
 
-Files are read and written with plain system calls: memory-mapped pages would count as this process's memory. A file is
+Files are read and written with plain system calls, because memory-mapped pages would count as memory of the process.
+A file consists of
 
     8 bytes   length n of the header, little endian
-    n bytes   JSON: for each name dtype, shape and data_offsets [begin, end); padded with spaces to a multiple of 8
-    the rest  the tensors' bytes, without holes
+    n bytes   JSON: dtype, shape and data_offsets [begin, end) by name; padded with spaces to a multiple of 8
+    the rest  the bytes of the tensors, without gaps
 
-Every function opens the file for itself, so that any number of threads may work on one file.
+Every function opens the file itself, so any number of threads can work on the same file.
 """
 
 from __future__ import annotations
@@ -19,24 +20,27 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import GrowthError
+from ..io.files import flush_to_disk
+from ..io.numbers import is_whole_number
+from ..io.serialization import Json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-#: Those that growth computes with, in the order in which safetensors puts them into a file (widest first).
+#: The dtypes that growth computes with, in the order in which safetensors writes them to a file (widest first).
 FLOATS: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-#: The same the other way round.
+#: Name in safetensors of each of these dtypes.
 DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -47,20 +51,23 @@ _BITS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
-_PIECE_BYTES = 2**20  # ext4 takes four times as long for a GiB in pieces of 16 MiB
+_PIECE_BYTES = 2**20  # writing a GiB to ext4 in pieces of 16 MiB takes four times as long
+
+#: Dtype as safetensors spells it, such as "BF16", and shape.
+TensorLayout: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """Location and layout of a tensor in a file.
 
     Args:
-        name: as in the file's header.
-        file: that holds it.
-        dtype: as safetensors spells it, such as "BF16".
+        name: name in the file's header.
+        file: file that holds the tensor.
+        dtype: dtype as safetensors spells it, such as "BF16".
         shape: sizes, outermost first.
-        begin: of its first byte in the file, in bytes.
-        nbytes: its length.
+        begin: offset of the first byte in the file.
+        nbytes: length in bytes.
     """
 
     name: str
@@ -78,7 +85,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written: its name, its first bytes, and where each tensor goes."""
+    """A file to be written.
+
+    Args:
+        file: name of the file.
+        header: first bytes of the file, up to the tensors.
+        tensors: location of each tensor.
+    """
 
     file: str
     header: bytes
@@ -86,41 +99,41 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Length of the file."""
+        """Length of the file in bytes."""
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
 def read_checkpoint_headers(directory: Path) -> dict[str, StoredTensor]:
-    """Where every tensor of a checkpoint lies: one file, or shards and their index. Only headers are read.
+    """Return the location of every tensor of a checkpoint, in one file or in shards; only headers are read.
 
     Raises:
-        GrowthError: no safetensors, no index, a missing shard, a file that is truncated or corrupt.
+        GrowthError: if there are no safetensors or no index, or if a shard is missing, truncated or corrupt.
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
         return read_header(single)
     if not index.is_file():
-        raise GrowthError(_no_weights(directory))
+        raise GrowthError(_explain_missing_weights(directory))
     weight_map = _read_index(index)
     headers: dict[str, dict[str, StoredTensor]] = {}
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
-            raise GrowthError(f"{directory} has no {file}, a shard that its {INDEX_FILE} names; fetch it again")
+            raise GrowthError(f"{directory} has no {file}, a shard that its {INDEX_FILE} lists; download it again")
         headers[file] = read_header(directory / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise GrowthError(f"{directory / file} has no {name}, unlike {INDEX_FILE}; fetch both again")
+            raise GrowthError(f"{directory / file} has no {name}, unlike {INDEX_FILE}; download both again")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _no_weights(directory: Path) -> str:
+def _explain_missing_weights(directory: Path) -> str:
     files = {path.name for path in directory.iterdir()}
     if any(name.startswith("model-") and name.endswith(".safetensors") for name in files):
-        return f"{directory} has shards but no {INDEX_FILE}, which says what they hold; fetch it again"
+        return f"{directory} has shards but no {INDEX_FILE}, which lists their tensors; download it again"
     if any(name.startswith("pytorch_model") for name in files):
         return (
             f"{directory} has its weights only as pytorch_model.bin, a pickle, which could run code; "
-            "load it with transformers and save_pretrained it as safetensors first"
+            "load the model with transformers and save it with save_pretrained, as safetensors, first"
         )
     return f"{directory} has no weights: expected {SINGLE_FILE}, or shards with {INDEX_FILE}"
 
@@ -140,75 +153,75 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where every tensor of a safetensors file lies.
+    """Return the location of every tensor of a safetensors file.
 
     Raises:
-        GrowthError: for a file that is truncated or not what the format says, naming the fault.
+        GrowthError: if the file is truncated or violates the format, naming the fault.
     """
-    with _faults_of(path), path.open("rb", buffering=0) as file:
+    with name_file_in_errors(path), path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(_read(file, 8), "little") if size >= 8 else 0
         if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-            raise _corrupt(path, f"its header would take {length} of its {size} bytes")
+            raise _report_corruption(path, f"its header would take {length} of its {size} bytes")
         try:
-            header = json.loads(_read(file, length), object_pairs_hook=_without_repeats)
+            header = json.loads(_read(file, length), object_pairs_hook=_refuse_repeated_names)
             header.pop("__metadata__", None)
-            entries = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+            entries = [_parse_entry(path, name, entry, 8 + length) for name, entry in header.items()]
         except (ValueError, TypeError, KeyError, AttributeError) as caught:
             if isinstance(caught, GrowthError):
                 raise
-            raise _corrupt(path, f"its header is not valid ({type(caught).__name__}: {caught})") from None
+            raise _report_corruption(path, f"its header is not valid ({type(caught).__name__}: {caught})") from None
     end = 8 + length
     for tensor in sorted(entries, key=lambda tensor: (tensor.begin, tensor.nbytes)):
         if tensor.begin != end:
-            raise _corrupt(path, f"{tensor.name} begins at byte {tensor.begin} where {end} was expected")
+            raise _report_corruption(path, f"{tensor.name} begins at byte {tensor.begin}, expected {end}")
         end += tensor.nbytes
     if end != size:
-        raise _corrupt(path, f"it has {size} bytes, but its header describes {end}")
+        raise _report_corruption(path, f"it has {size} bytes, but its header describes {end}")
     return {tensor.name: tensor for tensor in entries}
 
 
-def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
-    """One tensor of a header; the tensors' bytes begin at byte `data`."""
+def _parse_entry(path: Path, name: str, entry: Mapping[str, Json], data: int) -> StoredTensor:
+    """Return one tensor of a header; the bytes of the tensors begin at byte `data` of the file."""
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise _corrupt(path, f"{name} has shape {list(shape)} and offsets {begin} to {end}")
+    if not all(is_whole_number(number, least=0) for number in (*shape, begin, end)):
+        raise _report_corruption(path, f"{name} has shape {list(shape)} and offsets {begin} to {end}")
     if dtype not in _BITS:
-        raise GrowthError(f"{path}: {name} has the dtype {dtype!r}, which is unknown; known: {', '.join(_BITS)}")
+        raise GrowthError(f"{path}: {name} has the unknown dtype {dtype!r}; known: {', '.join(_BITS)}")
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise _corrupt(path, f"{name} of dtype {dtype} and shape {list(shape)} has {end - begin} bytes")
+        raise _report_corruption(path, f"{name} of dtype {dtype} and shape {list(shape)} has {end - begin} bytes")
     return StoredTensor(name, path, dtype, shape, data + begin, end - begin)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
+def _refuse_repeated_names(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError("a name appears twice")
+    return entries
 
 
-def _corrupt(path: Path, fault: str) -> GrowthError:
-    return GrowthError(f"{path} is truncated or corrupt: {fault}; fetch it again")
+def _report_corruption(path: Path, fault: str) -> GrowthError:
+    return GrowthError(f"{path} is truncated or corrupt: {fault}; download it again")
 
 
 def read_tensor(tensor: StoredTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor's value, of one of the dtypes in `FLOATS`, in `out` or else in memory of its own.
+    """Read a tensor of one of the dtypes in `FLOATS` into `out`, or else into a new tensor, and return it.
 
     Raises:
-        GrowthError: where the file has ended early, or cannot be read.
+        GrowthError: if the file ends early or cannot be read.
     """
     value = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype]) if out is None else out
-    with _faults_of(tensor.file), tensor.file.open("rb", buffering=0) as file:
+    with name_file_in_errors(tensor.file), tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.begin)
-        _read_into(file, _bytes_of(value))
+        _read_into(file, _view_bytes(value))
     return value
 
 
 def are_equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same bytes under the same shape and dtype."""
+    """Whether two tensors have the same dtype, shape and bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with (
-        _faults_of(one.file),
+        name_file_in_errors(one.file),
         one.file.open("rb", buffering=0) as file,
         other.file.open("rb", buffering=0) as other_file,
     ):
@@ -219,23 +232,24 @@ def are_equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def plan_shards(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int | str, stem: str = "model"
+    tensors: Mapping[str, TensorLayout], max_shard_size: int | str, stem: str = "model"
 ) -> tuple[Shard, ...]:
-    """The files that hold tensors, named and filled as transformers does.
+    """Distribute tensors over files, which are named and filled as transformers does it.
 
     Args:
-        tensors: dtype and shape by name; they fill the files in this order.
-        max_shard_size: largest number of bytes of tensors in a file, such as "5GB"; a larger tensor is alone in one.
-        stem: what the files' names begin with.
+        tensors: dtype and shape by name; the files are filled in this order.
+        max_shard_size: largest number of bytes of tensors per file, or a size such as "5GB"; a larger tensor gets a
+            file to itself.
+        stem: first part of the file names.
 
     Raises:
-        GrowthError: for a size that is none.
+        GrowthError: if the size is not a positive number of bytes.
 
     >>> shards = plan_shards({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, 24)
     >>> [(shard.file, shard.tensors[0].begin, shard.nbytes) for shard in shards]
     [('model-00001-of-00002.safetensors', 96, 120), ('model-00002-of-00002.safetensors', 96, 104)]
     """
-    sizes = {name: math.prod(shape) * _BITS[dtype] // 8 for name, (dtype, shape) in tensors.items()}
+    sizes = {name: _count_bytes(layout) for name, layout in tensors.items()}
     try:
         split = split_state_dict_into_shards_factory(
             sizes,
@@ -249,28 +263,39 @@ def plan_shards(
     if not valid or str(max_shard_size).lstrip().startswith("-"):
         raise GrowthError(f"max_shard_size must be a number of bytes or a size such as '5GB', got {max_shard_size!r}")
     return tuple(
-        _shard(file, {name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
+        plan_shard(file, {name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
     )
 
 
-def _shard(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Shard:
+def plan_shard(file: str, tensors: Mapping[str, TensorLayout]) -> Shard:
+    """Lay out one file, in the order in which the safetensors library writes tensors.
+
+    Args:
+        file: name of the file.
+        tensors: dtype and shape by name.
+    """
     order = list(FLOATS)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Json] = {"__metadata__": {"format": "pt"}}
     begin = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
-        end = begin + math.prod(shape) * _BITS[dtype] // 8
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    for name, layout in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        end = begin + _count_bytes(layout)
+        entries[name] = {"dtype": layout[0], "shape": layout[1], "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     del entries["__metadata__"]
     header = len(text).to_bytes(8, "little") + text
-    stored = (_entry(Path(file), name, entry, len(header)) for name, entry in entries.items())
+    stored = (_parse_entry(Path(file), name, entry, len(header)) for name, entry in entries.items())
     return Shard(file, header, tuple(stored))
 
 
+def _count_bytes(layout: TensorLayout) -> int:
+    dtype, shape = layout
+    return math.prod(shape) * _BITS[dtype] // 8
+
+
 def format_index(shards: tuple[Shard, ...]) -> str:
-    """The index of a checkpoint in several files."""
+    """Return the index of a checkpoint with several files, as JSON text."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata = {
         "total_parameters": sum(tensor.numel for tensor in tensors),
@@ -281,13 +306,13 @@ def format_index(shards: tuple[Shard, ...]) -> str:
 
 
 def create_shard(directory: Path, shard: Shard) -> None:
-    """Write a shard's header and reserve the space of its tensors, so that a full disk is found out now.
+    """Write a shard's header and reserve the space of its tensors, so that a full disk is noticed now.
 
     Raises:
-        GrowthError: where the disk is full or the file cannot be written.
+        GrowthError: if the disk is full, or the file exists or cannot be written.
     """
     path = directory / shard.file
-    with _faults_of(path), path.open("xb", buffering=0) as file:
+    with name_file_in_errors(path), path.open("xb", buffering=0) as file:
         _reserve(file, shard.nbytes)
         _write(file, memoryview(shard.header))
 
@@ -298,7 +323,7 @@ def _reserve(file: BinaryIO, nbytes: int) -> None:
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return
     except OSError as caught:
-        if caught.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not every file system can
+        if caught.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot reserve space
             raise
     file.truncate(nbytes)
 
@@ -309,14 +334,20 @@ def write_tensor(
     value: torch.Tensor,
     on_written: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Write a tensor into its place in a created shard; `on_written` is told the bytes of each piece.
+    """Write a tensor to its location in a created shard.
+
+    Args:
+        directory: directory of the shard.
+        tensor: location of the tensor, from `Shard.tensors`.
+        value: tensor of that dtype and shape.
+        on_written: function that is called with the number of bytes of each piece written.
 
     Raises:
-        GrowthError: where the disk is full or the file cannot be written.
+        GrowthError: if the disk is full or the file cannot be written.
     """
     assert (tuple(value.shape), value.dtype) == (tensor.shape, FLOATS[tensor.dtype]), tensor.name
-    path, view = directory / tensor.file, _bytes_of(value.detach().contiguous())
-    with _faults_of(path), path.open("r+b", buffering=0) as file:
+    path, view = directory / tensor.file, _view_bytes(value.detach().contiguous())
+    with name_file_in_errors(path), path.open("r+b", buffering=0) as file:
         file.seek(tensor.begin)
         for start in range(0, len(view), _PIECE_BYTES):
             piece = view[start : start + _PIECE_BYTES]
@@ -325,25 +356,28 @@ def write_tensor(
 
 
 def flush_shard(directory: Path, shard: Shard) -> None:
-    """Wait until a shard is on the disk."""
-    path = directory / shard.file
-    with _faults_of(path), path.open("r+b", buffering=0) as file:
-        os.fsync(file.fileno())
+    """Wait until a shard is on the disk.
+
+    Raises:
+        GrowthError: if the disk reports an error.
+    """
+    with name_file_in_errors(directory / shard.file):
+        flush_to_disk(directory / shard.file)
 
 
 @contextmanager
-def _faults_of(path: Path) -> Iterator[None]:
-    """Says of which file the operating system complains."""
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a GrowthError that names the file and, for a full disk, the remedy."""
     try:
         yield
     except OSError as caught:
-        full = caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "; free some space or choose another disk" if full else ""
+        is_full = caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "; free some space or choose another disk" if is_full else ""
         raise GrowthError(f"{path}: {caught.strerror or caught}{remedy}") from caught
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
+def _view_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, which share its memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -353,11 +387,11 @@ def _read(file: BinaryIO, length: int) -> bytearray:
     return buffer
 
 
-def _read_into(file: Any, view: memoryview) -> None:
+def _read_into(file: BinaryIO, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        if not (count := file.readinto(view[done:])):
-            raise OSError(errno.EIO, f"ended {len(view) - done} bytes early: truncated while it was read")
+        if not (count := file.readinto(view[done:])):  # type: ignore[attr-defined]
+            raise OSError(errno.EIO, f"ended {len(view) - done} bytes early: truncated while being read")
         done += count
 
 

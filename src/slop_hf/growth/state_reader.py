@@ -1,49 +1,49 @@
-"""Weights and AdamW's state out of a directory, a parameter at a time; grown on the way where a plan says how."""
+"""`GrownStateReader`: weights and AdamW state from a directory, one parameter at a time, grown if a plan is given."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
 from ..architectures import get_architecture
-from .adamw import check_names, grow_entry, find_parameters_without_gradient, read_state_headers
+from ..dims import ModelConfig
+from .adamw import check_names, find_parameters_without_gradient, grow_entry, read_state_headers
 from .plan import GrowthPlan
 from .safetensors_io import FLOATS, StoredTensor, read_checkpoint_headers, read_tensor
 from .tensors import ThreadMemory, grow_parameter
 
 WEIGHT = "weight"
-#: Memory that a thread reads what is to grow into, one tensor after the other; larger ones have their own.
+#: Memory of each thread for the tensors that it reads before growing them; larger tensors get memory of their own.
 REUSED_BYTES = 2**26
 
 
 class GrownStateReader:
-    """What a directory holds of each parameter of a model, or what a growth makes of it.
+    """Reads each parameter of a model and its AdamW state from a directory, and grows it if a plan is given.
 
     The values are those of `grow_model` and `grow_adamw_state`. Any number of threads, processes or machines may read,
-    each what it needs: a read takes as much memory as one weight or moment, before and after growth.
+    each the parameters that it needs: a read takes the memory of one weight or moment, before and after growth.
 
     Args:
-        directory: with a model's safetensors, and AdamW's state if it is to be read.
-        config: of the model in it.
-        plan: of the growth; None reads what is there.
-        moments: whether AdamW's state is wanted.
+        directory: directory with a model's safetensors, and AdamW's state if `moments` is set.
+        config: config of the stored model.
+        plan: growth of the model; None reads what is stored.
+        moments: whether to read AdamW's state too.
 
     Raises:
-        GrowthError: for files that are missing, corrupt or of another model.
+        GrowthError: if files are missing, corrupt or those of another model.
     """
 
     def __init__(
-        self, directory: str | Path, config: Any, plan: GrowthPlan | None = None, *, moments: bool = True
+        self, directory: str | Path, config: ModelConfig, plan: GrowthPlan | None = None, *, moments: bool = True
     ) -> None:
         architecture = get_architecture(config)
         stored = read_checkpoint_headers(Path(directory))
-        self._weights: dict[str, StoredTensor] = {architecture.live_name(name): one for name, one in stored.items()}
+        self._weights = {architecture.canonical_name(name): tensor for name, tensor in stored.items()}
         self._moments = read_state_headers(directory) if moments else {}
         self._memory = ThreadMemory(REUSED_BYTES)
         self._plans = {} if plan is None else {parameter.name: parameter for parameter in plan.parameters()}
-        self._idle = find_parameters_without_gradient(plan) if plan is not None else set()
+        self._without_gradient = set() if plan is None else find_parameters_without_gradient(plan)
         if plan is not None:
             check_names(self._weights, plan, str(directory))
             if moments:
@@ -51,42 +51,40 @@ class GrownStateReader:
 
     @property
     def names(self) -> set[str]:
-        """Of the parameters that can be read."""
+        """Names of the parameters that can be read."""
         return set(self._plans or self._weights)
 
     @property
     def step(self) -> float | None:
-        """How many steps AdamW has counted; None without a state of its."""
+        """Number of steps that AdamW has counted; None without AdamW state."""
         steps = [entries["step"] for entries in self._moments.values() if "step" in entries]
         return float(read_tensor(steps[0])) if steps else None
 
-    def room(self, name: str, key: str) -> torch.Tensor:
-        """Memory for what `read` gives, of any content."""
-        stored, plan = self._stored(name, key), self._plans.get(name)
-        shape = stored.shape if plan is None else [axis.new_size for axis in plan.maps]
-        return torch.empty(shape, dtype=FLOATS[stored.dtype])
+    def allocate(self, name: str, key: str) -> torch.Tensor:
+        """Return an uninitialised tensor for the result of `read`."""
+        stored, plan = self._locate(name, key), self._plans.get(name)
+        return torch.empty(stored.shape if plan is None else plan.new_shape, dtype=FLOATS[stored.dtype])
 
     def read(self, name: str, key: str, out: torch.Tensor) -> torch.Tensor:
-        """A parameter's `weight`, or `exp_avg` or `exp_avg_sq` where moments are wanted and there.
+        """Read a parameter's `weight`, `exp_avg` or `exp_avg_sq`, grow it if there is a plan, and return it.
 
         Args:
-            name: of the parameter.
-            key: of what is wanted.
-            out: where to put it, made by `room`. Threads do best with memory from one thread: allocators such as
-                glibc's keep a store for each, and the kernel clears what comes fresh.
+            name: name of the parameter.
+            key: what to read.
+            out: result, made by `allocate`. It is best to allocate in one thread for all: allocators such as glibc's
+                keep a store per thread, and the kernel clears memory that comes fresh.
 
         Raises:
-            GrowthError: where the file has ended early, or cannot be read.
+            GrowthError: if the file ends early or cannot be read.
         """
-        plan, stored = self._plans.get(name), self._stored(name, key)
-        if plan is None or (plan.changes_nothing and name not in self._idle):
+        plan, stored, has_no_gradient = self._plans.get(name), self._locate(name, key), name in self._without_gradient
+        if plan is None or (plan.is_identity and not has_no_gradient):
             return read_tensor(stored, out)
-        value = read_tensor(stored, self._memory.tensor("read", stored.shape, FLOATS[stored.dtype]))
+        value = read_tensor(stored, self._memory.allocate("read", stored.shape, FLOATS[stored.dtype]))
         if key == WEIGHT:
             return grow_parameter(value, plan, out)
-        return cast(torch.Tensor, grow_entry(key, value, plan, "keep", name in self._idle, out))
+        return grow_entry(key, value, plan, "keep", has_no_gradient, out)
 
-    def _stored(self, name: str, key: str) -> StoredTensor:
-        plan = self._plans.get(name)
-        source = name if plan is None else plan.source
+    def _locate(self, name: str, key: str) -> StoredTensor:
+        source = self._plans[name].source if name in self._plans else name
         return self._weights[source] if key == WEIGHT else self._moments[source][key]

@@ -1,4 +1,4 @@
-"""`probe_growth`: measuring what a growth did to the function, the gradients and the ties between copies."""
+"""`probe_growth`: measures what a growth did to the function, the gradients and the copies; hashes of weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PROBE_SHAPE = (2, 64)
 
 
 def probe_checkpoints(source: Path, grown: Path, growths: Sequence[GrowthPlan]) -> GrowthProbe:
-    """`probe_growth` of two checkpoints on disk; both models are in memory at a time.
+    """Apply `probe_growth` to two checkpoints on disk; both models are in memory at the same time.
 
-    After several growths, gradients and ties are not looked at: what is new is told by no single plan.
+    After several growths, gradients and copies are skipped: no single plan says which entries are new.
     """
     with hide_progress_bars():
         before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (source, grown))
@@ -34,23 +34,25 @@ def probe_checkpoints(source: Path, grown: Path, growths: Sequence[GrowthPlan]) 
 def probe_growth(
     source: PreTrainedModel, grown: PreTrainedModel, plan: GrowthPlan | None, tokens: torch.Tensor | None = None
 ) -> GrowthProbe:
-    """Compare a model with what it has grown into, on a batch of tokens.
+    """Compare a model with its grown version on a batch of tokens.
 
     Both models, a copy of the source in another precision for the rounding floor, and the gradients are in memory at
-    a time.
+    the same time.
 
     Args:
-        source, grown: the models before and after.
-        plan: the growth between them; None leaves gradients and ties out.
-        tokens: int64 `[batch, length]`; default, 2 × 64 drawn at random from the vocabulary.
+        source: model before growth.
+        grown: model after growth.
+        plan: growth between them; None skips gradients and copies.
+        tokens: int64 `[batch, length]`; default, 2 × 64 tokens drawn at random from the vocabulary.
 
     Raises:
-        GrowthError: where the logits are not finite.
+        GrowthError: if the logits are not finite.
     """
     if tokens is None:
         length = min(PROBE_SHAPE[1], source.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(read_setting(source.config, "vocab_size"), (PROBE_SHAPE[0], length), generator=generator)
+        vocab = read_setting(source.config, "vocab_size")
+        tokens = torch.randint(vocab, (PROBE_SHAPE[0], length), generator=generator)
     tokens = tokens.to(source.device)
     before, loss_before = _forward(source, tokens)
     # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
@@ -68,34 +70,34 @@ def probe_growth(
         mean_logit_change=float(change.mean()),
         loss_change=loss_after - loss_before,
         rounding_floor=max(floor, float(torch.finfo(source.dtype).eps)),
-        live_share=_live_share(grown, plan, tokens.to(grown.device)) if plan else None,
-        copies_spread=_copies_spread(grown, plan) if plan else None,
+        live_share=_measure_live_share(grown, plan, tokens.to(grown.device)) if plan else None,
+        copies_spread=_measure_copies_spread(grown, plan) if plan else None,
     )
 
 
 def hash_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of named tensors that does not depend on their order, or on the files that they lie in.
+    """Return a hash of named tensors that depends neither on their order nor on the files that hold them.
 
     >>> a, b = torch.ones(2), torch.zeros(3)
-    >>> hash_weights([("a", a), ("b", b)]) == weights_hash([("b", b), ("a", a)])
+    >>> hash_weights([("a", a), ("b", b)]) == hash_weights([("b", b), ("a", a)])
     True
     """
     return combine_hashes((name, hash_tensor(tensor)) for name, tensor in tensors)
 
 
 def hash_stored_weights(directory: Path) -> str:
-    """`hash_weights` of the weights in a directory, in one file or several, read a tensor at a time.
+    """Return `hash_weights` of the weights in a directory, read one tensor at a time.
 
     Raises:
-        GrowthError: where there are none, or files that are corrupt.
+        GrowthError: if the directory has no weights, or they are corrupt.
     """
-    return hash_weights((name, read_tensor(one)) for name, one in read_checkpoint_headers(directory).items())
+    return hash_weights((name, read_tensor(stored)) for name, stored in read_checkpoint_headers(directory).items())
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:
-    """A hash of a tensor's dtype, shape and bytes.
+    """Return a hash of a tensor's dtype, shape and bytes.
 
-    XXH3 of 128 bits, which is as fast as memory: it tells weights apart and finds damage, it does not stop a forger.
+    It is XXH3 with 128 bits, as fast as memory: it distinguishes weights and detects damage, but not forgery.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -104,13 +106,13 @@ def hash_tensor(tensor: torch.Tensor) -> str:
 
 
 def combine_hashes(named: Iterable[tuple[str, str]]) -> str:
-    """The hash of a whole from the names and hashes of its tensors."""
+    """Return the hash of a model from the names and hashes of its tensors."""
     text = "\n".join(f"{name} {digest}" for name, digest in sorted(named))
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Logits in float64, and the next-token loss, in evaluation mode."""
+    """Return the logits in float64 and the next-token loss, both in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -122,11 +124,13 @@ def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor
     return logits, float(loss)
 
 
-def _live_share(model: PreTrainedModel, plan: GrowthPlan, tokens: torch.Tensor) -> float | None:
-    """The share of new entries with a gradient, embeddings left out: most of them have no token in a small batch."""
-    parameters = {plan.architecture.live_name(name): value for name, value in model.named_parameters()}
-    wanted = {one.name: one for one in plan.parameters() if one.row.kind != "embedding"}
-    targets = [(wanted[name], value) for name, value in parameters.items() if name in wanted]
+def _measure_live_share(model: PreTrainedModel, plan: GrowthPlan, tokens: torch.Tensor) -> float | None:
+    """Return the fraction of new entries that have a gradient.
+
+    Embeddings are left out: most of their rows have no token in a small batch.
+    """
+    weights = _get_canonical_weights(model, plan)
+    targets = [(p, weights[p.name]) for p in plan.parameters() if p.row.kind != "embedding" and p.name in weights]
     flags = [value.requires_grad for _, value in targets]
     for _, value in targets:
         value.requires_grad_(True)
@@ -137,48 +141,51 @@ def _live_share(model: PreTrainedModel, plan: GrowthPlan, tokens: torch.Tensor) 
         for (_, value), flag in zip(targets, flags, strict=True):
             value.requires_grad_(flag)
     new = live = 0
-    for (one, _), gradient in zip(targets, gradients, strict=True):
-        mask = mask_new_entries(one, plan)
+    for (parameter, _), gradient in zip(targets, gradients, strict=True):
+        mask = mask_new_entries(parameter, plan)
         new += int(mask.sum())
         live += int((gradient.cpu()[mask] != 0).sum()) if gradient is not None else 0
     return live / new if new else None
 
 
-def mask_new_entries(one: ParameterPlan, plan: GrowthPlan) -> torch.Tensor:
-    """Which entries of a grown parameter are new: in new slots, or in a layer that was not there."""
-    shape = [axis.new_size for axis in one.maps]
-    if one.row.is_in_layer and _is_repeat(one, plan):
-        return torch.ones(shape, dtype=torch.bool)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for dimension, axis in enumerate(one.maps):
-        slots = [slot for slot, old in enumerate(axis.source) if old is None]
-        mask.index_fill_(dimension, torch.tensor(slots, dtype=torch.long), True)
+def _get_canonical_weights(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, torch.nn.Parameter]:
+    return {plan.architecture.canonical_name(name): value for name, value in model.named_parameters()}
+
+
+def mask_new_entries(parameter: ParameterPlan, plan: GrowthPlan) -> torch.Tensor:
+    """Return a boolean mask of a grown parameter's new entries: those in new slots, or all of an additional layer."""
+    if parameter.row.is_in_layer and _is_repeat(parameter, plan):
+        return torch.ones(parameter.new_shape, dtype=torch.bool)
+    mask = torch.zeros(parameter.new_shape, dtype=torch.bool)
+    for dimension, axis in enumerate(parameter.maps):
+        mask.index_fill_(dimension, torch.tensor(axis.new_slots, dtype=torch.long), True)
     return mask
 
 
-def _is_repeat(one: ParameterPlan, plan: GrowthPlan) -> bool:
-    first = next(parameter for parameter in plan.parameters() if parameter.source == one.source)
-    return first.name != one.name
+def _is_repeat(parameter: ParameterPlan, plan: GrowthPlan) -> bool:
+    """Whether an earlier layer grows from the same old layer."""
+    first = next(other for other in plan.parameters() if other.source == parameter.source)
+    return first.name != parameter.name
 
 
-def _copies_spread(model: PreTrainedModel, plan: GrowthPlan) -> float | None:
-    """How far the copies that weights read are from being equal."""
-    parameters = {plan.architecture.live_name(name): value for name, value in model.named_parameters()}
+def _measure_copies_spread(model: PreTrainedModel, plan: GrowthPlan) -> float | None:
+    """Return how far the copies that weights read are from being equal, see `GrowthProbe.copies_spread`."""
+    weights = _get_canonical_weights(model, plan)
     spread = total = 0.0
-    for one, axis in _read_copies(plan):
-        weight = parameters[one.name].detach().double().cpu()
-        source = [(new, old) for new, old in enumerate(axis.source) if old is not None]
-        slots, olds = torch.tensor(source).T
+    for parameter, axis in _iterate_read_copies(plan):
+        weight = weights[parameter.name].detach().double().cpu()
+        slots, olds = torch.tensor([(slot, old) for slot, old in enumerate(axis.source) if old is not None]).T
         count = torch.bincount(olds, minlength=axis.old_size).clamp(min=1)
-        kept = weight[..., slots]
-        mean = torch.zeros(*weight.shape[:-1], axis.old_size, dtype=weight.dtype).index_add_(-1, olds, kept) / count
-        many = count[olds] > 1
-        spread += float((kept - mean[..., olds])[..., many].square().sum())
-        total += float(kept[..., many].square().sum())
+        copies = weight[..., slots]
+        mean = torch.zeros(*weight.shape[:-1], axis.old_size, dtype=weight.dtype).index_add_(-1, olds, copies) / count
+        is_copied = count[olds] > 1
+        spread += float((copies - mean[..., olds])[..., is_copied].square().sum())
+        total += float(copies[..., is_copied].square().sum())
     return (spread / total) ** 0.5 if total else None
 
 
-def _read_copies(plan: GrowthPlan) -> Iterator[tuple[ParameterPlan, AxisMap]]:
-    for one in plan.parameters():
-        if one.row.reads is not None and one.maps[-1].most_copies > 1 and not one.silent:
-            yield one, one.maps[-1]
+def _iterate_read_copies(plan: GrowthPlan) -> Iterator[tuple[ParameterPlan, AxisMap]]:
+    """Yield the weights that read copied slots, each with the map of the axis that it reads."""
+    for parameter in plan.parameters():
+        if parameter.row.read_dimension is not None and parameter.maps[-1].max_copies > 1 and not parameter.zeroed:
+            yield parameter, parameter.maps[-1]

@@ -45,7 +45,8 @@ def get_first_line(caught: BaseException) -> str:
     >>> get_first_line(OSError("no such file\\nhint: look elsewhere")), get_first_line(KeyError())
     ('no such file', 'KeyError')
     """
-    message = str(caught).strip().partition("\n")[0]
+    # The text of a Hub error begins with a status line; what happened is in `server_message`.
+    message = str(getattr(caught, "server_message", None) or caught).strip().partition("\n")[0]
     return message or type(caught).__name__
 
 

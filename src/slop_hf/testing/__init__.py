@@ -1,12 +1,21 @@
-"""The conformance suite: what growth promises, checked on small random models of any family, offline.
+"""The conformance suite: checks of growth on small random models of any family, offline and without pytest.
 
-Whoever adds a family, an operator or an init registers it and runs `conformance("its_model_type")`; pytest is not
-needed. `python -m slop_hf.testing --output docs/exactness.md` writes what it measures as a table.
+After adding a family, an operator or an init, register it and run `check_conformance("its_model_type")`.
+`python -m slop_hf.testing --output docs/exactness.md` writes the measured errors as a table.
 """
 
-from .exactness import exactness_page
-from .models import GQA, MHA, MQA, logit_error, probe, tiny_model
-from .suite import ROUNDING_FLOORS, TOLERANCE, Case, Result, check, conformance, conformance_cases, measure
+from .exactness import build_exactness_page
+from .models import GQA, MHA, MQA, build_tiny_model, compute_logit_error, make_probe_tokens
+from .suite import (
+    ROUNDING_FLOORS,
+    TOLERANCE,
+    Case,
+    Result,
+    check,
+    check_conformance,
+    list_conformance_cases,
+    measure,
+)
 
 __all__ = [
     "GQA",
@@ -16,12 +25,12 @@ __all__ = [
     "TOLERANCE",
     "Case",
     "Result",
+    "build_exactness_page",
+    "build_tiny_model",
     "check",
-    "conformance",
-    "conformance_cases",
-    "exactness_page",
-    "logit_error",
+    "check_conformance",
+    "compute_logit_error",
+    "list_conformance_cases",
+    "make_probe_tokens",
     "measure",
-    "probe",
-    "tiny_model",
 ]

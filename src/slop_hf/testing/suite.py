@@ -1,4 +1,4 @@
-"""The cases of a family and what is checked about each one."""
+"""The conformance suite: the cases of a family, and the checks of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,22 +16,30 @@ from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import DimsError, GrowthError
 from ..growth import INITS, GrowthPlan, grow_model, grow_weights, hide_progress_bars, plan_growth
-from ..growth.axes import AxisMap
 from ..growth.plan import ParameterPlan
 from ..operators import get_operator
 from ..schedule import GrowthStage
-from .models import GQA, MHA, MQA, WINDOW, logit_error, logits, probe, tiny_model
+from .models import (
+    GQA,
+    MHA,
+    MQA,
+    WINDOW,
+    build_tiny_model,
+    compute_logit_error,
+    compute_logits,
+    make_probe_tokens,
+)
 
-#: Largest relative error of logits that counts as exact; in float64, of `logit_error`'s float64 throughout.
+#: Largest relative error of logits that counts as exact; in float64, `compute_logit_error` is float64 throughout.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-#: In half precision, exact growth errs at most this many times as much as casting the float32 model, before or after.
+#: In half precision, the error of exact growth is at most this many times that of casting the float32 model.
 ROUNDING_FLOORS = 4.0
 
-#: Under tied embeddings and norms behind each block (Gemma 2) it takes three steps until a gradient has found its way
-#: from the embedding to the last norm.
+#: With tied embeddings and norms at the end of each branch (Gemma 2), it takes three steps until a gradient has
+#: travelled from the embedding to the last norm.
 STEPS_TO_LIFE = 3
 
-#: The inits that leave old entries as they are.
+#: The inits that leave old entries unchanged.
 IN_PLACE = frozenset({"random", "stack", "interleave"})
 
 
@@ -41,13 +48,13 @@ class Case:
     """One growth of one small model.
 
     Args:
-        family: its `model_type`.
-        operator: the operator; a tuple of several grows them in one stage.
-        new_dims: the structure to grow to.
-        init: its name; for several operators, also a mapping.
-        dims: the structure to grow from.
+        family: `model_type` of the model.
+        operator: operator, or a tuple of operators that grow in one stage.
+        new_dims: structure after growth.
+        init: name of the init; for several operators, also a mapping from operator to name.
+        dims: structure before growth.
         tied: whether output and input embeddings share their weights.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         settings: further fields of the config.
 
     >>> print(Case("llama", "ffn", ModelDims(48, 60, 2, 4), "copy"))
@@ -61,7 +68,7 @@ class Case:
     dims: ModelDims = MHA
     tied: bool = False
     dtype: torch.dtype = torch.float32
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    settings: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         operator = self.operator if isinstance(self.operator, str) else "+".join(self.operator)
@@ -71,7 +78,7 @@ class Case:
         return " ".join([self.family, operator, init, f"{self.dims} -> {self.new_dims}", dtype, *marks])
 
     @property
-    def request(self) -> tuple[str | GrowthStage, ModelDims | None, str | None]:
+    def arguments(self) -> tuple[str | GrowthStage, ModelDims | None, str | None]:
         """`operator`, `new_dims` and `init` of `grow_model`."""
         if isinstance(self.operator, str) and isinstance(self.init, str):
             return self.operator, self.new_dims, self.init
@@ -79,19 +86,33 @@ class Case:
         init = self.init if isinstance(self.init, str) else dict(self.init)
         return GrowthStage(operators, self.new_dims, init=init), None, None
 
+    def build_source(self, seed: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Build the model to grow, in the case's dtype unless another is given."""
+        return build_tiny_model(self.family, self.dims, dtype or self.dtype, self.tied, seed=seed, **self.settings)
+
+    def plan(self, source: PreTrainedModel, seed: int) -> GrowthPlan:
+        """Plan the growth of the model."""
+        operator, new_dims, init = self.arguments
+        return plan_growth(source.config, operator, new_dims, init=init, seed=seed)
+
+    def grow(self, source: PreTrainedModel, seed: int) -> PreTrainedModel:
+        """Grow the model."""
+        operator, new_dims, init = self.arguments
+        return grow_model(source, operator, new_dims, init=init, seed=seed)
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a case showed.
+    """The outcome of a case.
 
     Args:
-        case: the case.
-        refused: why the library would not grow it; "" where it did, and then the rest holds.
-        preserves: whether the plan says that the function stays.
-        error: `logit_error` of the growth; nan where it was refused.
-        floor: that of casting the float32 source to the case's dtype or, where that does not explain the error, the
-            larger one of casting the float32 grown model; 0 for float32 and wider.
-        live: share of new entries that have a gradient at once, of 1; nan where that was not measured.
+        case: case.
+        refused: reason why the library did not grow it; "" if it did, and only then do the other fields have a value.
+        preserves: whether the plan says that the function is preserved.
+        error: `compute_logit_error` of the growth; nan if it was refused.
+        floor: error of casting the float32 source to the case's dtype or, if that does not explain `error`, the larger
+            error of casting the float32 grown model; 0 for float32 and wider.
+        live: fraction of the new entries that have a gradient at once; nan if it was not measured.
     """
 
     case: Case
@@ -103,165 +124,155 @@ class Result:
 
     @property
     def tolerance(self) -> float:
-        """The error up to which the growth counts as exact."""
+        """The largest error with which the growth counts as exact."""
         return TOLERANCE.get(self.case.dtype, ROUNDING_FLOORS * self.floor)
 
 
-def conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, *, every: bool = True) -> list[Case]:
-    """The cases of a family: operators × inits × {MHA, GQA, MQA} × {untied, tied} × {double, half as much again}.
+def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, *, every: bool = True) -> list[Case]:
+    """Return the cases of a family: operators × inits × {MHA, GQA, MQA} × {untied, tied} × {factor 2, factor 1.5}.
 
-    Optional parameters, such as biases, exist in the uneven ones. Families whose key/value heads are fused with the
-    query heads have MHA alone. Registered operators and inits are all there, also a third party's.
+    Optional parameters, such as biases, exist in the cases with factor 1.5. Families whose key/value heads are fused
+    with the query heads have MHA only. All registered operators and inits are covered, including a third party's.
 
     Args:
-        model_type: a family with an axis table.
-        dtype: of the weights.
-        every: False takes one case for each operator and init, with size, attention and tying in rotation.
+        model_type: family with an axis table.
+        dtype: dtype of the weights.
+        every: False for one case per operator and init, in which factor, attention and tying take turns.
     """
     table = get_architecture({"model_type": model_type})
-    grouped = any("key_value" in row.axes for row in table.parameters)
+    is_grouped = any("key_value" in row.axes for row in table.parameters)
     flags = sorted({row.exists_if for row in table.parameters if row.exists_if})
-    sources = [(dims, tied) for tied in (False, True) for dims in ((MHA, GQA, MQA) if grouped else (MHA,))]
+    sources = [(dims, tied) for tied in (False, True) for dims in ((MHA, GQA, MQA) if is_grouped else (MHA,))]
     cases = []
     pairs = [(operator, init) for operator, inits in INITS.items() for init in inits]
     for number, (operator, init) in enumerate(pairs):
-        for uneven in (False, True) if every else (number % 2 == 0,):
-            chosen = sources if every else [sources[number % len(sources)]]
-            for dims, tied in chosen:
-                own = get_operator(operator).fields[0]
-                changes = {own: getattr(dims, own) * (3 if uneven else 4) // 2}
-                if own == "num_attention_heads" and dims.num_key_value_heads == dims.num_attention_heads:
-                    changes["num_key_value_heads"] = changes[own]
-                if own == "hidden_size" and not table.has_own_head_dim:
-                    heads = changes[own] // dims.head_dim
+        for is_uneven in (False, True) if every else (number % 2 == 0,):
+            for dims, tied in sources if every else [sources[number % len(sources)]]:
+                name = get_operator(operator).fields[0]
+                changes = {name: getattr(dims, name) * (3 if is_uneven else 4) // 2}
+                if name == "num_attention_heads" and dims.num_key_value_heads == dims.num_attention_heads:
+                    changes["num_key_value_heads"] = changes[name]
+                if name == "hidden_size" and not table.has_own_head_dim:
+                    heads = changes[name] // dims.head_dim
                     changes.update(num_attention_heads=heads, num_key_value_heads=heads)
-                settings = dict.fromkeys(flags, uneven)
+                settings = dict.fromkeys(flags, is_uneven)
                 cases.append(Case(model_type, operator, dims.replace(**changes), init, dims, tied, dtype, settings))
     return cases
 
 
-def conformance(model_type: str, dtype: torch.dtype = torch.float32, *, every: bool = True) -> list[Result]:
-    """The results of all cases of a family; arguments as for `conformance_cases`.
+def check_conformance(model_type: str, dtype: torch.dtype = torch.float32, *, every: bool = True) -> list[Result]:
+    """Check all cases of a family and return their results; arguments as for `list_conformance_cases`.
 
     Raises:
-        AssertionError: for the first case that fails, naming the case and the fact.
+        AssertionError: for the first case that fails, naming the case and the fact that does not hold.
     """
-    return [check(case) for case in conformance_cases(model_type, dtype, every=every)]
+    return [check(case) for case in list_conformance_cases(model_type, dtype, every=every)]
 
 
 def check(case: Case, *, seed: int = 0) -> Result:
-    """Grow a case's model and check all that growth promises about it.
+    """Grow a case's model and check everything that growth promises about it.
 
     * Names, shapes and number of parameters are those of the table; the config has the new dims.
-    * The source is untouched, and so is torch's generator; the same seed gives the same weights, another one others.
-    * Inits that keep old entries have them in place; where the plan says that the function stays, `logit_error` is
-      within `Result.tolerance`, and where it is, the plan says so.
+    * The source and torch's generator are unchanged; the same seed gives the same weights, another seed other weights.
+    * Inits that keep old entries have them in place. If the plan says that the function is preserved,
+      `compute_logit_error` is within `Result.tolerance`, and vice versa.
     * The model saves, loads in stock transformers with the same logits, and generates alike with and without cache.
-    * Within `STEPS_TO_LIFE` steps every new slot of every parameter has a gradient: none is dead for ever.
+    * Within `STEPS_TO_LIFE` steps, every new slot of every parameter gets a gradient: none is dead.
 
     Args:
-        case: what to grow.
-        seed: of the source's weights and of the growth.
+        case: case to check.
+        seed: random seed of the source's weights and of the growth.
 
     Raises:
-        AssertionError: naming the case and the fact that fails.
+        AssertionError: naming the case and the fact that does not hold.
 
     >>> result = check(Case("llama", "hidden", MHA.replace(hidden_size=72), "preserving"))
     >>> result.preserves, result.error < 1e-5
     (True, True)
     """
-    source, plan = _plan(case, seed)
-    if isinstance(plan, str):
-        return Result(case, refused=plan)
-    operator, new_dims, init = case.request
+    source = case.build_source(seed)
+    try:
+        plan = case.plan(source, seed)
+    except (GrowthError, DimsError) as refusal:
+        return Result(case, refused=str(refusal))
     before, config, state = _snapshot(source), source.config.to_dict(), torch.get_rng_state()
-    grown = grow_model(source, operator, new_dims, init=init, seed=seed)
+    grown = case.grow(source, seed)
     after = _snapshot(grown)
-    same, other = (
-        grow_weights(before, plan_growth(source.config, operator, new_dims, init=init, seed=number))
-        for number in (seed, seed + 1)
-    )
-    _fact(torch.equal(state, torch.get_rng_state()), case, "growth moved torch's global generator")
-    _fact(_equal(before, _snapshot(source)) and source.config.to_dict() == config, case, "the source has changed")
-    _fact(_equal(after, same), case, f"seed {seed} gives other weights the second time")
-    draws = any(p.noise or any(run.old is None for axis in p.maps for run in axis.runs) for p in plan.parameters())
-    _fact(_equal(after, other) != draws, case, "new entries do not depend on the seed")
+    same, other = (grow_weights(before, case.plan(source, number)) for number in (seed, seed + 1))
+    _require(torch.equal(state, torch.get_rng_state()), case, "growth moved torch's global generator")
+    is_unchanged = _are_equal(before, _snapshot(source)) and source.config.to_dict() == config
+    _require(is_unchanged, case, "the source has changed")
+    _require(_are_equal(after, same), case, f"seed {seed} gives other weights the second time")
+    has_random = any(p.noise or any(axis.new_slots for axis in p.maps) for p in plan.parameters())
+    _require(_are_equal(after, other) != has_random, case, "new entries do not depend on the seed")
     _check_shapes(case, plan, grown)
     if set(plan.inits.values()) <= IN_PLACE:
         _check_old_entries(case, plan, before, after)
-    result = _measured(case, plan, source, grown, seed)
+    result = _measure_error(case, plan, source, grown, seed)
     _check_reload(case, grown)
     return replace(result, live=_check_gradients(case, plan, grown))
 
 
 def measure(case: Case, *, seed: int = 0) -> Result:
-    """The logit error of a case, and the check of what the plan says about it; `check` without the rest.
+    """Measure the logit error of a case and check the plan's claim about it: `check` without the rest.
 
     Raises:
-        AssertionError: where the plan claims that the function stays, and it does not, or the other way round.
+        AssertionError: if the plan says that the function is preserved and it is not, or vice versa.
     """
-    source, plan = _plan(case, seed)
-    if isinstance(plan, str):
-        return Result(case, refused=plan)
-    operator, new_dims, init = case.request
-    return _measured(case, plan, source, grow_model(source, operator, new_dims, init=init, seed=seed), seed)
-
-
-def _plan(case: Case, seed: int) -> tuple[PreTrainedModel, GrowthPlan | str]:
-    """The source of a case and the plan of its growth, or why it is refused."""
-    source = tiny_model(case.family, case.dims, case.dtype, case.tied, seed=seed, **case.settings)
-    operator, new_dims, init = case.request
+    source = case.build_source(seed)
     try:
-        return source, plan_growth(source.config, operator, new_dims, init=init, seed=seed)
+        plan = case.plan(source, seed)
     except (GrowthError, DimsError) as refusal:
-        return source, str(refusal)
+        return Result(case, refused=str(refusal))
+    return _measure_error(case, plan, source, case.grow(source, seed), seed)
 
 
-def _measured(case: Case, plan: GrowthPlan, source: PreTrainedModel, grown: PreTrainedModel, seed: int) -> Result:
-    error, floor = logit_error(source, grown), 0.0
+def _measure_error(case: Case, plan: GrowthPlan, source: PreTrainedModel, grown: PreTrainedModel, seed: int) -> Result:
+    error, floor = compute_logit_error(source, grown), 0.0
     if case.dtype not in TOLERANCE:
-        wide = tiny_model(case.family, case.dims, torch.float32, case.tied, seed=seed, **case.settings)
-        floor = logit_error(wide, source)
+        wide = case.build_source(seed, torch.float32)
+        floor = compute_logit_error(wide, source)
         if plan.preserves and error > ROUNDING_FLOORS * floor:
-            # One error of rounding is one draw of the dice: the grown model's own is a second one.
-            operator, new_dims, init = case.request
-            wide = grow_model(wide, operator, new_dims, init=init, seed=seed)
-            floor = max(floor, logit_error(wide, deepcopy(wide).to(case.dtype)))
+            # A rounding error is one throw of the dice: the grown model's own rounding is a second one.
+            wide = case.grow(wide, seed)
+            floor = max(floor, compute_logit_error(wide, deepcopy(wide).to(case.dtype)))
     result = Result(case, "", plan.preserves, error, floor)
-    within = result.error <= result.tolerance
+    is_exact = result.error <= result.tolerance
     if plan.preserves:
-        _fact(within, case, f"is said to keep the function, but logits differ by {result.error:.1e} of the largest")
+        fault = f"the plan says that the function is preserved, but logits differ by {result.error:.1e} of the largest"
+        _require(is_exact, case, fault)
     elif case.dtype in TOLERANCE:  # a small change of the function drowns in the rounding of half precision
-        _fact(not within, case, "keeps the function, but GrowthPlan.preserves denies it; is the init in EXACT?")
+        fault = "the function is preserved, but GrowthPlan.preserves denies it; is the init in EXACT?"
+        _require(not is_exact, case, fault)
     return result
 
 
-def _fact(holds: bool, case: Case, fact: str) -> None:
+def _require(holds: bool, case: Case, fault: str) -> None:
     if not holds:
-        raise AssertionError(f"{case}: {fact}")
+        raise AssertionError(f"{case}: {fault}")
 
 
 def _snapshot(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _check_shapes(case: Case, plan: GrowthPlan, grown: PreTrainedModel) -> None:
-    found = {name: tuple(parameter.shape) for name, parameter in grown.named_parameters()}
-    planned = {p.name: tuple(axis.new_size for axis in p.maps) for p in plan.parameters()}
-    odd = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
-    if odd:
-        _fact(False, case, f"{odd[0]} has shape {found.get(odd[0])}, by the table {planned.get(odd[0])}")
+    actual = {name: tuple(parameter.shape) for name, parameter in grown.named_parameters()}
+    planned = {parameter.name: parameter.new_shape for parameter in plan.parameters()}
+    different = sorted(name for name in actual.keys() | planned.keys() if actual.get(name) != planned.get(name))
+    for name in different:
+        _require(False, case, f"{name} has shape {actual.get(name)}, by the table {planned.get(name)}")
     count = int(count_parameters(plan.new, grown.config))
-    _fact(count == grown.num_parameters(), case, f"has {grown.num_parameters()} parameters, by the table {count}")
+    _require(count == grown.num_parameters(), case, f"has {grown.num_parameters()} parameters, by the table {count}")
     dims = ModelDims.from_config(grown.config)
-    _fact(dims == case.new_dims, case, f"the config says {dims}")
-    _fact({p.dtype for p in grown.parameters()} == {case.dtype}, case, "the dtype has changed")
-    embeddings = grown.get_input_embeddings().weight, grown.get_output_embeddings().weight
-    _fact((embeddings[0] is embeddings[1]) == case.tied, case, "embeddings are not tied as the source's are")
+    _require(dims == case.new_dims, case, f"the config has the dims {dims}")
+    _require({p.dtype for p in grown.parameters()} == {case.dtype}, case, "the dtype has changed")
+    is_tied = grown.get_input_embeddings().weight is grown.get_output_embeddings().weight
+    _require(is_tied == case.tied, case, "embeddings are not tied as the source's are")
 
 
 def _check_old_entries(
@@ -269,51 +280,53 @@ def _check_old_entries(
 ) -> None:
     for p in plan.parameters():
         sources = [axis.source for axis in p.maps]
-        slots = [torch.tensor([slot for slot, old in enumerate(axis) if old is not None]) for axis in sources]
-        olds = [torch.tensor([old for old in axis if old is not None]) for axis in sources]
+        slots = [torch.tensor([slot for slot, old in enumerate(source) if old is not None]) for source in sources]
+        olds = [torch.tensor([old for old in source if old is not None]) for source in sources]
         old = before[p.source][torch.meshgrid(*olds, indexing="ij")]
         new = after[p.name][torch.meshgrid(*slots, indexing="ij")]
-        _fact(torch.equal(new, old), case, f"old entries of {p.name} are not in place")
+        _require(torch.equal(new, old), case, f"old entries of {p.name} are not in place")
 
 
 def _check_reload(case: Case, grown: PreTrainedModel) -> None:
+    tokens = make_probe_tokens()
     with tempfile.TemporaryDirectory() as directory, hide_progress_bars():
         grown.save_pretrained(directory)
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=case.dtype, attn_implementation=grown.config._attn_implementation
         )
-    _fact(torch.equal(logits(grown, probe()), logits(loaded, probe())), case, "logits differ after saving and loading")
+    is_same = torch.equal(compute_logits(grown, tokens), compute_logits(loaded, tokens))
+    _require(is_same, case, "logits differ after saving and loading")
     if case.dtype not in TOLERANCE:
-        loaded = loaded.float()  # half precision rounds differently with a cache, and near-ties then fall otherwise
-    # The prompt ends inside the sliding window and what is generated leaves it.
-    prompt = probe(WINDOW - 1)[:1]
+        loaded = loaded.float()  # half precision rounds differently with a cache, which can decide near-ties
+    # The prompt ends inside the sliding window, and the generated text leaves it.
+    prompt = make_probe_tokens(WINDOW - 1)[:1]
     texts = [
         loaded.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False, use_cache=c)
         for c in (True, False)
     ]
-    _fact(torch.equal(*texts), case, "generates other tokens with its cache than without")
+    _require(torch.equal(*texts), case, "generates other tokens with its cache than without")
 
 
 def _check_gradients(case: Case, plan: GrowthPlan, grown: PreTrainedModel) -> float:
-    """The share of new entries that have a gradient at once; after some steps, each new slot must have had one."""
-    live = _live_entries(grown)
-    new = {p.name: _new_entries(p) for p in plan.parameters()}
+    """Return the fraction of new entries that have a gradient at once; check that each new slot gets one soon."""
+    live = _step_and_find_live(grown)
+    new = {p.name: _mask_new_entries(p) for p in plan.parameters()}
     total = sum(int(entries.sum()) for entries in new.values())
-    at_once = sum(int((entries & live[name]).sum()) for name, entries in new.items())
-    silent = [p.name for p in plan.parameters() if p.silent and not live[p.name].any()]
-    if silent:
-        _fact(False, case, f"{silent[0]} of an inserted layer has no gradient")
+    live_at_once = sum(int((entries & live[name]).sum()) for name, entries in new.items())
+    for p in plan.parameters():
+        has_gradient = bool(live[p.name].any())
+        _require(has_gradient or not p.zeroed, case, f"{p.name} of an inserted layer has no gradient")
     for _ in range(STEPS_TO_LIFE):
-        if not (dead := _dead(plan, live)):
+        if not (dead := _find_dead_slots(plan, live)):
             break
-        live = {name: entries | live[name] for name, entries in _live_entries(grown).items()}
-    _fact(not dead, case, f"new slots of {dead} have no gradient in {STEPS_TO_LIFE} steps")
-    return at_once / total if total else 1.0
+        live = {name: entries | live[name] for name, entries in _step_and_find_live(grown).items()}
+    _require(not dead, case, f"new slots of {dead} have no gradient in {STEPS_TO_LIFE} steps")
+    return live_at_once / total if total else 1.0
 
 
-def _live_entries(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Which entries have a gradient on the probe; and a step against it, of one size for all parameters."""
-    tokens = probe()
+def _step_and_find_live(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return which entries have a gradient on the probe; then take a gradient step of equal size in all parameters."""
+    tokens = make_probe_tokens()
     model.zero_grad()
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     live = {}
@@ -325,23 +338,19 @@ def _live_entries(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return live
 
 
-def _new_slots(axis: AxisMap) -> torch.Tensor:
-    return torch.tensor([slot for slot, old in enumerate(axis.source) if old is None], dtype=torch.long)
-
-
-def _new_entries(parameter: ParameterPlan) -> torch.Tensor:
-    """Where a parameter does not hold old entries; everywhere in what an inserted layer keeps silent."""
-    new = torch.full([axis.new_size for axis in parameter.maps], parameter.silent)
+def _mask_new_entries(parameter: ParameterPlan) -> torch.Tensor:
+    """Return a mask of the entries that are not old; all entries of a zeroed parameter."""
+    new = torch.full(parameter.new_shape, parameter.zeroed)
     for dimension, axis in enumerate(parameter.maps):
-        new.index_fill_(dimension, _new_slots(axis), True)
+        new.index_fill_(dimension, torch.tensor(axis.new_slots, dtype=torch.long), True)
     return new
 
 
-def _dead(plan: GrowthPlan, live: Mapping[str, torch.Tensor]) -> str:
-    """The first parameter with a new slot in which nothing is live; "" where there is none."""
+def _find_dead_slots(plan: GrowthPlan, live: Mapping[str, torch.Tensor]) -> str:
+    """Return the first parameter with a new slot in which no entry is live; "" if there is none."""
     for p in plan.parameters():
         for dimension, axis in enumerate(p.maps):
-            slots = _new_slots(axis)
+            slots = torch.tensor(axis.new_slots, dtype=torch.long)
             by_slot = live[p.name].index_select(dimension, slots).movedim(dimension, 0)
             if len(slots) and not bool(by_slot.reshape(len(slots), -1).any(1).all()):
                 return f"{p.name} (dimension {dimension})"
