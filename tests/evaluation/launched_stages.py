@@ -1,4 +1,4 @@
-"""A run that is scored while it trains, as a program: `python launched_stages.py CONFIG OUTPUT DATASETS`."""
+"""Program that trains a run and scores its stages: `python launched_stages.py CONFIG OUTPUT DATASETS`."""
 
 import os
 import sys

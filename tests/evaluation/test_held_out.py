@@ -1,4 +1,4 @@
-"""Exact perplexity, compared with a reference that is computed token by token."""
+"""Exact perplexity, compared with a token-by-token reference."""
 
 import math
 

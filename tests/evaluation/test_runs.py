@@ -61,7 +61,7 @@ def train(config):
 
 @pytest.fixture
 def run(train, settings, trained, tmp_path):
-    """A copy of a run that was scored while it trained; trained for the first test that needs it."""
+    """A copy of a run scored while it trained; trained for the first test that needs it."""
     if not trained.exists():
         train(EvaluateStages(settings(), after_growth=True), trained)
     return RunDirectory(shutil.copytree(trained, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""A small run to publish, and where programs of their own find the Hub."""
+"""A small run to publish, and the environment of programs that use the test's Hub."""
 
 import yaml
 
@@ -45,7 +45,7 @@ def write_config(directory):
 
 
 def online(hub, tmp_path):
-    """What a program of its own needs in its environment in order to see the test's Hub."""
+    """Return the environment variables with which a program uses the test's Hub."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": hub.token,

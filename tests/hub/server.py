@@ -1,6 +1,6 @@
-"""A Hub in this process, spoken to over HTTP by the real client: repositories, branches, LFS, commits, downloads.
+"""A Hub in this process, used over HTTP by the real client: repositories, branches, LFS, commits, downloads.
 
-It checks what it is sent (sha256 and sizes of files, tokens, owners), and fails as it is told:
+It checks requests (sha256 and sizes of files, tokens, owners), and fails on demand:
 
     with LocalHub() as hub:
         hub.fail("PUT /lfs/", 500, times=2)          # or "drop": the connection, in the middle of the request
@@ -26,7 +26,7 @@ READ_TOKEN = "hf_readOnly0123456789"
 class Repo:
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    messages: list[tuple[str, str]] = field(default_factory=list)  # branch and title of every commit that was sent
+    messages: list[tuple[str, str]] = field(default_factory=list)  # branch and title of every commit sent
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             self.body = self._chunks()
         if failure is not None:
-            self.refuse(failure, message=f"told to fail with {failure}")
+            self.refuse(failure, message=f"failing with {failure} on demand")
             return
         with self.hub.lock:
             self.route(path)
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return found
 
-    # ---- Who may do what -----------------------------------------------------------------------------------------
+    # ---- Permissions -----------------------------------------------------------------------------------------------
 
     def user(self):
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             return repo
         return None
 
-    # ---- What it does --------------------------------------------------------------------------------------------
+    # ---- Actions ---------------------------------------------------------------------------------------------------
 
     def route(self, path):
         for pattern, act in _ROUTES:

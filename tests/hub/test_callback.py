@@ -155,9 +155,7 @@ def test_a_run_that_had_finished_is_published_at_the_end(finished, hub, api, tmp
     assert not publishing.published
     publishing.finish()
     assert sorted(publishing.published) == [0, 1, 2]
-    with pytest.raises(
-        HubError, match="are published, no checkpoints; expected one of every_save, end"
-    ):
+    with pytest.raises(HubError, match="are published, no checkpoints; expected one of every_save, end"):
         PublishCallback.from_arguments({"hub_strategy": "checkpoint"})
 
 

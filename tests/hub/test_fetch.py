@@ -168,7 +168,7 @@ def test_slop_publish_sends_later_scores(finished, hub, output_of, tmp_path):
 
     assert sent() == [True, True, True, True]
     output_of("eval", run, "--tasks", "perplexity", "--data", config, "--stage", 2, "--limit", 2)
-    assert sent() == [False, False, True, True], "the last stage and main, which is the same"
+    assert sent() == [False, False, True, True], "only the last stage and main, which hold the same"
     (scored,) = json.loads(hub.repos[REPO].files("main")["lineage.json"])["evaluations"]
     assert (scored["task"], scored["limit"]) == ("perplexity", 2)
     results = ModelCard(hub.repos[REPO].files("main")["README.md"].decode()).data.eval_results
@@ -219,7 +219,7 @@ def test_no_pickle_is_fetched_to_begin_with(finished, hub, tmp_path, error_of):
     config = (finished[0] / "stage-0-initial/config.json").read_bytes()
     hub.make("tester/old").commit("main", {"config.json": config, "pytorch_model.bin": b"a pickle"})
     told = error_of("train", finished[1], "-o", tmp_path / "run", "--set", "model={pretrained: tester/old}")
-    assert "model.pretrained tester/old cannot be loaded" in told and "it has to have safetensors" in told
+    assert "model.pretrained tester/old cannot be loaded" in told and "it must have safetensors" in told
     assert not any("pytorch_model.bin" in request for request in hub.requests) and not (tmp_path / "run").exists()
 
 

@@ -40,7 +40,7 @@ def write_run(path, *, finished=4, running=None, facts=(4, 4, 2, 2)):
 
 
 def content(path):
-    """Return the text of every file below a directory, without those that were rolled back."""
+    """Return the text of every file below a directory, without rolled-back ones."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return {
         f"{file.relative_to(path)}": file.read_text()
@@ -166,7 +166,7 @@ def test_no_run_is_refused(tmp_path):
 
 
 def killed_at_rename(monkeypatch, plan, number):
-    """Apply a plan in a process that is killed before one of its moves."""
+    """Apply a plan in a process killed before one of its moves."""
     real, calls = Path.rename, []
 
     def rename(self, target):

@@ -26,7 +26,7 @@ class ResultCache:
         self.directory = Path(directory or os.path.join(constants.HF_HOME, "slop_hf", "evaluations")).expanduser()
 
     def load(self, ingredients: Mapping[str, Json]) -> list[EvalRecord] | None:
-        """Return the records of an evaluation; None if the cache has none that it can read.
+        """Return the records of an evaluation; None if the cache does not hold them, or cannot read them.
 
         Args:
             ingredients: everything that the scores depend on, as plain data.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..data import Corpus
-from ..data.packing import Block, Blocks
+from ..data.packing import Blocks
 from ..data.tokenizing import hash_vocabulary
 from ..errors import EvaluationError
 from ..io.serialization import hash_json, list_versions
@@ -23,7 +24,7 @@ from .tasks import PERPLEXITY
 #: Batch sizes that "auto" starts from and halves until one fits. On a CPU it has to fit at once: a process that takes
 #: too much memory there is killed.
 LARGEST_BATCH, LARGEST_BATCH_ON_CPU = 64, 8
-IGNORED = -100  # label of a token that is not to be predicted
+IGNORED = -100  # label of tokens not to predict
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def measure_perplexity(
     Raises:
         EvaluationError: if blocks are longer than the model's context, or nothing is predicted.
     """
-    sources = {name: _take(blocks, limit) for name, blocks in held_out.sources.items()}
+    sources = held_out.sources
+    counts = {name: len(blocks) if limit is None else min(limit, len(blocks)) for name, blocks in sources.items()}
     longest = max(len(blocks[0]["input_ids"]) for blocks in sources.values())
     if longest > (context := getattr(model.config, "max_position_embeddings", longest)):
         raise EvaluationError(
@@ -122,7 +124,8 @@ def measure_perplexity(
         )
 
     def measure(batch_size: int) -> dict[str, tuple[float, int]]:
-        return {name: _sum_losses(model, blocks, batch_size, ranks) for name, blocks in sources.items()}
+        shares = {name: range(ranks.rank, count, ranks.count) for name, count in counts.items()}
+        return {name: _sum_losses(model, sources[name], share, batch_size) for name, share in shares.items()}
 
     if batch_size == "auto":
         largest = LARGEST_BATCH_ON_CPU if model.device.type == "cpu" else LARGEST_BATCH
@@ -138,7 +141,7 @@ def measure_perplexity(
     return EvalRecord(
         PERPLEXITY,
         _compute_metrics(totals, held_out.weights),
-        documents=sum(map(len, sources.values())),
+        documents=sum(counts.values()),
         limit=limit,
         harness=f"slop-hf {list_versions()['slop-hf']}, data {held_out.fingerprint[:12]}",
     )
@@ -158,10 +161,10 @@ def _compute_metrics(totals: Mapping[str, tuple[float, int]], weights: Mapping[s
 
 
 @torch.no_grad()
-def _sum_losses(model: PreTrainedModel, blocks: Blocks, batch_size: int, ranks: Ranks) -> tuple[float, int]:
-    """Return the sum of the token losses of this rank's blocks, and the number of predicted tokens."""
+def _sum_losses(model: PreTrainedModel, blocks: Blocks, indices: range, batch_size: int) -> tuple[float, int]:
+    """Return the sum of the token losses of some blocks, and the number of predicted tokens."""
     total, count = 0.0, 0
-    for batch in _iterate_batches(blocks, range(ranks.rank, len(blocks), ranks.count), batch_size):
+    for batch in _iterate_batches(blocks, indices, batch_size):
         labels = batch.pop("labels", batch["input_ids"])  # [batch, length]
         logits = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False).logits
         exact = torch.promote_types(logits.dtype, torch.float32)
@@ -175,20 +178,6 @@ def _sum_losses(model: PreTrainedModel, blocks: Blocks, batch_size: int, ranks: 
 
 def _iterate_batches(blocks: Blocks, indices: range, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of blocks of equal length, [batch, length] per tensor; nothing is padded."""
-    batch: list[Block] = []
-    for index in indices:
-        block = blocks[index]
-        if batch and (len(batch) == batch_size or len(block["input_ids"]) != len(batch[0]["input_ids"])):
-            yield _stack(batch)
-            batch = []
-        batch.append(block)
-    if batch:
-        yield _stack(batch)
-
-
-def _stack(batch: Sequence[Block]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([block[name] for block in batch]) for name in batch[0]}
-
-
-def _take(blocks: Blocks, limit: int | None) -> Blocks:
-    return blocks if limit is None or limit >= len(blocks) else [blocks[index] for index in range(limit)]
+    for _, group in groupby((blocks[index] for index in indices), key=lambda block: len(block["input_ids"])):
+        while batch := list(islice(group, batch_size)):
+            yield {name: torch.stack([block[name] for block in batch]) for name in batch[0]}

@@ -50,8 +50,8 @@ def open_task_manager(settings: EvalSettings) -> Iterator[TaskManager]:
     """Yield lm-eval's `TaskManager` with the tasks of `include_path`, and with the data in `datasets` in place.
 
     Raises:
-        EvaluationError: if lm-eval is not installed, a task is unknown, or `datasets` has a directory that is not
-            named like a task.
+        EvaluationError: if lm-eval is not installed, a task is unknown, or a directory in `datasets` is not named like
+            a task.
     """
     _require_lm_eval()
     from lm_eval.tasks import TaskManager
@@ -85,7 +85,7 @@ def build_language_model(
             that the processes share the documents.
         tokenizer: tokenizer of the model.
         batch_size: documents per batch, or "auto".
-        device: device of a model that has to be loaded.
+        device: device to load a directory's model to.
         processes: number of processes of the launch.
 
     Raises:

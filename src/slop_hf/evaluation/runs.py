@@ -85,7 +85,7 @@ class EvaluateStages(StageCallback):
     def of_run(cls, config: RunConfig) -> EvaluateStages | None:
         """Return the callback that the section `evaluation` of a run asks for; None if there is no such section.
 
-        Perplexity is measured on the held-out part of the run's own data, which is prepared unless it is in the cache.
+        Perplexity is measured on the held-out part of the run's own data, prepared on the first call.
 
         Raises:
             EvaluationError: as for `check_evaluation`, and if no block of the data is held out.

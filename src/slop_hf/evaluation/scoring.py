@@ -54,7 +54,7 @@ def evaluate_model(
         evaluate_model("runs/tiny/stage-1-layer", "piqa,hellaswag", limit=100)
 
     Args:
-        model: directory or Hub id[@revision] of a model; or a model, which is scored on its own device.
+        model: directory or Hub id[@revision] of a model; or a loaded model, scored on its own device.
         tasks: "paper" (`PAPER_TASKS`: PIQA, HellaSwag, BBH, LAMBADA, GSM8K), "perplexity", or any tasks and groups of
             lm-eval; or settings that name them.
         tokenizer: tokenizer of the model; default, the one in its directory.
@@ -62,7 +62,7 @@ def evaluate_model(
             include_path, datasets.
 
     Returns:
-        One record per task in the given order; a group's record comes before those of its tasks.
+        One record per task, in the given order; a group's record comes before its tasks' records.
 
     Raises:
         EvaluationError: if a task is unknown, its data cannot be loaded, or the held-out text was tokenized by another
@@ -118,7 +118,7 @@ class EvaluatedModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The tokenizer of the model; None if it has none."""
+        """The tokenizer of the model; None without one."""
         if self._tokenizer is not None or self.directory is None:
             return self._tokenizer
         try:
@@ -128,12 +128,12 @@ class EvaluatedModel:
 
     @cached_property
     def vocabulary(self) -> str:
-        """Hash of the tokenizer; "" if there is none."""
+        """Hash of the tokenizer; "" without one."""
         return hash_vocabulary(self.tokenizer) if isinstance(self.tokenizer, PreTrainedTokenizerFast) else ""
 
 
 def score_tasks(model: EvaluatedModel, settings: EvalSettings, ranks: Ranks) -> list[EvalRecord]:
-    """Return the records of all tasks, on all ranks, scoring those that the cache does not have."""
+    """Return the records of all tasks, on all ranks. Only tasks missing in the cache are scored."""
     cache = ResultCache(settings.cache_dir)
     results: list[EvalRecord] = []
     with ExitStack() as stack:
@@ -211,7 +211,7 @@ class _Scorer:
         assert self._manager  # refuses an unknown task before the model is loaded
         if tokenizer is None:
             place = subject.directory or "a model in memory: give it as `tokenizer`"
-            raise EvaluationError(f"tasks need the model's tokenizer, and there is none in {place}")
+            raise EvaluationError(f"tasks need the model's tokenizer; none was found in {place}")
         processes = self._ranks.count
         if processes > 1 and subject.directory is None:
             raise EvaluationError("several processes can score a directory, not a model in memory: save it first")

@@ -24,7 +24,7 @@ class EvalSettings(EvalOptions):
         num_fewshot: solved examples before each question; None for each task's own number. Tasks that lm-eval defines
             as zero-shot stay zero-shot.
         batch_size: documents per batch; `"auto"` for as many as the device has memory for.
-        device: device of a model that has to be loaded, such as `"cuda"`; None for a GPU if there is one.
+        device: device to load a model to, such as `"cuda"`; None for a GPU if there is one.
         include_path: directory with tasks of your own, in lm-eval's YAML.
         datasets: directory with data of tasks as `TASK/SPLIT.jsonl`, used instead of the Hub's.
         cache_dir: directory of the cache of results; None for `slop_hf/evaluations` in the Hugging Face home.
@@ -71,7 +71,7 @@ class EvalSettings(EvalOptions):
 
     @property
     def directories(self) -> Mapping[str, Path]:
-        """`include_path` and `datasets` as absolute paths, without those that are None."""
+        """The given ones of `include_path` and `datasets`, as absolute paths."""
         directories = {"include_path": self.include_path, "datasets": self.datasets}
         return {name: Path(value).expanduser().absolute() for name, value in directories.items() if value is not None}
 

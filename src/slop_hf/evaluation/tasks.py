@@ -21,7 +21,7 @@ class PaperTask:
     Args:
         task: name of the task in lm-eval.
         num_fewshot: solved examples before each question, lm-eval's default.
-        metric: metric that is reported.
+        metric: reported metric.
         note: remark on the choice.
     """
 
@@ -39,8 +39,8 @@ PAPER_TASKS: Mapping[str, PaperTask] = {
         "leaderboard_bbh",
         3,
         "acc_norm",
-        "24 tasks as multiple choice; lm-eval's `bbh` has the model reason in free text, where models of about 1B "
-        "parameters score near zero",
+        "24 tasks as multiple choice; lm-eval's `bbh` has the model reason in free text, and models of about 1B "
+        "parameters then score near zero",
     ),
     "LAMBADA": PaperTask("lambada_openai", 0, "acc", "it also reports the perplexity of the last word"),
     "GSM8K": PaperTask("gsm8k", 5, "exact_match,strict-match"),

@@ -49,12 +49,8 @@ def call_hub(action: Callable[[], T], address: Address, doing: str, policy: Retr
     Raises:
         HubError: if the action fails for good; the message says what to do.
     """
-    try:
+    with report_failures(address, doing):
         return (policy or RetryPolicy()).call(action, f"{doing} {address}", may_pass=_may_pass)
-    except SlopError:
-        raise
-    except Exception as caught:
-        raise describe_failure(caught, address, doing) from None
 
 
 def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
@@ -70,7 +66,7 @@ def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
 
 @contextmanager
 def report_failures(address: Address, doing: str, api: HfApi | None = None) -> Iterator[None]:
-    """Turn any failure of the block into a `HubError`; for an unknown revision, it lists those that exist."""
+    """Turn any failure of the block into a `HubError`; for an unknown revision, it lists the existing ones."""
     try:
         yield
     except SlopError:
@@ -97,7 +93,7 @@ def describe_failure(caught: Exception, address: Address, doing: str, api: HfApi
     if isinstance(caught, RevisionNotFoundError):
         return HubError(f"{repo} has no revision {address.revision!r}{_list_revisions(address, api)}")
     if status == 401 and not isinstance(caught, RepositoryNotFoundError):
-        return HubError(f"{action}: the Hub rejects the token, or there is none (401); {_LOG_IN}")
+        return HubError(f"{action}: the token is missing, or the Hub rejects it (401); {_LOG_IN}")
     if status == 403 or isinstance(caught, GatedRepoError):
         return HubError(
             f"{action}: no permission (403); use a token that has it (`hf auth whoami` names its user), "

@@ -24,7 +24,7 @@ from .publish import Published, Publisher
 logger = logging.get_logger(__name__)
 
 STRATEGIES = ("every_save", "end")
-#: Seconds to wait at the end of a run that was stopped: a cluster gives little time, and the rest can be sent later.
+#: Seconds to wait after a stopped run: a cluster gives little time, and the rest can be sent later.
 STOPPED_PATIENCE = 20.0
 
 
@@ -37,7 +37,7 @@ class PublishCallback(StageCallback):
         with PublishCallback("user/name") as publishing:
             SlopTrainer(..., callbacks=[publishing]).train()
 
-    The end of the block waits for stages that are still being sent.
+    The end of the block waits for unfinished uploads.
 
     Args:
         repo_id: repository, such as `user/name`; default, the name of the run's directory, for the token's user.
@@ -75,7 +75,7 @@ class PublishCallback(StageCallback):
         self._publisher: Publisher | None = None
         self._is_working = False
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._waiting: set[int] = set()  # stages that are queued or being sent
+        self._waiting: set[int] = set()  # stages in the queue or being sent
         self._changed = threading.Condition()
         self.published: dict[int, tuple[Published, ...]] = {}
         self.failed: dict[int, str] = {}
@@ -151,7 +151,7 @@ class PublishCallback(StageCallback):
             threading.Thread(target=self._work, args=(self._publisher,), name="slop-publish", daemon=True).start()
 
     def _queue_finished_stages(self) -> None:
-        """Queue the finished stages that are neither published nor queued."""
+        """Queue the finished stages, except published and queued ones."""
         if self._publisher is not None and self._publisher.run.exists:
             with self._changed:
                 finished = set(range(self._publisher.run.finished_stages))

@@ -32,7 +32,7 @@ class FetchedStage:
 
     @property
     def origin(self) -> Origin:
-        """What a run that starts from the stage records about it."""
+        """The origin of a run that starts from the stage."""
         parent = Parent(self.address.revision, self.lineage.weights_hash, self.address.repo_id)
         return Origin(parent, (*self.lineage.ancestors, self.lineage.record))
 
@@ -45,8 +45,8 @@ def fetch_stage(address: str, api: HfApi | None = None) -> FetchedStage:
         api: client of the Hub; None for the default client.
 
     Raises:
-        HubError: if there is no such revision, no permission or no network, or the weights are not those that were
-            published.
+        HubError: if there is no such revision, no permission or no network, or the weights differ from the published
+            ones.
     """
     stage = Address.parse(address)
     lineage_path = _fetch_lineage(stage, api)

@@ -43,7 +43,7 @@ class Lineage(Record, error=HubError, if_missing=_IF_MISSING):
         record: record of the stage: operators, inits, seed, tokens and data, losses, versions.
         run_id: id of its run.
         parent: model that it was grown from; None for the initial model of a run that starts from scratch.
-        ancestors: records of the stages before it, those of earlier runs first.
+        ancestors: records of the stages before it, earlier runs first.
         evaluations: its scores.
     """
 

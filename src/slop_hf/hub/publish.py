@@ -49,8 +49,8 @@ def publish_stage(
 ) -> tuple[Published, ...]:
     """Publish a finished stage as a branch named like its directory; the last stage of a schedule on `main` too.
 
-    A revision arrives in one commit, whole or not at all, and a revision that is there already is left alone: the call
-    can be repeated any number of times, also after a failure. Transient failures are retried.
+    A revision arrives in one commit, whole or not at all, and is left alone if it is there already: the call can be
+    repeated any number of times, also after a failure. Transient failures are retried.
 
     Args:
         run_dir: directory of the run.
@@ -93,7 +93,7 @@ def publish_run(
 
 
 class Publisher:
-    """Publishes the stages of a run into one repository; arguments and errors are those of `publish_stage`."""
+    """Publishes the stages of a run into one repository, with the arguments and errors of `publish_stage`."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Publisher:
         return call_hub(attempt, address, "writing", self._retries)
 
     def _list_files(self, branch: str) -> list[str]:
-        """Return the files of a branch, which is created unless it exists."""
+        """Return the files of a branch, creating the branch unless it exists."""
         try:
             return self._api.list_repo_files(self.repo_id, revision=branch)
         except RevisionNotFoundError:

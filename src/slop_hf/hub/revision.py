@@ -111,7 +111,7 @@ def _trace_lineage(run: RunDirectory, snapshot: RunSnapshot, origin: Origin | No
 
 
 def _hash_weights(directory: Path) -> str:
-    """Return the hash of a stage's weights, which are read once unless the stage is trained again."""
+    """Return the hash of a stage's weights, reading them once unless the stage is trained again."""
     return _hash_weights_written_at(directory.resolve(), (directory / CHECKSUM_FILE).stat().st_mtime_ns)
 
 

@@ -87,7 +87,7 @@ class RunDirectory:
         return self.finished_stages == len(self.schedule.structures)
 
     def select_stages(self, numbers: Sequence[int] | None = None) -> Sequence[int]:
-        """Return the given numbers of stages, or those of all finished stages.
+        """Return the given stage numbers, or the numbers of all finished stages.
 
         Raises:
             RunError: if there is no run, no stage has finished, or one of the given stages has not.
@@ -157,8 +157,8 @@ class RunFacts(Record, error=RunError, if_missing=INCOMPLETE):
         blocks_per_step: blocks per optimizer step, for each stage.
         data_seed: seed of the order of the blocks.
         run_id: name of the run for experiment trackers; "" until it has begun.
-        data: fingerprint of the data and their mixture; "" if they have none.
-        vocabulary: hash of the tokenizer; "" if there is none.
+        data: fingerprint of the data and its mixture; "" for data without one.
+        vocabulary: hash of the tokenizer; "" without one.
     """
 
     block_size: int

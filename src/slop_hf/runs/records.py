@@ -73,7 +73,7 @@ class StageRecord(Record, error=RunError, if_missing=INCOMPLETE):
         eval_loss_after_growth: held-out loss after the growth, before training.
         perplexity: `exp(eval_loss)`.
         data: tokens trained on, per source.
-        data_fingerprint: fingerprint of the training data; "" if they have none.
+        data_fingerprint: fingerprint of the training data; "" for data without one.
         data_seed: seed of the order of the data.
         init: initialisation of the new entries, per operator.
         growth_seed: seed that new entries were drawn with.
@@ -123,7 +123,7 @@ class EvalRecord(Record, error=RunError, if_missing=INCOMPLETE):
         metrics: value per metric, such as `acc_norm`.
         stderr: standard error per metric, if it has one.
         num_fewshot: solved examples before each question; None for a group whose tasks differ, and for held-out text.
-        documents: number of documents (blocks, for held-out text) that were scored.
+        documents: number of scored documents (blocks, for held-out text).
         limit: largest number of documents asked for; None for all.
         when: `end` of the stage, or `after_growth`, before the grown model was trained.
         weights_hash: hash of the model's weights.
