@@ -234,9 +234,9 @@ def _open_zstd(compressed: BinaryIO) -> BinaryIO:
 
 
 _OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".gz": gzip.open,  # type: ignore[dict-item]
+    ".bz2": bz2.open,  # type: ignore[dict-item]
+    ".xz": lzma.open,  # type: ignore[dict-item]
     ".zst": _open_zstd,
 }
 

@@ -123,6 +123,12 @@ class SlopTrainer(Trainer):
         schedule = with_inits(schedule, args.growth_init)
         check_model(model, schedule, kwargs.get("processing_class"))
         block_size = check_blocks(train_dataset, model)
+        self.blocks = MixedBlocks.wrap(train_dataset)
+        held_out = kwargs.get("eval_dataset")
+        if isinstance(held_out, dict):  # such as `Corpus.held_out`
+            if len(held_out) == 1 and list(held_out) == list(self.blocks.parts):
+                (held_out,) = held_out.values()  # the loss of the only source is `eval_loss`
+            kwargs["eval_dataset"] = held_out or None
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         check_launch(args, fsdp=self.is_fsdp_enabled)
@@ -130,7 +136,6 @@ class SlopTrainer(Trainer):
         # The run.
         self.run = RunDirectory(args.output_dir)
         self.ranks = Ranks.from_args(args)
-        self.blocks = MixedBlocks.wrap(train_dataset)
         tokenizer = self.processing_class
         self.plan = plan_run(
             schedule,
