@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slop_hf import ConfigSpace, ModelDims, SlopPlanner
+from slop_hf import ConfigSpace, ModelDims, SlopPlanner, explain
 from slop_hf.cost.flops import count_paper_params, count_parameters
 from slop_hf.errors import PlanError
 
@@ -20,7 +20,7 @@ def paper_target(hidden, ffn, layers):
 
 
 def agrees(printed, computed):
-    """To the printed digits, give or take one in the last: the paper rounds, and once cuts off (1.5258e26 as 1.52)."""
+    """Whether numbers agree up to one in the last printed digit: the paper rounds, and once cuts off (1.5258e26)."""
     exponent = len(f"{computed:.0f}") - 1
     return abs(printed - computed) <= 10.0 ** (exponent - 2)
 
@@ -62,8 +62,8 @@ def grown(dims, name, target, followers):
 
 
 def brute_force(initial, targets, operators, convention):
-    """All schedules by plain enumeration over dicts, as (product, target, order), loadable ones alone."""
-    found = []
+    """Enumerate all loadable schedules over plain dicts, as (product, target, order)."""
+    schedules = []
     for target in targets:
         goal = target.as_dict()
         followers = [] if "mha" in operators else ["num_attention_heads", "num_key_value_heads"]
@@ -75,8 +75,8 @@ def brute_force(initial, targets, operators, convention):
                 base = initial.as_dict() if convention == "delta_params" else before
                 product *= max(1.0, float(count(dims) - count(base)))
             if loadable:
-                found.append((product, str(target), order))
-    return sorted(found)
+                schedules.append((product, str(target), order))
+    return sorted(schedules)
 
 
 def count(dims):
@@ -121,7 +121,7 @@ def test_equals_brute_force(space, operators, objective, top_k):
 
 
 def test_equals_dijkstra_on_the_papers_graph():
-    """Eq. 3's weights make a graph whose shortest path in log weights networkx finds."""
+    """By Eq. 3 the best schedule is the shortest path in the graph of log weights; networkx finds it too."""
     import math
 
     target = paper_target(2816, 7680, 8)
@@ -150,8 +150,8 @@ def test_space_meets_its_constraints():
     assert len(set(structures)) == len(structures)
 
 
-def test_space_finds_every_structure_that_enumeration_finds():
-    found = set(ConfigSpace(target_params=3e8, tolerance=0.03, count="paper").structures(INITIAL))
+def test_space_equals_enumeration():
+    structures = set(ConfigSpace(target_params=3e8, tolerance=0.03, count="paper").structures(INITIAL))
     expected = set()
     for hidden in range(768, 6000, 128):
         for ffn in {-(-hidden * 8 // 3 // 256) * 256, 4 * hidden}:
@@ -160,7 +160,7 @@ def test_space_finds_every_structure_that_enumeration_finds():
                 close = abs(count_paper_params(dims) / 3e8 - 1) <= 0.03
                 if close and 24 <= hidden / layers <= 384 and ffn >= 2048:
                     expected.add(dims)
-    assert found == expected and found
+    assert structures == expected and structures
 
 
 def test_grouped_query_attention_keeps_its_group():
@@ -233,10 +233,21 @@ def test_bad_requests():
         planner.plan(0, tokens=1e9)
 
 
-def test_a_probe_decides_the_order_of_what_is_found():
+def test_a_probe_reranks_the_schedules():
     planner = SlopPlanner(INITIAL, ConfigSpace(targets=[paper_target(2816, 7680, 8)]))
-    found = planner.plan(3)
-    assert planner.plan(3, probe=lambda schedules: schedules[::-1]) == found[::-1]
+    by_prediction = planner.plan(3)
+    assert planner.plan(3, probe=lambda schedules: schedules[::-1]) == by_prediction[::-1]
     for wrong in (lambda schedules: schedules[1:], lambda schedules: [schedules[0]] * 3):
         with pytest.raises(PlanError, match="given 3 schedules and returned others"):
             planner.plan(3, probe=wrong)
+
+
+def test_explain_skips_structures_that_no_model_can_have():
+    """The grid has a hidden size of 80, which heads of 32 do not fill."""
+    space = ConfigSpace(targets=[ModelDims(128, 256, 3, 4)], hidden_multiple=16)
+    planner = SlopPlanner(ModelDims(64, 256, 2, 2), space, operators=("layer", "hidden"), mode="joint", stages=2)
+    schedules = planner.plan(2)
+    assert {dims.hidden_size for schedule in schedules for dims in schedule.structures} <= {64, 96, 128}
+    choices = explain(planner, schedules[0])
+    assert [choice.taken.stage for choice in choices] == list(schedules[0].stages)
+    assert all(choice.taken.value <= other.value for choice in choices for other in choice.others)

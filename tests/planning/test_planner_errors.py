@@ -1,4 +1,4 @@
-"""What a planner refuses: one line that says what is wrong, and what to do."""
+"""Requests that a planner refuses, in one line with the fault and the remedy."""
 
 import math
 
@@ -26,7 +26,7 @@ def plan(space=None, request=None, **planner):
 
 NAN = math.nan
 CASES = {
-    # what space there is
+    # the space
     "no target within tolerance": (
         dict(space={"target_params": 1e9, "tolerance": 0.0001, "max_layers": 8}),
         r"no structure grown .* within 0.0%; the nearest is \(2560, 10240, 8, 20\) with 1.003e\+09; raise",
@@ -63,7 +63,7 @@ CASES = {
         dict(space={"targets": [TARGET], "memory": MemoryLimit(8e9)}),
         r"does not fit: .*needs .* GB per device",
     ),
-    # what the search may do
+    # the search
     "unknown operator": (dict(operators=("depth",)), "unknown operator 'depth'; known: layer"),
     "operator twice": (dict(operators=("ffn", "ffn")), "one or more different names"),
     "unknown objective": (dict(objective="luck"), "unknown objective 'luck'; known: delta_params"),

@@ -1,4 +1,4 @@
-"""Every mode of the planner, under every objective, beside plain enumeration of every path of small spaces."""
+"""Every mode and objective of the planner, compared with plain enumeration of all paths in small spaces."""
 
 import math
 from fractions import Fraction
@@ -44,7 +44,7 @@ def vertices(target, targets, operators):
     ffns = steps(128, target.intermediate_size, FFN_MULTIPLE, [one.intermediate_size for one in targets])
     layers = range(2, target.num_hidden_layers + 1)
     heads = steps(4, target.num_attention_heads, 1, [])
-    found = set()
+    structures = set()
     for h, f, depth, a in product(hiddens, ffns, layers, heads):
         if "ffn" not in operators:
             ratio = Fraction(target.intermediate_size, target.hidden_size)
@@ -56,8 +56,8 @@ def vertices(target, targets, operators):
                 continue
             a = h // 16
         if h % a == 0:
-            found.add(ModelDims(h, f, depth, a, a, 16))
-    return found
+            structures.add(ModelDims(h, f, depth, a, a, 16))
+    return structures
 
 
 def may_grow(before, after, operators, joint, max_factor, through):
@@ -162,7 +162,7 @@ def problems(draw):
     stages = draw(st.integers(1, 4))
     if mode == "once":
         stages = len(operators)
-    elif mode == "repeated":  # each dimension that grows takes a stage at least
+    elif mode == "repeated":  # each growing dimension takes at least one stage
         stages = max([stages, *(len(set(operators) & set(find_operators(INITIAL, one))) for one in targets)])
     if mode != "once" and OBJECTIVES[objective].compares_stages and draw(st.booleans()):
         stages = None
@@ -203,14 +203,14 @@ def test_equals_enumeration(problem, top_k):
             for path in every_path(problem, target, count):
                 expected.append((value(objective, path, tokens) + price * count, path))
     largest = OBJECTIVES[objective].best == "largest"
-    expected.sort(key=lambda one: -one[0] if largest else one[0])
+    expected.sort(key=lambda entry: -entry[0] if largest else entry[0])
     if not expected:
         with pytest.raises(PlanError):
             planner.plan(top_k, tokens=700_000)
         return
     schedules = planner.plan(top_k, tokens=700_000)
-    found = [schedule.scores[objective] + price * len(schedule.stages) for schedule in schedules]
-    assert found == pytest.approx([one for one, _ in expected[:top_k]], rel=1e-9)
+    totals = [schedule.scores[objective] + price * len(schedule.stages) for schedule in schedules]
+    assert totals == pytest.approx([total for total, _ in expected[:top_k]], rel=1e-9)
     paths = [schedule.structures for schedule in schedules]
     assert len(set(paths)) == len(paths)
     assert set(paths) <= {path for _, path in expected}
@@ -219,7 +219,7 @@ def test_equals_enumeration(problem, top_k):
 
 
 def test_enumeration_is_not_empty():
-    """What the test above compares with has something to find."""
+    """The enumeration that the planner is compared with finds all orders."""
     target = ModelDims(96, 240, 3, 6)
     paths = list(all_paths(target, [target], ("layer", "ffn", "hidden"), 3, False, None, ()))
     assert len(paths) == 6

@@ -114,7 +114,7 @@ def msg(request: ArmRequest) -> GrowthSchedule:
     Key/value heads grow with the heads. `head_dim`, which the paper never grows, grows with hidden.
 
     The SLOP paper does not print its MSG schedules. The GPU hours of its Table 2 agree with ffn, layers, hidden, each
-    grown once (101.96; 101.5 by our count), those of its Table 10 do not (119; 106.3).
+    grown once (101.96; 101.5 by our count), the hours of its Table 10 do not (119; 106.3).
 
     Args:
         request: plan and budget.

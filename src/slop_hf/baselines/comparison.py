@@ -47,7 +47,7 @@ def compare_at_equal_flops(
 ) -> list[Arm]:
     """Compare a plan with all control arms at the plan's training FLOPs; the plan comes first.
 
-    Losses are those of `ScalingLaw.staged_losses` for all parameters: the best that growth can achieve, as if it kept
+    Losses come from `ScalingLaw.staged_losses` with all parameters: the best that growth can achieve, as if it kept
     the loss and the training dynamics. The law knows the size of a model, not its shape.
 
     Args:
@@ -85,7 +85,7 @@ def compare_at_equal_flops(
 
 
 def is_growth_favoured(arms: Sequence[Arm]) -> bool | None:
-    """Whether the plan's predicted loss is below that of training from scratch; None if either is unknown.
+    """Whether the plan's predicted loss is below the loss of training from scratch; None if either is unknown.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(64, 128, 2, 2), ModelDims(64, 128, 8, 2)

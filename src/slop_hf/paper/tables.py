@@ -2,7 +2,7 @@
 
 *Model Growth Schedule Learning via Optimal Path (SLOP) for Efficient LLM Pre-Training*, submitted to ICLR 2025,
 withdrawn, anonymous. Products of parameter increments are strings as printed, so that a computed product can be
-compared digit by digit. `docs/reproduction.md` explains what the numbers mean where the paper does not say.
+compared digit by digit. `docs/reproduction.md` explains the conventions that the paper does not state.
 """
 
 from __future__ import annotations

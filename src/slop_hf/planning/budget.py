@@ -109,15 +109,6 @@ class TokenAllocation:
             )
         return Budget(tuple(round(count) for count in self.tokens), self.already_seen)
 
-    def utility_budget(self, params: Sequence[float], costs: Sequence[float], law: ScalingLaw) -> Budget:
-        """Tokens of one schedule by equal marginal utility, see `share_tokens_by_utility`."""
-        assert isinstance(self.tokens, (int, float))
-        train_initial = self.initial_share > 0
-        tokens = share_tokens_by_utility(
-            self.tokens, params, costs, law=law, already_seen=self.already_seen, train_initial=train_initial
-        )
-        return Budget(tuple(tokens), self.already_seen)
-
 
 def allocate_tokens(
     shares: Sequence[float], total: float, costs_per_token: Sequence[float] | None = None

@@ -62,7 +62,7 @@ class Objective:
     compares_stages: bool = False
 
     def cost(self, step: Step) -> FloatArray:
-        """What a stage adds to the total that a search minimises."""
+        """Contribution of a stage to the total that a search minimises."""
         term = self.term(step)
         if self.join == "product":
             term = np.log(term)

@@ -17,7 +17,7 @@ from ..io.numbers import is_finite_number
 from ..operators import OPERATORS, find_operators, get_operator
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage
 from .best_paths import GrowthGraph, StageCost, build_grid_edges, check_size, count_edges, round_for_ties
-from .budget import Budget, Sharing, TokenAllocation
+from .budget import Budget, Sharing, TokenAllocation, share_tokens_by_utility
 from .constraints import PathConstraints, is_at_least
 from .grid import OWN_FIELD, GrowthGrid, build_grid, compute_grid_shape, get_grid_key, list_axis_values
 from .objectives import OBJECTIVES, Objective, evaluate_objective, make_step
@@ -205,9 +205,18 @@ class SlopPlanner:
             )
 
     def _share_by_utility(self, path: Path, allocation: TokenAllocation) -> Budget:
+        assert isinstance(allocation.tokens, (int, float))
         structures = DimsTable(DimsArray.of(path), self._inputs)
         costs = structures.flops_per_token if self.cost_model is None else structures.hours_per_token
-        return allocation.utility_budget(structures.parameters.tolist(), costs.tolist(), self.law)
+        tokens = share_tokens_by_utility(
+            allocation.tokens,
+            structures.parameters.tolist(),
+            costs.tolist(),
+            law=self.law,
+            already_seen=allocation.already_seen,
+            train_initial=allocation.initial_share > 0,
+        )
+        return Budget(tuple(tokens), allocation.already_seen)
 
     def _find_reachable_targets(self) -> DimsArray:
         """Return the targets to which the operators can grow every dimension that differs."""

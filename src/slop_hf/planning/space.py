@@ -28,8 +28,8 @@ _BOUNDS = (
 class ConfigSpace:
     """The targets: a list, or every structure of about `target_params` parameters that meets the constraints.
 
-    The constraints are those of Section 4.1 of the paper, with bounds on depth and shape. They need these bounds:
-    among all structures of a size, the paper's objective is smallest for the deepest or the shallowest ones.
+    The constraints come from Section 4.1 of the paper, with additional bounds on depth and shape: without them, among
+    all structures of a size, the paper's objective is smallest for the deepest or the shallowest ones.
 
     Args:
         targets: structures to choose from, as a `DimsArray` if there are very many; excludes `target_params`.
@@ -146,7 +146,7 @@ class ConfigSpace:
         """Return `targets`, or all structures that `initial` can grow to, in the order of hidden size, ffn and depth.
 
         Raises:
-            PlanError: if there is none; the message names the nearest.
+            PlanError: if no structure meets the constraints; the message names the nearest.
         """
         if isinstance(self.targets, DimsArray):
             return self.targets

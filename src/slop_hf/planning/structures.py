@@ -60,7 +60,7 @@ class DimsArray:
 
 @dataclass(frozen=True)
 class CostInputs:
-    """Everything besides its sizes that decides the cost and the predicted loss of a structure.
+    """Inputs to the cost and the predicted loss of structures, apart from their sizes.
 
     Args:
         config: settings that growth does not change (`ConfigSpace.config`).
