@@ -22,13 +22,13 @@ LR_SPANS = ("stage", "run")
 class SlopTrainingArguments(TrainingArguments):
     """Arguments of `SlopTrainer`; every argument of `transformers.TrainingArguments` keeps its meaning.
 
-    The defaults are those of Appendix B.1 of the paper: AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients
+    The defaults follow Appendix B.1 of the paper: AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients
     clipped at 1.0, learning rate 3e-4, and in every stage a warm-up and a cosine to 10% of the peak. The paper warms
     up for 2,000 steps; the default here is 5% of each stage, the same share of a stage of 10B tokens in batches of
     256K tokens. The schedule's tokens decide how long a stage lasts: `max_steps` and `num_train_epochs` are not used.
 
     Raises:
-        RunError: for an argument that has no meaning in a staged run.
+        RunError: for an argument without meaning in a staged run.
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of every stage."})
@@ -83,7 +83,7 @@ class SlopTrainingArguments(TrainingArguments):
     )
     growth_init: dict[str, str] | str | None = field(
         default=None,
-        metadata={"help": "Init of each operator, or one for all, for stages that have none in the schedule."},
+        metadata={"help": "Init of each operator, or one for all, for stages without an init in the schedule."},
     )
     growth_seed: int = field(default=0, metadata={"help": "Seed of the entries that growth draws at random."})
     growth_noise: float = field(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
-#: Training arguments that are one number for all stages, or one number per stage.
+#: Training arguments with one number for all stages, or one number per stage.
 PER_STAGE = ("batch_tokens", "stage_batch_sizes", "stage_learning_rates")
 
 
@@ -66,7 +66,7 @@ class Batches:
 def resolve_per_stage(
     values: Number | Sequence[Number] | None, default: Number, stages: int, name: str
 ) -> tuple[Number, ...]:
-    """Return one value per stage from an argument that has no value, one for all stages, or one per stage.
+    """Return one value per stage from an argument with no value, one value for all stages, or one per stage.
 
     Args:
         values: value of the argument.
@@ -113,7 +113,7 @@ def count_blocks_per_step(args: SlopTrainingArguments, block_size: int, devices:
 
 
 def keep_last_stage(args: SlopTrainingArguments) -> None:
-    """Reduce arguments with one value per stage to the last stage's: for a run that has only its structure."""
+    """Reduce arguments with one value per stage to the last stage's, for a run of the target alone."""
     for name in PER_STAGE:
         values = getattr(args, name)
         setattr(args, name, None if values is None else values[-1:])

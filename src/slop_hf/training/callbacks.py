@@ -1,4 +1,4 @@
-"""`StageCallback`: callbacks that are called when a stage has been written."""
+"""`StageCallback`: callbacks with an event for a written stage."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .run_plan import RunPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-#: Bytes per parameter in float32: of a finished stage, and of a checkpoint with AdamW's two moments.
+#: Bytes per parameter in float32: a finished stage, and a checkpoint, which adds AdamW's two moments.
 _STAGE_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 

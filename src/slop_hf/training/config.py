@@ -250,7 +250,7 @@ def preview_run(
 
 
 def find_vocab_size(config: RunConfig) -> int:
-    """Return the size of the model's vocabulary if the run gives it, else that of its tokenizer, which is loaded."""
+    """Return the size of the vocabulary, from the run's settings if they give it, else by loading the tokenizer."""
     tokenizer = config.data.tokenizer
     if tokenizer is None:
         return config.data.vocab_size
@@ -260,7 +260,7 @@ def find_vocab_size(config: RunConfig) -> int:
 
 
 def _read_schedule(config: RunConfig, args: SlopTrainingArguments, *, scratch: bool) -> GrowthSchedule:
-    """Return the run's schedule; from scratch, that of the target alone, with the arguments reduced to its stage."""
+    """Return the run's schedule; from scratch, a schedule of the target alone, with the last stage's arguments."""
     schedule = config.read_schedule()
     if not scratch:
         return schedule

@@ -31,7 +31,7 @@ class NonFiniteLossGuard:
 
         Args:
             grad_norm: norm of this step's gradient; None if it is unknown.
-            last_good: checkpoint or stage to resume from; None if there is none.
+            last_good: checkpoint or stage to resume from; None if nothing was saved.
 
         Raises:
             DivergedError: on all ranks.

@@ -104,7 +104,7 @@ class RunProgress(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Open a bar for the stage, and one for the run if there is none."""
+        """Open a bar for the stage, and before the first stage one for the run."""
         if not state.is_world_process_zero:
             return
         if self.training_bar is not None:  # of an interrupted stage: the run begins again
@@ -166,7 +166,7 @@ class RunProgress(ProgressCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Close the stage's bar; after the last stage, or a stage that was stopped, also the run's bar."""
+        """Close the stage's bar, and the run's bar after the last stage or an early stop."""
         if self.training_bar is None:
             return
         super().on_train_end(args, state, control, **kwargs)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run.
+    """This process and the number of processes of the run.
 
     Args:
         rank: number of this process.
@@ -68,7 +68,7 @@ class Ranks:
         """Raise an error on every rank if one rank has one: the others would wait for that rank in vain.
 
         Raises:
-            SlopError: the error of this rank, or of the first rank that has one.
+            SlopError: the error of this rank, or of the first failed rank.
         """
         errors = self.gather_all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:

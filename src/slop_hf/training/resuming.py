@@ -70,10 +70,10 @@ def resume_run(
 
     Args:
         run: run directory.
-        plan: plan of the trainer, which must be that of the run.
+        plan: plan of the trainer; it must match the run's.
         ranks: processes of the run; all return the same position.
         checkpoint: path of a checkpoint of the stage in training, or True for the last one.
-        growth_init: init of the stages whose schedule in the directory has none, as `slop rollback` may leave it.
+        growth_init: init of stages whose init is not set in the directory's schedule, as after `slop rollback`.
 
     Raises:
         RunError: if the directory holds no run, or another one.

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that is decided about a run before its first step; `plan_run` builds it.
+    """Every decision about a run that is made before its first step; built by `plan_run`.
 
     Args:
         schedule: growth schedule, with its inits.
@@ -64,8 +64,8 @@ def plan_run(
         block_size: tokens per training block.
         devices: number of devices that share the work.
         blocks: number of blocks of the training data; 0 if unknown, as in a preview.
-        data: fingerprint of the training data; "" if they have none.
-        vocabulary: hash of the tokenizer; "" if there is none.
+        data: fingerprint of the training data; "" if unknown.
+        vocabulary: hash of the tokenizer; "" without one.
         begun: facts of the run if it has begun: it keeps its batches on any number of devices.
 
     Raises:
@@ -90,11 +90,11 @@ def plan_run(
 
 
 def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> GrowthSchedule:
-    """Return the schedule with an init for each stage that has none.
+    """Return the schedule with an init for each stage whose init is not set.
 
     Args:
         schedule: growth schedule.
-        init: one init for all operators, or an init by operator; a stage takes those of its own operators.
+        init: one init for all operators, or one per operator, of which a stage takes what its operators need.
 
     Raises:
         GrowthError: for an unknown operator or init.

@@ -67,7 +67,7 @@ def compute_stage_spans(
 ) -> tuple[StageSpan, ...]:
     """Return the spans of all stages.
 
-    The tokens of a stage are rounded to whole steps, and to at least one step unless it has none.
+    The tokens of a stage are rounded to whole steps; a stage with tokens has at least one step.
 
     Args:
         schedule: growth schedule with tokens.

@@ -28,7 +28,7 @@ def build_stage_record(
     data: tuple[ConsumedTokens, ...],
     facts: RunFacts,
 ) -> StageRecord:
-    """Return the record of a stage that has just ended.
+    """Return the record of a finished stage.
 
     Args:
         span: the stage.

@@ -1,7 +1,7 @@
 """`States`: weights and AdamW's state, one parameter at a time. `Strategy`: how the ranks hold the model.
 
-Here is the strategy of one process and of DistributedDataParallel, under which every rank holds the whole model;
-`zero3.py` has that of DeepSpeed ZeRO-3.
+This file has the strategy of one process and of DistributedDataParallel, under which every rank holds the whole model.
+The strategy of DeepSpeed ZeRO-3 is in `zero3.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class States(Protocol):
         """Return the dtype of a weight or a moment, as it is kept at its most precise."""
 
     def has_moments(self) -> bool:
-        """Whether AdamW has a state; it has none before its first step."""
+        """Whether AdamW has a state; before its first step it has not."""
 
     @property
     def step(self) -> float:
@@ -58,7 +58,7 @@ class States(Protocol):
         """Replace a weight or a moment by the owner's value."""
 
     def finish(self) -> None:
-        """Make the next forward pass see the values that were put."""
+        """Make the new values visible to the next forward pass."""
 
 
 class ReplicatedStates:
@@ -110,7 +110,7 @@ class ReplicatedStates:
         tensor = self._get_tensor(name, key)
         if self.ranks.count == 1:
             assert value is not None
-            # The value itself: a copy into memory that has never been touched costs more than reading did.
+            # The value itself: copying into untouched memory costs more than reading did.
             tensor.data = value.to(tensor)
             return
         # DistributedDataParallel has its own views of these tensors.

@@ -77,7 +77,7 @@ class SlopTrainer(Trainer):
 
     It runs in one process, in several processes that each hold the model (DistributedDataParallel), or under DeepSpeed
     ZeRO-3. No rank ever holds a whole sharded model: at a boundary, states pass through the stage's files one
-    parameter at a time. The files are those of `runs.directory.RunDirectory`. Checkpoints inside a stage follow
+    parameter at a time. `runs.directory.RunDirectory` describes the files. Checkpoints inside a stage follow
     `save_steps`, and can be resumed from with another number of processes. After SIGTERM the trainer saves a
     checkpoint and stops.
 
@@ -162,10 +162,10 @@ class SlopTrainer(Trainer):
 
         # The stage in training.
         self._span: StageSpan = self.spans[0]
-        self._reader: GrownStateReader | None = None  # source of the states of the model that is being prepared
-        self._resumption: Resumption = {}  # of the checkpoint that the stage resumes from
-        self._losses: LossSums | None = None  # of the same, until `Trainer` has set up its own sums
-        self._first_step = 0  # of this call of `Trainer.train`, which may begin at a checkpoint
+        self._reader: GrownStateReader | None = None  # source of the states of the next model
+        self._resumption: Resumption = {}  # content of the checkpoint from which the stage resumes
+        self._losses: LossSums | None = None  # its sums of losses, until they are restored
+        self._first_step = 0  # first step of this call of `Trainer.train`, which may begin at a checkpoint
 
         # Observers.
         self._guard = NonFiniteLossGuard(self.ranks)
@@ -198,11 +198,11 @@ class SlopTrainer(Trainer):
         trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train the stages of the schedule, or those that are left.
+        """Train the stages of the schedule, or the remaining ones of a resumed run.
 
         Args:
             resume_from_checkpoint: True to resume the run in `output_dir` where it stopped, inside a stage or at a
-                boundary; the final weights are those of an uninterrupted run. Or the path of one of the run's
+                boundary; it ends with the same weights as without the interruption. Or the path of one of the run's
                 `checkpoint-N`, to resume from there.
             trial: not supported.
             ignore_keys_for_eval: as for `Trainer.train`.
@@ -251,7 +251,7 @@ class SlopTrainer(Trainer):
     def _warn(self) -> None:
         """Log what the user may not have intended."""
         if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
-            logger.warning(f"checkpoints keep only AdamW's state: a run that is resumed starts with a fresh {optim}")
+            logger.warning(f"checkpoints keep only AdamW's state: a resumed run starts with a fresh {optim}")
         for warning in describe_repeated_data(self.blocks, self.plan):
             logger.warning(warning)
         if self.ranks.is_first:
@@ -462,7 +462,7 @@ class SlopTrainer(Trainer):
     # ---- Steps -------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; also watches for a loss that is not finite."""
+        """As `Trainer.training_step`; also watches for non-finite losses."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._guard.watch(loss)
         return loss
@@ -470,7 +470,7 @@ class SlopTrainer(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: float | torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> None:
-        """As in `Trainer`, but stops before a loss that is not finite is logged or saved."""
+        """As in `Trainer`, but stops before a non-finite loss is logged or saved."""
         if self.control.should_log or self.control.should_save:
             self._check_loss(grad_norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -509,8 +509,8 @@ class SlopTrainer(Trainer):
     ) -> dict[str, float]:
         """As `Trainer.evaluate`, with a `perplexity` for each loss; its time does not count as training time.
 
-        Several data sets, given by name, have one loss each, and `eval_loss` is the mean of the losses, weighted by
-        the sources' shares of the mixture if the names are those of its sources.
+        Several data sets, given by name, have one loss each, and `eval_loss` is their mean. If the names are sources
+        of the mixture, the mean is weighted by their shares.
 
         Each loss is the mean over all blocks, on any number of ranks: batches divide the number of blocks, because
         `Trainer` would fill up incomplete batches with blocks that it has counted already.
@@ -583,7 +583,7 @@ class SlopTrainer(Trainer):
 
 @contextmanager
 def _limit_collection() -> Iterator[None]:
-    """Make `gc.collect` look only at objects that are made inside the block."""
+    """Limit `gc.collect` to objects made inside the block."""
     if gc.get_freeze_count():  # another user of `freeze`, whose objects `unfreeze` would release
         yield
         return

@@ -103,7 +103,7 @@ class Zero3Strategy:
         self._config["zero_optimization"].update(dict.fromkeys(self._auto, "auto"))
 
     def finish_preparation(self, wrapped: torch.nn.Module) -> None:
-        """Share the memory of float32 masters with weights that are float32 too: a quarter of what a rank holds.
+        """Share the memory of float32 masters with float32 weights: a quarter of what a rank holds.
 
         DeepSpeed intends the same, and keeps both in step; but its test compares a device with the device's name.
         """
@@ -152,7 +152,7 @@ def build_random_model(config: PreTrainedConfig) -> PreTrainedModel:
     `AutoModelForCausalLM.from_config` would draw other weights into sharded parameters.
 
     Args:
-        config: config of the model. DeepSpeed's configuration is that of the living `TrainingArguments`.
+        config: config of the model. DeepSpeed's configuration comes from the living `TrainingArguments`.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     whole = dict(model_class(config).named_parameters()) if dist.get_rank() == 0 else {}
