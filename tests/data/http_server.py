@@ -1,4 +1,4 @@
-"""A web server in a thread, which fails as it is told."""
+"""A web server in a thread, with scripted failures."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 
 class FileServer:
-    """Serves files from memory, for the time of a `with`.
+    """A context manager that serves files from memory.
 
     Args:
-        files: their contents by name; may be changed while it runs.
-        faults: one for each request, in turn: None serves it; a float below 1 drops the connection behind that share
-            of the body; a whole number is the status to answer with instead.
-        ranges: whether it knows the header Range.
-        chunked: send bodies in chunks, without their length.
+        files: contents by name; they may change while the server runs.
+        faults: one per request, in order: None serves it; a float below 1 drops the connection after that share of
+            the body; a whole number is the status to answer with.
+        ranges: whether the server supports the header Range.
+        chunked: whether to send bodies in chunks, without their length.
     """
 
     def __init__(
         self, files: dict[str, bytes], faults: Iterable[Any] = (), *, ranges: bool = True, chunked: bool = False
     ) -> None:
         self.files, self.faults, self.ranges, self.chunked = files, iter(faults), ranges, chunked
-        self.requests: list[tuple[str, str | None]] = []  # (name, Range) of each
+        self.requests: list[tuple[str, str | None]] = []  # (name, Range) per request
         self._lock = threading.Lock()
 
     def __enter__(self) -> FileServer:

@@ -70,7 +70,7 @@ def folder_of(made: Corpus, name: str = ONLY) -> Path:
 
 
 def made_folders(config: DataConfig) -> list[str]:
-    """Finished parts of the cache."""
+    """The complete folders of the cache."""
     cache = Path(str(config.cache_dir))
     return sorted(str(path.relative_to(cache)) for path in cache.glob("*/*") if path.name[0] != ".")
 
@@ -205,8 +205,8 @@ def test_other_content_gives_another_fingerprint(config: DataConfig, folder: Pat
     assert prepare_data(config).fingerprint != before.fingerprint
 
 
-def test_an_interrupted_call_is_gone_on_with(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it stopped, the cache comes out as if it had not, and nothing is tokenized twice but a last piece."""
+def test_an_interrupted_call_is_resumed(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is that of an uninterrupted call, and only the last batches are tokenized twice."""
     whole = prepare_data(config)
     monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 500)
     monkeypatch.setattr(tokenizing, "JOURNAL_BATCHES", 2)
@@ -234,7 +234,7 @@ def test_an_interrupted_call_is_gone_on_with(config: DataConfig, monkeypatch: py
         tokenized.clear()
         monkeypatch.setattr(tokenizing.DocumentStream, "__iter__", stop(-1))
         made = prepare_data(broken)
-        # Two batches of three texts or so each are between two entries of the journal, and two more are on their way.
+        # Two batches of three texts or so each are between two entries of the journal, and two more are in progress.
         assert 20 - number <= len(tokenized) <= 20 - number + 14
         for part in ("train.ds", "held_out.ds", "train.ds.index"):
             assert (folder_of(made) / part).read_bytes() == (folder_of(expected) / part).read_bytes()
@@ -351,7 +351,7 @@ def test_a_mixture_keeps_its_sources_apart(mixture: DataConfig, caplog: pytest.L
 
 
 def test_other_weights_take_the_same_tokens(mixture: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a given tokenizer nothing is read again; the data is not the same though."""
+    """With the same tokenizer no text is read again, but the fingerprint differs."""
     first = prepare_data(mixture)
     given = changed(mixture, tokenizer=str(tokenizer_of(mixture)))
     assert prepare_data(given).fingerprint == first.fingerprint
@@ -375,7 +375,7 @@ def test_a_tokenizer_sees_every_source_by_its_weight(mixture: DataConfig, monkey
 
 @pytest.fixture
 def served(mixture: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, DataConfig]]:
-    """The mixture with more rows, and a web server that has them."""
+    """The mixture with more rows, and a web server that serves them."""
     monkeypatch.setattr(download, "RETRY_POLICY", RetryPolicy(first_wait=0.0))
     monkeypatch.setattr(download, "PIECE_BYTES", 50_000)
     monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 20_000)
@@ -388,7 +388,7 @@ def served(mixture: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def fetched(server: Any, config: DataConfig, tmp_path: Path) -> DataConfig:
-    """The same with the rows from the server, in another cache, by the same tokenizer."""
+    """The same mixture with the rows from the server, in another cache, with the same tokenizer."""
     rows = dataclasses.replace(config.sources["rows"], source=server.url("many.jsonl"))
     mixture = Mixture({**config.sources, "rows": rows})
     return changed(config, mixture=mixture, cache_dir=str(tmp_path / "other"), tokenizer=str(tokenizer_of(config)))
@@ -405,7 +405,7 @@ def test_a_failing_server_loses_nothing(served: tuple[Any, DataConfig], tmp_path
 
 
 def test_a_server_that_is_gone_is_waited_for_by_the_next_call(served: tuple[Any, DataConfig], tmp_path: Path) -> None:
-    """It stops with an error, keeps what it has, and later asks for the rest only."""
+    """The first call stops with an error and keeps its progress; the next one asks for the rest only."""
     server, config = served
     expected, config = prepare_data(config), fetched(server, config, tmp_path)
     server.faults = iter([None, None, None, None, None, 0.7, *[500] * 100])

@@ -60,7 +60,7 @@ def test_tokens_are_those_of_the_corpus(mixture: Mixture, tmp_path: Path) -> Non
         assert 0 <= (by_name(found)[name].tokens or 0) - tokens < 32
 
 
-def test_a_part_of_the_texts_tells_of_all(mixture: Mixture, tmp_path: Path) -> None:
+def test_a_sample_predicts_the_whole(mixture: Mixture, tmp_path: Path) -> None:
     train_tokenizer(["bytes alone"], 257).save_pretrained(tmp_path / "tokenizer")
     given = config(mixture, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
     whole, part = (by_name(estimate(given, size)) for size in (2**22, 2**13))
@@ -84,7 +84,7 @@ def test_max_documents_bounds_a_source(tmp_path: Path, mixture: Mixture) -> None
     assert found.documents == 100
 
 
-def test_max_documents_is_all_that_is_known_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_max_documents_bounds_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_documents", lambda source, cache_dir: iter(texts(200, "hub")))
     monkeypatch.setattr(module, "count_local_bytes", lambda source: None)
     sources = {"known": Source("owner/a", 0.5, max_documents=5000), "unknown": Source("owner/b", 0.5)}
@@ -109,7 +109,7 @@ def test_the_scarcest_source_ends_first(mixture: Mixture, tmp_path: Path) -> Non
     assert find_first_repeat({"web": None}, {"web": 1.0}) is None
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_stood_in_for(mixture: Mixture, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_replaced(mixture: Mixture, tmp_path: Path) -> None:
     found = estimate(config(mixture, tmp_path, tokenizer="owner/name"))
     assert found.tokenizer.endswith("trained on the sample, as owner/name cannot be loaded")
 

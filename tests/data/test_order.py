@@ -1,4 +1,4 @@
-"""The stream of blocks: what comes where, whoever asks and however often they are interrupted."""
+"""The stream of blocks is the same for any ranks, workers and interruptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = 4
 
 
 class Part:
-    """Blocks whose tokens tell source and block."""
+    """Blocks whose tokens encode source and block."""
 
     def __init__(self, number: int, blocks: int) -> None:
         self.number, self.blocks = number, blocks
@@ -91,7 +91,7 @@ def test_whole_rounds_give_the_shares_to_a_block(mixture, seed, rounds):
 
 
 def test_orders_look_random():
-    """Passes, seeds and sources have orders of their own; neighbours do not stay together."""
+    """Passes, seeds and sources differ in their orders; neighbours do not stay together."""
     count = 1000
     first, second = (StreamOrder([count], [1.0], 0).locate(np.arange(n * count, (n + 1) * count))[1] for n in (0, 1))
     other = StreamOrder([count], [1.0], 1).locate(np.arange(count))[1]
@@ -119,7 +119,7 @@ def test_a_corpus_of_billions_takes_no_memory():
 def batches_of(
     dataset: Any, first: int, blocks: int, seed: int, batch: int, ranks: int, rank: int, skip: int, workers: int
 ) -> DataLoader[Any]:
-    """What Trainer and accelerate make of a stretch on one rank, behind the first `skip` batches."""
+    """The DataLoader of Trainer and accelerate for a stretch on one rank, after the first `skip` batches."""
     stretch = BlockOrder(dataset, first, blocks, seed)
     sampler = BatchSamplerShard(BatchSampler(SequentialSampler(stretch), batch, False), ranks, rank, even_batches=True)
     return DataLoader(stretch, batch_sampler=SkipBatchSampler(sampler, skip), num_workers=workers)
@@ -128,7 +128,7 @@ def batches_of(
 @settings(max_examples=40)
 @given(st.data(), MIXTURES, SEEDS)
 def test_ranks_workers_and_resumes_see_one_stream(data, mixture, seed):
-    """Stages of steps of 12 blocks, interrupted and gone on with by other ranks: token by token the same."""
+    """Stages with steps of 12 blocks, interrupted and resumed on other ranks, see the same tokens."""
     dataset, per_step = mix(*mixture), 12
     stages = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     order = StreamOrder(*mixture, seed)
@@ -156,8 +156,8 @@ def test_ranks_workers_and_resumes_see_one_stream(data, mixture, seed):
 
 
 @given(MIXTURES, SEEDS, st.lists(st.integers(0, 5_000), min_size=1, max_size=4))
-def test_the_books_are_right(mixture, seed, lengths):
-    """Ranges of stages follow one another, and hold what has been given."""
+def test_consumed_tokens_are_counted(mixture, seed, lengths):
+    """Ranges of consecutive stages are contiguous, and match the blocks in the stream."""
     dataset, order, first = mix(*mixture), StreamOrder(*mixture, seed), 0
     ends = dict.fromkeys(dataset.parts, 0)
     for length in lengths:

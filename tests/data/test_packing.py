@@ -61,8 +61,8 @@ def test_the_file_holds_every_document_and_where_it_ends(tmp_path: Path) -> None
     ]
 
 
-def test_a_writer_goes_on_where_its_state_was_taken(tmp_path: Path) -> None:
-    """What was written after that, as by a call that was killed, is dropped."""
+def test_a_writer_resumes_from_its_state(tmp_path: Path) -> None:
+    """Bytes written after the state was taken, such as by a killed call, are dropped."""
     documents = [[7, 8], [9], [], [10, 11, 12]]
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()
@@ -156,8 +156,8 @@ def test_counts_are_readable(tokens: int, expected: str) -> None:
     assert packing._format_tokens(tokens) == expected
 
 
-def test_documents_are_kept_apart(tmp_path: Path) -> None:
-    """Positions begin anew behind every eos, and nothing is predicted across it."""
+def test_documents_are_separated(tmp_path: Path) -> None:
+    """Positions restart after every eos, and no token is predicted across it."""
     path = pack(tmp_path, TEXTS)
     plain, apart = PackedDataset(path, 16), PackedDataset(path, 16, eos=TOKENIZER.eos_token_id)
     for number in range(len(plain)):
@@ -173,7 +173,7 @@ def test_documents_are_kept_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_models_mask_attention_between_documents(family: str) -> None:
-    """By the position ids alone a document has the logits that it has by itself, in every family."""
+    """With position ids, a document has the same logits in a block as alone, in every family."""
     model = build_tiny_model(family, use_cache=False)
     vocab = model.config.vocab_size
     one, two = (torch.randint(1, vocab, (2, length), generator=torch.manual_seed(length)) for length in (5, 7))

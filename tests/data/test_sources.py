@@ -83,7 +83,7 @@ def test_a_local_path_comes_before_a_hub_dataset(tmp_path: Path, monkeypatch: py
     assert texts("owner/name") == ["local"]
 
 
-def test_bytes_are_counted_where_all_places_are_local(tmp_path: Path) -> None:
+def test_bytes_are_counted_if_all_places_are_local(tmp_path: Path) -> None:
     folder = write(tmp_path, {"a.txt": "four", "b/c.bin": b"\0" * 5})
     assert count_local_bytes(Source(folder)) == 9
     assert count_local_bytes(Source([folder, str(tmp_path / "a.txt")])) == 13
@@ -114,7 +114,7 @@ def no_cache_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub_texts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """The texts of a folder that is played to be the dataset `owner/name`."""
+    """The texts of a folder that imitates the dataset `owner/name`."""
     import datasets
 
     load = datasets.load_dataset
@@ -158,7 +158,7 @@ def test_a_configuration_can_be_chosen(tmp_path: Path, hub_texts: Any) -> None:
     assert hub_texts(tmp_path, ":fr") == ["bonjour"]
 
 
-def test_a_wrong_column_is_refused_with_those_there_are(tmp_path: Path, hub_texts: Any) -> None:
+def test_a_wrong_column_is_refused_with_the_existing_ones(tmp_path: Path, hub_texts: Any) -> None:
     write_rows(tmp_path / "set/train.jsonl", [{"content": "x", "stars": 3}])
     with pytest.raises(DataError, match="no column 'text': set text_column to one of content, stars"):
         hub_texts(tmp_path / "set")

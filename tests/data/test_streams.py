@@ -67,7 +67,7 @@ def packed(kind: Format, suffix: str, texts: list[str] = TEXTS) -> bytes:
 
 
 def resumed(source: Source, documents: int) -> tuple[list[str], DocumentStream]:
-    """The first texts, and a stream that goes on from there by way of JSON."""
+    """The first texts, and a stream that resumes after them from a state in JSON."""
     stream = DocumentStream(source)
     first = [text for _, text in zip(range(documents), stream, strict=False)]
     return first, DocumentStream(source, json.loads(json.dumps(stream.state_dict())))
@@ -86,7 +86,7 @@ def check_every_place(source: Source, expected: list[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Retries without waits, small pieces, and a cache of the test's own."""
+    """Retry without waits, in small pieces, with a separate cache."""
     monkeypatch.setattr(download, "RETRY_POLICY", RetryPolicy(first_wait=0.0))
     monkeypatch.setattr(download, "PIECE_BYTES", 40_000)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
@@ -97,14 +97,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "suffix"), KINDS)
-def test_every_format_goes_on_from_every_document(tmp_path: Path, kind: Format, suffix: str) -> None:
+def test_every_format_resumes_from_every_document(tmp_path: Path, kind: Format, suffix: str) -> None:
     path = tmp_path / f"corpus.{kind}{suffix}"
     path.write_bytes(packed(kind, suffix))
     check_every_place(Source(str(path), format="lines" if kind == "lines" else None), TEXTS)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_files_of_text_go_on_from_every_document(tmp_path: Path, suffix: str) -> None:
+def test_files_of_text_resume_from_every_document(tmp_path: Path, suffix: str) -> None:
     for i, text in enumerate(["one\r\n", "two", " ", "three"]):
         (tmp_path / f"{i}.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
     (tmp_path / f"9.bin{suffix}").write_bytes(COMPRESS[suffix](b"a\0b"))
@@ -121,7 +121,7 @@ def test_places_of_several_formats_follow_one_another(tmp_path: Path) -> None:
     check_every_place(source, ["z1", "z2", "a1", "a2", "b", "c1", "c2"])
 
 
-def test_the_most_documents_are_counted_over_resumptions(tmp_path: Path) -> None:
+def test_max_documents_counts_over_resumptions(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(packed("jsonl", ""))
     source = Source(str(tmp_path / "a.jsonl"), max_documents=7)
     check_every_place(source, TEXTS[:7])
@@ -129,11 +129,11 @@ def test_the_most_documents_are_counted_over_resumptions(tmp_path: Path) -> None
 
 
 def downloads(tmp_path: Path) -> list[Path]:
-    """Files in the cache of downloads, locks aside."""
+    """The files in the cache of downloads, except locks."""
     return [path for path in (tmp_path / "home/slop_hf/downloads").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_stream_goes_on_where_it_stands_and_reads_no_further(tmp_path: Path) -> None:
+def test_a_stream_resumes_from_its_state_and_reads_no_further(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nbroken')
     stream = DocumentStream(Source(str(tmp_path / "a.jsonl"), max_documents=2))
     assert [next(iter(stream)), next(iter(stream))] == ["one", "two"]
@@ -171,7 +171,7 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path, suffix: st
         list(DocumentStream(Source(str(path), format=kind)))
 
 
-def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet(TEXTS)[:-9])
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet"):
         DocumentStream(Source(str(tmp_path)))
@@ -187,7 +187,7 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
         ('{"body": "x", "text": 1}', r"'text' of line 3 .* holds int, expected text; columns with text: body"),
     ],
 )
-def test_a_line_that_is_no_row_with_text_is_refused_by_its_number(tmp_path: Path, line: str, message: str) -> None:
+def test_a_malformed_line_is_refused_by_its_number(tmp_path: Path, line: str, message: str) -> None:
     content = f'{{"text": "one"}}\n\n{line}\n'.encode(errors="surrogateescape")
     (tmp_path / "a.jsonl").write_bytes(content)
     first, rest = resumed(Source(str(tmp_path)), 1)
@@ -232,7 +232,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def scripted(seed: int, drops: int = 2) -> Iterator[Any]:
-    """Faults without end, so many drops for each body that is served whole."""
+    """Endless faults, with `drops` dropped connections per complete body."""
     dice = random.Random(seed)
     while True:
         for fault in [*(dice.uniform(0.2, 0.95) for _ in range(drops)), None]:
@@ -248,7 +248,7 @@ def test_nothing_is_lost_or_doubled_over_a_bad_network(
 ) -> None:
     texts = [f"{i} " + random.Random(i).randbytes(4000).hex() for i in range(60)]
     name, content = f"corpus.{kind}{suffix}", packed(kind, suffix, texts)
-    # Without ranges a drop before the place reached is no progress, so that many in a row would be too many.
+    # Without ranges, a drop before the byte already reached is no progress: several in a row would be too many.
     with FileServer({name: content}, scripted(7, 9 if ranges else 2), ranges=ranges) as server:
         source = Source(server.url(name), format=kind)
         assert list(DocumentStream(source)) == texts
@@ -258,7 +258,7 @@ def test_nothing_is_lost_or_doubled_over_a_bad_network(
 
 
 @pytest.mark.parametrize(("kind", "suffix"), KINDS)
-def test_every_format_at_a_url_goes_on_from_every_document(kind: Format, suffix: str) -> None:
+def test_every_format_at_a_url_resumes_from_every_document(kind: Format, suffix: str) -> None:
     name = f"corpus.{kind}{suffix}"
     with FileServer({name: packed(kind, suffix, TEXTS[:8])}) as server:
         check_every_place(Source(server.url(name), format=kind), TEXTS[:8])
@@ -269,7 +269,7 @@ def test_a_file_of_text_at_a_url_is_a_document() -> None:
         check_every_place(Source([server.url("a.txt"), server.url("b.txt.gz")]), ["one", "two"])
 
 
-def test_a_body_in_chunks_that_breaks_off_is_read_on() -> None:
+def test_a_chunked_body_that_breaks_off_is_resumed() -> None:
     content = jsonl([f"{i} " * 999 for i in range(99)])
     faults = [None, 0.3, 0.5, 0.0, 0.9]
     with FileServer({"a.jsonl": content}, faults, chunked=True) as server:
@@ -331,7 +331,7 @@ def test_every_failure_is_logged_and_a_server_may_ask_to_wait(
     assert waits[-1] == policy.longest_retry_after
 
 
-def test_it_gives_up_and_a_later_run_completes() -> None:
+def test_reading_gives_up_and_a_later_run_completes() -> None:
     with FileServer({"a.jsonl": jsonl([f"{i} " * 5000 for i in range(50)])}, [None, None, 0.5]) as server:
         source = Source(server.url("a.jsonl"))
         stream = DocumentStream(source)
@@ -358,7 +358,7 @@ def test_bytes_that_were_there_before_are_no_progress() -> None:
     ("status", "remedy"),
     [(404, "correct the URL"), (401, "signed URL"), (403, "signed URL"), (410, "gone"), (418, "correct it")],
 )
-def test_a_refusal_is_told_at_once(status: int, remedy: str) -> None:
+def test_a_refusal_is_reported_at_once(status: int, remedy: str) -> None:
     with FileServer({}, [status] * 9) as server:
         for name in ("a.txt", "a.jsonl", "a.parquet"):
             with pytest.raises(DataError, match=rf"cannot read http://.*/{name} \(HTTP Error {status}.*{remedy}"):
@@ -410,12 +410,12 @@ def test_downloads_are_discarded(tmp_path: Path) -> None:
     assert not downloads(tmp_path)
 
 
-# The Hub, played by a folder
+# The Hub, imitated by a folder
 
 
 @pytest.fixture(params=["jsonl", "parquet"])
 def hub(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Iterator[Any]], None]]:
-    """Plays the dataset `owner/name`; gives a function that sets what it raises, a value for each call and row."""
+    """Imitate the dataset `owner/name`; return a function that sets the faults to raise, one per call and row."""
     import datasets
 
     folder = tmp_path / "set"
@@ -448,7 +448,7 @@ def hub(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield lambda given: faults.__setitem__(0, given)
 
 
-def test_a_hub_dataset_goes_on_from_every_document(hub: Any) -> None:
+def test_a_hub_dataset_resumes_from_every_document(hub: Any) -> None:
     check_every_place(Source("owner/name"), TEXTS)
 
 
@@ -456,7 +456,7 @@ def test_no_row_is_lost_or_doubled_over_a_bad_network(hub: Any) -> None:
     dice = random.Random(3)
 
     class TransportError(Exception):
-        """As httpx has it, without a base among the built-in errors."""
+        """Like httpx's, without a base among the built-in errors."""
 
     def faults() -> Iterator[Exception | None]:
         while True:
@@ -481,7 +481,7 @@ def test_the_hub_is_given_up_and_a_later_run_completes(hub: Any) -> None:
     assert seen + list(DocumentStream(Source("owner/name"), stream.state_dict())) == TEXTS
 
 
-def test_what_the_hub_will_not_give_is_told_at_once(hub: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_of_the_hub_is_reported_at_once(hub: Any, caplog: pytest.LogCaptureFixture) -> None:
     for fault in (FileNotFoundError("Dataset doesn't exist"), ValueError("Bad split"), PermissionError("gated")):
         hub(iter([fault]))
         with pytest.raises(DataError, match=f"{fault}.*check the name"):
