@@ -9,13 +9,11 @@ from pathlib import Path
 from ..errors import RunError
 from ..io.serialization import list_versions, read_json, to_plain
 from ..runs.directory import RunDirectory
-from ..runs.records import StageRecord
+from ..runs.records import EVAL_LOSS, StageRecord
 from .comparison import Comparison, Cost, Curve, RunResult, StageResult
 from .config import Experiment
 from .jobs import PREFIX_FILE, Job, find_diverged
 
-#: Key of the held-out loss in the entries of a run's log.
-EVAL_LOSS = "eval_loss"
 #: Folder of a comparison in which the reports of probes are looked for, and the name of such a report.
 PROBES, PROBE_FILE = "probes", "probe.json"
 #: Decimal places of measured losses in the record; further ones are noise.

@@ -12,6 +12,9 @@ from ..io.record import Record
 #: Remedy for a file that a finished stage should have.
 INCOMPLETE = "the stage is not complete"
 
+#: Name of the held-out loss in a run's log and in the metrics of an evaluation.
+EVAL_LOSS = "eval_loss"
+
 #: Values of `EvalRecord.when`: after the stage's training, or between its growth and its training.
 END_OF_STAGE, AFTER_GROWTH = "end", "after_growth"
 

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping
 from ..growth import resolve_inits
 from ..io.serialization import Json, list_versions
 from ..runs.directory import RunFacts
-from ..runs.records import ConsumedTokens, StageRecord, compute_perplexity
+from ..runs.records import EVAL_LOSS, ConsumedTokens, StageRecord, compute_perplexity
 from .spans import StageSpan
 
-#: Name of the held-out loss in logs and metrics.
-EVAL_LOSS = "eval_loss"
 _SOURCE_LOSS = re.compile("eval_.+_loss")
 
 

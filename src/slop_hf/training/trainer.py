@@ -29,7 +29,7 @@ from ..data.tokenizing import hash_vocabulary
 from ..errors import RunError
 from ..growth import GrownStateReader, hide_progress_bars, plan_growth
 from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
-from ..runs.records import compute_perplexity
+from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
 from .batches import find_largest_divisor
@@ -56,7 +56,7 @@ from .run_plan import plan_run, with_inits
 from .run_timer import RunTimer, find_peak_flops
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
-from .stage_record import EVAL_LOSS, build_stage_record
+from .stage_record import build_stage_record
 from .state_io import load_states
 from .states import ReplicatedStrategy, Strategy
 
