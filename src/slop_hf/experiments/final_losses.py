@@ -20,7 +20,7 @@ from ..report.drawing import (
     darken,
     draw_grid,
     draw_legend,
-    shorten,
+    shorten_name,
     write_png,
 )
 from .comparison import Comparison
@@ -58,7 +58,7 @@ def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
         colours = [GROWN if _has_growth(comparison, arm) else NOT_GROWN for arm in losses]
         for row, (spread, colour) in enumerate(zip(losses.values(), colours, strict=True)):
             _draw_row(axes, row, spread, colour)
-        axes.set_yticks(range(len(losses)), [shorten(arm, 40) for arm in losses])
+        axes.set_yticks(range(len(losses)), [shorten_name(arm, 40) for arm in losses])
         for text in axes.get_yticklabels():
             text.set_parse_math(False)
         axes.set_ylim(len(losses) - 0.4, -0.6)
@@ -68,7 +68,7 @@ def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
         axes.set_title("Held-out loss at the end", loc="left")
         entries = _list_entries(colours, max(len(spread.values) for spread in losses.values()))
         if baseline in losses:
-            entries.append((f"mean of {shorten(baseline, 28)}", Line2D([], [], **GOAL_LINE)))
+            entries.append((f"mean of {shorten_name(baseline, 28)}", Line2D([], [], **GOAL_LINE)))
         draw_legend(figure, entries, letters=96)
         return write_png(figure, path, source=comparison.fingerprint)
 
@@ -116,7 +116,7 @@ def draw_scatter(
             colour, marker = RUN_COLOURS[number % len(RUN_COLOURS)], _MARKERS[number % len(_MARKERS)]
             style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6.5, "alpha": 0.8}
             axes.plot([x], [y], zorder=3, **style)
-            entries.append((shorten(name, 28), Line2D([], [], **style)))
+            entries.append((shorten_name(name, 28), Line2D([], [], **style)))
         if log_x:
             axes.set_xscale("log")
         axes.margins(0.08)

@@ -26,7 +26,7 @@ from ..report.drawing import (
     draw_legend,
     label_flops_axis,
     label_runs,
-    shorten,
+    shorten_name,
     write_png,
 )
 from ..report.figures import GROWTH_MARK, LossCurve, draw_loss_curves
@@ -227,7 +227,7 @@ def _draw_goal(
         return []
     end = _average_ends(runs, against)
     axes.axhline(end.loss.mean, zorder=1.5, **GOAL_LINE)
-    entries: list[LegendEntry] = [(f"final loss of {shorten(runs[0].arm, 28)}", Line2D([], [], **GOAL_LINE))]
+    entries: list[LegendEntry] = [(f"final loss of {shorten_name(runs[0].arm, 28)}", Line2D([], [], **GOAL_LINE))]
     reaching = [(arm.goal, arm) for arm in arms if arm.goal is not None]
     if not reaching:
         return entries
@@ -253,7 +253,7 @@ def _draw_goal(
 
 def _list_entries(arms: Sequence[_Arm]) -> list[LegendEntry]:
     """Return the legend's entries for the arms and for the kinds of marks that are drawn."""
-    names = label_runs([shorten(arm.name, 32) for arm in arms], [arm.runs[0].schedule.sequence for arm in arms])
+    names = label_runs([shorten_name(arm.name, 32) for arm in arms], [arm.runs[0].schedule.sequence for arm in arms])
     lines = [Line2D([], [], **{**arm.style, "linewidth": 2.4}) for arm in arms]
     entries: list[LegendEntry] = list(zip(names, lines, strict=True))
     if any(arm.growths for arm in arms):

@@ -29,7 +29,7 @@ from .drawing import (
     draw_grid,
     draw_run_legend,
     read_runs,
-    shorten,
+    shorten_name,
     write_png,
 )
 from .scores import ScoreKey, find_shared_keys, label_scores, select_headline_scores
@@ -122,7 +122,7 @@ def draw_time_correlation(runs: Sequence[RunDirectory], path: str | Path) -> Pat
         schedules.sort(key=lambda schedule: schedule[1] or 0.0)
     hours = [[record.device_hours for record in run.records] for run, _ in schedules]
     with rc_context(STYLE):
-        names = [shorten(run.name, 24) for run, _ in schedules]
+        names = [shorten_name(run.name, 24) for run, _ in schedules]
         return _draw_heatmap(names, compute_time_correlation(hours), path)
 
 
@@ -286,7 +286,7 @@ def _draw_scores(axes: Axes, runs: Sequence[_ScoredRun], tasks: Sequence[ScoreKe
             [run.scores[key] for run in runs],
             color=RUN_COLOURS[number % len(RUN_COLOURS)],
             linestyle=_DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
-            label=f"{shorten(name, 28)}, {key.metric}",
+            label=f"{shorten_name(name, 28)}, {key.metric}",
             **_LINE,
         )
     _format_heads_axes(axes, "Downstream tasks", "score", heads)

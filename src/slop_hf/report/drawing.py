@@ -136,20 +136,10 @@ def draw_run_legend(
     extra: Sequence[LegendEntry] = (),
     *,
     letters: int = 84,
-    show_sequences: bool = False,
 ) -> None:
-    """Draw a legend of the runs below a figure.
-
-    Args:
-        panel: the figure.
-        runs: the runs in it.
-        extra: entries after those of the runs.
-        letters: see `draw_legend`.
-        show_sequences: whether names include the order of growth.
-    """
-    names = [shorten(run.name, min(letters, 48)) for run in runs]
-    if show_sequences:
-        names = label_runs(names, [shorten(run.sequence, 20) for run in runs])
+    """Draw a legend of the runs below a figure, followed by other entries; for `letters` see `draw_legend`."""
+    names = [shorten_name(run.name, min(letters, 48)) for run in runs]
+    names = label_runs(names, [shorten_name(run.sequence, 20) for run in runs])
     lines = [Line2D([], [], color=run.colour, linewidth=2.4) for run in runs]
     draw_legend(panel, [*zip(names, lines, strict=True), *extra], letters=letters)
 
@@ -191,10 +181,10 @@ def label_flops_axis(axes: Axes, most: float) -> None:
     axes.set_xlabel("training FLOPs" + (f" (× 10{str(exponent).translate(_SUPERSCRIPT)})" if exponent else ""))
 
 
-def shorten(name: str, length: int) -> str:
+def shorten_name(name: str, length: int) -> str:
     """Return the name, without its middle if it is too long: names of runs tend to differ at the ends.
 
-    >>> shorten("growth-of-llama-seed-1", 12)
+    >>> shorten_name("growth-of-llama-seed-1", 12)
     'growt…seed-1'
     """
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"

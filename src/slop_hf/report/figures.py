@@ -33,7 +33,7 @@ from .drawing import (
     get_stage_label,
     label_flops_axis,
     read_runs,
-    shorten,
+    shorten_name,
     write_png,
 )
 
@@ -153,7 +153,7 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
         if any(run.growths for run in drawn_runs):
             kinds.append(("growth", GROWTH_MARK))
         extra: list[LegendEntry] = [(label, Line2D([], [], color="0.35", **style)) for label, style in kinds]
-        draw_run_legend(figure, drawn_runs, extra, show_sequences=True)
+        draw_run_legend(figure, drawn_runs, extra)
         return write_png(figure, path)
 
 
@@ -278,7 +278,9 @@ def _draw_dimensions(panel: SubFigure, runs: Sequence[DrawnRun], rows: int, colu
         axes.grid(axis="y", color="0.92", linewidth=0.8)
         _label_stages(axes, run, is_narrow=columns > 1)
         if has_titles:
-            axes.set_title(shorten(run.name, 84 // columns), color=darken(run.colour), parse_math=False, fontsize=8.5)
+            axes.set_title(
+                shorten_name(run.name, 84 // columns), color=darken(run.colour), parse_math=False, fontsize=8.5
+            )
     for axes in grid[::columns]:
         axes.set_ylabel("relative size")
     for axes in grid[max(len(runs) - columns, 0) : len(runs)]:

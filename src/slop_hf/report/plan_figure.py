@@ -30,7 +30,7 @@ from .drawing import (
     create_figure,
     draw_legend,
     label_flops_axis,
-    shorten,
+    shorten_name,
 )
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -193,7 +193,8 @@ def _draw_paths(panel: SubFigure, plans: Sequence[_Path], arms: Sequence[tuple[s
     if len(plans) > 1:
         entries.append(("other schedules", Line2D([], [], color=_fade(2, len(plans)), linewidth=OTHER_WIDTH)))
     entries += [
-        (shorten(name, MAX_LETTERS), Line2D([], [], **_style_arm(number))) for number, (name, _) in enumerate(arms)
+        (shorten_name(name, MAX_LETTERS), Line2D([], [], **_style_arm(number)))
+        for number, (name, _) in enumerate(arms)
     ]
     draw_legend(panel, entries, letters=74, fontsize=LABEL_SIZE, handlelength=3)
 

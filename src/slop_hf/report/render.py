@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from .summary import RunSummary
 from .tables import TextTable
 
 #: Introduction to the table of runs × tasks.
@@ -20,8 +17,8 @@ SCORES_CAPTION = (
     "few-shot examples and limits."
 )
 
-#: Headings of columns, and their meaning.
-COLUMN_MEANINGS = (
+#: Headings of columns, and their meaning; a report explains the columns that it has.
+REPORT_GLOSSARY = (
     (
         ("target structure", "structure"),
         "hidden size, feed-forward size, layers, attention heads. Key/value heads and the head size are given if they "
@@ -58,16 +55,12 @@ COLUMN_MEANINGS = (
         ("loss after growth", "held-out loss"),
         "loss on the held-out data in nats per token, right after the growth and at the end of the stage.",
     ),
-)
-RESULTS_MEANINGS = (
     (
         ("task", "metric", "setting"),
         "a benchmark and its metric, scored at the end of each stage ± the standard error, and right after the growth "
         "if that was evaluated. The setting is the number of few-shot examples before each question, and the limit on "
         "the number of documents, if any.",
     ),
-)
-DATA_MEANINGS = (
     (
         ("share", "available", "passes"),
         "a source's share of the run's tokens, the number of tokens it has, and how many times the run has read them "
@@ -76,63 +69,19 @@ DATA_MEANINGS = (
 )
 
 
-@dataclass(frozen=True)
-class ReportFigure:
-    """A figure of the report.
-
-    Args:
-        path: its PNG file.
-        title: what it shows, in a few words.
-        caption: how to read it.
-        is_wide: whether it is about twice as wide as high; a page shows it larger than the others.
-    """
-
-    path: Path
-    title: str
-    caption: str
-    is_wide: bool
-
-    @property
-    def data_uri(self) -> str:
-        """The picture itself, for a page in a single file."""
-        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode("ascii")
+def select_glossary(tables: Iterable[TextTable]) -> list[tuple[tuple[str, ...], str]]:
+    """Return the entries of `REPORT_GLOSSARY` that explain a column of the tables."""
+    headings = {heading for table in tables for heading, _ in table.columns}
+    return [(names, meaning) for names, meaning in REPORT_GLOSSARY if headings & {*names}]
 
 
-class RunSection(TypedDict):
-    """The section on one run; tables are None if the run lacks their data."""
-
-    summary: RunSummary
-    sentence: str
-    versions: Mapping[str, str]
-    stages: TextTable
-    results: TextTable | None
-    held_out: TextTable | None
-    data: TextTable | None
-    last: str  # path of the last stage, relative to the report
-
-
-class ReportContent(TypedDict):
-    """The content of a report."""
-
-    title: str
-    runs: Sequence[RunSection]
-    comparison: TextTable
-    scores: TextTable | None
-    figures: Sequence[ReportFigure]
-
-
-def render_report(template: str, content: ReportContent) -> str:
+def render_report(template: str, content: Mapping[str, object]) -> str:
     """Fill in a template; HTML is escaped.
 
     Args:
         template: file name of the template, `report.md.j2` or `report.html.j2`.
-        content: content of the report.
+        content: values of the template's variables.
     """
-    column_meanings = [
-        *COLUMN_MEANINGS,
-        *(RESULTS_MEANINGS if any(run["results"] for run in content["runs"]) else ()),
-        *(DATA_MEANINGS if any(run["data"] for run in content["runs"]) else ()),
-    ]
     environment = Environment(
         loader=PackageLoader(__package__),
         autoescape=select_autoescape(("html.j2",), default=False),
@@ -141,6 +90,10 @@ def render_report(template: str, content: ReportContent) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(
-        content, column_meanings=column_meanings, scores_caption=SCORES_CAPTION
-    )
+    environment.filters["data_uri"] = _encode_png
+    return environment.get_template(template).render(content, scores_caption=SCORES_CAPTION)
+
+
+def _encode_png(path: Path) -> str:
+    """Return a picture as a data URI, for a page in a single file."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

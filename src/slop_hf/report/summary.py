@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.serialization import to_json
+from ..io.record import Record
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
 from ..runs.snapshot import RunSnapshot
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunSummary(Record, error=RunError):
     """Costs and results of a run.
 
     For an unfinished run, measurements cover the finished stages; `initial`, `target` and `sequence` are planned.
@@ -60,10 +60,6 @@ class RunSummary:
     tokens: int
     flops: float
     marginal_utility: float | None
-
-    def to_json(self) -> str:
-        """Return the summary as JSON text."""
-        return to_json(self)
 
 
 def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:

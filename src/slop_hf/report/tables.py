@@ -119,7 +119,8 @@ def tabulate_stages(records: Iterable[StageRecord]) -> TextTable:
     rows = (
         (
             str(record.stage),
-            ", ".join(name + _format_init(record, name) for name in record.operators) or NOTHING,
+            ", ".join(f"{name} ({record.init[name]})" if name in record.init else name for name in record.operators)
+            or NOTHING,
             str(record.dims),
             format_count(record.parameters),
             format_count(record.tokens),
@@ -133,7 +134,3 @@ def tabulate_stages(records: Iterable[StageRecord]) -> TextTable:
         for record in records
     )
     return TextTable(columns, tuple(rows))
-
-
-def _format_init(record: StageRecord, operator: str) -> str:
-    return f" ({record.init[operator]})" if operator in record.init else ""

@@ -16,16 +16,23 @@ from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
 from .comparisons import draw_heads, draw_radar, draw_time_correlation
 from .figures import draw_run_losses, draw_run_paths
-from .render import ReportContent, ReportFigure, RunSection, render_report
+from .render import render_report, select_glossary
 from .results import tabulate_data, tabulate_held_out_losses, tabulate_stage_scores
 from .scores import tabulate_final_scores
 from .summary import RunSummary, name_runs, summarise
-from .tables import tabulate_runs, tabulate_stages
+from .tables import TextTable, tabulate_runs, tabulate_stages
 
 
 @dataclass(frozen=True)
-class _FigureKind:
-    """A figure that a report may have: it is drawn if the runs have the data for it."""
+class ReportFigure:
+    """A figure of a report.
+
+    Args:
+        draw: writes the PNG file, or returns None if the runs lack the data.
+        title: what it shows, in a few words.
+        caption: how to read it.
+        is_wide: whether it is about twice as wide as high; a page shows it larger than the others.
+    """
 
     draw: Callable[[Sequence[RunDirectory], Path], Path | None]
     title: str
@@ -35,21 +42,21 @@ class _FigureKind:
 
 #: Figures of a report, by the names of their PNG files.
 REPORT_FIGURES = {
-    "loss": _FigureKind(
+    "loss": ReportFigure(
         draw_run_losses,
         "Loss against training FLOPs",
         "Training loss (lines) and held-out loss (dots); a triangle is the held-out loss just before a growth. The "
         "steep descent at the very beginning leaves through the top.",
         is_wide=True,
     ),
-    "path": _FigureKind(
+    "path": ReportFigure(
         draw_run_paths,
         "The path of structures",
         "(a) Parameters in training. (b) Dimensions at each stage as multiples of their initial sizes; lines that "
         "would coincide are drawn slightly apart.",
         is_wide=True,
     ),
-    "radar": _FigureKind(
+    "radar": ReportFigure(
         draw_radar,
         "Downstream tasks",
         "Scores of the last stages of finished runs on the tasks that all evaluated runs share, with equal few-shot "
@@ -57,7 +64,7 @@ REPORT_FIGURES = {
         "next to the task. Compare along an axis, not areas. After Fig. 4 of the SLOP paper, which does not say how "
         "its axes are scaled.",
     ),
-    "correlation": _FigureKind(
+    "correlation": ReportFigure(
         draw_time_correlation,
         "Correlation of training times",
         "Pearson's correlation between the device hours per stage, the initial stage first, of every pair of finished "
@@ -65,7 +72,7 @@ REPORT_FIGURES = {
         "SLOP paper, which names neither the coefficient nor the times. With few stages, a high correlation says "
         "little.",
     ),
-    "heads": _FigureKind(
+    "heads": ReportFigure(
         draw_heads,
         "Number of attention heads",
         "Final perplexity of targets that differ only in their heads and were grown from one structure in one order, "
@@ -124,12 +131,23 @@ def write_report(
 
     target.mkdir(parents=True, exist_ok=True)
     summaries = [run.summary for run in reported]
-    content: ReportContent = {
+    comparison = tabulate_runs(summaries)
+    tables = {run.summary.name: _tabulate_run(run) for run in reported}
+    content = {
         "title": summaries[0].name if len(reported) == 1 else f"Comparison of {len(reported)} runs",
-        "runs": [_build_section(run, target) for run in reported],
-        "comparison": tabulate_runs(summaries),
+        "comparison": comparison,
         "scores": tabulate_final_scores(summaries, [run.evaluations[-1] for run in reported]),
         "figures": _draw_figures(directories, target),
+        "runs": summaries,
+        "sentences": {run.name: _describe_run(run) for run in summaries},
+        "tables": tables,
+        "versions": {run.summary.name: run.stages[-1].versions for run in reported},
+        # Relative paths: runs and report can be moved together, and no directory of this machine is named.
+        "last_stages": {
+            run.summary.name: Path(os.path.relpath(run.run.path / run.stages[-1].name, target)).as_posix()
+            for run in reported
+        },
+        "glossary": select_glossary([comparison, *(table for run in tables.values() for table in run.values())]),
     }
     values = [{"summary": run.summary, "stages": run.stages, **_collect_evaluations(run)} for run in reported]
     write_text(target / "report.json", to_json(_replace_non_finite(to_plain({"runs": values}))))
@@ -143,18 +161,15 @@ def _read_run(run: RunDirectory, name: str) -> _ReportedRun:
     return _ReportedRun(run, summary, stages, [run.evaluations(stage.stage) for stage in stages])
 
 
-def _build_section(reported: _ReportedRun, target: Path) -> RunSection:
-    return {
-        "summary": reported.summary,
-        "sentence": _describe_run(reported.summary),
-        "versions": reported.stages[-1].versions,
-        "stages": tabulate_stages(reported.stages),
-        "results": tabulate_stage_scores(reported.stages, reported.evaluations),
-        "held_out": tabulate_held_out_losses(reported.stages),
-        "data": tabulate_data(reported.stages),
-        # A relative path: run and report can be moved together, and no directory of this machine is named.
-        "last": Path(os.path.relpath(reported.run.path / reported.stages[-1].name, target)).as_posix(),
+def _tabulate_run(reported: _ReportedRun) -> dict[str, TextTable]:
+    """Return the tables of a run that have content, by their headings."""
+    tables = {
+        "Lineage": tabulate_stages(reported.stages),
+        "Results per stage": tabulate_stage_scores(reported.stages, reported.evaluations),
+        "Held-out loss by source": tabulate_held_out_losses(reported.stages),
+        "Tokens by source": tabulate_data(reported.stages),
     }
+    return {heading: table for heading, table in tables.items() if table is not None}
 
 
 def _describe_run(run: RunSummary) -> str:
@@ -169,15 +184,15 @@ def _describe_run(run: RunSummary) -> str:
     return f"{growth}{size}: {cost}{loss}."
 
 
-def _draw_figures(runs: Sequence[RunDirectory], target: Path) -> list[ReportFigure]:
+def _draw_figures(runs: Sequence[RunDirectory], target: Path) -> dict[Path, ReportFigure]:
     """Draw the figures that the runs have data for, and remove the other figures of an earlier report."""
-    figures = []
-    for name, kind in REPORT_FIGURES.items():
+    figures = {}
+    for name, figure in REPORT_FIGURES.items():
         path = target / f"{name}.png"
-        if kind.draw(runs, path) is None:
+        if figure.draw(runs, path) is None:
             path.unlink(missing_ok=True)
         else:
-            figures.append(ReportFigure(path, kind.title, kind.caption, kind.is_wide))
+            figures[path] = figure
     return figures
 
 
