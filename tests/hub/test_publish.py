@@ -70,7 +70,8 @@ def test_lineage_and_card_of_a_stage(finished, hub, api):
     assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]
     for needed in (f'revision="{STAGES[1]}"', "AutoTokenizer", "loss.png", f"slop train RUN.yaml --from {REPO}@"):
         assert needed in card.text
-    assert "This run grows layer, then ffn." in card.text
+    assert "by enlarging the number of layers" in card.text
+    assert "This run enlarges the number of layers, then the feed-forward size." in card.text
     assert "Stage: intermediate; the run continues with stage-2-ffn" in card.text
     assert card.text.count("\n| 0 |") == card.text.count("\n| 1 |") == 1 and "\n| 2 |" not in card.text
 

@@ -57,7 +57,7 @@ class HeldOut:
         total = math.fsum(corpus.weights[name] for name in parts)
         weights = {name: corpus.weights[name] / total for name in parts}
         cut = [(part.block_size, part.eos) for part in parts.values()]
-        return cls(parts, weights, hash_json([corpus.fingerprint, cut]), hash_vocabulary(corpus.tokenizer))
+        return cls(parts, weights, hash_json([corpus.fingerprint, cut]), corpus.vocabulary)
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> HeldOut:

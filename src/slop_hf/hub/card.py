@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -18,6 +18,14 @@ from .lineage import LINEAGE_FILE, Lineage
 TAGS = ["slop-hf", "model-growth"]
 #: Data-set id of held-out text in the metadata, which requires one.
 HELD_OUT_DATASET = "held-out"
+#: Words for the dimension that an operator enlarges.
+DIMENSIONS = {
+    "layer": "number of layers",
+    "mha": "number of attention heads",
+    "ffn": "feed-forward size",
+    "hidden": "hidden size",
+    "head_dim": "head size",
+}
 #: Address of each evaluation program; the Hub shows no source without one.
 SOURCES = {"lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness"}
 
@@ -58,7 +66,8 @@ def render_card(
         lineage_file=LINEAGE_FILE,
         record=record,
         total_tokens=sum(stage.tokens for stage in (*lineage.ancestors, record)),
-        order=", then ".join(" and ".join(stage.operators) for stage in lineage.schedule.stages),
+        grown=_name_dimensions(record.operators),
+        order=", then ".join(_name_dimensions(stage.operators) for stage in lineage.schedule.stages),
         is_last=record.stage == len(lineage.schedule.stages),
         earlier=len(lineage.ancestors) - record.stage,
         base_model=base_model,
@@ -69,6 +78,10 @@ def render_card(
         has_figure=has_figure,
     )
     return str(ModelCard(text))
+
+
+def _name_dimensions(operators: Sequence[str]) -> str:
+    return " and ".join(f"the {DIMENSIONS.get(name, name)}" for name in operators)
 
 
 @cache
