@@ -1,13 +1,13 @@
 """The small staged run as a program, for launches with several ranks: `python launched.py '{"output": ...}'`.
 
 Settings, as JSON:
-    output: the run's directory; a run that lies there is resumed
-    arguments: of `SlopTrainingArguments`
+    output: run directory; an existing run is resumed
+    arguments: fields of `SlopTrainingArguments`
     batch: per_device_train_batch_size
-    schedule: a schedule's file, in place of `runs.SCHEDULE`
-    dropout: of attention, default 0
-    dump: a directory; what each stage begins with is written there, and what each rank holds of it
-    at: what happens after a step: {"6": "interrupt" | "nan" | "terminate" | "fill"}, on the rank `on` (default: all)
+    schedule: schedule file, instead of `training_runs.SCHEDULE`
+    dropout: attention dropout, default 0
+    dump: a directory for the states that each stage begins with, and how many numbers of them each rank holds
+    at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "fill"}, on the rank `on` (default: all)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from slop_hf.training.launch import guard_exit
 
 
 class Dump(TrainerCallback):
-    """Writes weights and moments at the first step of each stage, and how many numbers of each this rank holds."""
+    """Writes weights and moments at the first step of each stage, and how many numbers this rank holds."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -69,7 +69,7 @@ class Dump(TrainerCallback):
 
 
 def numbers_of_groups(trainer: Any) -> list[int]:
-    """How many numbers each of the optimizer's groups changes."""
+    """Count the numbers in each of the optimizer's groups."""
     groups = trainer.optimizer.param_groups
     if trainer.deepspeed is None:
         return [sum(parameter.numel() for parameter in group["params"]) for group in groups]
@@ -80,7 +80,7 @@ def numbers_of_groups(trainer: Any) -> list[int]:
 
 
 def held(trainer: Any) -> int:
-    """Numbers that this rank holds in weights, float32 masters and moments; once where two are the same memory."""
+    """Count the numbers of weights, float32 masters and moments on this rank; shared memory counts once."""
     if trainer.deepspeed is None:
         return 3 * sum(parameter.numel() for parameter in trainer.model.parameters())
     zero = trainer.deepspeed.optimizer
@@ -90,7 +90,7 @@ def held(trainer: Any) -> int:
 
 
 class At(TrainerCallback):
-    """Makes something happen after a step, on one rank or all."""
+    """Triggers an event after a step, on one rank or all."""
 
     def __init__(self, events: dict[str, str], on: int | None) -> None:
         self.events, self.on = events, on
@@ -101,7 +101,7 @@ class At(TrainerCallback):
         if event is None or self.on not in (None, args.process_index):
             return
         if event == "interrupt":
-            os._exit(1)  # as a kill would: nothing is tidied up
+            os._exit(1)  # like a kill: nothing is cleaned up
         elif event == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
         elif event == "nan":
@@ -116,7 +116,7 @@ def main(settings: dict[str, Any]) -> None:
     callbacks: list[Any] = [At(settings.get("at", {}), settings.get("on"))]
     if "dump" in settings:
         callbacks.append(Dump(Path(settings["dump"])))
-    arguments = {"use_cpu": False, **settings.get("arguments", {})}  # as recipes say nothing of it
+    arguments = {"use_cpu": False, **settings.get("arguments", {})}  # as in recipes
     batch = settings.get("batch", 4)
     run = trainer(
         output, schedule=schedule, model=model, callbacks=callbacks, per_device_train_batch_size=batch, **arguments

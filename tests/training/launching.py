@@ -21,14 +21,14 @@ LAUNCHED = HERE / "launched.py"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch has ended."""
+    """Exit code and output of a launch."""
 
     code: int
     text: str
 
 
 def command(kind: str, ranks: int, script: Path = LAUNCHED) -> list[str]:
-    """The words of a launch: "plain" in one process, "ddp", or "zero3"."""
+    """Return the command of a launch: "plain" in one process, "ddp", or "zero3"."""
     python = [sys.executable, "-m"]
     if kind == "plain":
         return [sys.executable, str(script)]
@@ -40,7 +40,7 @@ def command(kind: str, ranks: int, script: Path = LAUNCHED) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without what an earlier launch, or a test in this process, has left."""
+    """Return the environment without variables of an earlier launch, or of a test in this process."""
     dropped = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
     return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
 
@@ -74,7 +74,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def weights(run: Path, stage: str) -> dict[str, Any]:
-    """Of a stage; it may lie in several files."""
+    """Return the weights of a stage, from one or several files."""
     found: dict[str, Any] = {}
     for path in sorted((run / stage).glob("model*.safetensors")):
         found |= load_file(path)
@@ -82,7 +82,7 @@ def weights(run: Path, stage: str) -> dict[str, Any]:
 
 
 def largest_difference(one: Path, other: Path, stage: str = "stage-3-hidden") -> float:
-    """Between the weights of the same stage of two runs."""
+    """Return the largest difference between the weights of the same stage of two runs."""
     a, b = weights(one, stage), weights(other, stage)
     assert a.keys() == b.keys() and a
     return max(float((a[name] - b[name]).abs().max()) for name in a)

@@ -1,4 +1,4 @@
-"""How an optimizer step is shared out, and that a run's steps and data do not depend on it."""
+"""Division of an optimizer step over devices; a run's steps and data do not depend on it."""
 
 from types import SimpleNamespace
 
@@ -32,13 +32,13 @@ def settings(**given):
     return SimpleNamespace(**{**defaults, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **given})
 
 
-# ---- Shared out ------------------------------------------------------------------------------------------------
+# ---- Sharing --------------------------------------------------------------------------------------------------
 
 SIZES = st.integers(1, 200)
 
 
 @given(each=SIZES, largest=SIZES, devices=SIZES)
-def test_a_step_is_shared_out_whole_in_micro_batches_as_large_as_can_be(each, largest, devices):
+def test_a_step_is_shared_in_the_largest_micro_batches_possible(each, largest, devices):
     blocks = each * devices
     shared = Batches.share(blocks, largest, devices)
     micro, accumulation = shared.micro_batch_size, shared.accumulation_steps
@@ -58,7 +58,7 @@ def test_no_blocks_are_refused():
         Batches.share(0, 4, 2)
 
 
-# ---- One value, or one for each stage --------------------------------------------------------------------------
+# ---- One value, or one per stage -------------------------------------------------------------------------------
 
 
 def test_per_stage():
@@ -86,7 +86,7 @@ def test_another_number_of_values_is_refused(values):
     ],
 )
 def test_blocks_of_a_step(given_, devices, expected):
-    """Batch sizes are a device's; `batch_tokens` are those of all devices together."""
+    """Batch sizes are per device; `batch_tokens` counts all devices together."""
     assert count_blocks_per_step(settings(**given_), BLOCK, devices, 3) == expected
 
 
@@ -106,7 +106,7 @@ def test_what_makes_no_steps_is_refused(given_, message):
 
 
 def test_batches_follow_the_number_of_devices():
-    """The blocks of a step are the run's; what a device does of them is the launch's."""
+    """The run fixes the blocks per step, the launch a device's share of them."""
     args, steps = settings(stage_batch_sizes=[8, 4, 3]), (16, 16, 12)
     assert share_batches(args, steps, 1) == (Batches(8, 2), Batches(4, 4), Batches(3, 4))
     assert share_batches(args, steps, 2) == (Batches(8, 1), Batches(4, 2), Batches(3, 2))
@@ -127,7 +127,7 @@ def test_the_last_stages_values_alone():
 
 
 class Seen(torch.utils.data.Dataset):
-    """Blocks that remember in which order they were asked for."""
+    """Blocks that record the order in which they are read."""
 
     def __init__(self, rows):
         self.rows, self.order = rows, []
@@ -141,7 +141,7 @@ class Seen(torch.utils.data.Dataset):
 
 
 class Shares(TrainerCallback):
-    """Batch size, accumulation and micro-batches of every step; stops before a step if told to."""
+    """Records batch size, accumulation and micro-batches of every step; stops before a given step."""
 
     def __init__(self, stop=None):
         self.steps, self.micro_batches, self.stop = [], 0, stop
@@ -184,8 +184,8 @@ def test_values_for_another_number_of_stages_are_refused_before_anything_is_writ
     assert not (tmp_path / "out" / "schedule.yaml").exists()
 
 
-def test_a_run_goes_on_in_smaller_micro_batches(tmp_path):
-    """Steps stay those that the run began with: accumulation makes up for the memory that a device lacks."""
+def test_a_run_continues_in_smaller_micro_batches(tmp_path):
+    """The run keeps its steps: accumulation makes up for less memory per device."""
 
     def train(name, size, stop=None):
         shares, path = Shares(stop), tmp_path / name

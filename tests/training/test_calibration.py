@@ -1,4 +1,4 @@
-"""Calibration: what is measured and refused; how fast anything is, no test can say."""
+"""Calibration: measurements and refusals; no test depends on actual speeds."""
 
 import tempfile
 
@@ -27,7 +27,7 @@ def measure(structures=SIZES, config=CONFIG, **changes):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A calibration, the times that it saw, and the folder that it had for temporary files."""
+    """A calibration, the times that it observed, and its folder for temporary files."""
     times, folder = [], tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
@@ -82,7 +82,7 @@ def test_a_step_counts_all_of_its_batches(capfd):
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "qwen3"])
 def test_other_families(family, monkeypatch):
-    """Their special tokens lie outside of the vocabulary, and their defaults are not Llama's."""
+    """Their special tokens are outside of the vocabulary, and their defaults are not Llama's."""
     seen = []
     monkeypatch.setattr(calibration, "_fit", lambda found: seen.extend(found))
     sizes = [ModelDims(16, 32, 1, 2), ModelDims(32, 64, 2, 2)]

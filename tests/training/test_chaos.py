@@ -16,14 +16,14 @@ BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
 STEPS = 15
 SAVE_STEPS = 4
 RUNS = 20
-#: What a killed run is resumed with, besides the two ranks that it was begun with.
+#: Launches that resume a killed run with other than its two ranks, by number of the run.
 OTHERS = {4: ("zero3", 3), 9: ("zero3", 1), 14: ("plain", 1), 19: ("ddp", 2)}
 SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": SAVE_STEPS}, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def schedule(tmp_path_factory):
-    """The small run's, with fifteen steps a stage."""
+    """The small run's schedule, with fifteen steps per stage."""
     content = to_plain(SCHEDULE)
     content["initial_tokens"] = STEPS * BLOCKS_PER_STEP * BLOCK
     for stage in content["stages"]:
@@ -39,7 +39,7 @@ def settings(schedule: Path, output: Path, ranks: int) -> dict:
 
 
 def events(output: Path) -> list[Path]:
-    """What a run leaves on its way, in order: its schedule, checkpoints and stages."""
+    """Return the paths that a run writes, in order: schedule, checkpoints and stages."""
     found = [output / "schedule.yaml"]
     for number, name in enumerate(SCHEDULE.stage_names):
         running, first = output / f"{name}.running", number * STEPS
@@ -50,13 +50,13 @@ def events(output: Path) -> list[Path]:
 
 
 def wait_for(event: int, output: Path, process) -> None:
-    """Until that one has come, or a later one: checkpoints are rotated."""
+    """Wait for an event or a later one, since old checkpoints are removed."""
     while process.poll() is None and not any(path.exists() for path in events(output)[event:]):
         time.sleep(0.01)
 
 
 def where(output: Path) -> str:
-    """What a killed run was at, by what it left."""
+    """Describe where a run was killed, from the files that it left."""
     run = RunDirectory(output)
     if not run.exists:
         return "before the run had begun"
@@ -99,6 +99,6 @@ def test_twenty_kills(schedule, tmp_path, capfd):
             )
     same = [one for number, one in enumerate(outcomes) if number not in OTHERS]
     assert all(difference == 0.0 for *_, difference in same), "as many ranks end with the same bits"
-    # Other ranks draw other dropout from the checkpoint on: the run ends, near where it would have.
+    # Another number of ranks draws other dropout masks after the checkpoint, so weights end only close by.
     assert all(difference < 0.1 for *_, difference in outcomes)
     assert sum(killed for killed, *_ in outcomes) >= 15

@@ -1,4 +1,4 @@
-"""Several ranks do what one process does: DistributedDataParallel, and DeepSpeed ZeRO-3 on two ranks."""
+"""Several ranks compute what one process does: DistributedDataParallel, and DeepSpeed ZeRO-3 on two ranks."""
 
 import json
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-6  # sums over ranks come in another order; weights are about 1
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run in one process; the others are held against it."""
+    """The run in one process, with which the others are compared."""
     path = tmp_path_factory.mktemp("alone") / "out"
     trainer(path, model=small_model(dropout=0.0), **SETTINGS).train()
     return path
@@ -26,7 +26,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """The run under ZeRO-3 on two ranks, and what was dumped of it."""
+    """The run under ZeRO-3 on two ranks, with its dumps."""
     pytest.importorskip("deepspeed")
     path = tmp_path_factory.mktemp("zero3")
     (path / "dump").mkdir()
@@ -63,8 +63,8 @@ def test_zero3_agrees_with_one_process(alone, sharded):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_what_enters_a_sharded_stage_is_what_growth_in_memory_gives(sharded, number):
-    """Masters and both moments, to the last bit, after the way through two ranks' parts."""
+def test_a_sharded_stage_begins_with_the_states_of_growth_in_memory(sharded, number):
+    """Masters and both moments, to the last bit, after passing through the parts of two ranks."""
     before = RunDirectory(sharded / "out").stage_dir(number - 1)
     old, stage = AutoModelForCausalLM.from_pretrained(before), SCHEDULE.stages[number - 1]
     entered = load_file(sharded / "dump" / f"{number}.safetensors")
@@ -80,7 +80,7 @@ def test_what_enters_a_sharded_stage_is_what_growth_in_memory_gives(sharded, num
 
 @pytest.mark.deepspeed
 def test_states_are_sharded(sharded):
-    """No rank holds more of weights and moments than its part, padded; masters are the weights themselves."""
+    """No rank holds more weights and moments than its part, padded; masters are the weights themselves."""
     for number, dims in enumerate(SCHEDULE.structures):
         sizes = [parameter.numel() for parameter in small_model(dims).parameters()]
         each = (1 if number == 0 else 3) * (sum(sizes) / 2)  # AdamW has no moments before its first step
@@ -90,13 +90,13 @@ def test_states_are_sharded(sharded):
 
 @pytest.mark.deepspeed
 def test_engines_of_earlier_stages_are_gone(sharded):
-    """With their models and states, which would otherwise be held on every rank to the end of the run."""
+    """With their models and states, which would otherwise stay in memory to the end of the run."""
     assert [facts(sharded, number, rank)["alive"] for number in range(4) for rank in (0, 1)] == [1] * 8
 
 
 @pytest.mark.deepspeed
 def test_groups_of_a_sharded_stage(sharded):
-    """Matrices decay, norms do not; the rate begins its warm-up anew."""
+    """Matrices decay, norms do not; the rate warms up again."""
     for number, dims in enumerate(SCHEDULE.structures):
         model = small_model(dims)
         norms = sum(value.numel() for name, value in model.named_parameters() if "norm" in name)
@@ -117,7 +117,7 @@ def test_sharded_files_are_a_stock_checkpoint(sharded):
 
 @pytest.mark.deepspeed
 def test_interrupted_under_zero3_and_finished_in_one_process(alone, tmp_path):
-    """To rounding; `tests/recipes/test_tiny_recipe.py` sees that as many ranks end with the same bits."""
+    """Up to rounding; `tests/recipes/test_tiny_recipe.py` tests bits on the same number of ranks."""
     path, here = tmp_path / "out", {**SETTINGS, "keep_optimizer_states": True}
     stop = STEPS + 5
     ended = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "interrupt"}, arguments=here)
@@ -136,7 +136,7 @@ def test_terminated_under_zero3_and_finished_on_one_rank(alone, tmp_path):
     assert begun.code == 0, begun.text[-4000:]
     assert "resume to continue" in begun.text
     names = {one.name for one in RunDirectory(path).running_dir(2).iterdir()}
-    assert f"checkpoint-{stop + 1}" in names, "a step later, when all have heard of it"
+    assert f"checkpoint-{stop + 1}" in names, "a step later, when all ranks know"
     ended = launch("zero3", 1, output=path, batch=BATCH, arguments=SETTINGS)
     assert ended.code == 0, ended.text[-4000:]
     assert largest_difference(path, alone) < TOLERANCE

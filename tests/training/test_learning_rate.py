@@ -53,7 +53,7 @@ def plain_rates(name, warmup, steps, **kwargs):
 
 
 def cosine(step, warmup, steps):
-    """The paper's: a linear warm-up, then half a cosine down to a tenth."""
+    """The paper's schedule: a linear warm-up, then half a cosine down to a tenth."""
     if step < warmup:
         return PEAK * step / warmup
     return PEAK * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
@@ -71,7 +71,7 @@ def test_a_share_or_a_number_of_steps():
 
 
 @pytest.mark.parametrize(("warmup_steps", "expected"), [(0.3, 3), (2, 2), (0, 0)])
-def test_a_cosine_anew_in_every_stage(tmp_path, warmup_steps, expected):
+def test_a_cosine_per_stage(tmp_path, warmup_steps, expected):
     of_stage = close([cosine(step, expected, STEPS) for step in range(STEPS)])
     assert rates(tmp_path, warmup_steps=warmup_steps) == [of_stage] * 4
 
@@ -101,7 +101,7 @@ def test_steps_that_stay_stable_may_be_a_share_too(tmp_path):
 
 
 @pytest.mark.parametrize(("warmup_steps", "expected"), [(0.4, 13), (5, 5)])
-def test_a_cosine_over_the_run_goes_on_over_growths(tmp_path, warmup_steps, expected):
+def test_a_cosine_over_the_run_ignores_growths(tmp_path, warmup_steps, expected):
     found = list(chain(*rates(tmp_path, lr_span="run", warmup_steps=warmup_steps)))
     assert found == close(plain_rates("cosine_with_min_lr", expected, RUN_STEPS, min_lr_rate=0.1))
     assert found == close([cosine(step, expected, RUN_STEPS) for step in range(RUN_STEPS)])
@@ -120,7 +120,7 @@ def test_growths_may_be_warmed_up_under_a_cosine_over_the_run(tmp_path, rewarm_s
 
 @pytest.mark.parametrize("decay", [0.3, 10])
 def test_a_stable_rate_that_decays_at_the_end_of_the_run(tmp_path, decay):
-    """Growths lie in the stable part, where the model is as plastic as ever; only the last stages decay."""
+    """Growths fall into the stable part, in which the model is still plastic; only the last stages decay."""
     settings = {"lr_scheduler_kwargs": {"num_decay_steps": decay, "decay_type": "linear"}, "warmup_steps": 4}
     found = list(chain(*rates(tmp_path, **WSD, **settings, lr_span="run")))
     warm, decaying = [PEAK * step / 4 for step in range(4)], [PEAK * (1 - step / 10) for step in range(10)]
@@ -165,7 +165,7 @@ def test_another_schedule_does_not_take_the_defaults_arguments(tmp_path):
         {"lr_span": "run", **WSD, "lr_scheduler_kwargs": {"num_decay_steps": 0.6}},
     ],
 )
-def test_a_scheduler_goes_on_from_its_state(tmp_path, settings, done):
+def test_a_scheduler_resumes_from_its_state(tmp_path, settings, done):
     whole = rates(tmp_path, **settings)[2]
     one = scheduler(tmp_path, SPANS[2], **settings)
     advance(one, done)
@@ -174,7 +174,7 @@ def test_a_scheduler_goes_on_from_its_state(tmp_path, settings, done):
     assert advance(other, STEPS - done) == whole[done:]
 
 
-def test_a_scheduler_that_follows_the_loss_goes_on_from_its_state(tmp_path):
+def test_a_scheduler_that_follows_the_loss_resumes_from_its_state(tmp_path):
     kwargs = {"factor": 0.5, "patience": 1}
     settings = {**PLATEAU, "lr_scheduler_kwargs": kwargs}
     one, other = (scheduler(tmp_path, SPANS[1], **settings) for _ in range(2))
@@ -214,7 +214,7 @@ def test_growths_of_an_interrupted_run_are_warmed_up_once(tmp_path):
     assert logged == close([factor * cosine(step, 0, 12) for step, factor in enumerate(ramp)])
 
 
-def test_each_stage_may_have_a_peak_of_its_own_over_an_interruption(tmp_path):
+def test_each_stage_may_have_its_own_peak_over_an_interruption(tmp_path):
     peaks = [PEAK, PEAK / 2, PEAK * 2]
     settings = {"schedule": SHORT, "stage_learning_rates": peaks, "warmup_steps": 0, "save_steps": 2}
     path = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a staged run: one curve, whatever happened on the way."""
+"""TensorBoard shows one curve per run, also after interruptions."""
 
 import pytest
 from training_runs import STEPS, trainer
@@ -14,9 +14,9 @@ from tensorboard.summary.writer import event_file_writer
 
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
-    """Where a writer that nobody told a directory would write; and file names that sort as they were made.
+    """The working directory, into which a writer without a directory would write; and sortable file names.
 
-    They end in a counter of the process, and within a second it decides: 10 sorts before 9.
+    The names end in a counter of the process, which decides within a second: 10 sorts before 9.
     """
     here = tmp_path / "here"
     here.mkdir()
@@ -24,11 +24,11 @@ def own_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     yield
-    assert list(here.iterdir()) == [], "written beside the run"
+    assert list(here.iterdir()) == [], "written outside of the run"
 
 
 class Interrupt(TrainerCallback):
-    """Ends the process's work at an event; the step of a stage or of its beginning."""
+    """Interrupts training at an event and a step."""
 
     def __init__(self, event, step):
         setattr(self, f"on_{event}", self._interrupt)

@@ -1,4 +1,4 @@
-"""What a run makes of a mixture's sources: order, books, losses by source, and what it refuses to be resumed with."""
+"""A run over a mixture of sources: order, consumed tokens, losses by source, and refused resumptions."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_blocks_come_in_the_streams_order(tmp_path):
     assert torch.equal(torch.cat(seen), torch.stack(expected))
 
 
-def test_interrupted_it_sees_the_same(whole, tmp_path):
+def test_an_interrupted_run_reads_the_same_blocks(whole, tmp_path):
     settings = {"eval_dataset": held_out(whole)}
     run = trainer(tmp_path / "out", data=mixed(whole), callbacks=[Interrupt(STEPS + 5)], **settings)
     with pytest.raises(KeyboardInterrupt):
@@ -76,7 +76,7 @@ def test_interrupted_it_sees_the_same(whole, tmp_path):
     assert RunDirectory(tmp_path / "out").records()[-1].data == RunDirectory(whole / "out").records()[-1].data
 
 
-def test_books_and_losses_by_source(whole):
+def test_consumed_tokens_and_losses_by_source(whole):
     records = RunDirectory(whole / "out").records()
     for record in records:
         assert {one.source: one.weight for one in record.data} == pytest.approx(WEIGHTS)
@@ -94,7 +94,7 @@ def test_books_and_losses_by_source(whole):
     assert all("eval_code_perplexity" in entry and entry["stage"] in range(4) for entry in logged)
 
 
-def test_sources_that_are_read_again_are_told(whole, tmp_path, caplog):
+def test_sources_that_are_read_again_are_reported(whole, tmp_path, caplog):
     trainer(tmp_path / "out", data=mixed(whole), eval_dataset=None)._warn()
     said = [record.getMessage() for record in caplog.records if "passes over it" in record.getMessage()]
     assert len(said) == 1 and "of source code, it has 64: the run will make 4.2 passes" in said[0]
@@ -131,7 +131,7 @@ def test_other_data_and_vocabularies_are_refused(whole, tmp_path):
 
 
 def test_documents_are_kept_apart_in_training(whole, tmp_path):
-    """A loss is the mean over what each document's own tokens say of the next, whatever else is in the block."""
+    """A loss is the mean over predictions within documents, whatever else is in the block."""
     run = trainer(tmp_path / "out", data=mixed(whole, eos=EOS), eval_dataset=None, model=small_model(dropout=0.0))
     model, seen = small_model(dropout=0.0), []
     batch = [run.blocks.parts["web"][number] for number in range(BATCH)]

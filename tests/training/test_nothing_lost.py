@@ -1,4 +1,4 @@
-"""Whatever happens to a run, what it has saved stays, and its user is told."""
+"""Whatever happens to a run, its saved files stay, and its user gets a clear message."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ class Send(TrainerCallback):
 
 
 def flip(path):
-    """Another bit in the middle of a file, whose size stays."""
+    """Change a bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -79,8 +79,8 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "name", "fault"), DAMAGES, ids=[f"{one[0].__name__} {one[1]}" for one in DAMAGES])
-def test_a_corrupt_checkpoint_is_passed_over(whole, run, damage, name, fault, caplog):
-    """It goes back to the one before, and says so."""
+def test_a_corrupt_checkpoint_is_skipped(whole, run, damage, name, fault, caplog):
+    """The run goes back to the checkpoint before, and says so."""
     damage(run.running_dir(1) / f"checkpoint-{STEPS + 4}" / name)
     begins = Beginnings()
     trainer(run.path, callbacks=[begins]).train(resume_from_checkpoint=True)
@@ -90,7 +90,7 @@ def test_a_corrupt_checkpoint_is_passed_over(whole, run, damage, name, fault, ca
 
 
 def test_without_a_good_checkpoint_the_stage_begins_anew(run, caplog):
-    """AdamW as well: its state at the end of the stage before was no longer needed."""
+    """AdamW starts afresh too: its state at the end of the stage before has been removed."""
     for checkpoint in run.running_dir(1).iterdir():
         flip(checkpoint / "model.safetensors")
     begins = Beginnings()
@@ -100,7 +100,7 @@ def test_without_a_good_checkpoint_the_stage_begins_anew(run, caplog):
 
 
 def test_a_lone_checkpoint_is_not_all_that_a_stage_has(whole, tmp_path):
-    """The optimizer's state of the stage before stays until there are two."""
+    """The optimizer state of the stage before stays until there are two checkpoints."""
     run = RunDirectory(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         trainer(run.path, callbacks=[Interrupt(STEPS + 2)]).train()
@@ -110,7 +110,7 @@ def test_a_lone_checkpoint_is_not_all_that_a_stage_has(whole, tmp_path):
     assert same_weights(whole, run.path)
 
 
-def test_a_corrupt_checkpoint_that_was_named_is_refused(run):
+def test_a_corrupt_checkpoint_given_by_path_is_refused(run):
     checkpoint = run.running_dir(1) / f"checkpoint-{STEPS + 4}"
     flip(checkpoint / "model.safetensors")
     with pytest.raises(RunError, match=r"checkpoint-12 is corrupt: .*resume with True"):
@@ -118,7 +118,7 @@ def test_a_corrupt_checkpoint_that_was_named_is_refused(run):
 
 
 def test_a_corrupt_stage_is_refused_with_the_way_back(run):
-    """Nothing is left to go back to but the stage before, and that is for the user to decide."""
+    """Only the stage before is left to return to, and that is the user's decision."""
     shutil.rmtree(run.running_dir(1))
     flip(run.stage_dir(0) / "model.safetensors")
     with pytest.raises(RunError, match=r"stage-0-initial is corrupt: model.safetensors .*begin another run"):
@@ -127,7 +127,7 @@ def test_a_corrupt_stage_is_refused_with_the_way_back(run):
 
 @pytest.mark.parametrize("when", ["checkpoint", "stage"])
 def test_a_full_disk(whole, run, monkeypatch, when):
-    """Training stops, what was saved stays whole, and the run goes on when there is room."""
+    """Training stops, saved files stay complete, and the run continues when there is space."""
     real = os.posix_fallocate
 
     def full(descriptor, offset, length):
@@ -151,7 +151,7 @@ def test_a_full_disk(whole, run, monkeypatch, when):
 
 @pytest.mark.parametrize("what", ["the loss", "the gradient norm"])
 def test_numbers_that_are_not_finite_stop_the_run(run, what):
-    """Before they are logged or saved; the last good state is named, and is one."""
+    """Before they are logged or saved; the message names the last good state, from which the run can resume."""
     poisoned = trainer(run.path)
     step, clip = poisoned.training_step, poisoned._clip_grad_norm
 
@@ -192,7 +192,7 @@ def test_sigterm_saves_and_stops(whole, run, step):
 
 
 def test_a_last_step_that_breaks_the_weights_is_seen(run):
-    """No later loss of training tells of it: the held-out one does, before the stage is written."""
+    """No training loss follows, but the held-out loss shows it before the stage is written."""
     broken = trainer(run.path)
     evaluate = broken.evaluate
 
@@ -228,7 +228,7 @@ def test_other_data_are_refused(run, change, named):
 
 
 def test_carried_state_keeps_the_loss(tmp_path):
-    """After preserving growth the loss is the one from before, and goes on as without growth."""
+    """Preserving growth keeps the loss, which then develops as without growth."""
     tokens = SCHEDULE.initial_tokens
     steps = 3 * STEPS
     stages = (

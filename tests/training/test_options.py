@@ -1,4 +1,4 @@
-"""Options of a run: those of growth, and the plain Trainer's over several stages."""
+"""Options of growth, and the plain Trainer's options over several stages."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_unknown_inits_are_refused_before_anything_is_written(tmp_path, growth_i
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_copies_are_parted_by_the_runs_noise(tmp_path, noise):
-    """The last stage has no tokens, so that its model is the grown one."""
+    """The last stage has no tokens, so its model is the grown one."""
     schedule = SHORT.with_shares([TOKENS // 2, TOKENS // 2, 0])
     run = train(tmp_path / "out", schedule=schedule, growth_init={"ffn": "copy"}, growth_noise=noise)
     source = AutoModelForCausalLM.from_pretrained(run.stage_dir(1), dtype="auto")
@@ -124,7 +124,7 @@ def test_evaluations_around_growth_can_be_left_out(tmp_path, before, after):
 
 
 class FirstSteps(TrainerCallback):
-    """How many parameters AdamW has a state of before the first step of each stage, and what step it counts."""
+    """Records the number of parameters with an AdamW state before each stage, and the steps it has counted."""
 
     def __init__(self):
         self.seen = []
@@ -289,7 +289,7 @@ def test_stages_without_tokens_grow_and_are_written(gaps):
 
 
 def test_a_stage_without_tokens_hands_moments_on(tmp_path):
-    """The growths on both sides of it are one after the other, for weights and moments alike."""
+    """The growths before and after it follow each other, for weights and moments alike."""
     schedule = SCHEDULE.with_shares([TOKENS // 2, 0, TOKENS // 2, 0])
     run = train(tmp_path / "out", schedule=schedule, keep_optimizer_states=True)
     assert [record.global_step for record in run.records()] == [4, 4, 8, 8]
@@ -312,7 +312,7 @@ def test_a_stage_without_tokens_is_not_evaluated_after_growth_unasked(tmp_path):
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_run_goes_on_over_stages_without_tokens(gaps, tmp_path, monkeypatch, call):
-    """Interrupted before a stage is written: one without tokens at the beginning, one in the middle, and the next."""
+    """Interrupted before a stage is written: a first stage without tokens, a middle one, and the next."""
     from slop_hf.training import trainer as module
 
     real, calls = module.save_stage, []
@@ -342,7 +342,7 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 
 
 class Facts(TrainerCallback):
-    """What model and optimizer are like at the last step of each stage."""
+    """Records properties of model and optimizer at the last step of each stage."""
 
     def __init__(self):
         self.found = []
@@ -398,7 +398,7 @@ def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, setting
 
 
 def test_each_stage_is_compiled_anew(tmp_path):
-    """By a compiler that leaves the graphs as they are, and gives up where one function has had too many shapes."""
+    """With a compiler that leaves graphs unchanged, and gives up if one function has had too many shapes."""
     import torch._dynamo
 
     class Graphs(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Bars and lines: what a terminal and a log file get to see of a staged run."""
+"""Progress bars and log lines of a staged run, on a terminal and in a file."""
 
 import io
 import re
@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 
 
 class Run:
-    """Sends a callback the events that a trainer would."""
+    """Sends a callback the events of a trainer."""
 
     def __init__(self, file, *, step=0, main=True, spans=SPANS):
         self.span = FIRST
@@ -47,7 +47,7 @@ class Run:
 
 
 def lines_of(file):
-    """What stays on screen: complete lines, without cursor movements and bars."""
+    """Return the lines that stay on screen, without cursor movements and bars."""
     text = re.sub(r"\x1b\[A", "", file.getvalue())
     return [line for line in re.split(r"[\r\n]+", text) if line.startswith("stage-") and "|" not in line]
 
@@ -73,7 +73,7 @@ def test_a_line_of_training():
 
 
 def test_a_line_shows_what_it_does_not_know():
-    """What a user's own callback or trainer logs is not lost; nor does a value that is not there break it."""
+    """Values logged by a user's own callback are shown, and a missing value is skipped."""
     logs = {"loss": 1.0, "seconds_left": None, "entropy": 0.123456, "router": "balanced", "experts": 8, "x": "y" * 500}
     assert (
         log_line("s", 1, 2, logs) == f"s  step 1/2  loss 1  entropy 0.1235  router balanced  experts 8  x {'y' * 100}"
@@ -116,7 +116,7 @@ def test_the_run_has_one_bar_and_each_stage_its_own():
     assert (of_run.n, of_first.n) == (3 * BLOCK * BATCH, 3)
     run.step_to(STEPS)
     run.send("train_end")
-    assert run.bars == (of_run, None) and of_first.disable and not of_run.disable, "the run goes on"
+    assert run.bars == (of_run, None) and of_first.disable and not of_run.disable, "the run continues"
 
     run.begin(SECOND)
     again, of_second = run.bars
@@ -142,7 +142,7 @@ def test_the_runs_bar_ends_with_the_last_stage():
 
 
 def test_a_last_stage_without_tokens():
-    """It begins and ends like every other; the run's bar waits for it."""
+    """It begins and ends like any other stage; the run's bar stays open until then."""
     empty = replace(LAST, first_step=LAST.end_step, steps=0, blocks=0, tokens=0, flops=0.0, number=LAST.number + 1)
     run = Run(Terminal(), step=LAST.first_step, spans=(*SPANS, empty))
     run.begin(LAST)
@@ -176,7 +176,7 @@ def test_a_stage_that_was_stopped_ends_the_bars():
 
 
 def test_an_interrupted_run_begins_with_new_bars():
-    """No event tells of an interruption; the next beginning does."""
+    """There is no event for an interruption; the next beginning closes the old bars."""
     run = Run(Terminal())
     run.begin(FIRST)
     old = run.bars
@@ -262,7 +262,7 @@ class StopAt(TrainerCallback):
 
 
 def shown_run(path, file, **settings):
-    """A trainer with these bars in the place of transformers' own."""
+    """A trainer with these bars instead of transformers' own."""
     one = trainer(path, disable_tqdm=False, logging_steps=4, **settings)
     spans = compute_stage_spans(one.schedule, one.model.config, BLOCK, [BATCH] * 4)
     one.remove_callback(ProgressCallback)
@@ -282,7 +282,7 @@ def test_a_run_and_its_resumption(tmp_path):
     one, shown = shown_run(path, file, callbacks=[StopAt(STEPS + 5)])
     with pytest.raises(KeyboardInterrupt):
         one.train()
-    assert shown.run_bar.n == TOKENS + 4 * BLOCK * BATCH, "the step that was interrupted is not shown as done"
+    assert shown.run_bar.n == TOKENS + 4 * BLOCK * BATCH, "the interrupted step is not shown as done"
     shown.close()
 
     file = Terminal()

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends with the weights of one that was not, bit for bit."""
+"""An interrupted run ends with the weights of an uninterrupted one, bit for bit."""
 
 import random
 import signal
@@ -92,7 +92,7 @@ trainer(path, save_steps=2).train(resume_from_checkpoint=RunDirectory(path).exis
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
-    """SIGKILL twice at random moments of training, in a process of its own; three such runs."""
+    """SIGKILL twice at random moments, in a separate process; three such runs."""
     command = [sys.executable, "-c", SCRIPT]
     here = str(Path(__file__).parent)
 

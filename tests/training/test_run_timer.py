@@ -211,7 +211,7 @@ def test_begin_again_leaves_out_what_was_between(clock, spans):
 
 
 def test_resumed_in_mid_stage(clock, spans):
-    """What another process did is not measured, but it is done."""
+    """The steps of another process count as done, but are not measured."""
     timer = RunTimer(spans, cost_model=PER_TOKEN, clock=clock)
     timer.begin_stage(spans[2], 2 * STEPS + 3)
     clock.tick(2)
@@ -219,10 +219,10 @@ def test_resumed_in_mid_stage(clock, spans):
 
 
 def test_recent_seconds_weigh_more(clock, spans):
-    """A tenth of the run halves the weight of what was before."""
+    """After a tenth of the run, earlier measurements count half."""
     timer = RunTimer(spans, cost_model=PER_TOKEN, clock=clock)
     tenth = 4 * STEPS // 10
-    share = 4 * STEPS / 10  # of a tenth that is no whole number of steps
+    share = 4 * STEPS / 10  # a tenth of the run is not a whole number of steps
     timer.begin_stage(spans[0], 0)
     clock.tick(6)
     first = timer.eta(tenth)

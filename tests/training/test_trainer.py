@@ -17,7 +17,7 @@ from slop_hf.errors import DataError, RunError
 
 
 class Watch(TrainerCallback):
-    """Keeps what a user's callback would see."""
+    """Records the events that a user's callback sees."""
 
     def __init__(self):
         self.steps, self.begins, self.logs, self.parameters = [], 0, [], []
@@ -193,7 +193,7 @@ def test_more_tokens_than_the_corpus_has_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_one_stage_equals_plain_trainer(tmp_path):
-    """Without growth, and with data in the same order, the weights are those of transformers' own Trainer."""
+    """Without growth, and with data in the same order, transformers' own Trainer ends with the same weights."""
     from slop_hf.data import MixedBlocks
     from slop_hf.data.order import BlockOrder
 
@@ -317,7 +317,7 @@ def test_exact_growth_keeps_the_held_out_loss_over_a_boundary(tmp_path, init):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "qwen3"])
 def test_every_familys_stages_load_as_they_were(tmp_path, family):
-    """Names on disk, ties, biases and several norms a layer: what is loaded computes what was trained."""
+    """Names on disk, ties, biases and several norms per layer: the loaded model computes the same."""
     config = AutoConfig.for_model(family, vocab_size=40, max_position_embeddings=BLOCK)
     model = AutoModelForCausalLM.from_config(SCHEDULE.initial.to_config(config))
     run = trainer(tmp_path / "out", model=model)

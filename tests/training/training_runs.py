@@ -58,7 +58,7 @@ def arguments(output_dir: Path, **settings: Any) -> SlopTrainingArguments:
 def trainer(
     output_dir: Path, *, schedule: GrowthSchedule = SCHEDULE, data: Any = None, **settings: Any
 ) -> SlopTrainer:
-    """A trainer of the run; `callbacks`, `eval_dataset` and the like may be among the settings."""
+    """Return a trainer of the run; settings may include `callbacks`, `eval_dataset` and so on."""
     names = ("callbacks", "eval_dataset", "compute_metrics", "processing_class", "model", "optimizers", "model_init")
     own = {name: settings.pop(name) for name in names if name in settings}
     own.setdefault("model", small_model(schedule.initial))
