@@ -72,6 +72,6 @@ def test_unknown_part():
 
 
 def test_it_loads_no_torch():
-    code = "import sys; from slop_hf.cli.reproduce import format_reproduction_page as p; p(); print('torch' in sys.modules)"
+    code = "import sys; from slop_hf.paper import page; page.format_reproduction_page(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

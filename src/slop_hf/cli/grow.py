@@ -29,7 +29,8 @@ def grow_command(
     num_key_value_heads: Annotated[int | None, typer.Option(help="New number of key/value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="New size of a head.")] = None,
     schedule: Annotated[
-        Path | None, typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages.")
+        Path | None,
+        typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages."),
     ] = None,
     init: Annotated[
         str | None,
