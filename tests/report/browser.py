@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over pipes by its DevTools protocol: no port, no package."""
+"""A headless Chromium, driven over pipes by the DevTools protocol: no port, no package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """A page in a browser, with what it has asked the network for."""
+    """A page in a browser, with the requests that it made."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, os.fdopen(answers, "rb")
@@ -65,7 +65,7 @@ class Page:
         return answer["result"]
 
     def open(self, file: Path, width: int, *, height: int = 800, dark: bool = False) -> None:
-        """Load a file in a window of a size, in CSS pixels, and wait until it has loaded."""
+        """Load a file in a window of a given size in CSS pixels, and wait until it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -76,13 +76,13 @@ class Page:
             self._read()
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is on the page."""
+        """Return the value of a JavaScript expression on the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def screenshot(self, file: Path) -> Path:
-        """Picture the whole page, beyond the window too."""
+        """Take a picture of the whole page, including the part outside the window."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         file.write_bytes(base64.b64decode(data))
         return file
@@ -106,10 +106,10 @@ class Page:
 
 @contextmanager
 def browser_page(profile: Path) -> Iterator[Page]:
-    """A page of a fresh browser, which is closed at the end.
+    """Open a page in a new browser, and close the browser at the end.
 
     Args:
-        profile: an empty directory for the browser's own files.
+        profile: empty directory for the browser's files.
     """
     assert CHROMIUM is not None
     to_read, commands = os.pipe()

@@ -16,7 +16,7 @@ from slop_hf.runs.directory import RunDirectory
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., RunDirectory]:
-    """`write_run` under the test's own directory, by name."""
+    """Write a run with `write_run`, by its name, in the temporary directory of the test."""
 
     def make(name: str = "grown", *args: Any, **kwargs: Any) -> RunDirectory:
         return write_run(tmp_path / name, *args, **kwargs)

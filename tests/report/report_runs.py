@@ -1,4 +1,4 @@
-"""Run directories as training leaves them, with made-up numbers and no weights."""
+"""Run directories as training writes them, with made-up numbers and no weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_run(
     devices: int = 1,
     **changes: Any,
 ) -> RunDirectory:
-    """Write a run whose first `stages` stages have finished; `changes` are made to every record."""
+    """Write a run whose first `stages` stages have finished; `changes` replace fields of every record."""
     path.mkdir(parents=True)
     schedule.to_yaml(path / SCHEDULE_FILE)
     noise = random.Random(len(schedule.stages))
@@ -118,7 +118,7 @@ def write_run(
 
 
 def write_evaluations(run: RunDirectory, tasks: Mapping[str, float], **facts: Any) -> RunDirectory:
-    """Let every finished stage of a run have been evaluated: the scores of the last one, lower ones before it."""
+    """Add evaluations to every finished stage: `tasks` are the scores of the last one, earlier scores are lower."""
     last = run.finished_stages - 1
     for record in run.records():
         share = 1 - 0.2 * (last - record.stage) / max(last, 1)
@@ -132,7 +132,7 @@ def write_evaluations(run: RunDirectory, tasks: Mapping[str, float], **facts: An
 
 
 def write_sources(run: RunDirectory, shares: Mapping[str, float]) -> RunDirectory:
-    """Let a run have been trained on a mixture of sources of a million tokens each."""
+    """Change the records to those of training on a mixture of sources, each of a million tokens."""
     for record in run.records():
         data = tuple(
             ConsumedTokens(name, int(record.first_token * share), int(record.total_tokens * share), 10**6, share)

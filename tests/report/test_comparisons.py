@@ -1,4 +1,4 @@
-"""Figures that compare runs: what they show, and when there are none."""
+"""Figures that compare runs: their content, and when nothing is drawn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENS = STEPS * TOKENS_PER_STEP
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were made, in order."""
+    """The figures drawn by a test, in order."""
     made = []
     new = comparisons.create_figure
     monkeypatch.setattr(drawing, "DPI", 72)
@@ -38,7 +38,7 @@ def drawn(monkeypatch):
 
 
 def with_heads(heads: int, *, width: int = 1) -> GrowthSchedule:
-    """Layers, then ffn, from 2 heads of 32; where `heads` are more, these come first."""
+    """Layers, then ffn, from 2 heads of size 32; heads grow first if `heads` is above 2."""
     grown = INITIAL.replace(num_attention_heads=heads, num_key_value_heads=heads, head_dim=32)
     deep = grown.replace(num_hidden_layers=4)
     stages = (GrowthStage(("mha",), grown, TOKENS),) if heads != 2 else ()
@@ -48,7 +48,7 @@ def with_heads(heads: int, *, width: int = 1) -> GrowthSchedule:
     return GrowthSchedule(INITIAL, stages, initial_tokens=TOKENS)
 
 
-def test_radar_has_an_axis_a_shared_task(make_run, tmp_path, drawn):
+def test_radar_has_one_axis_per_shared_task(make_run, tmp_path, drawn):
     one = write_evaluations(make_run("one"), {**TASKS, "mmlu": 0.9})
     two = write_evaluations(make_run("two", SCRATCH), {"piqa": 0.3, "boolq": 0.5, "arc": 0.6})
     bare = make_run("bare")
@@ -62,7 +62,7 @@ def test_radar_has_an_axis_a_shared_task(make_run, tmp_path, drawn):
     assert [line.get_color() for line in axes.lines] == [drawing.RUN_COLOURS[0], drawing.RUN_COLOURS[2]]
 
 
-def test_parts_of_a_task_are_no_axes(make_run, tmp_path, drawn):
+def test_parts_of_a_task_have_no_axis(make_run, tmp_path, drawn):
     tasks = {**TASKS, "mmlu": 0.3, "mmlu_anatomy": 0.4, "mmlu_law": 0.2, "arc_easy": 0.5}
     draw_radar([write_evaluations(make_run(name), tasks) for name in ("one", "two")], tmp_path / "radar.png")
     labels = [label.get_text().split("\n")[0] for label in drawn[0].axes[0].get_xticklabels()]
@@ -83,7 +83,7 @@ def test_radar_labels_do_not_touch(make_run, tmp_path, drawn):
 @pytest.mark.parametrize(
     "tasks, facts", [({"piqa": 0.6, "boolq": 0.5}, {}), (TASKS, {"num_fewshot": 5}), (TASKS, {"limit": 9})]
 )
-def test_radar_needs_three_tasks_scored_alike(make_run, tmp_path, tasks, facts):
+def test_radar_needs_three_tasks_with_the_same_settings(make_run, tmp_path, tasks, facts):
     runs = [write_evaluations(make_run("one"), TASKS), write_evaluations(make_run("two"), tasks, **facts)]
     assert draw_radar(runs, tmp_path / "radar.png") is None
     assert not (tmp_path / "radar.png").exists()
@@ -94,7 +94,7 @@ def test_radar_needs_two_finished_runs(make_run, tmp_path):
     assert draw_radar(runs, tmp_path / "radar.png") is None
 
 
-def test_radar_takes_the_end_of_the_last_stage_and_metrics_that_grow_better(make_run, tmp_path):
+def test_radar_takes_final_scores_for_which_higher_is_better(make_run, tmp_path):
     runs = [write_evaluations(make_run(name), TASKS) for name in ("one", "two")]
     scores = [{"task": task, "metrics": {"ppl": 3.0}} for task in ("a", "b", "c")]
     scores += [{"task": task, "metrics": {"acc": 0.5}, "when": "after_growth"} for task in TASKS]
@@ -102,7 +102,7 @@ def test_radar_takes_the_end_of_the_last_stage_and_metrics_that_grow_better(make
     assert draw_radar(runs, tmp_path / "radar.png") is None
 
 
-def test_correlation_of_the_papers_table_shows_its_phases():
+def test_correlation_of_the_papers_table_shows_two_phases():
     runs = sorted(TABLE_1.runs, key=lambda run: float(run.product))
     values = np.array(compute_time_correlation([(TABLE_1.initial_hours, *run.stage_hours) for run in runs]))
     assert np.allclose(values, values.T) and np.allclose(np.diag(values), 1)
@@ -122,7 +122,7 @@ def test_correlation_figure_orders_by_product(make_run, tmp_path, drawn):
     assert [text.get_text() for text in axes.texts] == ["1.00"] * 9
 
 
-def test_correlation_needs_three_schedules_of_a_length(make_run, tmp_path):
+def test_correlation_needs_three_schedules_of_equal_length(make_run, tmp_path):
     runs = [make_run("one"), make_run("two"), make_run("half", stages=3), make_run("short", with_heads(4))]
     assert draw_time_correlation(runs, tmp_path / "correlation.png") is None
 
@@ -140,12 +140,12 @@ def test_equal_times_have_no_correlation(make_run, tmp_path, drawn):
 
 
 @pytest.mark.parametrize("hours", [[], [[1, 2]], [[1, 2, 3], [1, 2, 3, 4]]])
-def test_times_without_a_correlation_are_refused(hours):
+def test_times_without_a_correlation_are_rejected(hours):
     with pytest.raises(RunError, match="at least 3 stages"):
         compute_time_correlation(hours)
 
 
-def test_heads_are_joined_where_all_else_is_the_same(make_run, tmp_path, drawn):
+def test_heads_are_connected_if_all_else_is_equal(make_run, tmp_path, drawn):
     runs = [make_run(f"h{heads}", with_heads(heads)) for heads in (8, 2, 4)]
     others = [
         make_run("wide", with_heads(4, width=2)),
@@ -171,7 +171,7 @@ def test_heads_show_downstream_scores(make_run, tmp_path, drawn):
     assert list(scores.lines[1].get_ydata()) == pytest.approx([0.22, 0.44, 0.88])
 
 
-def test_families_of_heads_have_a_line_each(make_run, tmp_path, drawn):
+def test_one_line_per_group_of_heads(make_run, tmp_path, drawn):
     schedules = [with_heads(heads, width=width) for heads in (2, 4) for width in (1, 2)]
     draw_heads([make_run(f"run{n}", schedule) for n, schedule in enumerate(schedules)], tmp_path / "heads.png")
     labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]

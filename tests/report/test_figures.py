@@ -1,4 +1,4 @@
-"""Figures: valid, not blank, and their labels apart."""
+"""Figures of runs: valid files, the right content, no overlapping labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slop_hf.runs.directory import STATE_FILE
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were made, in order."""
+    """The figures drawn by a test, in order."""
     made = []
     new = figures.create_figure
     monkeypatch.setattr(drawing, "DPI", 72)
@@ -29,7 +29,7 @@ def drawn(monkeypatch):
 
 
 def inked(path, colour: str) -> int:
-    """How many pixels of a PNG have a colour, up to rounding."""
+    """Count the pixels of a PNG with a colour, up to rounding."""
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     image = imread(path)[..., :3]
     assert min(image.shape[:2]) > 400 and image.std() > 0.02
@@ -48,14 +48,14 @@ def test_figure_shows_every_run(make_run, tmp_path, draw):
 
 
 def test_a_figure_is_drawn_once(make_run, tmp_path, monkeypatch):
-    """Drawing holds Python's lock, and a run that publishes its stages trains meanwhile."""
+    """Drawing holds Python's lock, which would slow down a run that publishes its stages while it trains."""
     draw, drawn = Figure.draw, []
     monkeypatch.setattr(Figure, "draw", lambda figure, renderer: drawn.append(figure) or draw(figure, renderer))
     draw_run_losses([make_run()], tmp_path / "loss.png")
     assert len(drawn) == 1
 
 
-def test_losses_stand_at_their_flops(make_run, tmp_path, drawn):
+def test_losses_are_drawn_at_their_flops(make_run, tmp_path, drawn):
     run = make_run()
     draw_run_losses([run], tmp_path / "loss.png")
     axes = drawn[0].axes[0]
@@ -123,7 +123,7 @@ def test_dimensions_are_relative_to_the_initial_ones(make_run, tmp_path, drawn):
     assert len(steps) == 8 and list(steps[::2]) == list(steps[1::2]) and steps[0] < steps[2] < steps[4] < steps[6]
 
 
-def test_odd_names_are_taken_literally(make_run, tmp_path, drawn):
+def test_odd_names_are_shown_literally(make_run, tmp_path, drawn):
     names = ["_under", "a$b$c", "long-" * 30 + "end"]
     draw_run_losses([make_run(name) for name in names], tmp_path / "loss.png")
     texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -132,7 +132,7 @@ def test_odd_names_are_taken_literally(make_run, tmp_path, drawn):
     assert texts[3:] == ["training loss", "held-out loss", "growth"]
 
 
-def test_run_without_losses_is_said_so(make_run, tmp_path, drawn):
+def test_figure_says_that_no_losses_were_logged(make_run, tmp_path, drawn):
     run = make_run("scratch", SCRATCH)
     history = [{"train_runtime": 1.0, "train_loss": 3.0}, {"loss": math.nan, "train_flops": 1.0}, {"eval_loss": 2.0}]
     (run.stage_dir(0) / STATE_FILE).write_text(json.dumps({"log_history": history}))
@@ -141,7 +141,7 @@ def test_run_without_losses_is_said_so(make_run, tmp_path, drawn):
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["no losses were logged"]
 
 
-def test_nothing_to_draw_is_refused(make_run, tmp_path):
+def test_nothing_to_draw_is_rejected(make_run, tmp_path):
     with pytest.raises(RunError, match="no runs"):
         draw_run_losses([], tmp_path / "loss.png")
     with pytest.raises(RunError, match="no finished stage"):

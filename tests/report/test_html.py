@@ -1,4 +1,4 @@
-"""The report as one page: what it holds, that it needs nothing else, and how it lies in a browser."""
+"""The report as one page: its content, that it is self-contained, and its layout in a browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TASKS = {"hellaswag": 0.4, "lambada_openai": 0.5, "arc_easy": 0.55, "piqa": 0.66
 
 
 class Outline(HTMLParser):
-    """The elements of a page, and the text of some; fails where they are not nested."""
+    """The elements of a page, and the texts of some; fails if they are not nested."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture
 def full_runs(make_run):
-    """Three runs with everything that a report can show of them."""
+    """Three runs with everything that a report can show."""
     runs = []
     for name, schedule in (("slop", None), ("hidden-first", OTHER_ORDER), ("a-name/" + "x" * 60, SCRATCH)):
         run = make_run(name, *([schedule] if schedule else []))
@@ -86,7 +86,7 @@ def test_page_is_titled_and_in_order(full_runs, text_only):
     assert all(heading["scope"] in ("row", "col") for heading in page.all("th"))
 
 
-def test_names_are_only_names(make_run, text_only):
+def test_names_are_escaped(make_run, text_only):
     run = write_evaluations(make_run("evil"), {EVIL: 0.5})
     evil = run.path.rename(run.path.with_name(EVIL.replace("/", "∕")))
     text = (write_report(evil) / "report.html").read_text()
@@ -115,7 +115,7 @@ def test_page_in_a_browser(full_runs, tmp_path):
                 page.open(file, width, dark=dark)
                 assert page.value("innerWidth") == width
                 assert page.value("document.documentElement.scrollWidth") <= width
-                # What is wider than the window lies in a box of its own that scrolls; nothing else sticks out.
+                # Only boxes that scroll may hold something wider than the window.
                 assert page.value(STICKING_OUT) == []
                 assert (
                     page.value("[...document.images].map(image => image.complete && image.naturalWidth > 400)")
@@ -137,7 +137,7 @@ STICKING_OUT = """
 
 TEXT_SIZES = "[...document.body.querySelectorAll('*')].map(element => parseFloat(getComputedStyle(element).fontSize))"
 
-# Of the faintest text on the page's ground, by the formula of WCAG 2.
+# Contrast of the faintest text with the background, by the formula of WCAG 2.
 CONTRAST = """
 (() => {
   const light = colour => {

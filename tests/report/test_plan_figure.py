@@ -1,4 +1,4 @@
-"""The figure of a plan: what is drawn where, and labels that do not touch."""
+"""The figure of a plan: its lines and labels, and that labels do not overlap."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDE, DEEP = ModelDims(2816, 7680, 8, 22), ModelDims(1280, 3584, 40, 10)
 
 
 def path_through(*structures: ModelDims, tokens: Sequence[int] = ()) -> GrowthSchedule:
-    """A schedule by its structures; 10B tokens a stage unless given."""
+    """A schedule from its structures; the default is 10B tokens per stage."""
     counts = tokens or [10**10] * len(structures)
     grown = zip(structures, structures[1:], counts[1:], strict=False)
     stages = (GrowthStage(find_operators(old, new), new, count) for old, new, count in grown)
@@ -33,7 +33,7 @@ def path_through(*structures: ModelDims, tokens: Sequence[int] = ()) -> GrowthSc
 
 
 def ordered(target: ModelDims, order: str) -> GrowthSchedule:
-    """The path to the target that grows one dimension a stage."""
+    """The path to the target that grows one dimension per stage."""
     layers, ffn = target.num_hidden_layers, target.intermediate_size
     wide = {name: getattr(target, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
     changes = {"l": {"num_hidden_layers": layers}, "f": {"intermediate_size": ffn}, "h": wide}
@@ -43,7 +43,7 @@ def ordered(target: ModelDims, order: str) -> GrowthSchedule:
     return path_through(*structures)
 
 
-# The five best to Table 1's targets, and a run of each kind of arm.
+# Five schedules to targets of Table 1, and one arm of each kind.
 PLANS = [
     ordered(WIDE, "lfh"),
     ordered(DEEP, "fhl"),
@@ -65,13 +65,13 @@ def without_tokens(schedule: GrowthSchedule) -> GrowthSchedule:
 
 
 def line(axes, gid: str):
-    """The one line of that name."""
-    (found,) = [one for one in axes.lines if one.get_gid() == gid]
-    return found
+    """The only line with this `gid`."""
+    (match,) = [line for line in axes.lines if line.get_gid() == gid]
+    return match
 
 
 def gids(axes, start: str) -> list[str]:
-    return sorted(one.get_gid() for one in axes.lines if (one.get_gid() or "").startswith(start))
+    return sorted(line.get_gid() for line in axes.lines if (line.get_gid() or "").startswith(start))
 
 
 def texts(axes, gid: str | None) -> list[str]:
@@ -83,7 +83,7 @@ def legends(figure) -> list[list[str]]:
 
 
 def touching(figure) -> list[tuple[str, str]]:
-    """The pairs of texts that overlap, legends among them; all have to lie within the figure."""
+    """The pairs of overlapping texts and legends, and texts outside the figure."""
     figure.draw_without_rendering()
     boxes = [("legend", panel.legends[0].get_window_extent()) for panel in figure.subfigs]
     boxes += [(text.get_text(), text.get_window_extent()) for part in (figure, *figure.subfigs) for text in part.texts]
@@ -103,7 +103,7 @@ def touching(figure) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("suffix", "magic"), [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")]
 )
-def test_every_format_is_written_whole(tmp_path, suffix, magic):
+def test_every_format_is_written(tmp_path, suffix, magic):
     before = dict(matplotlib.rcParams)
     path = tmp_path / "new" / f"plan{suffix}"
     draw_plan(PLANS[:2], path=path)
@@ -119,14 +119,14 @@ def test_every_format_is_written_whole(tmp_path, suffix, magic):
     ("name", "said"),
     [("plan.jpg", "'.jpg'"), ("plan", "no suffix"), ("plan.png.txt", "'.txt'"), (".png", "no suffix")],
 )
-def test_another_suffix_is_refused_before_drawing(tmp_path, monkeypatch, name, said):
+def test_another_suffix_is_rejected_before_drawing(tmp_path, monkeypatch, name, said):
     monkeypatch.setattr(module, "create_figure", None)
     with pytest.raises(PlanError, match=rf"{said}.*\.png, \.svg, \.pdf"):
         draw_plan(PLANS, path=tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_schedules_are_refused():
+def test_no_schedules_are_rejected():
     with pytest.raises(PlanError, match="no schedules"):
         draw_plan([], ARMS)
 
@@ -163,12 +163,12 @@ def test_everything_has_its_line_and_label():
     assert touching(figure) == []
 
 
-def test_steps_stand_at_their_flops_and_parameters():
+def test_steps_are_drawn_at_their_flops_and_parameters():
     config = {"model_type": "llama", "vocab_size": 1000, "tie_word_embeddings": True}
     figure = draw_plan(PLANS, ARMS, config=config, sequence_length=512)
     left = figure.axes[0]
     assert left.get_yscale() == "log"
-    most = max(one.flops(config, 512) for one in [*PLANS, *(arm for _, arm in ARMS)])
+    most = max(schedule.flops(config, 512) for schedule in [*PLANS, *(arm for _, arm in ARMS)])
     assert f"{most:e}".endswith("e+19") and left.get_xlabel() == "training FLOPs (× 10¹⁹)"
     for gid, schedule in [("plan-2", PLANS[1]), *((f"arm-{n}", arm) for n, (_, arm) in enumerate(ARMS, start=1))]:
         xs, ys = line(left, gid).get_data()
@@ -179,7 +179,7 @@ def test_steps_stand_at_their_flops_and_parameters():
     assert first[-1] == pytest.approx(count_flops_per_token(SMALL, config, 512) * 10**10)
 
 
-def test_structures_stand_between_the_smallest_and_the_largest():
+def test_structures_are_scaled_between_the_smallest_and_the_largest():
     right = draw_plan(PLANS).axes[1]
     assert list(line(right, "stage-0").get_ydata()) == [0, 0, 0, 0]
     assert list(line(right, "stage-3").get_ydata()) == pytest.approx([1, 1, 2 / 34, 1])
@@ -188,7 +188,7 @@ def test_structures_stand_between_the_smallest_and_the_largest():
 
 
 @pytest.mark.parametrize("which", ["all", "one arm"])
-def test_without_tokens_stages_are_counted(which):
+def test_without_tokens_the_axis_counts_stages(which):
     if which == "all":
         figure = draw_plan([without_tokens(plan) for plan in PLANS])
     else:
@@ -211,7 +211,7 @@ def test_training_from_scratch_alone():
     figure = draw_plan([GrowthSchedule(SMALL)])
     left, right = figure.axes
     assert texts(left, "end") == ["1  no growth"] and left.get_yscale() == "linear"
-    assert texts(right, None) == ["768", "2,048", "6", "6"]  # what does not vary has one end
+    assert texts(right, None) == ["768", "2,048", "6", "6"]  # a dimension that does not vary has one label
 
 
 def test_grouped_queries_and_head_dim_get_axes():
@@ -230,7 +230,7 @@ def test_grouped_queries_and_head_dim_get_axes():
     assert [tick.get_text() for tick in same.axes[1].get_xticklabels()] == ["hidden", "ffn", "layers", "heads"]
 
 
-def test_many_short_stages_keep_their_labels_apart():
+def test_labels_of_many_short_stages_do_not_touch():
     structures = [SMALL]
     for number in range(12):
         before = structures[-1]

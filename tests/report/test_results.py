@@ -18,7 +18,7 @@ def records(make_run):
     return write_sources(make_run(), {"web": 0.75, "code": 0.25}).records()
 
 
-def test_scores_stand_under_their_stages(make_run):
+def test_scores_are_listed_by_stage(make_run):
     run = write_evaluations(make_run(), {"piqa": 0.6}, num_fewshot=5, limit=100)
     records = run.records()
     cells = tabulate_stage_scores(records, [run.evaluations(record.stage) for record in records])
@@ -55,13 +55,13 @@ def test_tokens_and_passes_by_source(records):
     assert cells.rows[1][-1] == "0.51"
 
 
-def test_a_source_that_came_later_leaves_dashes(records):
+def test_a_source_added_later_has_dashes_before(records):
     first = replace(records[0], data=records[0].data[:1], eval_losses={"web": 3.0})
     assert tabulate_data([first, *records[1:]]).rows[1][2] == "–"
     assert tabulate_held_out_losses([first, *records[1:]]).rows[1][1] == "–"
 
 
-def test_no_table_without_content(make_run):
+def test_no_table_without_data(make_run):
     run = make_run()
     records = run.records()
     (run.stage_dir(0) / EVAL_FILE).write_text(json.dumps([]))

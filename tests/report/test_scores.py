@@ -1,4 +1,4 @@
-"""What runs scored at their ends, side by side."""
+"""The table of final scores of several runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cells_of(*runs):
 
 
 def rescore(run, *records):
-    """Let the last stage have scored something else."""
+    """Replace the evaluations of the last stage."""
     (run.stage_dir(run.finished_stages - 1) / EVAL_FILE).write_text(to_json(list(records)))
     return run
 
@@ -27,7 +27,7 @@ def headings(cells):
     return [heading for heading, _ in cells.columns]
 
 
-def test_a_row_a_run_and_a_column_a_task(make_run):
+def test_one_row_per_run_and_one_column_per_task(make_run):
     slop = write_evaluations(make_run("slop"), {"piqa": 0.6, "arc": 0.3})
     scratch = write_evaluations(make_run("scratch", SCRATCH), {"piqa": 0.5, "boolq": 0.7})
     cells = cells_of(slop, make_run("bare"), scratch)
@@ -37,7 +37,7 @@ def test_a_row_a_run_and_a_column_a_task(make_run):
     )  # fmt: skip
 
 
-def test_a_task_stands_by_the_metric_that_most_runs_have(make_run):
+def test_a_task_is_shown_by_the_metric_that_most_runs_have(make_run):
     runs = [write_evaluations(make_run(name), {"piqa": 0.5}) for name in ("one", "two", "three")]
     for run, score in zip(runs[1:], (0.25, 0.125), strict=True):
         rescore(run, EvalRecord("piqa", {"acc": score}, {"acc": 0.01}))
@@ -46,7 +46,7 @@ def test_a_task_stands_by_the_metric_that_most_runs_have(make_run):
     assert [row[1] for row in cells.rows] == ["0.5000 ± 0.0100", "0.2500 ± 0.0100", "0.1250 ± 0.0100"]
 
 
-def test_settings_and_moments_are_not_mixed(make_run):
+def test_settings_and_times_of_evaluation_are_not_mixed(make_run):
     few = EvalRecord("piqa", {"acc": 0.5}, num_fewshot=5)
     grown = EvalRecord("piqa", {"acc": 0.1}, num_fewshot=0, when="after_growth")
     one = rescore(make_run("one"), few, EvalRecord("piqa", {"acc": 0.4}, num_fewshot=0))
@@ -56,7 +56,7 @@ def test_settings_and_moments_are_not_mixed(make_run):
     assert cells.rows == (("one", "0.4000", "0.5000"), ("two (2 of 4 stages)", "–", "0.5000"))
 
 
-def test_parts_of_a_task_and_perplexities_are_no_columns(make_run):
+def test_parts_of_a_task_and_perplexities_have_no_column(make_run):
     tasks = {"mmlu": 0.3, "mmlu_law": 0.2}
     cells = cells_of(*(write_evaluations(make_run(name), tasks) for name in ("one", "two")))
     assert headings(cells) == ["run", "mmlu, acc_norm"]

@@ -1,4 +1,4 @@
-"""What a run is summed up to, by hand."""
+"""The summary of a run, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def test_summary_of_a_grown_run_by_hand(make_run):
     assert summary.marginal_utility == pytest.approx(expected, rel=1e-12)
 
 
-def test_marginal_utility_keeps_the_sign_and_is_no_total_ratio():
+def test_marginal_utility_keeps_the_sign_and_is_not_the_total_ratio():
     assert compute_marginal_utility([30.0, 40.0], [2.0]) == -5.0
     assert compute_marginal_utility([40.0, 30.0, 40.0], [1.0, 10.0]) == 9.0
 
 
 @pytest.mark.parametrize("perplexities, hours", [([40.0], []), ([40.0, 30.0], [1.0, 1.0]), ([40.0, 30.0], [0.0])])
-def test_marginal_utility_refuses_what_has_none(perplexities, hours):
+def test_marginal_utility_rejects_shapes_and_times_without_one(perplexities, hours):
     with pytest.raises(RunError):
         compute_marginal_utility(perplexities, hours)
 
 
-def test_from_scratch_has_no_schedule_to_value(make_run):
+def test_from_scratch_has_no_sequence_and_no_utility(make_run):
     summary = summarise(make_run("scratch", SCRATCH))
     assert (summary.sequence, summary.delta_params, summary.marginal_utility) == ("", None, None)
     assert summary.initial == summary.target == HIDDEN
 
 
 @pytest.mark.parametrize("changes", [{"perplexity": None}, {"perplexity": math.inf}, {"seconds": 0.0}])
-def test_marginal_utility_is_absent_where_it_cannot_be_told(make_run, changes):
+def test_marginal_utility_is_none_if_it_is_undefined(make_run, changes):
     assert summarise(make_run(**{"seconds": 36.0, **changes})).marginal_utility is None
 
 
-def test_unfinished_run_has_the_stages_it_has(make_run):
+def test_unfinished_run_is_summarised_by_its_finished_stages(make_run):
     summary = summarise(make_run(stages=3))
     assert not summary.finished and (summary.stages, summary.planned_stages) == (3, 4)
     assert summary.target == HIDDEN and summary.parameters is None
@@ -63,12 +63,12 @@ def test_unfinished_run_has_the_stages_it_has(make_run):
     assert summary.perplexity == pytest.approx(math.exp(summary.eval_loss))
 
 
-def test_run_without_a_finished_stage_is_refused(make_run):
+def test_run_without_a_finished_stage_is_rejected(make_run):
     with pytest.raises(RunError, match=r"no finished stage.*stage-0-initial.*slop train"):
         summarise(make_run(stages=0))
 
 
-def test_directory_that_is_no_run_is_refused(tmp_path):
+def test_directory_without_a_run_is_rejected(tmp_path):
     with pytest.raises(RunError, match=r"is not a run.*schedule\.yaml"):
         summarise(RunDirectory(tmp_path))
 
@@ -85,7 +85,7 @@ def test_names_of_runs(tmp_path):
         name_runs([RunDirectory(paths[0]), RunDirectory(paths[0] / "." / ".." / "run")])
 
 
-def test_builder_is_what_the_schedule_says(make_run):
+def test_run_has_the_structures_of_its_schedule(make_run):
     structures = [record.dims for record in make_run().records()]
     assert structures == [INITIAL, LAYER, FFN, HIDDEN] == list(GROWN.structures)
     config = {"model_type": "llama", "vocab_size": 512}

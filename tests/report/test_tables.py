@@ -39,7 +39,7 @@ def test_comparison_in_the_terminal_has_the_same_cells(summaries):
         assert all(cell in out.getvalue() for cell in cells(line))
 
 
-def test_names_are_no_markup(make_run):
+def test_names_are_not_read_as_markup(make_run):
     summary = summarise(make_run(), name="a[bold]|b")
     out = io.StringIO()
     Console(file=out, width=220).print(build_comparison_table([summary]))

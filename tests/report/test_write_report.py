@@ -16,7 +16,7 @@ from slop_hf.report import summarise, tabulate_runs, tabulate_stages, write_repo
 FILES = ["loss.png", "path.png", "report.html", "report.json", "report.md"]
 
 
-def test_report_on_one_run_lies_in_it(make_run):
+def test_report_on_one_run_is_written_into_it(make_run):
     run = make_run()
     target = write_report([run])
     assert target == run.path / "report"
@@ -38,13 +38,13 @@ def test_comparison_of_runs(make_run, tmp_path, text_only):
     assert re.findall("^## (.*)$", text, re.MULTILINE) == ["slop", "scratch", "Columns"]
     for path in re.findall(r'Model.*from_pretrained\("(.*)"\)', text):
         assert (target / path / "stage.json").is_file()
-    assert "trained without growth" in text and "in the order l-f-h" in text
+    assert "Trained without growth" in text and "in the order l-f-h" in text
     slop, scratch = json.loads((target / "report.json").read_text())["runs"]
     assert slop["summary"]["sequence"] == "l-f-h" and len(slop["stages"]) == 4
     assert scratch["stages"][0]["dims"]["hidden_size"] == 128 and "marginal_utility" not in scratch["summary"]
 
 
-def test_runs_of_one_name_are_told_apart(make_run, text_only):
+def test_runs_with_the_same_name_are_distinguished(make_run, text_only):
     text = (write_report([make_run("a/run"), make_run("b/run")]) / "report.md").read_text()
     assert re.findall("^## (.*)$", text, re.MULTILINE) == ["a/run", "b/run", "Columns"]
 
@@ -55,7 +55,7 @@ def test_unfinished_run_is_marked(make_run, text_only):
     assert 'from_pretrained("../stage-1-layer")' in text
 
 
-def test_report_is_written_again(make_run, text_only):
+def test_report_is_replaced(make_run, text_only):
     run = make_run()
     target = write_report([run])
     first = {file: (target / file).read_bytes() for file in FILES}
@@ -71,7 +71,7 @@ def test_diverged_run_is_reported_in_strict_json(make_run, text_only):
     assert "| inf |" in (target / "report.md").read_text()
 
 
-def test_sections_of_what_stages_scored_and_read(make_run, text_only):
+def test_sections_of_scores_and_data_per_stage(make_run, text_only):
     run = write_sources(write_evaluations(make_run("full"), {"piqa": 0.6}), {"web": 0.75, "code": 0.25})
     target = write_report([run, make_run("bare")])
     text = (target / "report.md").read_text()
@@ -96,14 +96,14 @@ def test_figures_come_and_go_with_the_runs(make_run, tmp_path, text_only):
     assert "radar" not in (target / "report.md").read_text()
 
 
-def test_missing_evaluation_leaves_dashes(make_run, text_only):
+def test_missing_evaluation_is_shown_as_dashes(make_run, text_only):
     target = write_report([make_run(perplexity=None, eval_loss=None, eval_loss_after_growth=None)])
     text = (target / "report.md").read_text()
     assert "held-out loss None" not in text and "None" not in text
 
 
 @pytest.mark.parametrize("bad", ["", "empty", "no-such"])
-def test_bad_directory_is_refused_before_writing(make_run, tmp_path, bad):
+def test_bad_directory_is_rejected_before_writing(make_run, tmp_path, bad):
     run = make_run()
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="is not a run"):
@@ -111,7 +111,7 @@ def test_bad_directory_is_refused_before_writing(make_run, tmp_path, bad):
     assert not (tmp_path / "out").exists()
 
 
-def test_refusals(make_run, tmp_path):
+def test_bad_arguments_are_rejected(make_run, tmp_path):
     run = make_run()
     with pytest.raises(RunError, match="no runs"):
         write_report([])

@@ -61,7 +61,7 @@ _HELD_OUT: Style = {
     "markeredgecolor": "white",
     "markeredgewidth": 0.6,
 }
-MAX_MARKERS = 40  # held-out losses of a run that are marked
+MAX_MARKERS = 40  # dots of held-out loss per run
 NUDGE = 4.0  # points between dimensions that grew alike
 
 

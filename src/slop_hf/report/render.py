@@ -58,7 +58,7 @@ REPORT_GLOSSARY = (
     (
         ("task", "metric", "setting"),
         "a benchmark and its metric, scored at the end of each stage ± the standard error, and right after the growth "
-        "if that was evaluated. The setting is the number of few-shot examples before each question, and the limit on "
+        "if evaluated then. The setting is the number of few-shot examples before each question, and the limit on "
         "the number of documents, if any.",
     ),
     (

@@ -17,7 +17,7 @@ def tabulate_stage_scores(
 ) -> TextTable | None:
     """Tabulate benchmark scores ± standard errors, one row per task and metric.
 
-    Scores right after a growth have their own column, before that of the end of the stage.
+    Scores right after a growth have their own column, to the left of the scores at the end of the stage.
 
     Args:
         records: records of the finished stages.

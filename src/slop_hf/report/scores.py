@@ -1,6 +1,6 @@
 """Final benchmark scores of runs: a headline metric per task, the tasks that runs share, and a table of runs × tasks.
 
-Metrics where lower is better are excluded: radar charts show lengths, and a column is read as "more is better".
+Metrics such as perplexity, for which lower is better, are excluded: a radar shows scores as lengths.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .results import format_score, format_setting
 from .summary import RunSummary
 from .tables import TextTable, format_run_name
 
-#: Metrics where lower is better.
+#: Metrics for which lower is better.
 LOWER_IS_BETTER = frozenset(
     ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ppl", "loss", "eval_loss", "brier_score")
 )
 
 
 class ScoreKey(NamedTuple):
-    """What a score measures. Only scores with the same key are comparable."""
+    """The task, setting and metric of a score. Only scores with the same key are comparable."""
 
     task: str
     setting: str
@@ -31,7 +31,7 @@ class ScoreKey(NamedTuple):
 
 
 def select_headline_scores(evaluations: Iterable[EvalRecord]) -> dict[ScoreKey, float]:
-    """Return the final scores where higher is better, headline metrics first (`evaluation.tasks.HEADLINE_METRICS`)."""
+    """Return the final scores for which higher is better, headline metrics first (`tasks.HEADLINE_METRICS`)."""
     return {key: record.metrics[key.metric] for key, record in _index_by_key(evaluations).items()}
 
 

@@ -46,7 +46,7 @@ REPORT_FIGURES = {
         draw_run_losses,
         "Loss against training FLOPs",
         "Training loss (lines) and held-out loss (dots); a triangle is the held-out loss just before a growth. The "
-        "steep descent at the very beginning leaves through the top.",
+        "axis of losses leaves out the steep descent at the very beginning.",
         is_wide=True,
     ),
     "path": ReportFigure(
@@ -162,7 +162,7 @@ def _read_run(run: RunDirectory, name: str) -> _ReportedRun:
 
 
 def _tabulate_run(reported: _ReportedRun) -> dict[str, TextTable]:
-    """Return the tables of a run that have content, by their headings."""
+    """Return the tables that the run has data for, by their headings."""
     tables = {
         "Lineage": tabulate_stages(reported.stages),
         "Results per stage": tabulate_stage_scores(reported.stages, reported.evaluations),
@@ -173,15 +173,15 @@ def _tabulate_run(reported: _ReportedRun) -> dict[str, TextTable]:
 
 
 def _describe_run(run: RunSummary) -> str:
-    """Describe a run in a sentence: the growth, the costs and the final loss."""
-    if run.sequence:
-        growth = f"Grown from {run.initial} to {run.target} in the order {run.sequence}"
-    else:
-        growth = f"Structure {run.target}, trained without growth"
+    """Describe a run in a sentence: its growth, its costs and its final loss."""
     size = f" ({format_count(run.parameters)} parameters)" if run.parameters else ""
+    if run.sequence:
+        growth = f"Grown from {run.initial} to {run.target}{size} in the order {run.sequence}"
+    else:
+        growth = f"Trained without growth, structure {run.target}{size}"
     cost = f"{format_count(run.tokens)} tokens in {format_significant(run.device_hours)} device hours"
     loss = "" if run.eval_loss is None else f", held-out loss {format_decimals(run.eval_loss, 4)} nats per token"
-    return f"{growth}{size}: {cost}{loss}."
+    return f"{growth}: {cost}{loss}."
 
 
 def _draw_figures(runs: Sequence[RunDirectory], target: Path) -> dict[Path, ReportFigure]:
@@ -197,7 +197,7 @@ def _draw_figures(runs: Sequence[RunDirectory], target: Path) -> dict[Path, Repo
 
 
 def _collect_evaluations(reported: _ReportedRun) -> dict[str, dict[str, list[EvalRecord]]]:
-    """Return the evaluations of stages that have any, by stage directory."""
+    """Return the evaluations by stage directory, without stages that were not evaluated."""
     pairs = zip(reported.stages, reported.evaluations, strict=True)
     by_stage = {stage.name: evaluations for stage, evaluations in pairs if evaluations}
     return {"evaluations": by_stage} if by_stage else {}
