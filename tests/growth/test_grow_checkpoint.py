@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,3 +270,13 @@ def test_verify_measures_and_refuses(tmp_path, monkeypatch):
     with pytest.raises(GrowthError, match="has not preserved its function"):
         grow_checkpoint(source, tmp_path / "broken", "ffn", 96, init="preserving", verify=True)
     assert not (tmp_path / "broken").exists()
+
+
+def test_receipts_are_read_also_those_of_an_earlier_release(source, tmp_path):
+    receipt = grow_checkpoint(source, tmp_path / "grown", "ffn", 64)
+    assert GrowthReceipt.load(tmp_path / "grown") == receipt
+    earlier = GrowthReceipt.load(Path(__file__).parents[1] / "runs" / "earlier_release" / "grown")
+    assert earlier.source == "whole/stage-2-ffn" and earlier.dims == ModelDims(16, 48, 4, 2)
+    assert earlier.probe.is_exact and earlier.inits == {"layer": "preserving"}
+    with pytest.raises(GrowthError, match=r"growth_receipt.json: no such file; `slop grow` writes it"):
+        GrowthReceipt.load(source)

@@ -61,7 +61,7 @@ def grow_command(
 ) -> None:
     """Grow a saved model into a larger one, without training. Memory holds one tensor at a time, so any size works.
 
-    The result is a stock transformers checkpoint with the tokenizer and a receipt, `growth.json`.
+    The result is a stock transformers checkpoint with the tokenizer and a receipt, `growth_receipt.json`.
 
     Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
     """
