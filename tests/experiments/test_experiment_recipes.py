@@ -132,7 +132,7 @@ def test_the_readme_tells_what_each_takes():
     for path, scale in SCALES:
         if path.parent == EXPERIMENTS:
             row = next(line for line in text.splitlines() if line.startswith(f"| `{path.name}`"))
-            experiment, jobs = runs_of(path, scale)
+            _, jobs = runs_of(path, scale)
             by_directory = {job.directory: job.flops for job in jobs}
             paid = sum(by_directory[job.directory] - by_directory.get(job.parent, 0) for job in jobs)
             runs = sum(bool(job.arm) for job in jobs)

@@ -66,7 +66,7 @@ COMPARISON_FIGURES = {
 }
 
 #: Meanings of the columns in the table of arms, by heading.
-COLUMN_MEANINGS = {
+ARM_COLUMN_MEANINGS = {
     "grows": "order of growth: l layers, f feed-forward, h hidden (with the heads that follow it), a attention heads; "
     "lf grows both in one stage.",
     "budget": "multiple of the comparison's budget; each run has a complete learning-rate schedule.",
@@ -118,7 +118,7 @@ def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> st
         comparison.about,
         " ".join(summarize_comparison(comparison)),
         table.markdown(),
-        "\n".join(f"- **{heading}**: {text}" for heading, text in COLUMN_MEANINGS.items() if heading in headings),
+        "\n".join(f"- **{heading}**: {text}" for heading, text in ARM_COLUMN_MEANINGS.items() if heading in headings),
     ]
     for name in figures:
         parts += [format_figure_link(name, f"{name}.png"), COMPARISON_FIGURES[name].caption]
