@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the module beside this one
+sys.path.insert(0, str(Path(__file__).parent))  # for the module next to this one
 
 from saved_models import SHARD, save
 

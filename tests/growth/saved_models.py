@@ -1,4 +1,4 @@
-"""Small models on disk, and what is read back of them."""
+"""Small models on disk, and helpers that read them back."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +14,7 @@ def save(path, make=LlamaForCausalLM, config=LlamaConfig, dtype=torch.float32, s
     torch.manual_seed(0)
     model = make(dims.to_config(config(vocab_size=50, initializer_range=0.1, **settings))).to(dtype)
     for name, value in model.named_parameters():
-        if value.dim() == 1:  # gains and biases that are not all alike
+        if value.dim() == 1:  # gains and biases of different values
             torch.nn.init.normal_(value, mean=1.0 if "norm" in name else 0.0, std=0.1)
     model.save_pretrained(path, max_shard_size=shard)
     return path

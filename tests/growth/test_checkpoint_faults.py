@@ -1,4 +1,4 @@
-"""Growing on disk over damaged sources, full disks, errors and kills: refused in words, complete or absent."""
+"""Growth on disk with damaged sources, full disks, errors and kills: clear errors, targets complete or absent."""
 
 import _thread
 import errno
@@ -69,7 +69,7 @@ def test_damaged_sources_are_refused(sharded, tmp_path, file, damage, fault):
     assert len(str(caught.value).splitlines()) <= 2 and in_the_open(tmp_path) == ["source"]
 
 
-def test_requests_that_cannot_be(source, tmp_path, monkeypatch):
+def test_invalid_requests(source, tmp_path, monkeypatch):
     target = tmp_path / "grown"
     with pytest.raises(GrowthError, match="exists already"):
         grow_checkpoint(source, source, "ffn", 64)

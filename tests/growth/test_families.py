@@ -86,10 +86,10 @@ def test_the_cases_of_a_family():
 
 
 def broken(monkeypatch, **changes):
-    """Llama's table with a row exchanged or removed, under its own name."""
+    """Replace Llama's table by one with rows changed or removed."""
     rows = {row.name: row for row in LLAMA.parameters}
     for name, change in changes.items():
-        name = next(known for known in rows if known.endswith(f"{name}.weight"))
+        name = next(row for row in rows if row.endswith(f"{name}.weight"))
         row = rows.pop(name)
         if change:
             rows[name] = dataclasses.replace(row, **change)
@@ -365,11 +365,11 @@ def test_an_unknown_family():
         plan_growth({"model_type": "gpt2"}, "ffn", 64)
 
 
-def test_a_family_of_ones_own(monkeypatch):
-    """A third party's table: Qwen 2's model under Llama's table plus its biases."""
+def test_a_third_partys_family(monkeypatch):
+    """Qwen 2's model with Llama's table and the biases."""
     qwen2 = ARCHITECTURES["qwen2"]
-    own = dataclasses.replace(LLAMA, model_type="qwen2", parameters=qwen2.parameters)
-    monkeypatch.setitem(ARCHITECTURES, "qwen2", own)
+    table = dataclasses.replace(LLAMA, model_type="qwen2", parameters=qwen2.parameters)
+    monkeypatch.setitem(ARCHITECTURES, "qwen2", table)
     cases = list_conformance_cases("qwen2", every=False)[4::3]
     assert all(check(case).refused == "" for case in cases)
 

@@ -37,9 +37,11 @@ def step(model, optimizer, steps=1):
 
 
 def read_adamw_state(optimizer, model):
-    """AdamW's state by parameter name, for those that have one."""
-    found = {name: optimizer.state.get(parameter) for name, parameter in model.named_parameters()}
-    return {name: {key: value.clone() for key, value in entries.items()} for name, entries in found.items() if entries}
+    """Return AdamW's state by parameter name."""
+    states = {name: optimizer.state.get(parameter) for name, parameter in model.named_parameters()}
+    return {
+        name: {key: value.clone() for key, value in entries.items()} for name, entries in states.items() if entries
+    }
 
 
 def load_adamw_state(optimizer, model, state):
@@ -79,7 +81,7 @@ def test_stacked_layers_take_the_moments_of_their_source():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grown_optimizer_steps_on(tied, fused):
-    """No new entry moves by more than about the learning rate in its first step: the stale step does not bite."""
+    """No new entry moves by more than about the learning rate in its first step: the stale step does no harm."""
     model, optimizer = trained(steps=200, tie_word_embeddings=tied)
     plan = plan_growth(model.config, "ffn", 80)
     state = grow_adamw_state(read_adamw_state(optimizer, model), plan)
@@ -103,7 +105,7 @@ def test_state_of_another_model_is_refused():
         grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
 
 
-# ---- the rule for old entries, against gradients
+# --- the rule for old entries, compared with gradients ---
 
 FAMILIES = {"llama": LlamaConfig, "gemma2": Gemma2Config, "qwen3": Qwen3Config, "gpt_neox": GPTNeoXConfig}
 PLAIN, GROUPED, OWN_HEAD = ModelDims(16, 24, 2, 4), ModelDims(16, 24, 2, 4, 2), ModelDims(16, 24, 2, 4, 2, 6)
@@ -142,21 +144,28 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def compared(model, operator, new, init):
-    """For each grown parameter: its plan, the gradient of its old entries, and what the rule makes of the old one.
+def index_old_entries(parameter):
+    slots = [[slot for slot, old in enumerate(axis.source) if old is not None] for axis in parameter.maps]
+    return torch.meshgrid(*map(torch.tensor, slots), indexing="ij")
 
-    A parameter that only has new entries has none. Last comes the largest entry of the old gradient.
+
+def compared(model, operator, new, init):
+    """Yield each parameter's plan, the gradient of its old entries after growth, and the one that the rule predicts.
+
+    Parameters with new entries only are skipped. The last value is the largest entry of the old gradient.
     """
     plan = plan_growth(model.config, operator, new, init=init, noise=0.0)
     grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))
-    old, found = gradients(model), gradients(grown)
+    old, new_gradients = gradients(model), gradients(grown)
     rule = grow_adamw_state({name: {"exp_avg": gradient} for name, gradient in old.items()}, plan)
     for parameter in plan.parameters():
         if not parameter.zeroed:
-            kept = [torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps]
-            index = torch.meshgrid(*kept, indexing="ij")
+            old_slots = [
+                torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps
+            ]
+            index = torch.meshgrid(*old_slots, indexing="ij")
             scale = old[parameter.source].abs().max()
-            yield parameter, found[parameter.name][index], rule[parameter.name]["exp_avg"][index], scale
+            yield parameter, new_gradients[parameter.name][index], rule[parameter.name]["exp_avg"][index], scale
 
 
 @pytest.mark.parametrize(
@@ -205,8 +214,10 @@ def test_second_moments_take_the_square(power):
     for operator, new, init in GROWTHS[1:]:
         for parameter in plan_growth(model.config, operator, new, init=init).parameters():
             moment = torch.rand([axis.old_size for axis in parameter.maps]).double()
-            kept = [torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps]
-            index = torch.meshgrid(*kept, indexing="ij")
+            old_slots = [
+                torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps
+            ]
+            index = torch.meshgrid(*old_slots, indexing="ij")
             first, grown = grow_moment(moment, parameter, 1)[index], grow_moment(moment**power, parameter, power)
             assert torch.allclose(first**power, grown[index])
 
@@ -241,13 +252,13 @@ def largest_updates(how, steps=60):
     return largest
 
 
-def test_a_stale_step_bites_zero_moments_only():
+def test_a_stale_step_harms_zero_moments_only():
     assert largest_updates("zeros") > 4
     assert largest_updates("mean") < 1.5
     assert largest_updates("reset") < 2
 
 
-def test_reset_counts_anew():
+def test_reset_counts_from_zero():
     model, optimizer = trained()
     plan = plan_growth(model.config, "ffn", 80)
     grown = grow_adamw_state(read_adamw_state(optimizer, model), plan, step="reset")
@@ -296,11 +307,11 @@ def test_state_dicts_keep_their_groups(growth):
     assert [group["lr"] for group in fresh.param_groups] == [1e-3, 1e-3, 5e-4]
     assert [group["weight_decay"] for group in fresh.param_groups] == [0.1, 0.0, 0.1]
     state = grow_adamw_state(read_adamw_state(optimizer, model), plan)
-    found = read_adamw_state(fresh, grown)
-    assert found.keys() == state.keys()
+    loaded = read_adamw_state(fresh, grown)
+    assert loaded.keys() == state.keys()
     for name, entries in state.items():
         assert set(entries) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
-        assert all(torch.equal(found[name][key], value) for key, value in entries.items())
+        assert all(torch.equal(loaded[name][key], value) for key, value in entries.items())
     assert before["param_groups"] == optimizer.state_dict()["param_groups"]
     step(grown, fresh)
 

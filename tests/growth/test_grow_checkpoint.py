@@ -75,7 +75,7 @@ def test_families_and_dtypes(tmp_path, make, config, settings, operator, size, d
     assert_same(tmp_path / "grown", grow_model(load(source), operator, size, init="preserving"))
 
 
-def test_files_are_those_that_transformers_writes(tmp_path):
+def test_files_equal_those_of_transformers(tmp_path):
     source = save(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=True)
     for size in ("5GB", SHARD):
         grow_checkpoint(source, tmp_path / size, "layer", 12, max_shard_size=size)
@@ -102,7 +102,7 @@ CHAINS = {
     ),
     "one, twice": stages_of(ModelDims(32, 80, 2, 4), ModelDims(32, 112, 2, 4), init="preserving"),
     "copies of copies": stages_of(ModelDims(32, 96, 2, 4), ModelDims(32, 192, 2, 4), init="copy"),
-    "silent layers": stages_of(ModelDims(32, 48, 3, 4), ModelDims(32, 48, 7, 4), init="preserving"),
+    "zeroed layers": stages_of(ModelDims(32, 48, 3, 4), ModelDims(32, 48, 7, 4), init="preserving"),
     "several at once": [
         GrowthStage(("layer", "ffn"), ModelDims(32, 64, 3, 4), init={"layer": "interleave", "ffn": "copy"}),
         GrowthStage(("hidden", "layer"), ModelDims(64, 64, 4, 4, head_dim=8), init={"hidden": "preserving"}),
@@ -147,7 +147,7 @@ def test_loads_without_slop_hf(source, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "grown")], check=True)
 
 
-def test_tokenizer_and_generation_config_go_along(source, tmp_path):
+def test_tokenizer_and_generation_config_are_copied(source, tmp_path):
     texts = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
              "chat_template.jinja", "additional_chat_templates/tools.jinja", "spiece.model", "README.md",
              "training_args.bin"]  # fmt: skip

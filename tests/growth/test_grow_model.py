@@ -1,4 +1,4 @@
-"""Growth of small random models, against references written without axis maps."""
+"""Growth of small random models, compared with references written without axis maps."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_layers_are_stacked():
 
 
 def test_growing_heads_under_gqa_keeps_old_heads_with_their_keys():
-    """With the outputs of the new heads silenced, the grown model computes the old one's logits."""
+    """With the outputs of the new heads set to zero, the grown model computes the old one's logits."""
     model = llama(ModelDims(48, 64, 2, 4, 2, 12))
     grown = grow_model(model, "mha", 8)
     assert grown.config.num_key_value_heads == 2
@@ -101,7 +101,7 @@ def test_growing_heads_under_gqa_keeps_old_heads_with_their_keys():
     assert torch.allclose(logits(grown), logits(model), atol=1e-6)
 
 
-def test_heads_of_plain_attention_bring_their_keys():
+def test_new_heads_of_multi_head_attention_bring_keys():
     assert grow_model(llama(), "mha", 8).config.num_key_value_heads == 8
 
 
@@ -110,7 +110,7 @@ def test_seeds_and_order():
     one, same, other = (weights(grow_model(model, "ffn", 100, seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["model.layers.0.mlp.up_proj.weight"], other["model.layers.0.mlp.up_proj.weight"])
-    torch.manual_seed(99)  # the global generator has no part in it, nor is it moved
+    torch.manual_seed(99)  # the global generator is neither used nor moved
     state = torch.get_rng_state()
     again = weights(grow_model(model, "ffn", 100, seed=1))
     assert all(torch.equal(one[name], again[name]) for name in one)

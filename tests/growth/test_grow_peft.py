@@ -1,4 +1,4 @@
-"""LoRA adapters grow with their base: against the source's logits, and against merging first."""
+"""LoRA adapters grow with their base: compared with the source's logits, and with merging first."""
 
 import copy
 import sys
@@ -149,9 +149,9 @@ def test_merging_commutes_with_growing(operator, new, init):
     merged = copy.deepcopy(model).merge_and_unload()
     plan = plan_growth(merged.config, operator, new, init=init, noise=0.0)
     expected = build_model(merged, plan, grow_weights(dict(merged.named_parameters()), plan))
-    found = grow_model(model, operator, new, init=init, noise=0.0).merge_and_unload()
-    assert error(logits(found), logits(expected)) < 1e-6
-    weights = dict(found.named_parameters())
+    merged_after = grow_model(model, operator, new, init=init, noise=0.0).merge_and_unload()
+    assert error(logits(merged_after), logits(expected)) < 1e-6
+    weights = dict(merged_after.named_parameters())
     for parameter in plan.parameters():  # old entries agree one by one; new ones are random on either side
         old = torch.ones([], dtype=torch.bool)
         for axis in parameter.maps:
@@ -161,7 +161,7 @@ def test_merging_commutes_with_growing(operator, new, init):
 
 
 @pytest.mark.parametrize(("operator", "init"), [("layer", "preserving"), ("hidden", "copy"), ("ffn", None)])
-def test_it_saves_and_loads(operator, init, tmp_path):
+def test_saving_and_loading(operator, init, tmp_path):
     model = adapted(adapters=("one", "two"))
     grown = grow_model(model, operator, {"layer": 5, "hidden": 40, "ffn": 60}[operator], init=init)
     grown.save_pretrained(tmp_path / "adapters")

@@ -1,4 +1,4 @@
-"""hypothesis looks for a structure, dtype or mixture of inits that growth gets wrong."""
+"""A search by hypothesis for a structure, dtype or mixture of inits that growth gets wrong."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ THOROUGH = settings(FAST, max_examples=500)
 
 @st.composite
 def growths(draw):
-    """A case with sizes of its own: of one operator or of several at once, each with one of its inits."""
+    """Draw a case of random sizes, with one operator or several at once, each with one of its inits."""
     family = draw(st.sampled_from(list(ARCHITECTURES)))
     table = ARCHITECTURES[family]
     exact = draw(st.sampled_from([True, True, False]))
@@ -62,14 +62,14 @@ def growths(draw):
     inits = {}
     tied = draw(st.booleans())
     for name in operators:
-        known = [init for init in INITS[name] if (init in ("preserving", "copy", "spread")) == exact]
-        if name == "head_dim" and not multiple and "spread" in known:
-            known.remove("spread")
+        choices = [init for init in INITS[name] if (init in ("preserving", "copy", "spread")) == exact]
+        if name == "head_dim" and not multiple and "spread" in choices:
+            choices.remove("spread")
         if name == "head_dim" and table.has_head_norms:
-            known = ["random"]
+            choices = ["random"]
         if name == "hidden" and table.norm == "layer" and tied and exact:
-            known = ["copy"] if new.hidden_size % old.hidden_size == 0 else ["random"]
-        inits[name] = draw(st.sampled_from(known))
+            choices = ["copy"] if new.hidden_size % old.hidden_size == 0 else ["random"]
+        inits[name] = draw(st.sampled_from(choices))
     flags = {row.exists_if: draw(st.booleans()) for row in table.parameters if row.exists_if}
     return Case(family, operators, new, inits, old, tied, draw(st.sampled_from(DTYPES)), flags)
 
@@ -82,7 +82,7 @@ def keeps_its_promises(case, seed):
     assert result.preserves == all(init in ("preserving", "copy", "spread") for init in case.init.values())
     alone = case.operator[0] if len(case.operator) == 1 else None
     if alone:
-        # What an operator does alone and what it does in a stage of one are the same.
+        # An operator alone and a stage with this operator give the same result.
         same = dataclasses.replace(case, operator=alone, init=case.init[alone])
         assert check(same, seed=seed).error == result.error
 

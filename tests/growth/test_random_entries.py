@@ -22,14 +22,14 @@ def test_they_are_normal():
     assert abs(neighbours) < 4 / math.sqrt(drawn.numel())
 
 
-def test_mean_and_deviation_are_those_asked_for():
+def test_mean_and_deviation():
     drawn = NormalStream(3, "a").draw([300, 300], 5.0, 0.02)
     assert drawn.dtype == torch.float32
     assert drawn.mean() == pytest.approx(5.0, abs=4 * 0.02 / 300)
     assert drawn.std() == pytest.approx(0.02, rel=0.02)
 
 
-def test_parameters_and_seeds_have_streams_of_their_own():
+def test_each_parameter_and_seed_has_its_stream():
     streams = [NormalStream(seed, name).draw([1000], 0.0, 1.0) for seed in (0, 1) for name in ("a", "b")]
     correlations = torch.corrcoef(torch.stack(streams)) - torch.eye(4)
     assert correlations.abs().max() < 4 / math.sqrt(1000)

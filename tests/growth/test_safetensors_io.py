@@ -1,4 +1,4 @@
-"""Our own reader and writer of safetensors files, against the safetensors library."""
+"""The reader and writer of safetensors files, compared with the safetensors library."""
 
 import errno
 import json
@@ -36,8 +36,8 @@ def write(directory, tensors=TENSORS, max_shard_size="5GB"):
     shards = plan_shards({n: (NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, max_shard_size)
     for shard in shards:
         create_shard(directory, shard)
-        for place in shard.tensors:
-            write_tensor(directory, place, tensors[place.name])
+        for tensor in shard.tensors:
+            write_tensor(directory, tensor, tensors[tensor.name])
         flush_shard(directory, shard)
     return shards
 
@@ -73,7 +73,7 @@ def test_shards_and_index(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["5 apples", "5", "-1GB", 0, -5, None, 2.5e9j])
-def test_sizes_that_are_none(size):
+def test_malformed_sizes(size):
     with pytest.raises(GrowthError, match="max_shard_size must be"):
         plan_shards({"a": ("F32", (2,))}, size)
 
@@ -110,7 +110,7 @@ def test_damaged_files(tmp_path, content, fault):
     assert str(tmp_path / "file") in str(caught.value)
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+def test_a_file_that_shrinks_while_being_read(tmp_path):
     write(tmp_path)
     header = read_header(tmp_path / "model.safetensors")
     last = max(header.values(), key=lambda tensor: tensor.begin)

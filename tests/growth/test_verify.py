@@ -26,7 +26,7 @@ def probe(operator, new, dtype=torch.float32, **settings):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("operator", "new"), [("ffn", 400), ("layer", 5), ("hidden", 96), ("mha", 8)])
-def test_exact_growth_is_told_from_another(dtype, operator, new):
+def test_exact_growth_is_recognised(dtype, operator, new):
     exact = probe(operator, new, dtype, init="preserving")
     assert exact.is_exact and exact.live_share > 0.2
     other = probe(operator, new, dtype)
@@ -40,11 +40,11 @@ def test_every_new_entry_lives_except_those_behind_zeros():
     assert probe("ffn", 100).live_share > 0.99
 
 
-def test_copies_are_parted_by_noise_alone():
+def test_only_noise_separates_copies():
     tied = probe("ffn", 128, init="copy", noise=0.0)
-    parted = probe("ffn", 128, init="copy")
+    separated = probe("ffn", 128, init="copy")
     assert tied.copies_spread == 0.0 and tied.is_exact
-    assert 0.01 < parted.copies_spread < 1 and parted.is_exact
+    assert 0.01 < separated.copies_spread < 1 and separated.is_exact
     assert tied.live_share is None, "copies are no new entries"
 
 

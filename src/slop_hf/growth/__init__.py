@@ -17,8 +17,6 @@ from .receipt import GrowthProbe, GrowthReceipt
 from .state_reader import WEIGHT, GrownStateReader
 from .verify import hash_stored_weights, hash_weights, probe_growth
 
-checkpoint_directory = find_checkpoint_directory  # the public name of earlier releases
-
 __all__ = [
     "INITS",
     "WEIGHT",
@@ -29,7 +27,6 @@ __all__ = [
     "GrowthProbe",
     "GrowthReceipt",
     "build_model",
-    "checkpoint_directory",
     "extract_base_model",
     "find_checkpoint_directory",
     "grow_adamw_state",

@@ -59,7 +59,7 @@ def grow_adamw_state(
     This is exact, also for tied embeddings, grouped queries and norms, with three exceptions:
 
     * An inserted layer that adds nothing: its output projections have new entries only, and everything before them has
-      gradient 0. So `exp_avg` becomes 0, while `exp_avg_sq` stays that of the copied layer, ready for the gradient.
+      gradient 0. So `exp_avg` becomes 0, while `exp_avg_sq` stays as in the copied layer, ready for the gradient.
     * Key/value heads that are copied so that each serves fewer query heads: each copy gets the gradient of its own
       queries. These add up to G; the rule gives each copy an equal share.
     * `hidden` padded under LayerNorm: what writes the residual stream gets G plus a constant over the hidden axis,
@@ -78,7 +78,7 @@ def grow_adamw_state(
             are damped by sqrt(1 - beta2^t) / (1 - beta1^t), for about 1 / (1 - beta2) steps.
 
     Raises:
-        GrowthError: if a parameter has no state, or the state is not AdamW's, or not that of the plan's old model.
+        GrowthError: if a parameter has no state, or the state is not AdamW's, or it belongs to another model.
 
     >>> from slop_hf.growth import plan_growth
     >>> plan = plan_growth({"model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4,
@@ -225,7 +225,7 @@ def _sort_by_layer(grown: Sequence[ParameterPlan], old_names: Sequence[str]) -> 
 def grow_optimizer_file(
     source: str | Path, target: str | Path, plan: GrowthPlan, *, step: StepPolicy = "keep"
 ) -> Path:
-    """Grow AdamW's state from disk to disk, one tensor at a time; the values are those of `grow_adamw_state`.
+    """Grow AdamW's state from disk to disk, one tensor at a time, with the same values as `grow_adamw_state`.
 
     Args:
         source: safetensors file, or directory with `optimizer.safetensors` or shards `optimizer-*.safetensors`.
@@ -346,8 +346,8 @@ def grow_entry(
         copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
         return copy if step == "keep" else copy * 0
     if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor):
-        known = ", ".join(GRADIENT_POWERS)
-        raise GrowthError(f"{plan.source} has the state {key!r}, which is not AdamW's: {known} and step")
+        expected = ", ".join(GRADIENT_POWERS)
+        raise GrowthError(f"{plan.source} has the state {key!r}, which is not AdamW's: {expected} and step")
     return grow_moment(value, plan, GRADIENT_POWERS[key], step=step, has_no_gradient=has_no_gradient, out=out)
 
 

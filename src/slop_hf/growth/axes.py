@@ -140,7 +140,7 @@ class AxisMap:
 
     @property
     def new_slots(self) -> list[int]:
-        """The slots that are new."""
+        """The new slots: those without a source."""
         return [slot for slot, old in enumerate(self.source) if old is None]
 
 

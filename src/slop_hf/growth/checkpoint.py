@@ -119,7 +119,7 @@ class CheckpointPlan:
         growths: growths, in order.
         tensors: every tensor of the target, in the order of the files.
         shards: files of weights, with the location of every tensor.
-        twins: pairs of tensors of the source that are stored twice although tied; they must be equal.
+        twins: pairs of tied tensors that the source stores twice; they must be equal.
         copied_files: files that are copied unchanged, relative to `directory`.
         free_bytes: free space on the target's disk.
     """
@@ -224,7 +224,7 @@ def plan_checkpoint_growth(
 ) -> CheckpointPlan:
     """Decide the growth of a checkpoint, and reject what cannot be done, without reading a weight.
 
-    A source on the Hub is downloaded into the cache. Arguments and errors are those of `grow_checkpoint`.
+    A source on the Hub is downloaded into the cache. Arguments and errors are as for `grow_checkpoint`.
     """
     target = Path(target)
     if target.exists() or target.is_symlink():
@@ -377,7 +377,7 @@ def _find_twins(growth: GrowthPlan, stored: Mapping[str, StoredTensor]) -> Itera
 
 
 def _count_free_bytes(target: Path) -> int:
-    """Return the free space on the target's disk, including what a killed run has left: that is removed first."""
+    """Return the free space on the target's disk, including the leftovers of a killed run, which are removed first."""
     parent = next(path for path in target.absolute().parents if path.exists())
     leftover = sum(path.stat().st_size for path in make_temporary_path(target).rglob("*") if path.is_file())
     return shutil.disk_usage(parent).free + leftover
@@ -405,14 +405,15 @@ def grow_checkpoint(
     """Grow a checkpoint into a new directory, with its tokenizer, generation config and a receipt.
 
     Safetensors to safetensors, one tensor at a time: it needs the memory of the largest tensor, before and after
-    growth, and at least half a GiB. The weights are those of `grow_model`, bit for bit, each in the dtype in which it
-    is stored. The directory is complete or absent; the next run removes what a killed run has left (`.NAME.writing`).
+    growth, and at least half a GiB. The weights are equal to the result of `grow_model`, bit for bit, each in the
+    dtype in which it is stored. The directory is complete or absent; the next run removes what a killed run has left
+    (`.NAME.writing`).
 
     Args:
         source: local directory, or Hub id[@revision].
         target: directory that does not exist yet.
         operator: as for `grow_model`; or several `GrowthStage`s, applied one after another in one pass over the data.
-            The weights are then those of one `grow_model` per stage, with `seed`, `seed + 1` and so on.
+            The result equals one `grow_model` per stage, with `seed`, `seed + 1` and so on.
         new_dims: as for `grow_model`.
         init: as for `grow_model`.
         seed: as for `grow_model`.

@@ -136,7 +136,7 @@ def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None
     for operator in operators:
         name = (init.get(operator) if isinstance(init, Mapping) else init) or INITS[operator][0]
         if name not in INITS[operator]:
-            known = ", ".join(INITS[operator])
-            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {known}")
+            alternatives = ", ".join(INITS[operator])
+            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {alternatives}")
         names[operator] = name
     return names

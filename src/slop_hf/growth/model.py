@@ -68,7 +68,7 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
     """Return the grown weights by name; the old ones are not changed and share no storage with them.
 
     Raises:
-        GrowthError: if the weights are not those of the family's table.
+        GrowthError: if the names of the weights differ from the family's table.
     """
     weights = {plan.architecture.canonical_name(name): tensor for name, tensor in weights.items()}
     parameters = list(plan.parameters())

@@ -174,7 +174,7 @@ def _build_config(model: PeftModel, adapter: str, plan: GrowthPlan) -> LoraConfi
     from peft.tuners.lora import LoraLayer
 
     config = copy.deepcopy(model.peft_config[adapter])
-    config.base_model_name_or_path = None  # of the old base; peft writes that of the new one when it saves
+    config.base_model_name_or_path = None  # it names the old base; peft fills in the new one when it saves
     if isinstance(config.init_lora_weights, str):
         config.init_lora_weights = True
     if plan.old.num_hidden_layers == plan.new.num_hidden_layers or not _names_layers(config):

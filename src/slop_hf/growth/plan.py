@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -21,6 +21,7 @@ from ..architectures import LAYER, Architecture, Axis, Parameter, get_architectu
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.numbers import is_finite_number, is_whole_number
+from ..io.serialization import Json
 from ..operators import find_operators, get_operator
 from ..schedule import GrowthStage
 from .axes import AxisMap, build_axis_maps
@@ -171,7 +172,7 @@ class GrowthPlan:
 
     @property
     def residual_share(self) -> float:
-        """Mean square of the grown residual stream divided by that of the old one; 1 for the init `random`.
+        """Ratio of the mean squares of the grown and the old residual stream; 1 for the init `random`.
 
         With k copies of the d old slots, and zeros in the rest of the D new slots, it is `k d / D`.
         """
@@ -193,9 +194,9 @@ class GrowthPlan:
         """
         return self.architecture.norm == "layer" and self.residual_share != 1.0
 
-    def config_changes(self) -> dict[str, Any]:
+    def config_changes(self) -> dict[str, Json]:
         """Return the config fields, other than the dims, that the growth changes."""
-        changes: dict[str, Any] = {}
+        changes: dict[str, Json] = {}
         config, architecture = self.source_config, self.architecture
         if self.residual_share != 1.0:
             # RMSNorm divides by sqrt(ms + eps). Here ms' = share * ms: with eps' = share * eps the quotient changes by
@@ -276,7 +277,7 @@ def plan_growth(
     seed: int = 0,
     noise: float = DEFAULT_NOISE,
 ) -> GrowthPlan:
-    """Decide a growth; the arguments are those of `grow_model`, with the model's config in place of the model.
+    """Decide a growth; takes the arguments of `grow_model`, with the model's config in place of the model.
 
     Raises:
         GrowthError, DimsError, ArchitectureError: if the model cannot grow in this way.

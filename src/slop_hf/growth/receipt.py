@@ -31,8 +31,8 @@ class GrowthProbe(Record, error=GrowthError):
         loss_change: change of the next-token loss, nats per token.
         rounding_floor: largest |Δlogit| of the source between its dtype and another precision.
         live_share: fraction of the new entries that have a gradient on the batch; None if there are no new entries.
-        copies_spread: root mean square of the differences between copies of a slot and their mean, divided by that of
-            the weights: 0 if copies are equal, None if there are no copies.
+        copies_spread: root mean square of the differences between copies of a slot and their mean, divided by the
+            root mean square of the weights: 0 if copies are equal, None if there are no copies.
     """
 
     tokens: int

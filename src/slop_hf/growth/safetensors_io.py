@@ -234,7 +234,7 @@ def are_equal_tensors(one: StoredTensor, other: StoredTensor) -> bool:
 def plan_shards(
     tensors: Mapping[str, TensorLayout], max_shard_size: int | str, stem: str = "model"
 ) -> tuple[Shard, ...]:
-    """Distribute tensors over files, which are named and filled as transformers does it.
+    """Distribute tensors over files, named and filled as transformers does it.
 
     Args:
         tensors: dtype and shape by name; the files are filled in this order.
@@ -340,7 +340,7 @@ def write_tensor(
         directory: directory of the shard.
         tensor: location of the tensor, from `Shard.tensors`.
         value: tensor of that dtype and shape.
-        on_written: function that is called with the number of bytes of each piece written.
+        on_written: function to call with the number of bytes of each piece written.
 
     Raises:
         GrowthError: if the disk is full or the file cannot be written.

@@ -21,8 +21,9 @@ REUSED_BYTES = 2**26
 class GrownStateReader:
     """Reads each parameter of a model and its AdamW state from a directory, and grows it if a plan is given.
 
-    The values are those of `grow_model` and `grow_adamw_state`. Any number of threads, processes or machines may read,
-    each the parameters that it needs: a read takes the memory of one weight or moment, before and after growth.
+    The values equal the results of `grow_model` and `grow_adamw_state`. Any number of threads, processes or machines
+    may read, each the parameters that it needs. A read takes the memory of one weight or moment, before and after
+    growth.
 
     Args:
         directory: directory with a model's safetensors, and AdamW's state if `moments` is set.
@@ -31,7 +32,7 @@ class GrownStateReader:
         moments: whether to read AdamW's state too.
 
     Raises:
-        GrowthError: if files are missing, corrupt or those of another model.
+        GrowthError: if files are missing, corrupt or belong to another model.
     """
 
     def __init__(

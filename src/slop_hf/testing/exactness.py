@@ -20,19 +20,19 @@ _HEAD = f"""# How exact growth is
 
 <!-- Written by `{EXACTNESS_COMMAND}`; run it again instead of editing. -->
 
-The numbers are the largest differences between the logits of the grown model and those of its source, divided by the
-largest logit. The models are small and random, and built so that mistakes show (`slop_hf.testing.build_tiny_model`).
+The numbers are the largest differences between the logits of the grown model and its source, divided by the largest
+logit. The models are small and random, and built so that mistakes show (`slop_hf.testing.build_tiny_model`).
 Each number is the worst over all cases of its row: multi-head, grouped-query and multi-query attention, tied and
 untied embeddings, the dimension multiplied by 2 and by 1.5, with and without the optional biases.
 [growth.md](growth.md) explains the operators and inits.
 
-* An init that keeps the function is exact up to {_DOUBLE} in float64 and {_SINGLE} in float32. In bfloat16 its error
-  is at most {ROUNDING_FLOORS:g} times that of *casting* the float32 source, or the float32 grown model, to bfloat16.
-  If an error is larger, the command fails.
+* An init that keeps the function is exact up to {_DOUBLE} in float64 and {_SINGLE} in float32. In bfloat16 the
+  growth errs at most {ROUNDING_FLOORS:g} times as much as *casting* the float32 source, or the float32 grown model, to
+  bfloat16. If an error is larger, the command fails.
 * float64 means float64 throughout. transformers computes most norms, the softmax and rotary angles in float32 whatever
   the dtype, and their rounding, about 1e-6, would hide small errors; here they are computed in float64 too.
 * *refused* is the number of cases in the row that the library refuses to grow, with the number of the reason below;
-  the errors are those of the other cases.
+  the errors are measured on the other cases.
 
 """
 

@@ -32,7 +32,7 @@ from .models import (
 
 #: Largest relative error of logits that counts as exact; in float64, `compute_logit_error` is float64 throughout.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-#: In half precision, the error of exact growth is at most this many times that of casting the float32 model.
+#: In half precision, exact growth errs at most this many times as much as casting the float32 model.
 ROUNDING_FLOORS = 4.0
 
 #: With tied embeddings and norms at the end of each branch (Gemma 2), it takes three steps until a gradient has
@@ -172,7 +172,7 @@ def check_conformance(model_type: str, dtype: torch.dtype = torch.float32, *, ev
 def check(case: Case, *, seed: int = 0) -> Result:
     """Grow a case's model and check everything that growth promises about it.
 
-    * Names, shapes and number of parameters are those of the table; the config has the new dims.
+    * Names, shapes and number of parameters agree with the table; the config has the new dims.
     * The source and torch's generator are unchanged; the same seed gives the same weights, another seed other weights.
     * Inits that keep old entries have them in place. If the plan says that the function is preserved,
       `compute_logit_error` is within `Result.tolerance`, and vice versa.
@@ -339,7 +339,7 @@ def _step_and_find_live(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _mask_new_entries(parameter: ParameterPlan) -> torch.Tensor:
-    """Return a mask of the entries that are not old; all entries of a zeroed parameter."""
+    """Return a mask of new entries: those in new slots, or all of a zeroed parameter."""
     new = torch.full(parameter.new_shape, parameter.zeroed)
     for dimension, axis in enumerate(parameter.maps):
         new.index_fill_(dimension, torch.tensor(axis.new_slots, dtype=torch.long), True)
