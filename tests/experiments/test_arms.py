@@ -1,4 +1,4 @@
-"""From arms to runs: each way to a schedule, what it spends, and which runs begin alike."""
+"""From arms to jobs: the schedule of an arm, its budget, and the stages that runs share."""
 
 from itertools import permutations
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_an_arm_takes_the_planners_answer_of_its_order(schedule_of):
     assert four.sequence == "a-f-h-l" and four.structures[1].num_attention_heads == 4
 
 
-def test_what_follows_hidden_needs_no_letter_in_an_order(schedule_of):
+def test_dimensions_that_follow_hidden_need_no_letter_in_an_order(schedule_of):
     assert schedule_of({"order": "l-h"}).sequence == "l-hf"
     with pytest.raises(PlanError, match="no target can be reached"):
         schedule_of({"order": "l-f"})
@@ -135,7 +135,7 @@ def test_arms_spend_alike(make, arm):
             assert spent == pytest.approx(spend * run.budget, rel=2e-3)
 
 
-def test_tokens_are_shared_out_as_the_paper_does_or_as_told(schedule_of):
+def test_tokens_are_split_by_the_papers_shares_or_the_arms(schedule_of):
     def shares(**arm):
         tokens = schedule_of({"plan": "best", **arm}).tokens
         return pytest.approx([count / tokens[-1] for count in tokens], rel=0.02)
@@ -184,12 +184,12 @@ def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
         ({"schedule": "none.yaml"}, SlopError, r"arm one: .*none\.yaml"),
     ],
 )
-def test_arms_without_a_schedule_are_told_by_name(make, arm, error, message):
+def test_arms_without_a_schedule_are_named_in_the_error(make, arm, error, message):
     with pytest.raises(error, match=message):
         build_jobs(make({"one": arm}))
 
 
-def test_utility_shares_and_pretrained_models_are_refused_where_they_mean_nothing(make, planned):
+def test_utility_shares_of_a_given_schedule_and_pretrained_models_are_refused(make, planned):
     given = yaml.safe_load(planned[0].to_yaml())
     with pytest.raises(RunError, match="shares 'utility' are the planner's"):
         build_jobs(make({"one": {"schedule": given, "shares": "utility"}}))
@@ -241,7 +241,7 @@ def inits(**operators):
 
 @pytest.fixture
 def shared(make):
-    """For each run by name, prefixes included, how many stages it inherits; 0 where it begins alone."""
+    """Number of stages that each run or prefix inherits, by name."""
 
     def found(arms, **scale):
         jobs = add_shared_prefixes(build_jobs(make(arms, **scale)))
@@ -249,7 +249,7 @@ def shared(make):
         assert len(by_directory) == len(jobs)
         seen = set()
         for job in jobs:
-            assert job.parent is None or job.parent in seen  # prefixes come before what begins with them
+            assert job.parent is None or job.parent in seen  # prefixes come before the runs that begin with them
             seen.add(job.directory)
             if job.parent is not None:
                 begins_with(job, by_directory[job.parent])
@@ -262,7 +262,7 @@ def shared(make):
 
 
 def begins_with(run, prefix):
-    """A prefix holds the first stages of a run."""
+    """A prefix has the first stages of a run."""
     schedule = run.schedule
     first = schedule.stages[: len(prefix.schedule.stages)]
     assert prefix.arm == "" and prefix.seed == run.seed
@@ -271,7 +271,7 @@ def begins_with(run, prefix):
     assert prefix.config.training["learning_rate"] == run.config.training["learning_rate"]
 
 
-def test_studies_of_an_init_share_what_comes_before_it(shared):
+def test_studies_of_an_init_share_the_stages_before_it(shared):
     arms = {"paper": slop(), "layer": inits(layer="preserving"), "hidden": inits(hidden="copy", mha="copy")}
     assert shared(arms) == {"prefix of 1": 0, "prefix of 3": 1, "paper": 3, "layer": 1, "hidden": 3}
 
@@ -282,7 +282,7 @@ def test_the_longest_beginning_is_taken(shared):
     assert shared(arms) == {"prefix of 2": 0, "paper": 2, "ffn": 2, "copies": 2}
 
 
-def test_trunks_grow_on_trunks(shared):
+def test_shared_prefixes_may_begin_with_shared_prefixes(shared):
     arms = {
         "paper": slop(),
         "hidden": inits(hidden="preserving"),
@@ -301,7 +301,7 @@ def test_trunks_grow_on_trunks(shared):
     }
 
 
-def test_what_matters_after_growth_alone_does_not_part_the_initial_model(shared):
+def test_arguments_of_growth_do_not_keep_runs_from_sharing_the_initial_model(shared):
     arms = {"paper": slop(), "dropped": slop(carry_optimizer_state=False), "warm": slop(rewarm_steps=0)}
     assert shared(arms) == {"prefix of 1": 0, "paper": 1, "dropped": 1, "warm": 1}
 

@@ -45,7 +45,7 @@ def test_arms_are_run_and_compared(tiny_experiment, output_of, out, tmp_path):
     assert sum(cost.flops for cost in record.ledger) == pytest.approx(sum(run.flops for run in record.runs))
 
 
-def test_what_has_finished_can_be_told_in_the_middle(tiny_experiment, output_of, tmp_path):
+def test_finished_runs_can_be_compared_before_the_others_finish(tiny_experiment, output_of, tmp_path):
     directory = tmp_path / "out"
     output_of("compare", tiny_experiment, "-o", directory, "--arm", "from-scratch")
     shown = json.loads(output_of("compare", tiny_experiment, "-o", directory, "--report-only", "--json"))
@@ -62,6 +62,6 @@ def test_what_has_finished_can_be_told_in_the_middle(tiny_experiment, output_of,
         (["--set", "arms.slop.plan=never"], "plan must be a rank from 1, 'best' or 'worst', got 'never'"),
     ],
 )
-def test_wrong_input_is_told_before_anything_is_trained(tiny_experiment, error_of, tmp_path, options, message):
+def test_wrong_input_is_refused_before_any_training(tiny_experiment, error_of, tmp_path, options, message):
     assert message in error_of("compare", tiny_experiment, "-o", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Figures: valid, every arm in them, marks where the record has them, labels apart."""
+"""Figures of a comparison: every arm is drawn, marks are at the recorded values, and texts do not overlap."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_marks_stand_where_the_record_has_them(tmp_path, drawn):
+def test_marks_are_at_the_values_of_the_record(tmp_path, drawn):
     found = comparison(2, budgets={"from-scratch": (0.5, 1.0)})
     draw_arm_curves(found, tmp_path / "loss.png")
     axes = drawn[0].axes[0]
@@ -90,7 +90,7 @@ def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
     assert list(curve.get_ydata()) == pytest.approx([fmean(pair) for pair in zip(one.losses, two.losses, strict=True)])
 
 
-def test_seeds_that_logged_other_moments_share_what_both_have(tmp_path, drawn):
+def test_seeds_with_different_evaluations_share_the_common_ones(tmp_path, drawn):
     found = comparison(2, 2)
     first = found.runs[0]
     columns = (first.curve.stages, first.curve.flops, first.curve.seconds, first.curve.losses)
@@ -105,7 +105,7 @@ def test_the_axis_leaves_out_the_first_descent(tmp_path, drawn):
     assert 3.0 < low < 3.2 and 3.9 < high < 4.5
 
 
-def test_one_order_of_growth_is_not_told_of_every_arm(tmp_path, drawn):
+def test_an_order_shared_by_all_arms_is_left_out_of_the_legend(tmp_path, drawn):
     draw_arm_curves(comparison(["slop", "msg", "from-scratch"], 1), tmp_path / "loss.png")
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert legend[:3] == ["slop", "from-scratch", "msg"]
@@ -163,7 +163,7 @@ def test_a_diverged_arm_does_not_spoil_the_figures(tmp_path):
     assert draw_final_losses(replace(found, runs=tuple(worse)), tmp_path / "losses.png")
 
 
-def test_a_figure_tells_what_it_was_drawn_from(tmp_path):
+def test_a_figure_names_its_source(tmp_path):
     found = comparison(2, 1)
     assert Image.open(draw_arm_curves(found, tmp_path / "loss.png")).info["Source"] == found.fingerprint
     assert replace(found, title="another").fingerprint != found.fingerprint
@@ -189,6 +189,6 @@ def test_scatter_names_its_points_in_a_legend(tmp_path, drawn):
     ("names", "predicted", "measured", "log_x"),
     [(["a", "b"], [1, 2], [1], False), (["a"], [1, 2], [1, 2], False), (["a", "b"], [0, 2], [1, 2], True)],
 )
-def test_scatter_refuses_what_it_cannot_draw(tmp_path, names, predicted, measured, log_x):
+def test_scatter_refuses_values_that_it_cannot_draw(tmp_path, names, predicted, measured, log_x):
     with pytest.raises(RunError):
         draw_scatter(names, predicted, measured, tmp_path / "a.png", title="", labels=("", ""), log_x=log_x)

@@ -1,4 +1,4 @@
-"""What a comparison says, on records made by hand."""
+"""Results of comparisons, on records made by hand."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_an_arm_that_misses_the_loss_with_one_seed_saves_nothing():
     assert compute_flops_saved(comparison(*runs, reference=None), "slop") is None
 
 
-def test_losses_are_set_beside_the_reference_at_the_same_budget_and_seed():
+def test_losses_are_compared_with_the_reference_at_the_same_budget_and_seed():
     runs = [scratch(0, 3.0), scratch(1, 3.2), scratch(0, 3.6, 0.5), scratch(1, 3.8, 0.5)]
     runs += [result("slop", seed, [5, 4, loss]) for seed, loss in ((0, 2.9), (1, 3.0))]
     runs += [result("slop", seed, [5, 4, loss], budget=0.5) for seed, loss in ((0, 3.7), (1, 3.7))]
@@ -181,7 +181,7 @@ def test_rank_correlation():
         compute_rank_correlation([1, 2], [1, 2, 3])
 
 
-def test_a_record_that_is_none_is_refused(tmp_path):
+def test_a_malformed_record_is_refused(tmp_path):
     path = tmp_path / "record.json"
     with pytest.raises(RunError, match="no such file"):
         Comparison.load(path)

@@ -52,14 +52,14 @@ def test_a_row_an_arm_and_budget():
     assert column(cells, "FLOPs saved")[:3] == ["15.0% (15.0 to 15.0)", "–", "–"]
 
 
-def test_columns_with_nothing_to_tell_are_left_out():
+def test_columns_without_content_are_left_out():
     found = comparison(["from-scratch", "not-grown"], 1, reference=None)
     found = replace(found, arms=dict.fromkeys(found.arms, ""))
     measured = ["seeds", "tokens", "FLOPs", "seconds", "held-out loss", "ppl", "loss vs from-scratch"]
     assert headings(tabulate_arms(found)) == ["arm", *measured]
 
 
-def test_what_the_paper_prints_stands_beside_it():
+def test_the_papers_numbers_have_their_own_columns():
     numbers = {"slop": {"perplexity": 9.84, "hours": 133.7}, "single-stage": {"hours": 1201.25}}
     cells = tabulate_arms(comparison(3, budgets={"slop": (0.5, 1.0)}, printed=numbers))
     assert column(cells, "perplexity (paper)") == ["–", "9.84", "–", "–"]
@@ -130,7 +130,7 @@ def test_one_seed_proves_nothing():
     assert "beyond the spread" not in told
 
 
-def test_a_study_is_set_beside_its_first_arm():
+def test_arms_of_a_study_are_compared_with_its_first_arm():
     found = comparison(["slop", "single-stage", "copies", "msg"], reference=None)
     told = " ".join(summarize_comparison(found))
     assert "Compared with slop, copies, single-stage and msg end higher, beyond the spread of seeds." in told

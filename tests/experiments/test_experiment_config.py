@@ -24,7 +24,7 @@ def read(tmp_path):
     return make
 
 
-def test_an_experiment_is_what_its_file_says(read):
+def test_an_experiment_is_read_from_its_file(read):
     arms = {"slop": {"plan": "best", "seeds": [4]}, "scratch": {"control": "from_scratch", "budgets": [0.5, 1]}}
     found = read(arms=arms, about="Why", printed={"slop": {"perplexity": 30.61}})
     assert (found.name, found.scale, found.title, found.about) == ("some", "tiny", "Some", "Why")
@@ -57,7 +57,7 @@ def test_the_reference_is_the_first_from_scratch_or_the_one_named(read):
     assert read(arms=arms, reference="one", scales={"tiny": SCALE | {"arms": ["slop"]}}).reference is None
 
 
-def test_a_scale_is_chosen_where_there_are_several(read):
+def test_a_scale_must_be_chosen_if_there_are_several(read):
     scales = {"tiny": SCALE, "large": SCALE | {"flops": 2e9}}
     assert read(scales=scales, scale="large").sizes.flops == 2e9
     with pytest.raises(RunError, match=r"some\.yaml: choose a scale of tiny, large$"):
@@ -99,7 +99,7 @@ def test_a_run_may_be_a_file_and_be_changed_in_places(read, tmp_path):
         read(scales={"tiny": SCALE | {"run": "runs/common.yaml"}}, overrides={"run.data.vocab": 1})
 
 
-def test_the_file_of_a_schedule_lies_beside_the_experiment(read, tmp_path):
+def test_the_path_of_a_schedule_is_relative_to_the_experiment(read, tmp_path):
     assert read(arms={"own": {"schedule": "own.yaml"}}).arms["own"].schedule == str(tmp_path / "own.yaml")
 
 

@@ -77,7 +77,7 @@ def arms_beside(number):
 
 @pytest.mark.parametrize("table", [paper.TABLE_1, paper.TABLE_3, paper.TABLE_4], ids=lambda table: str(table.number))
 def test_tables_of_orders_are_the_papers(table):
-    """Row by row; heads are told apart from those of `paper` in Table 3, whose initial model has smaller ones."""
+    """Row by row; in Table 3 heads differ from `paper`, because its initial model has smaller ones."""
 
     def row(structures, tokens, product, perplexity, hours):
         sizes = tuple((dims.hidden_size, dims.intermediate_size, dims.num_hidden_layers) for dims in structures)
@@ -126,7 +126,7 @@ def test_the_place_and_number_of_heads():
     assert sequences == {"a-f-h-l"}
 
 
-def test_the_readme_tells_what_each_takes():
+def test_the_readme_gives_the_cost_of_each_experiment():
     text = (EXPERIMENTS / "README.md").read_text()
     assert "`studies/*.yaml`" in text
     for path, scale in SCALES:

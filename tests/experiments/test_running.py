@@ -50,7 +50,7 @@ def named(jobs, name):
     return next(job for job in jobs if job.name == name)
 
 
-def test_a_shared_beginning_gives_the_weights_of_a_run_of_its_own(experiment, trained, tmp_path):
+def test_a_shared_prefix_gives_the_weights_of_a_separate_run(experiment, trained, tmp_path):
     jobs, root = trained
     job = named(jobs, "preserving, seed 0")
     assert job.parent is not None and len(RunDirectory(root / job.parent).schedule.structures) == 3
@@ -59,7 +59,7 @@ def test_a_shared_beginning_gives_the_weights_of_a_run_of_its_own(experiment, tr
     assert same(weights(root, job), load_file(alone / "model.safetensors"))
 
 
-def test_what_runs_share_is_paid_for_once(experiment, trained):
+def test_shared_stages_are_counted_once(experiment, trained):
     jobs, root = trained
     found = collect_comparison(experiment, jobs, root)
     assert [run.arm for run in found.runs] == ["slop", "preserving", "from-scratch", "from-scratch"]
@@ -96,7 +96,7 @@ def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
     assert run.curve.seconds[-1] == pytest.approx(run.seconds, abs=0.1)
 
 
-def test_an_interrupted_experiment_goes_on(experiment, trained, tmp_path, monkeypatch):
+def test_an_interrupted_experiment_resumes(experiment, trained, tmp_path, monkeypatch):
     jobs, root = trained
     again = tmp_path / "again"
     ended = []
@@ -129,7 +129,7 @@ def test_a_signal_to_stop_is_one_for_the_whole_experiment(experiment, tmp_path, 
     assert len(begun) == 1
 
 
-def test_a_directory_has_one_that_trains_in_it(experiment, tmp_path):
+def test_only_one_process_trains_in_a_directory(experiment, tmp_path):
     root = tmp_path / "out"
     root.mkdir()
     with FileLock(root / ".training.lock"), pytest.raises(RunError, match="another process trains the runs in"):
@@ -151,7 +151,7 @@ def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_pa
     assert all(same(weights(root, job), weights(beside, job)) for job in jobs)
 
 
-def test_a_run_that_fails_is_named_and_those_beside_it_end(experiment, tmp_path):
+def test_a_failed_run_is_named_and_the_runs_in_progress_finish(experiment, tmp_path):
     root = tmp_path / "out"
     jobs = jobs_of(experiment)
     scratch = named(jobs, "from-scratch ×0.5, seed 0")
@@ -173,7 +173,7 @@ def wild(experiment):
     }
 
 
-def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path):
+def test_diverged_runs_are_reported_and_the_others_continue(experiment, tmp_path):
     other = dataclasses.replace(experiment.arms["from-scratch"], budgets=(1.0,))
     found, told = dataclasses.replace(experiment, arms={**wild(experiment), "from-scratch": other}), []
     jobs = run_experiment(found, tmp_path, on_job_end=lambda job, *_: told.append(job.name))
@@ -190,14 +190,14 @@ def test_what_diverges_is_told_and_the_others_go_on(experiment, tmp_path):
     assert len(collect_comparison(found, jobs, tmp_path).missing) == 2
 
 
-def test_other_settings_are_refused_where_runs_have_begun(experiment, trained):
+def test_other_settings_are_refused_for_runs_that_have_begun(experiment, trained):
     _, root = trained
     run = dataclasses.replace(experiment.run, training={**experiment.run.training, "learning_rate": 1.0})
     with pytest.raises(RunError, match="begun with other settings"):
         run_experiment(dataclasses.replace(experiment, run=run), root)
 
 
-def test_what_cannot_run_is_refused_before_anything_is_trained(experiment, tmp_path):
+def test_a_run_that_cannot_begin_is_refused_before_any_training(experiment, tmp_path):
     data = dataclasses.replace(experiment.run.data, block_size=64)
     other = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, data=data))
     with pytest.raises(ValueError, match=r"shared prefix .*block_size 64"):
@@ -211,7 +211,7 @@ def test_each_run_can_be_launched_by_itself(trained):
     assert RunConfig.from_yaml((root / job.directory).parent / "seed-0.run.yaml") == job.config
 
 
-def test_what_runs_are_to_be_scored_on_they_are(tiny_experiment, tmp_path, monkeypatch):
+def test_stages_are_scored_as_the_config_says(tiny_experiment, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
     asked = {f"run.evaluation.{name}": value for name, value in {"tasks": "perplexity", "after_growth": True}.items()}
     found = Experiment.from_yaml(tiny_experiment, overrides=asked)

@@ -110,7 +110,7 @@ def without_seconds(report):
 
 
 def test_the_order_returned_is_the_measured_one(config, candidates, tried):
-    """Whatever order they come in: a probe that gave back the planner's would fail for all but one of these."""
+    """In whatever order candidates come: returning the planner's order would fail for all but one of these."""
     schedules = [one.schedule for one in candidates]
     losses = {one.schedule.sequence: one.loss.mean for one in tried.report.results}
     assert len(set(losses.values())) == 3
@@ -156,7 +156,7 @@ def test_numbers_are_those_of_the_trials(candidates, tried):
         assert one.utility.mean == pytest.approx(utility, rel=1e-3)
 
 
-def test_what_trials_share_is_trained_and_paid_for_once(candidates, tried):
+def test_stages_that_trials_share_are_trained_and_counted_once(candidates, tried):
     jobs = tried.build_jobs(candidates)
     trunks = [job.schedule.sequence for job in jobs if not job.arm]
     assert sorted(trunks) == ["", "f"], "the initial model, and the growth that two orders begin with"
@@ -180,7 +180,7 @@ def test_the_report_comes_back_from_its_file(config, tried, tmp_path):
         ProbeReport.from_json(tmp_path / "bad.json")
 
 
-def test_a_killed_probe_goes_on(config, candidates, tried, tmp_path, monkeypatch):
+def test_a_killed_probe_resumes(config, candidates, tried, tmp_path, monkeypatch):
     ended, told = [], []
 
     def interrupted(job, root):
@@ -200,7 +200,7 @@ def test_a_killed_probe_goes_on(config, candidates, tried, tmp_path, monkeypatch
     assert without_seconds(report) == without_seconds(tried.report)
 
 
-def test_what_diverges_comes_last(config, candidates, tmp_path, monkeypatch):
+def test_diverged_candidates_come_last(config, candidates, tmp_path, monkeypatch):
     schedules = [one.schedule for one in candidates]
     wild = schedules[0].sequence
 
@@ -223,8 +223,8 @@ def test_what_diverges_comes_last(config, candidates, tmp_path, monkeypatch):
 # ---- From a finished stage ------------------------------------------------------------------------------------------
 
 
-def test_a_trial_from_a_stage_is_what_the_run_itself_does_next(config, finished, tmp_path):
-    """With all of the tokens, the same seed and init, bit for bit: weights, AdamW's state and data go on."""
+def test_a_trial_from_a_stage_equals_the_runs_next_stage(config, finished, tmp_path):
+    """With all tokens and the same seed and init, weights, AdamW's state and data continue, bit for bit."""
     files = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")}
     start = Start(finished, 1)
     probe = Probe(config, tmp_path, share=1.0, start=start)
@@ -241,7 +241,7 @@ def test_a_trial_from_a_stage_is_what_the_run_itself_does_next(config, finished,
     assert files == {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")}
 
 
-def test_a_start_is_told_by_number_or_name(finished):
+def test_a_start_is_given_by_number_or_name(finished):
     assert Start.parse(finished.path).stage == 3
     assert Start.parse(f"{finished.path}@1") == Start.parse(f"{finished.path}@stage-1-layer") == Start(finished, 1)
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_a_start_is_told_by_number_or_name(finished):
         Start.parse(finished.path / "nothing")
 
 
-def test_a_start_that_was_trained_otherwise_has_trials_of_its_own(config, finished, tmp_path):
+def test_starts_from_different_training_have_different_trials(config, finished, tmp_path):
     probe = Probe(config, tmp_path, lag=STEP, start=Start(finished, 1))
     inits = build_init_candidates(SCHEDULE, ["random", "preserving"], Start(finished, 1))
     other = RunDirectory(tmp_path / "other")
@@ -262,7 +262,7 @@ def test_a_start_that_was_trained_otherwise_has_trials_of_its_own(config, finish
     assert not places & ({job.directory for job in again} | {job.parent for job in again})
 
 
-def test_schedules_go_on_from_a_start(finished):
+def test_schedules_continue_from_a_start(finished):
     start = Start(finished, 1)
     rest = GrowthSchedule(DEEP, SCHEDULE.stages[1:])
     assert continue_schedule(start, rest) == continue_schedule(start, SCHEDULE) == SCHEDULE
@@ -292,7 +292,7 @@ def test_next_stages_grow_one_dimension_each(config):
         build_next_candidates(SCHEDULE, ["layer", "head_dim"])
 
 
-def test_what_follows_hidden_gets_no_stage_of_its_own(config):
+def test_dimensions_that_follow_hidden_get_no_stage(config):
     wide = SMALL.replace(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4)
     stages = GrowthStage(("hidden", "ffn", "mha"), wide, STEP), GrowthStage(("layer",), LARGE, STEP)
     schedule = GrowthSchedule(SMALL, stages, STEP)
@@ -351,7 +351,7 @@ def report_of(*results, by="utility"):
     )
 
 
-def test_what_has_not_gained_yet_comes_last_by_its_loss():
+def test_candidates_that_have_not_improved_come_last_by_their_loss():
     """A loss that went up looks the better the more it cost: -0.2 for one FLOP is less than -0.3 for four."""
     found = report_of(result("dear", 4.3, -0.3 / 4), result("cheap", 4.2, -0.2), result("gains", 3.9, 0.1))
     assert [one.name for one in found.results] == ["gains", "cheap", "dear"]
@@ -399,7 +399,7 @@ def test_settings_that_mean_nothing_are_refused(config, settings, message):
         Probe(config, "none", **settings)
 
 
-def test_what_cannot_be_tried_is_refused_before_anything_is_trained(config, candidates, finished, tmp_path):
+def test_trials_that_cannot_begin_are_refused_before_any_training(config, candidates, finished, tmp_path):
     def refused(message, candidates=candidates, config=config, **settings):
         with pytest.raises(SlopError, match=message):
             Probe(config, tmp_path / "out", **settings).run(candidates)
