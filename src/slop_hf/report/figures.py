@@ -38,7 +38,7 @@ from .drawing import (
 )
 
 #: Dimension in the legend, its config field, colour and marker.
-DIMENSIONS = (
+_DIMENSIONS = (
     ("hidden", "hidden_size", "#0072B2", "o"),
     ("ffn", "intermediate_size", "#D55E00", "s"),
     ("layers", "num_hidden_layers", "#009E73", "^"),
@@ -254,10 +254,10 @@ def _draw_parameters(panel: SubFigure, runs: Sequence[DrawnRun]) -> None:
 
 def _draw_dimensions(panel: SubFigure, runs: Sequence[DrawnRun], rows: int, columns: int, *, has_titles: bool) -> None:
     grid = panel.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    highest = max(max(_compute_ratios(run, field)) for run in runs for _, field, _, _ in DIMENSIONS)
+    highest = max(max(_compute_ratios(run, field)) for run in runs for _, field, _, _ in _DIMENSIONS)
     top = max(1.0, math.log2(highest))
     for axes, run in zip(grid, runs, strict=False):
-        for number, (_, field, colour, marker) in enumerate(DIMENSIONS):
+        for number, (_, field, colour, marker) in enumerate(_DIMENSIONS):
             # Dimensions that grew alike would hide each other: each is drawn a few points off its true value.
             nudge = ScaledTranslation(0, NUDGE * (1.5 - number) / POINTS_PER_INCH, panel.dpi_scale_trans)
             values = _compute_ratios(run, field)
@@ -293,7 +293,7 @@ def _draw_dimensions(panel: SubFigure, runs: Sequence[DrawnRun], rows: int, colu
     )
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
-        for label, _, colour, marker in DIMENSIONS
+        for label, _, colour, marker in _DIMENSIONS
     ]
     panel.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
