@@ -29,7 +29,7 @@ from PIL import Image
 from slop_hf.errors import RunError
 from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.planner_accuracy import describe_planner_accuracy, tabulate_predictions
-from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.summary_text import summarise_comparison
 from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
 from slop_hf.experiments.write import COMPARISON_FIGURES, format_figure_link
 from slop_hf.io.files import write_text
@@ -48,7 +48,7 @@ def _fill(text: str) -> str:
 FIGURE_KINDS = {"figure": "loss", "figure-seconds": "seconds", "figure-losses": "losses", "figure-utility": "utility"}
 TEXT_KINDS: dict[str, Callable[[Comparison], str]] = {
     "table": lambda comparison: tabulate_arms(comparison).markdown(),
-    "sentences": lambda comparison: _fill(" ".join(summarize_comparison(comparison))),
+    "sentences": lambda comparison: _fill(" ".join(summarise_comparison(comparison))),
     "stages": lambda comparison: tabulate_arm_stages(comparison).markdown(),
     "ledger": lambda comparison: tabulate_ledger(comparison).markdown(),
     "predictions": lambda comparison: tabulate_predictions(comparison).markdown(),

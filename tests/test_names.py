@@ -18,7 +18,7 @@ VERBS = frozenset(
     flush format get grow guard hash hide inherit inspect interpolate is keep label list load locate look make
     mask match measure name open parse plan prepare preview print probe publish rank read redirect remove render
     report reproduce require resolve restore resume rollback round run save score select separate set share
-    shorten show split start store sum summarise summarize tabulate to tokenize trace train wait with write
+    shorten show split start store sum summarise tabulate to tokenize trace train wait with write
     """.split()
 )
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.results import compute_arm_results
-from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.summary_text import summarise_comparison
 from slop_hf.experiments.tables import (
     build_arms_table,
     build_ledger_table,
@@ -99,7 +99,7 @@ def test_the_terminal_takes_names_as_they_are():
 
 
 def test_growth_that_paid():
-    told = " ".join(summarize_comparison(comparison()))
+    told = " ".join(summarise_comparison(comparison()))
     assert (
         "slop has the lowest final loss of 8 arms" in told
         and "below every other arm beyond the spread of seeds" in told
@@ -113,34 +113,34 @@ def test_growth_that_paid():
 
 
 def test_growth_that_did_not_pay():
-    told = " ".join(summarize_comparison(comparison(2, losses={"slop": 3.5})))
+    told = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.5})))
     assert "from-scratch has the lowest final loss of 2 arms" in told
     assert "Growth did not pay: slop ends" in told and "above from-scratch, beyond the spread of seeds" in told
     assert "No other arm reaches the final loss of from-scratch with every seed." in told
 
 
 def test_growth_within_the_spread():
-    told = " ".join(summarize_comparison(comparison(2, losses={"slop": 3.302})))
+    told = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.302})))
     assert "It is uncertain whether growth paid: slop ends" in told and "within the spread of seeds" in told
 
 
 def test_one_seed_proves_nothing():
-    told = " ".join(summarize_comparison(comparison(2, 1)))
+    told = " ".join(summarise_comparison(comparison(2, 1)))
     assert "with one seed, that may be chance" in told and "growth seems to pay" in told and "one seed per arm" in told
     assert "beyond the spread" not in told
 
 
 def test_arms_of_a_study_are_compared_with_its_first_arm():
     found = comparison(["slop", "single-stage", "copies", "msg"], reference=None)
-    told = " ".join(summarize_comparison(found))
+    told = " ".join(summarise_comparison(found))
     assert "Compared with slop, copies, single-stage and msg end higher, beyond the spread of seeds." in told
     assert "Growth" not in told and "reaches" not in told
     close = comparison(["slop", "msg"], reference=None, losses={"slop": 3.29})
-    assert "All other arms stay within the spread of seeds of slop." in " ".join(summarize_comparison(close))
+    assert "All other arms stay within the spread of seeds of slop." in " ".join(summarise_comparison(close))
 
 
 def test_a_smaller_model_that_is_lowest_is_named():
-    told = " ".join(summarize_comparison(comparison(losses={"not-grown": 3.0})))
+    told = " ".join(summarise_comparison(comparison(losses={"not-grown": 3.0})))
     assert "not-grown has the lowest final loss of 8 arms" in told and "Growth paid: slop" in told
 
 
@@ -148,12 +148,12 @@ def test_names_with_spaces_are_quoted():
     found = comparison(2, 1)
     runs = tuple(replace(run, arm="rate, doubled") if run.arm == "slop" else run for run in found.runs)
     found = replace(found, arms={"rate, doubled": "", "from-scratch": ""}, runs=runs)
-    assert "“rate, doubled” has the lowest final loss" in summarize_comparison(found)[0]
+    assert "“rate, doubled” has the lowest final loss" in summarise_comparison(found)[0]
 
 
 def test_missing_runs_are_named():
     names = tuple(f"slop, seed {seed}" for seed in range(9))
-    assert summarize_comparison(comparison(2, missing=names))[-1] == (
+    assert summarise_comparison(comparison(2, missing=names))[-1] == (
         "9 runs have not finished: slop, seed 0; slop, seed 1; slop, seed 2; slop, seed 3; slop, seed 4; …."
     )
 
@@ -162,7 +162,7 @@ def test_a_comparison_without_runs():
     empty = comparison(2, 0)
     assert tabulate_arms(empty).rows == tabulate_arm_stages(empty).rows == ()
     assert "| arm |" in tabulate_arms(empty).markdown()
-    assert summarize_comparison(empty) == ["No run at the full budget has finished."]
+    assert summarise_comparison(empty) == ["No run at the full budget has finished."]
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
@@ -173,5 +173,5 @@ def test_a_diverged_arm_comes_last(loss):
         for run in found.runs
     ]
     diverged: Comparison = replace(found, runs=tuple(runs))
-    assert "from-scratch has the lowest final loss of 2 arms" in summarize_comparison(diverged)[0]
+    assert "from-scratch has the lowest final loss of 2 arms" in summarise_comparison(diverged)[0]
     assert column(tabulate_arms(diverged), "held-out loss")[0] == "diverged"

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from comparisons import comparison
 
-from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.summary_text import summarise_comparison
 from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_blocks_are_filled_in_and_the_rest_stays(root, capsys):
     text = (root / "docs" / "results.md").read_text()
     for cells in (tabulate_arms(found), tabulate_arm_stages(found), tabulate_ledger(found)):
         assert f"-->\n{cells.markdown()}<!-- end -->\n" in text
-    assert " ".join(summarize_comparison(found)) in text.replace("\n", " ") and "stale" not in text
+    assert " ".join(summarise_comparison(found)) in text.replace("\n", " ") and "stale" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 119
     kept = [line for line in PAGE.splitlines() if line != "stale"]
     assert [line for line in text.splitlines() if line in kept] == kept

@@ -16,7 +16,7 @@ from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.config import Experiment
 from slop_hf.experiments.jobs import add_shared_prefixes, build_jobs
 from slop_hf.experiments.running import run_experiment, train_job
-from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.summary_text import summarise_comparison
 from slop_hf.experiments.write import write_comparison
 from slop_hf.training.config import build_trainer
 
@@ -181,7 +181,7 @@ def test_diverged_runs_are_reported_and_the_others_continue(experiment, tmp_path
     comparison = collect_comparison(found, jobs, tmp_path)
     assert comparison.diverged == ("wild, seed 0", "as wild, seed 0") and not comparison.missing
     assert [run.arm for run in comparison.runs] == ["from-scratch"]
-    assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in summarize_comparison(comparison)
+    assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in summarise_comparison(comparison)
     write_comparison(comparison, tmp_path / "report")
     run_experiment(found, tmp_path, on_job_end=lambda *_: pytest.fail("all have ended"))
     (note,) = tmp_path.rglob("diverged.txt")

@@ -7,7 +7,7 @@ import re
 from comparisons import comparison
 
 from slop_hf.experiments.comparison import Comparison
-from slop_hf.experiments.summary_text import summarize_comparison
+from slop_hf.experiments.summary_text import summarise_comparison
 from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
 from slop_hf.experiments.write import write_comparison
 
@@ -22,7 +22,7 @@ def test_everything_lies_in_the_directory(tmp_path):
     text = (directory / "comparison.md").read_text()
     assert text.startswith("# SLOP beside other ways to the same target · nano\n\nDoes growth pay?\n\n")
     assert (
-        " ".join(summarize_comparison(found)) in text and "Run on two CPU cores, slop-hf 0.1.0, torch 2.8.0.\n" in text
+        " ".join(summarise_comparison(found)) in text and "Run on two CPU cores, slop-hf 0.1.0, torch 2.8.0.\n" in text
     )
     for cells in (tabulate_arms(found), tabulate_arm_stages(found), tabulate_ledger(found)):
         assert cells.markdown() in text

@@ -56,7 +56,7 @@ def compare_command(
     """
     from ..experiments.jobs import add_shared_prefixes, build_jobs  # with torch, which `slop --help` does without
     from ..experiments.running import find_ended
-    from ..experiments.summary_text import summarize_comparison
+    from ..experiments.summary_text import summarise_comparison
     from ..experiments.tables import build_arms_table, build_ledger_table
 
     experiment = _select_arms(slop_hf.Experiment.from_yaml(config, scale, read_changes(change)), arm or [], seeds)
@@ -82,7 +82,7 @@ def compare_command(
     console = Console()
     console.print(build_arms_table(comparison))
     console.print(build_ledger_table(comparison))
-    for sentence in summarize_comparison(comparison):
+    for sentence in summarise_comparison(comparison):
         console.print(sentence)
     print(f"written: {root / 'comparison.md'}, with figures and comparison.json next to it")
     if record is not None:

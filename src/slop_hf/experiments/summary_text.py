@@ -14,12 +14,12 @@ from .tables import format_spread
 _MAX_NAMES = 5  # per sentence
 
 
-def summarize_comparison(comparison: Comparison) -> list[str]:
+def summarise_comparison(comparison: Comparison) -> list[str]:
     """Return sentences on the lowest loss at an equal budget, whether growth paid, what it saved, and how sure it is.
 
     Losses differ *beyond the spread of seeds* if every run of one arm ends below every run of the other.
 
-    >>> summarize_comparison(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}, missing=("slop, seed 0",)))
+    >>> summarise_comparison(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}, missing=("slop, seed 0",)))
     ['No run at the full budget has finished.', 'One run has not finished: slop, seed 0.']
     """
     baseline_arm = find_baseline(comparison)

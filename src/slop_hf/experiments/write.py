@@ -16,7 +16,7 @@ from .jobs import add_shared_prefixes, build_jobs
 from .loss_curves import draw_arm_curves
 from .planner_accuracy import describe_planner_accuracy, draw_utility, tabulate_predictions
 from .running import JobEndCallback, describe_machine, run_experiment
-from .summary_text import summarize_comparison
+from .summary_text import summarise_comparison
 from .tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
 
 COMPARISON_MARKDOWN, COMPARISON_JSON = "comparison.md", "comparison.json"
@@ -116,7 +116,7 @@ def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> st
     parts = [
         f"# {comparison.title} · {comparison.scale}",
         comparison.about,
-        " ".join(summarize_comparison(comparison)),
+        " ".join(summarise_comparison(comparison)),
         table.markdown(),
         "\n".join(f"- **{heading}**: {text}" for heading, text in ARM_COLUMN_MEANINGS.items() if heading in headings),
     ]

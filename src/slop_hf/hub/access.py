@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from ..errors import HubError, SlopError
 from ..io.hub_address import Address
-from ..io.network_errors import find_status, is_transient, summarize_error
+from ..io.network_errors import find_status, is_transient, summarise_error
 from ..io.retry import RetryPolicy
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def describe_failure(caught: Exception, address: Address, doing: str, api: HfApi
         root = root.__cause__
     status, action, repo = find_status(root), f"{doing} {address}", address.repo_id
     if isinstance(caught, HFValidationError):
-        return HubError(f"{repo!r} is not a valid repository name: {summarize_error(caught)}; give user/name")
+        return HubError(f"{repo!r} is not a valid repository name: {summarise_error(caught)}; give user/name")
     if isinstance(caught, RevisionNotFoundError):
         return HubError(f"{repo} has no revision {address.revision!r}{_list_revisions(address, api)}")
     if status == 401 and not isinstance(caught, RepositoryNotFoundError):
@@ -103,11 +103,11 @@ def describe_failure(caught: Exception, address: Address, doing: str, api: HfApi
         return HubError(f"{action}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
     if isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or (status is None and _may_pass(caught)):
         return HubUnreachable(
-            f"{action}: the Hub cannot be reached ({summarize_error(root)}); check the network, and HF_HUB_OFFLINE"
+            f"{action}: the Hub cannot be reached ({summarise_error(root)}); check the network, and HF_HUB_OFFLINE"
         )
     if isinstance(caught, EntryNotFoundError):
         return HubFileMissing(f"{action}: there is no such file; choose a revision that slop-hf has published")
-    return HubError(f"{action} failed: {summarize_error(root)}; you can try again at any time")
+    return HubError(f"{action} failed: {summarise_error(root)}; you can try again at any time")
 
 
 def _may_pass(caught: BaseException) -> bool:

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import HubError
-from ..io.network_errors import summarize_error
+from ..io.network_errors import summarise_error
 from ..io.retry import RetryPolicy
 from ..io.serialization import Json
 from ..runs.directory import RunDirectory
@@ -129,7 +129,7 @@ class PublishCallback(StageCallback):
         with self._changed:
             patience = self.patience if self._publisher.run.is_finished else min(self.patience, STOPPED_PATIENCE)
             self._changed.wait_for(lambda: not self._waiting, timeout=patience)
-        return self._summarize(self._publisher)
+        return self._summarise(self._publisher)
 
     def __enter__(self) -> PublishCallback:
         return self
@@ -163,14 +163,14 @@ class PublishCallback(StageCallback):
         try:
             publisher.open()
         except Exception as caught:  # a warning now is better than one at the end of a stage, when it is tried again
-            logger.warning(f"stages cannot be published yet: {summarize_error(caught)}")
+            logger.warning(f"stages cannot be published yet: {summarise_error(caught)}")
         while True:
             number = self._queue.get()
             try:
                 self.published[number] = publisher.publish(number)
                 self.failed.pop(number, None)
             except Exception as caught:  # whatever it is, training continues
-                self.failed[number] = summarize_error(caught)
+                self.failed[number] = summarise_error(caught)
                 logger.warning(f"could not publish stage {number}: {self.failed[number]}")
                 if isinstance(caught, HubUnreachable):
                     self._give_up(self.failed[number])
@@ -186,7 +186,7 @@ class PublishCallback(StageCallback):
             with self._changed:
                 self._waiting.discard(number)
 
-    def _summarize(self, publisher: Publisher) -> str:
+    def _summarise(self, publisher: Publisher) -> str:
         names = publisher.run.schedule.stage_names
         done = ", ".join(names[number] for number in sorted(self.published))
         lines = [f"published to {publisher.repo_id}: {done or 'nothing'}"]

@@ -50,10 +50,10 @@ def get_first_line(caught: BaseException) -> str:
     return message or type(caught).__name__
 
 
-def summarize_error(caught: BaseException) -> str:
+def summarise_error(caught: BaseException) -> str:
     """Return the first line of an exception's message without what may be secret: passwords, tokens, signatures.
 
-    >>> summarize_error(OSError("403 for https://me:pw@host/a?Signature=xyz with Bearer abc"))
+    >>> summarise_error(OSError("403 for https://me:pw@host/a?Signature=xyz with Bearer abc"))
     '403 for https://host/a with Bearer ...'
     """
     line = re.sub(r"\b(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\")]*", r"\1\2", get_first_line(caught))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .network_errors import find_retry_after, is_transient, summarize_error
+from .network_errors import find_retry_after, is_transient, summarise_error
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class Retries:
         logger.warning(
             "%s: %s; attempt %d of %d in %.1f s",
             self.doing,
-            summarize_error(caught),
+            summarise_error(caught),
             self.failures + 1,
             self.policy.attempts,
             seconds,
