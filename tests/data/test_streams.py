@@ -20,7 +20,7 @@ from slop_hf.data import download
 from slop_hf.data.config import Format, Source
 from slop_hf.data.sources import DocumentStream, discard_downloads
 from slop_hf.errors import DataError
-from slop_hf.io.network_errors import summarize_error
+from slop_hf.io.network_errors import summarise_error
 from slop_hf.io.retry import Retries, RetryPolicy
 
 TEXTS = ["first", "zwei ☕", "третий\u2028still", "four " * 50, *(f"document {i}" for i in range(5, 40)), "last"]
@@ -398,7 +398,7 @@ def test_secrets_stay_out_of_messages_and_files(tmp_path: Path, caplog: pytest.L
     assert "secret" not in str(raised.value)
     with pytest.raises(DataError, match="malformed"):
         DocumentStream(Source("https://localhost:port/a.txt"))
-    assert summarize_error(OSError("Bearer abc hf_abc123 x")) == "Bearer ... hf_ ... x"
+    assert summarise_error(OSError("Bearer abc hf_abc123 x")) == "Bearer ... hf_ ... x"
 
 
 def test_downloads_are_discarded(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_downloads_are_discarded(tmp_path: Path) -> None:
         source = Source([server.url("a.parquet"), "python-stdlib"])
         next(iter(DocumentStream(source)))
         assert len(downloads(tmp_path)) == 2  # the file, and its identity
-        discard_downloads(source)
+        discard_downloads(source, None)
     assert not downloads(tmp_path)
 
 

@@ -217,7 +217,7 @@ def _tokenize(source: _CachedSource, config: DataConfig, tokenizer: PreTrainedTo
         )
         record.to_json(building / "source.json")
         building.rename(source.folder)
-    discard_downloads(source.source, cache_dir=config.cache_dir)
+    discard_downloads(source.source, config.cache_dir)
 
 
 def _lock(folder: Path) -> FileLock:

@@ -21,26 +21,26 @@ from filelock import FileLock
 
 from ..errors import DataError
 from ..io.files import write_text
-from ..io.network_errors import find_status, is_transient, summarize_error
+from ..io.network_errors import find_status, is_transient, summarise_error
 from ..io.retry import Retries, RetryPolicy
 from ..io.serialization import Json, hash_json, read_json, to_json
 
 T = TypeVar("T")
 
-RETRY_POLICY = RetryPolicy()  # of URLs and Hub datasets; failures in a row without progress count
+RETRY_POLICY = RetryPolicy()  # for URLs and Hub datasets; it counts failures in a row without progress
 TIMEOUT = 60.0  # seconds without a byte
-PIECE_BYTES = 16 * 2**20  # asked for at a time
+PIECE_BYTES = 16 * 2**20  # per request
 _BUFFER_BYTES = 2**18
 
-#: What tells whether a server still has the same file; None for what it does not say.
+#: Headers by which a server's file is recognised; None for those that it does not send.
 FileIdentity = TypedDict("FileIdentity", {"size": int | None, "ETag": str | None, "Last-Modified": str | None})
 
 
 class RemoteFile:
-    """A file at a URL, which outlives dropped connections and interrupted programs.
+    """A file at a URL, readable despite dropped connections and interrupted programs.
 
-    Its bytes are appended to a file in the cache, a piece at a time, when they are first read. A later reader starts
-    with the bytes that are there, if the server still has the same file.
+    Its bytes are appended to a file in the cache, a piece at a time, when they are first read. A later reader uses the
+    downloaded bytes if the server still has the same file.
 
     Args:
         url: address of the file.
@@ -80,13 +80,15 @@ class RemoteFile:
         Raises:
             DataError: if the server has another file.
         """
-        if self.identity is not None and not _may_be_same(self.identity, identity):
+        if self.identity is None:
+            self.look_up()
+        assert self.identity is not None
+        if not _may_be_same(self.identity, identity):
             raise DataError(
                 f"{self.name} has changed on the server since reading began (then {_describe(identity)}, now "
                 f"{_describe(self.identity)}): bring the old file back, or begin again without the state of the "
                 "earlier run"
             )
-        self.identity = self.identity or identity
 
     def open(self, offset: int = 0) -> BinaryIO:
         """Return a stream of the bytes of the file from an offset on; the download grows as it is read."""
@@ -145,7 +147,7 @@ class RemoteFile:
             try:
                 response = self._send({"Range": f"bytes={start}-{start + PIECE_BYTES - 1}"})
             except HTTPError as caught:
-                if caught.code == 416 and self.identity["size"] is None:  # nothing lies behind what is there
+                if caught.code == 416 and self.identity["size"] is None:  # no bytes are left
                     self.identity["size"] = start
                     return False
                 raise
@@ -159,16 +161,16 @@ class RemoteFile:
         assert seen is not None
         self.expect(seen)
         if first not in (0, start):
-            raise ConnectionError("the server gave another part of the file than was asked for")
+            raise ConnectionError("the server sent another part of the file than requested")
         # A server that knows no ranges sends the whole file again.
         with self._path.open("ab" if first else "wb") as file:
             end = first
-            # read1 returns what has arrived; read would lose it if a body in chunks breaks off.
+            # read would lose the bytes that have arrived if a chunked body breaks off.
             while chunk := response.read1(_BUFFER_BYTES):
                 end += file.write(chunk)
-        if response.length:
+        if response.length or (response.status == 206 and end == first):
             raise ConnectionError(f"the connection ended at byte {end} of {size}")
-        if size is None:
+        if response.status == 200:
             self.identity["size"] = end
 
     def _ask_for_identity(self) -> FileIdentity:
@@ -218,7 +220,7 @@ def wait_or_give_up(retries: Retries, caught: BaseException) -> None:
     if not retries.wait_after(caught):
         raise DataError(
             f"{retries.doing} failed {retries.failures} times in a row, the last time with: "
-            f"{summarize_error(caught)}; check the network, then run it again: it resumes where it stopped"
+            f"{summarise_error(caught)}; check the network, then run it again: it resumes where it stopped"
         ) from caught
 
 
@@ -280,6 +282,6 @@ def _explain_refusal(name: str, caught: BaseException) -> DataError:
         416: "the file has changed on the server: bring the old file back, or begin again",
     }
     # The message of InvalidURL may hold a part of a password.
-    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else summarize_error(caught)
+    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else summarise_error(caught)
     remedy = remedies.get(find_status(caught) or 0, "open the URL in a browser, and correct it")
     return DataError(f"cannot read {name} ({reason}): {remedy}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol, TypeAlias
 
 from ..errors import DataError
-from ..io.network_errors import summarize_error
+from ..io.network_errors import summarise_error
 from ..io.serialization import Json
 from .config import Format
 
@@ -250,5 +250,5 @@ def _explain_errors(file: File) -> Iterator[None]:
         raise
     except Exception as caught:  # the system, zlib, lzma and pyarrow: their errors share no base
         raise DataError(
-            f"cannot read {file.name} ({summarize_error(caught)}): if it is cut off or damaged, get it again"
+            f"cannot read {file.name} ({summarise_error(caught)}): if it is cut off or damaged, get it again"
         ) from caught

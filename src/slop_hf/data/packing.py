@@ -188,7 +188,7 @@ class PackedDataset(Dataset[Block]):
         ]
 
     def __getstate__(self) -> dict[str, object]:
-        # A pickled map would contain all tokens.
+        # A pickled memory map would contain all tokens.
         return {**self.__dict__, "_rows": None}
 
 

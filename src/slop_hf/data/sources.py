@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, TypedDict
 from huggingface_hub import constants
 
 from ..errors import DataError
-from ..io.network_errors import is_transient, summarize_error
+from ..io.network_errors import is_transient, summarise_error
 from ..io.retry import Retries
 from ..io.serialization import Json
 from . import download
@@ -112,7 +112,7 @@ def read_documents(source: Source, *, cache_dir: str | None = None) -> Iterator[
     return iter(DocumentStream(source, cache_dir=cache_dir))
 
 
-def discard_downloads(source: Source, *, cache_dir: str | None = None) -> None:
+def discard_downloads(source: Source, cache_dir: str | None) -> None:
     """Delete the downloads of a source from the cache."""
     for place in source.places:
         if is_url(place):
@@ -175,7 +175,7 @@ def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[s
 
 
 class _Place(Protocol):
-    """A place that can be checked, and read from any cursor on."""
+    """A place that can be checked, and read from any cursor."""
 
     name: str
 
@@ -212,7 +212,7 @@ class _Files:
                 next(self.read(None), None)
 
     def read(self, start: Cursor) -> Texts:
-        """Yield texts from a cursor on: [name of a file, its identity, cursor in it]."""
+        """Yield texts; a cursor is [name of a file, its identity, cursor in it]."""
         first_name, identity, first_cursor = start or ("", None, None)
         if start and first_name not in self.files:
             raise DataError(f"{self.name} no longer has the file {first_name!r}, which the state needs: bring it back")
@@ -253,7 +253,7 @@ class _HubDataset:
                 raise
             except Exception as caught:  # datasets, hub client, pyarrow and the network: their errors share no base
                 self._dataset = None
-                if constants.HF_HUB_OFFLINE or not is_transient(caught):  # offline by the user's wish, which stays
+                if constants.HF_HUB_OFFLINE or not is_transient(caught):
                     self._refuse(caught)
                 download.wait_or_give_up(retries, caught)
 
@@ -275,6 +275,6 @@ class _HubDataset:
     def _refuse(self, caught: Exception) -> NoReturn:
         raise DataError(
             f"source {self.name!r} is not a local path, and its split {self.source.split!r} cannot be read from the "
-            f"Hub ({summarize_error(caught)}): check the name (owner/name or owner/name:config), the split, "
+            f"Hub ({summarise_error(caught)}): check the name (owner/name or owner/name:config), the split, "
             "`hf auth login`, the network and HF_ENDPOINT, or use a local path"
         ) from caught
