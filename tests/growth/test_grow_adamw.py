@@ -160,10 +160,7 @@ def compared(model, operator, new, init):
     rule = grow_adamw_state({name: {"exp_avg": gradient} for name, gradient in old.items()}, plan)
     for parameter in plan.parameters():
         if not parameter.zeroed:
-            old_slots = [
-                torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps
-            ]
-            index = torch.meshgrid(*old_slots, indexing="ij")
+            index = index_old_entries(parameter)
             scale = old[parameter.source].abs().max()
             yield parameter, new_gradients[parameter.name][index], rule[parameter.name]["exp_avg"][index], scale
 
@@ -214,10 +211,7 @@ def test_second_moments_take_the_square(power):
     for operator, new, init in GROWTHS[1:]:
         for parameter in plan_growth(model.config, operator, new, init=init).parameters():
             moment = torch.rand([axis.old_size for axis in parameter.maps]).double()
-            old_slots = [
-                torch.tensor([i for i, slot in enumerate(a.source) if slot is not None]) for a in parameter.maps
-            ]
-            index = torch.meshgrid(*old_slots, indexing="ij")
+            index = index_old_entries(parameter)
             first, grown = grow_moment(moment, parameter, 1)[index], grow_moment(moment**power, parameter, power)
             assert torch.allclose(first**power, grown[index])
 
