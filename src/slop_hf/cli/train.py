@@ -136,9 +136,9 @@ def show_preview(
         rows,
         total=("sum", "", "", f"{tokens:,}", f"{spans[-1].end_step:,}", f"{flops:.3g}"),
         wraps=("structure",),
-        caption=f"memory per device, largest in {spans[largest].name}: {format_bytes(memory.total)} = {sizes} "
-        f"({settings}, {precision}{more})",
     )
+    print(f"memory per device, largest in {spans[largest].name}: {format_bytes(memory.total)} = {sizes}")
+    print(f"({settings}, {precision}{more})")
 
 
 def show_outcome(output: Path, *, as_json: bool = False) -> None:
