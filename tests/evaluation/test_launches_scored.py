@@ -66,4 +66,4 @@ def test_processes_share_perplexity_and_refuse_lm_eval_on_cpus(config, tmp_path,
         together = RunDirectory(tmp_path / "run").evaluations(number)[-1 if number == 0 else 0]
         assert together.metrics == pytest.approx(records[0].metrics, rel=1e-12)
     code, text = launch(*SHARED, "eval", tmp_path / "run", "--tasks", "piqa", "--datasets", datasets_dir)
-    assert code and "over several GPUs of one machine only" in text, text[-4000:]
+    assert code and "only among several GPUs of one machine" in text, text[-4000:]
