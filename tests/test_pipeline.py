@@ -45,7 +45,9 @@ def test_what_cannot_run_is_refused_first(config, tmp_path):
     with pytest.raises(HubError, match="is not an address"):
         train_run(RunConfig.from_yaml(config), output, from_stage="no address")
     with pytest.raises(HubError, match="hub_strategy 'checkpoint'"):
-        train_run(RunConfig.from_yaml(config, {"training": {"push_to_hub": True, "hub_strategy": "checkpoint"}}), output)
+        train_run(
+            RunConfig.from_yaml(config, {"training": {"push_to_hub": True, "hub_strategy": "checkpoint"}}), output
+        )
     assert not output.exists()
 
 

@@ -52,7 +52,9 @@ def test_grow(model_dir, tmp_path, output_of, error_of):
         "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "no"
     )
     assert "is not a model directory" in error_of("grow", tmp_path, "-o", tmp_path / "x", "--hidden-size", 64)
-    assert "could be downloaded from the Hub" in error_of("grow", "no/model", "-o", tmp_path / "x", "--hidden-size", 64)
+    assert "could be downloaded from the Hub" in error_of(
+        "grow", "no/model", "-o", tmp_path / "x", "--hidden-size", 64
+    )
 
 
 def test_grow_options(model_dir, tmp_path, output_of, error_of):
