@@ -356,7 +356,7 @@ def test_candidates_that_have_not_improved_come_last_by_their_loss():
     found = report_of(result("dear", 4.3, -0.3 / 4), result("cheap", 4.2, -0.2), result("gains", 3.9, 0.1))
     assert [one.name for one in found.results] == ["gains", "cheap", "dear"]
     assert found.not_improved == ("cheap", "dear")
-    assert any("not below" in sentence and "cheap, dear" in sentence for sentence in describe_probe(found))
+    assert any("not yet below" in sentence and "cheap, dear" in sentence for sentence in describe_probe(found))
 
 
 def test_by_loss_the_lowest_is_best_and_by_utility_the_highest():
@@ -464,7 +464,7 @@ def test_slop_probe_tries_inits_from_a_stage_and_writes_the_best(output_of, run_
 
 def test_slop_probe_refuses_in_one_line(error_of, run_file, tmp_path):
     out = tmp_path / "out"
-    assert "give one of --top-k, --inits and --next" in error_of(
+    assert "give only one of --top-k, --inits and --next" in error_of(
         "probe", run_file, "-o", out, "-k", 2, "--next", "ffn"
     )
     assert "whole number of tokens" in error_of("probe", run_file, "-o", out, "--lag", "1.5")
