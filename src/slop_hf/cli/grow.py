@@ -14,7 +14,7 @@ from ..dims import ModelDims
 from ..errors import GrowthError
 from ..io.serialization import read_json
 from ..io.units import format_duration
-from ..operators import find_operators
+from ..operators import find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
 from .shared import AsJson, print_json, split_list
 
@@ -105,9 +105,7 @@ def _build_stage(directory: Path, old: ModelDims, sizes: dict[str, int], init: s
     """Return the growth that the options for sizes and inits describe."""
     if not sizes:
         raise GrowthError("nothing to grow: give at least one new size, such as --num-hidden-layers, or --schedule")
-    if "num_attention_heads" in sizes and old.num_key_value_heads == old.num_attention_heads:
-        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
-    new = old.replace(**sizes)
+    new = grow_dims(old, sizes)
     operators = find_operators(old, new)
     if not operators:
         raise GrowthError(f"nothing to grow: {directory} has {old} already")
