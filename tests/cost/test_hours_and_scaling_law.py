@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
-from slop_hf.cost.flops import count_parameters, count_flops_per_token
+from slop_hf.cost.flops import count_flops_per_token, count_parameters
 from slop_hf.cost.hours import CostModel, Measurement
 from slop_hf.cost.scaling_law import HOFFMANN, ScalingLaw
 from slop_hf.planning.budget import share_tokens_by_utility

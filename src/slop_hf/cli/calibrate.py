@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cost.flops import TRAINING_BYTES_PER_PARAMETER, count_flops_per_token, count_parameters
+from ..cost.flops import count_flops_per_token, count_parameters
 from ..cost.hours import CostModel
+from ..cost.memory import BYTES_PER_PARAMETER
 from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
 from ..io.serialization import Json
@@ -165,7 +166,7 @@ def _describe(dims: ModelDims, config: ModelConfig, batch_size: int, sequence_le
         "structure": str(dims),
         "parameters": parameters,
         "flops_per_step": count_flops_per_token(dims, config, sequence_length) * batch_size * sequence_length,
-        "training_state_bytes": parameters * TRAINING_BYTES_PER_PARAMETER,
+        "training_state_bytes": parameters * sum(BYTES_PER_PARAMETER["fp32"]),
     }
 
 

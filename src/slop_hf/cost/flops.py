@@ -17,9 +17,6 @@ from ..dims import DimsLike, ModelConfig, Size
 #: The paper's model, and the default: Llama with Llama's SentencePiece vocabulary, untied.
 DEFAULT_CONFIG: ModelConfig = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
 
-#: Bytes of training state in float32 with AdamW: weights, gradients and two moments, without activations.
-TRAINING_BYTES_PER_PARAMETER = 16
-
 
 def count_paper_params(dims: DimsLike[Size]) -> Size:
     """Count parameters as the paper's objective does: `l * (6h^2 + 3hf)`.
@@ -65,13 +62,6 @@ def count_flops_per_token(
     rows = [row for row in get_architecture(config).rows(config, tied=True) if row.kind == "projection"]
     weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
     return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
-
-
-def count_weight_bytes(
-    dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, bytes_per_parameter: int = 4
-) -> Size:
-    """Count the bytes of the weights alone: 4 per parameter in float32, 2 in bfloat16."""
-    return count_parameters(dims, config) * bytes_per_parameter
 
 
 def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:

@@ -28,6 +28,7 @@ def write_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = make_temporary_path(target)
+    _remove(temporary)
     try:
         yield temporary
         flush_to_disk(temporary)
@@ -52,7 +53,7 @@ def write_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     temporary = make_temporary_path(target)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -63,6 +64,14 @@ def write_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _remove(leftover: Path) -> None:
+    """Remove the file or the directory that a killed process left, if there is one."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: str | os.PathLike[str]) -> None:

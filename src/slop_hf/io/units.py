@@ -6,14 +6,12 @@ A missing value (None) is `NOTHING`. Bytes are decimal, as disks and `max_shard_
 from __future__ import annotations
 
 import math
-import re
 
 #: The text of a value that does not exist.
 NOTHING = "–"
 
 _COUNT_UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 _BYTE_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-_BINARY_UNITS = (("TIB", 2.0**40), ("GIB", 2.0**30), ("MIB", 2.0**20), ("KIB", 2.0**10))
 
 
 def format_count(count: float | None) -> str:
@@ -42,24 +40,6 @@ def format_bytes(nbytes: float | None) -> str:
         if nbytes >= size * 0.9995:
             return f"{_format_three_digits(nbytes / size)} {unit}"
     return f"{nbytes:,.0f} B"
-
-
-def parse_bytes(text: int | str) -> int:
-    """Read a number of bytes, such as `5GB` or `200 MiB`.
-
-    Raises:
-        ValueError: for anything else.
-
-    >>> parse_bytes("5GB"), parse_bytes("1 KiB"), parse_bytes(1024)
-    (5000000000, 1024, 1024)
-    """
-    if isinstance(text, int):
-        return text
-    sizes = {"B": 1.0, **{unit.upper(): size for unit, size in _BYTE_UNITS}, **dict(_BINARY_UNITS)}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    if match is None or match[2].upper() not in sizes:
-        raise ValueError(f"{text!r} is not a size: give a number and a unit, such as 5GB")
-    return round(float(match[1]) * sizes[match[2].upper()])
 
 
 def format_duration(seconds: float | None) -> str:
