@@ -19,7 +19,7 @@ Weight matrices are listed as `torch.nn.Linear` stores them: (axis that is writt
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .dims import ModelConfig
@@ -77,7 +77,6 @@ class Architecture:
     """A model family: its axis table, and how its forward pass differs from Llama's.
 
     Args:
-        model_type: name of the family in transformers configs.
         parameters: rows of the table, in any order.
         norm: "rms" for RMSNorm; "layer" for LayerNorm, which also subtracts the mean.
         norm_eps: config field that holds the epsilon of the norms.
@@ -99,9 +98,7 @@ class Architecture:
     def rows(self, config: ModelConfig, *, tied: bool = False) -> Iterator[Parameter]:
         """Yield the rows of the parameters that a model with this config has.
 
-        Args:
-            config: transformers config, or its dict.
-            tied: whether to include parameters that share another's storage (they take part in a matrix product too).
+        With `tied`, also those that share another's storage (they take part in a matrix product too).
         """
         for row in self.parameters:
             is_tied = row.tied_to is not None and read_setting(config, "tie_word_embeddings", False)
@@ -150,26 +147,22 @@ _PRE_NORMS = (_norm("input_layernorm"), _norm("post_attention_layernorm"))
 _CORE = (_EMBEDDING, *_ATTENTION, *_GATED_FFN, _FINAL_NORM, _HEAD)
 
 
-def _qkv_biases(exists_if: str | None) -> tuple[Parameter, ...]:
-    return (
-        _layer("self_attn.q_proj.bias", ("query",), "bias", exists_if=exists_if, part="query"),
-        _layer("self_attn.k_proj.bias", ("key_value",), "bias", exists_if=exists_if, part="key"),
-        _layer("self_attn.v_proj.bias", ("key_value",), "bias", exists_if=exists_if, part="value"),
+def _biases(rows: tuple[Parameter, ...], exists_if: str | None) -> tuple[Parameter, ...]:
+    """Return the biases of weights: each has the axis that its weight writes."""
+    names = [row.name.replace(".weight", ".bias") for row in rows]
+    return tuple(
+        replace(row, name=name, axes=row.axes[:1], kind="bias", exists_if=exists_if)
+        for row, name in zip(rows, names, strict=True)
     )
 
 
-_OUTPUT_BIAS = _layer("self_attn.o_proj.bias", ("hidden",), "bias", exists_if="attention_bias")
-_FFN_BIASES = (
-    _layer("mlp.gate_proj.bias", ("ffn",), "bias", exists_if="mlp_bias"),
-    _layer("mlp.up_proj.bias", ("ffn",), "bias", exists_if="mlp_bias"),
-    _layer("mlp.down_proj.bias", ("hidden",), "bias", exists_if="mlp_bias"),
-)
+_ATTENTION_BIASES = _biases(_ATTENTION, "attention_bias")
 
-LLAMA = Architecture("llama", (*_CORE, *_PRE_NORMS, *_qkv_biases("attention_bias"), _OUTPUT_BIAS, *_FFN_BIASES))
+LLAMA = Architecture("llama", (*_CORE, *_PRE_NORMS, *_ATTENTION_BIASES, *_biases(_GATED_FFN, "mlp_bias")))
 
 MISTRAL = Architecture("mistral", (*_CORE, *_PRE_NORMS))
 
-QWEN2 = Architecture("qwen2", (*_CORE, *_PRE_NORMS, *_qkv_biases(None)))
+QWEN2 = Architecture("qwen2", (*_CORE, *_PRE_NORMS, *_biases(_ATTENTION[:3], None)))  # not of the output projection
 
 QWEN3 = Architecture(
     "qwen3",
@@ -178,8 +171,7 @@ QWEN3 = Architecture(
         *_PRE_NORMS,
         _norm("self_attn.q_norm", "head_dim"),
         _norm("self_attn.k_norm", "head_dim"),
-        *_qkv_biases("attention_bias"),
-        _OUTPUT_BIAS,
+        *_ATTENTION_BIASES,
     ),
 )
 
@@ -191,8 +183,7 @@ GEMMA2 = Architecture(
         _norm("post_attention_layernorm", is_post_norm=True),
         _norm("pre_feedforward_layernorm"),
         _norm("post_feedforward_layernorm", is_post_norm=True),
-        *_qkv_biases("attention_bias"),
-        _OUTPUT_BIAS,
+        *_ATTENTION_BIASES,
     ),
     gain_offset=1.0,
     scales_embedding=True,
@@ -241,10 +232,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(config: ModelConfig) -> Architecture:
-    """Return the axis table of a config's family.
-
-    Raises:
-        ArchitectureError: if the family has no table.
+    """Return the axis table of a config's family; raise an `ArchitectureError` if it has none.
 
     >>> get_architecture({"model_type": "llama"}).model_type
     'llama'

@@ -363,6 +363,9 @@ def same(one, other):
 def test_files_are_stock_safetensors(tmp_path):
     model, optimizer = trained()
     state = read_adamw_state(optimizer, model)
+    leftover = tmp_path / ".optimizer.safetensors.writing"  # of a killed run of an earlier release
+    leftover.mkdir()
+    (leftover / "exp_avg").write_text("half")
     path = save_adamw_state(state, tmp_path / "optimizer.safetensors")
     stock = load_file(path)
     assert torch.equal(stock["exp_avg_sq/lm_head.weight"], state["lm_head.weight"]["exp_avg_sq"])

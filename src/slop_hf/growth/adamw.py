@@ -112,10 +112,7 @@ def grow_moment(
     """Return one of AdamW's moments of a grown parameter.
 
     Args:
-        moment: moment of the old parameter, of its shape.
-        plan: plan of the parameter.
         power: 1 for `exp_avg`, 2 for `exp_avg_sq`.
-        step: as for `grow_adamw_state`.
         has_no_gradient: whether the gradient is 0 because nothing reads the parameter's output yet.
         out: tensor to write the result into; None allocates one.
 
@@ -206,18 +203,17 @@ def grow_optimizer_state_dict(
 def _sort_by_layer(grown: Sequence[ParameterPlan], old_names: Sequence[str]) -> list[ParameterPlan]:
     """Sort a group's grown parameters as a model lists them, layer by layer, given the order of the old ones."""
     position = {name: index for index, name in enumerate(old_names)}
-    in_layer: dict[str, int] = {}  # table row -> first position of one of its parameters
-    for parameter in grown:
+    row_position: dict[str, int] = {}  # table row of a layer -> first position of one of its parameters
+    for parameter in sorted(grown, key=lambda parameter: position[parameter.source]):
         if parameter.row.is_in_layer:
-            row, index = parameter.row.name, position[parameter.source]
-            in_layer[row] = min(in_layer.get(row, index), index)
-    first = min(in_layer.values(), default=0)
+            row_position.setdefault(parameter.row.name, position[parameter.source])
+    first = min(row_position.values(), default=0)
 
     def sort_key(parameter: ParameterPlan) -> tuple[int, int, int]:
         if not parameter.row.is_in_layer:
             return position[parameter.source], 0, 0
         layer = parameter.name[parameter.row.name.index(LAYER) :].partition(".")[0]
-        return first, int(layer), in_layer[parameter.row.name]
+        return first, int(layer), row_position[parameter.row.name]
 
     return sorted(grown, key=sort_key)
 
@@ -242,8 +238,7 @@ def grow_optimizer_file(
     """
     _check_step(step)
     target = Path(target)
-    if target.suffix != ".safetensors":
-        target = target / OPTIMIZER_FILE
+    target = target if target.suffix == ".safetensors" else target / OPTIMIZER_FILE
     if target.exists():
         raise GrowthError(f"{target} exists already; choose another target, nothing is overwritten")
     stored = read_state_headers(source)
@@ -255,8 +250,7 @@ def grow_optimizer_file(
         for key, entry in stored[parameter.source].items()
     }
     layout = {
-        name: (entry.dtype, parameter.new_shape if key in GRADIENT_POWERS else entry.shape)
-        for name, (key, entry, parameter) in entries.items()
+        name: (entry.dtype, entry.shape if key == "step" else p.new_shape) for name, (key, entry, p) in entries.items()
     }
     grown = (
         (name, grow_entry(key, read_tensor(entry), parameter, step, parameter.name in without_gradient))
@@ -290,14 +284,7 @@ def load_adamw_file(path: str | Path) -> AdamWState:
 
 
 def read_state_headers(source: str | Path) -> dict[str, dict[str, StoredTensor]]:
-    """Return the location of each parameter's `exp_avg`, `exp_avg_sq` and `step`; only headers are read.
-
-    Args:
-        source: file, or directory with `optimizer.safetensors` or shards of it.
-
-    Raises:
-        GrowthError: if the files are missing, corrupt or not in this layout.
-    """
+    """Return the locations of what `load_adamw_file` loads; only headers are read."""
     source = Path(source)
     files = [source]
     if source.is_dir():
@@ -320,7 +307,6 @@ def read_state_headers(source: str | Path) -> dict[str, dict[str, StoredTensor]]
 
 def _write(target: Path, layout: Mapping[str, TensorLayout], tensors: Iterable[tuple[str, torch.Tensor]]) -> Path:
     with name_file_in_errors(target), write_file(target) as temporary:
-        temporary.unlink(missing_ok=True)  # left by a killed process
         shard = plan_shard(temporary.name, layout)
         create_shard(target.parent, shard)
         locations = {tensor.name: tensor for tensor in shard.tensors}
@@ -337,17 +323,14 @@ def grow_entry(
     has_no_gradient: bool,
     out: torch.Tensor | None = None,
 ) -> Entry:
-    """Return one grown entry of a parameter's state; arguments as for `grow_moment`.
-
-    Raises:
-        GrowthError: if the entry is not AdamW's, and as for `grow_moment`.
-    """
+    """Return one grown entry of a parameter's state; arguments and errors as for `grow_moment`."""
     if key == "step":
         copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
         return copy if step == "keep" else copy * 0
     if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor):
-        expected = ", ".join(GRADIENT_POWERS)
-        raise GrowthError(f"{plan.source} has the state {key!r}, which is not AdamW's: {expected} and step")
+        raise GrowthError(
+            f"{plan.source} has the state {key!r}, which is not AdamW's: {', '.join(GRADIENT_POWERS)} and step"
+        )
     return grow_moment(value, plan, GRADIENT_POWERS[key], step=step, has_no_gradient=has_no_gradient, out=out)
 
 
@@ -363,16 +346,7 @@ def _check_step(step: str) -> None:
 
 
 def check_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:
-    """Raise unless a state belongs to the model being grown.
-
-    Args:
-        names: names of the parameters that have a state.
-        plan: growth of the model.
-        origin: name of the state, for the error message.
-
-    Raises:
-        GrowthError: naming the parameter that is missing or unexpected.
-    """
+    """Raise unless the parameters that have a state, in the file or directory `origin`, are those being grown."""
     expected, names = {parameter.source for parameter in plan.parameters()}, set(names)
     if missing := sorted(expected - names):
         raise GrowthError(f"{origin} has no {missing[0]}; grow the state of an AdamW that has taken a step")

@@ -20,8 +20,6 @@ class Segment(NamedTuple):
     """Consecutive slots of a grown axis that come from consecutive old slots, or are all new.
 
     Args:
-        start: first slot.
-        length: number of slots.
         old: old slot that the first slot comes from; None if the slots are new.
         copies: number of slots, over the whole axis, that come from each of these old slots.
         operator: operator that added the slots, if they are new.
@@ -38,12 +36,8 @@ class Segment(NamedTuple):
 class AxisMap:
     """The origin of every slot of a grown axis.
 
-    A map is stored as a few segments, because tensors are copied and filled block by block: one block for each
-    combination of segments, one per dimension.
-
-    Args:
-        old_size: number of slots before growth.
-        segments: slots after growth, from the first to the last without a gap.
+    A map is stored as a few segments, from the first slot to the last without a gap, because tensors are copied and
+    filled block by block: one block for each combination of segments, one per dimension.
 
     >>> AxisMap.append(2, 4, "ffn").source
     [0, 1, None, None]
@@ -80,8 +74,6 @@ class AxisMap:
 
         Args:
             source: old unit of each new unit.
-            old_size: number of slots before growth.
-            operator: operator that adds the new slots.
             unit: consecutive slots that an entry of `source` stands for, such as the head_dim slots of a head.
         """
         copies = Counter(source)
@@ -116,7 +108,6 @@ class AxisMap:
 
     @property
     def new_size(self) -> int:
-        """Number of slots after growth."""
         return self.segments[-1].start + self.segments[-1].length
 
     @property
@@ -154,16 +145,11 @@ def _continues(segment: Segment, slot: int | None, copies: int) -> bool:
 def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) -> dict[Axis, AxisMap]:
     """Build the map of every axis except the vocabulary, which growth leaves alone.
 
-    Args:
-        old: structure before growth.
-        new: structure after growth.
-        inits: init of each operator; it decides whether additional slots are copies or new.
-
-    Raises:
-        GrowthError: if query heads would be separated from the key/value head that they attend with.
+    The init of each operator decides whether additional slots are copies or new. Raises a `GrowthError` if query heads
+    would be separated from the key/value head that they attend with.
     """
-    copies_ffn = inits.get("ffn") == "copy"
-    ffn = (AxisMap.tile if copies_ffn else AxisMap.append)(old.intermediate_size, new.intermediate_size, "ffn")
+    map_ffn = AxisMap.tile if inits.get("ffn") == "copy" else AxisMap.append
+    ffn = map_ffn(old.intermediate_size, new.intermediate_size, "ffn")
     hidden = AxisMap.append(old.hidden_size, new.hidden_size, "hidden")
     if inits.get("hidden") == "copy":
         # If slots were copied unequally often, no norm gain could restore the residual stream.

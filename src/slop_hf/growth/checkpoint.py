@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.files import make_temporary_path, write_directory, write_text
 from ..io.hub_address import Address
-from ..io.network_errors import summarize_error
+from ..io.network_errors import summarise_error
 from ..io.numbers import require_whole_number
 from ..io.serialization import Json, list_versions
 from ..io.units import format_bytes
@@ -66,7 +67,6 @@ COPIED_FILES = (
     "additional_chat_templates/*.jinja",
     "*.model",
 )
-_HUB_FILES = ("config.json", "model*.safetensors", INDEX_FILE, *COPIED_FILES)
 
 #: Buffers that older releases of transformers saved and newer ones compute.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.(bias|masked_bias))$")
@@ -79,22 +79,11 @@ IN_FLIGHT_BYTES = 2**29
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one tensor of the target is made: read, passed through each growth in turn, written.
-
-    Args:
-        source: location of the old tensor.
-        target: location of the new tensor.
-        steps: plan of the parameter in each growth.
-    """
+    """How one tensor of the target is made: read, passed through the step of each growth in turn, written."""
 
     source: StoredTensor
     target: StoredTensor
     steps: tuple[ParameterPlan, ...]
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the result depends on the source; a zeroed parameter does not."""
-        return not any(step.zeroed for step in self.steps)
 
     @property
     def working_bytes(self) -> int:
@@ -116,9 +105,8 @@ class CheckpointPlan:
         source: directory or Hub id, as the user gave it.
         directory: local directory of the source.
         target: directory to be made.
-        growths: growths, in order.
         tensors: every tensor of the target, in the order of the files.
-        shards: files of weights, with the location of every tensor.
+        shards: files of weights.
         twins: pairs of tied tensors that the source stores twice; they must be equal.
         copied_files: files that are copied unchanged, relative to `directory`.
         free_bytes: free space on the target's disk.
@@ -136,12 +124,10 @@ class CheckpointPlan:
 
     @property
     def old(self) -> ModelDims:
-        """The structure before growth."""
         return self.growths[0].old
 
     @property
     def new(self) -> ModelDims:
-        """The structure after growth."""
         return self.growths[-1].new
 
     @property
@@ -150,28 +136,17 @@ class CheckpointPlan:
         return all(growth.preserves for growth in self.growths)
 
     @property
-    def operators(self) -> tuple[str, ...]:
-        """The operators that grow, in order, each once."""
-        return tuple(self.inits)
-
-    @property
     def inits(self) -> dict[str, str]:
         """The init of each operator; if growths use different ones, all of them, such as "stack, interleave"."""
-        by_operator: dict[str, list[str]] = {}
-        for growth in self.growths:
-            for operator, init in growth.inits.items():
-                if init not in by_operator.setdefault(operator, []):
-                    by_operator[operator].append(init)
-        return {operator: ", ".join(inits) for operator, inits in by_operator.items()}
+        pairs = dict.fromkeys(pair for growth in self.growths for pair in growth.inits.items())
+        return {operator: ", ".join(init for name, init in pairs if name == operator) for operator, _ in pairs}
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the grown model."""
         return int(count_parameters(self.new, self.growths[-1].config()))
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the grown weights."""
         return sum(tensor.target.nbytes for tensor in self.tensors)
 
     @property
@@ -232,25 +207,21 @@ def plan_checkpoint_growth(
     directory = find_checkpoint_directory(source)
     growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise)
     stored = read_checkpoint_headers(directory)
-    chains = _chain_parameters(growths)
+    chains: dict[str, tuple[ParameterPlan, ...]] = {}  # parameter of the last model -> its plan in each growth
+    for growth in growths:
+        chains = {parameter.name: (*chains.get(parameter.source, ()), parameter) for parameter in growth.parameters()}
     sources = _match_sources(directory, growths[0], stored, {chain[0].source: chain[0] for chain in chains.values()})
-    layouts = {
-        chain[-1].stored_name: (sources[chain[0].source].dtype, chain[-1].new_shape)
-        for _, chain in sorted(chains.items(), key=lambda item: _make_natural_key(item[0]))
-    }
+    steps = {chains[name][-1].stored_name: chains[name] for name in sorted(chains, key=_make_natural_key)}
+    layouts = {name: (sources[chain[0].source].dtype, chain[-1].new_shape) for name, chain in steps.items()}
     shards = plan_shards(layouts, max_shard_size)
-    by_stored_name = {chain[-1].stored_name: chain for chain in chains.values()}
-    tensors = []
-    for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        chain = by_stored_name[tensor.name]
-        tensors.append(TensorPlan(sources[chain[0].source], tensor, chain))
+    targets = [tensor for shard in shards for tensor in shard.tensors]
     copied = {path for pattern in COPIED_FILES for path in directory.glob(pattern) if path.is_file()}
     plan = CheckpointPlan(
         source=str(source),
         directory=directory,
         target=target,
         growths=growths,
-        tensors=tuple(tensors),
+        tensors=tuple(TensorPlan(sources[steps[t.name][0].source], t, steps[t.name]) for t in targets),
         shards=shards,
         twins=tuple(_find_twins(growths[0], stored)),
         copied_files=tuple(sorted(path.relative_to(directory) for path in copied)),
@@ -258,9 +229,7 @@ def plan_checkpoint_growth(
     )
     if plan.needed_bytes > plan.free_bytes:
         needed, free = format_bytes(plan.needed_bytes), format_bytes(plan.free_bytes)
-        raise GrowthError(
-            f"{target} takes {needed}, but its disk has {free} free; free some space or choose another disk"
-        )
+        raise GrowthError(f"{target} takes {needed}, but its disk has {free} free; free some space or choose another")
     return plan
 
 
@@ -280,19 +249,18 @@ def find_checkpoint_directory(source: str | Path) -> Path:
     if address is None:
         raise GrowthError(f"{source} is not a model directory: there is no such directory")
     try:
-        return Path(
-            snapshot_download(
-                address.repo_id,
-                revision=address.revision,
-                allow_patterns=list(_HUB_FILES),
-                ignore_patterns=["*.bin", "*.py"],
-            )
+        snapshot = snapshot_download(
+            address.repo_id,
+            revision=address.revision,
+            allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, *COPIED_FILES],
+            ignore_patterns=["*.bin", "*.py"],
         )
     except (OSError, ValueError) as caught:
         raise GrowthError(
             f"{source} is not a directory, and no model of that name could be downloaded from the Hub: "
-            f"{summarize_error(caught)}"
+            f"{summarise_error(caught)}"
         ) from None
+    return Path(snapshot)
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
@@ -301,7 +269,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
-        message = f"{directory} is not a checkpoint that transformers can read: {summarize_error(caught)}"
+        message = f"{directory} is not a checkpoint that transformers can read: {summarise_error(caught)}"
         raise GrowthError(message) from None
 
 
@@ -326,19 +294,8 @@ def _plan_growths(
     return tuple(plans)
 
 
-def _chain_parameters(growths: Sequence[GrowthPlan]) -> dict[str, tuple[ParameterPlan, ...]]:
-    """Return, for every parameter of the last model, its plan in each growth."""
-    chains: dict[str, tuple[ParameterPlan, ...]] = {}
-    for growth in growths:
-        chains = {parameter.name: (*chains.get(parameter.source, ()), parameter) for parameter in growth.parameters()}
-    return chains
-
-
 def _match_sources(
-    directory: Path,
-    growth: GrowthPlan,
-    stored: Mapping[str, StoredTensor],
-    parameters: Mapping[str, ParameterPlan],
+    directory: Path, growth: GrowthPlan, stored: Mapping[str, StoredTensor], parameters: Mapping[str, ParameterPlan]
 ) -> dict[str, StoredTensor]:
     """Return the location of each parameter of the old model; reject files that differ from the axis table."""
     sources: dict[str, StoredTensor] = {}
@@ -361,8 +318,7 @@ def _match_sources(
             )
         sources[source] = tensor
     expected = {tensor.name for tensor in sources.values()} | {twin.name for twin, _ in _find_twins(growth, stored)}
-    unexpected = sorted(name for name in stored if name not in expected and not _BUFFERS.search(name))
-    if unexpected:
+    if unexpected := sorted(name for name in stored if name not in expected and not _BUFFERS.search(name)):
         raise GrowthError(f"{directory} has a tensor {unexpected[0]}, {mismatch}")
     return sources
 
@@ -414,10 +370,7 @@ def grow_checkpoint(
         target: directory that does not exist yet.
         operator: as for `grow_model`; or several `GrowthStage`s, applied one after another in one pass over the data.
             The result equals one `grow_model` per stage, with `seed`, `seed + 1` and so on.
-        new_dims: as for `grow_model`.
-        init: as for `grow_model`.
-        seed: as for `grow_model`.
-        noise: as for `grow_model`.
+        new_dims, init, seed, noise: as for `grow_model`.
         max_shard_size: size of the largest file of weights, in bytes or as "5GB".
         threads: number of threads that read, grow and write; default, one per core, at most 4.
         progress: whether to show a progress bar, if there is a terminal.
@@ -459,7 +412,7 @@ def grow_checkpoint(
                 shutil.copyfile(plan.directory / file, directory / file)
             receipt = GrowthReceipt(
                 source=plan.source,
-                operators=plan.operators,
+                operators=tuple(plan.inits),
                 inits=plan.inits,
                 seed=seed,
                 noise=noise,
@@ -540,7 +493,10 @@ def _grow_tensor(
 ) -> torch.Tensor:
     """Return the grown tensor, in the thread's memory; hash the source when it is first read."""
     steps, dtype = tensor.steps, FLOATS[tensor.source.dtype]
-    if tensor.is_read:
+    if zeroed := [number for number, step in enumerate(steps) if step.zeroed]:  # the result is not read off the source
+        value = torch.empty(0, dtype=dtype)
+        steps = steps[zeroed[-1] :]
+    else:
         value = read_tensor(tensor.source, memory.allocate("read", tensor.source.shape, dtype))
         name = steps[0].source
         with lock:
@@ -548,9 +504,6 @@ def _grow_tensor(
             hashes.setdefault(name, None)
         if is_first:
             hashes[name] = hash_tensor(value)
-    else:
-        value = torch.empty(0, dtype=dtype)
-        steps = steps[max(i for i, step in enumerate(steps) if step.zeroed) :]
     steps = tuple(step for step in steps if not step.is_identity)
     for number, step in enumerate(steps, start=1):
         out = memory.allocate("written", tensor.target.shape, dtype) if number == len(steps) else None
@@ -558,52 +511,21 @@ def _grow_tensor(
     return value
 
 
-class _InFlightLimit:
-    """A byte-counting semaphore: it admits tensors while the total in flight stays below IN_FLIGHT_BYTES."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._changed = threading.Condition()
-        self.is_stopped = False
-
-    def acquire(self, nbytes: int) -> bool:
-        """Wait until the bytes fit, and count them; return False if stopped."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self.is_stopped or not self._bytes or self._bytes + nbytes <= IN_FLIGHT_BYTES
-            )
-            self._bytes += nbytes
-            return not self.is_stopped
-
-    def release(self, nbytes: int) -> None:
-        with self._changed:
-            self._bytes -= nbytes
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        with self._changed:
-            self.is_stopped = True
-            self._changed.notify_all()
-
-
 def _run_in_threads(tensors: Sequence[TensorPlan], action: Callable[[TensorPlan], None], threads: int) -> None:
-    """Call `action` for all tensors, in order. After an error or an interrupt no further call starts; it is raised."""
-    limit = _InFlightLimit()
+    """Call `action` for all tensors, in order, while those in flight take no more than IN_FLIGHT_BYTES.
 
-    def run(tensor: TensorPlan) -> None:
-        try:
-            if not limit.is_stopped:
-                action(tensor)
-        except BaseException:
-            limit.stop()
-            raise
-        finally:
-            limit.release(tensor.working_bytes)
-
+    After an error or an interrupt no further call starts; it is raised.
+    """
+    in_flight: dict[Future[None], int] = {}
     with start_worker_threads(threads) as pool:
         try:
-            admitted = (tensor for tensor in tensors if limit.acquire(tensor.working_bytes))
-            for future in [pool.submit(run, tensor) for tensor in admitted]:
+            for tensor in tensors:
+                while in_flight and sum(in_flight.values()) + tensor.working_bytes > IN_FLIGHT_BYTES:
+                    for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                        future.result()
+                        del in_flight[future]
+                in_flight[pool.submit(action, tensor)] = tensor.working_bytes
+            for future in wait(in_flight, return_when=FIRST_EXCEPTION).done:
                 future.result()
         finally:
-            limit.stop()
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -120,14 +120,10 @@ EXACT = {"preserving", "copy", "spread"}
 
 
 def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None) -> dict[str, str]:
-    """Return the name of each operator's init.
+    """Return the name of each operator's init; raise a `GrowthError` if an operator has no init of that name.
 
     Args:
-        operators: names of the operators that grow.
         init: one name for all operators, or a mapping from operator to name; operators without a name get the default.
-
-    Raises:
-        GrowthError: if an operator has no init of that name.
 
     >>> resolve_inits(("layer", "ffn"), None)
     {'layer': 'stack', 'ffn': 'random'}
@@ -136,7 +132,6 @@ def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None
     for operator in operators:
         name = (init.get(operator) if isinstance(init, Mapping) else init) or INITS[operator][0]
         if name not in INITS[operator]:
-            alternatives = ", ".join(INITS[operator])
-            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {alternatives}")
+            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {', '.join(INITS[operator])}")
         names[operator] = name
     return names

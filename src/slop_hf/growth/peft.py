@@ -106,7 +106,10 @@ def grow_adapters(model: PeftModel, grown_base: PreTrainedModel, plan: GrowthPla
     sources = dict(model.get_base_model().named_parameters())
     plans = {parameter.name: parameter for parameter in plan.parameters()}
     with torch.random.fork_rng(devices=[]):  # peft fills adapters with random values first
-        grown = _wrap(model, grown_base, plan)
+        first, *others = model.peft_config
+        grown = type(model)(grown_base, _build_config(model, first, plan), adapter_name=first)
+        for adapter in others:
+            grown.add_adapter(adapter, _build_config(model, adapter, plan))
         for name, parameter in grown.get_base_model().named_parameters():
             old = sources.get(_find_source_name(name, plan))
             if old is None:
@@ -160,17 +163,7 @@ def _check_supported(model: object) -> None:
             raise GrowthError(f"this release of peft ignores the scale of {name}, so it cannot grow; upgrade peft")
 
 
-def _wrap(model: PeftModel, base: PreTrainedModel, plan: GrowthPlan) -> PeftModel:
-    """Return the grown base with adapters of the right sizes and arbitrary values."""
-    first, *others = model.peft_config
-    grown = type(model)(base, _build_config(model, first, plan), adapter_name=first)
-    for name in others:
-        grown.add_adapter(name, _build_config(model, name, plan))
-    return grown
-
-
 def _build_config(model: PeftModel, adapter: str, plan: GrowthPlan) -> LoraConfig:
-    """Return an adapter's config for the grown base."""
     from peft.tuners.lora import LoraLayer
 
     config = copy.deepcopy(model.peft_config[adapter])
@@ -208,24 +201,21 @@ def _names_layers(config: LoraConfig) -> bool:
 
 def _find_source_name(name: str, plan: GrowthPlan) -> str:
     """Return the name of the old parameter or module that one of the grown model comes from."""
-    prefix = _get_layer_prefix(plan)
-    if not name.startswith(prefix):
-        return name
-    layer, dot, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{plan.layers[int(layer)]}{dot}{rest}"
+    prefix, layer, rest = _split_at_layer(name, plan)
+    return name if layer is None else f"{prefix}{plan.layers[layer]}{rest}"
 
 
 def _find_grown_names(name: str, plan: GrowthPlan) -> list[str]:
     """Return the names of the grown modules that come from an old one."""
-    prefix = _get_layer_prefix(plan)
-    if not name.startswith(prefix):
-        return [name]
-    layer, dot, rest = name.removeprefix(prefix).partition(".")
-    return [f"{prefix}{new}{dot}{rest}" for new, old in enumerate(plan.layers) if old == int(layer)]
+    prefix, layer, rest = _split_at_layer(name, plan)
+    return [name] if layer is None else [f"{prefix}{new}{rest}" for new, old in enumerate(plan.layers) if old == layer]
 
 
-def _get_layer_prefix(plan: GrowthPlan) -> str:
-    return next(row.name.partition(LAYER)[0] for row in plan.architecture.parameters if row.is_in_layer)
+def _split_at_layer(name: str, plan: GrowthPlan) -> tuple[str, int | None, str]:
+    """Split a name into what precedes the number of its layer, the number (None outside of layers) and the rest."""
+    prefix = next(row.name.partition(LAYER)[0] for row in plan.architecture.parameters if row.is_in_layer)
+    match = re.match(rf"{re.escape(prefix)}(\d+)", name)
+    return (prefix, int(match[1]), name[match.end() :]) if match else (prefix, None, "")
 
 
 def _plan_adapter(
@@ -233,17 +223,15 @@ def _plan_adapter(
 ) -> ParameterPlan:
     """Derive the plan of an adapter's tensor from the plan of the weight that it adapts.
 
-    Args:
-        match: name of the tensor, split by `_ADAPTER`.
-        old: tensor before growth.
-        plans: plan of each parameter of the base, by name.
-        plan: growth of the base.
+    `match` is the tensor's name, split by `_ADAPTER`; `old` is the tensor before growth.
     """
     part, module, rest = match["part"], match["module"], match["rest"]
     base = plans.get(f"{module}.{rest if part == 'modules_to_save' else 'weight'}")
-    tied_row = _find_tied_row(module, plan) if base is None else None
-    if tied_row is not None:
-        base = plans[tied_row.tied_to or ""]
+    tied_row = None
+    if base is None:
+        rows = plan.architecture.rows(plan.source_config, tied=True)
+        tied_row = next((row for row in rows if row.name == f"{module}.weight" and row.tied_to), None)
+        base = plans[tied_row.tied_to] if tied_row and tied_row.tied_to else None
     if base is None or (base.row.kind not in ("projection", "embedding") and part != "modules_to_save"):
         raise GrowthError(
             f"{match[0]} adapts {module}, which the axis table of {plan.architecture.model_type!r} does not "
@@ -255,28 +243,15 @@ def _plan_adapter(
     row = tied_row or base.row
     written, read = (1, 0) if row.kind == "embedding" else (0, 1)
     if part in ("lora_A", "lora_embedding_A"):
-        return replace(
-            base,
-            row=Parameter(match[0], (_RANK, row.axes[read]), "projection"),
-            maps=(AxisMap.identity(old.shape[0]), base.maps[read]),
-            # A tied output projection cannot divide by the copies that it reads: the final norm does it, and applies
-            # to the adapter too.
-            scale=float(plan.residual_copies) if tied_row else 1.0,
-            is_centred=False,
-            zeroed=False,
-        )
+        row = Parameter(match[0], (_RANK, row.axes[read]), "projection")
+        maps: tuple[AxisMap, ...] = (AxisMap.identity(old.shape[0]), base.maps[read])
+        # A tied output projection cannot divide by the copies that it reads: the final norm does it, and applies to
+        # the adapter too.
+        scale = float(plan.residual_copies) if tied_row else 1.0
+        return replace(base, row=row, maps=maps, scale=scale, is_centred=False, zeroed=False)
     if rest == "bias":
-        bias = Parameter(match[0], (row.axes[written],), "bias", part=row.part)
-        return replace(base, row=bias, maps=(base.maps[written],), noise=0.0)
-    return replace(
-        base,
-        row=Parameter(match[0], (row.axes[written], _RANK), "projection", part=row.part),
-        maps=(base.maps[written], AxisMap.identity(old.shape[-1])),
-        noise=0.0,
-    )
-
-
-def _find_tied_row(module: str, plan: GrowthPlan) -> Parameter | None:
-    """Return the table row of a module whose weight is tied to another's."""
-    rows = plan.architecture.rows(plan.source_config, tied=True)
-    return next((row for row in rows if row.name == f"{module}.weight" and row.tied_to), None)
+        row, maps = Parameter(match[0], (row.axes[written],), "bias", part=row.part), base.maps[written : written + 1]
+    else:
+        row = Parameter(match[0], (row.axes[written], _RANK), "projection", part=row.part)
+        maps = (base.maps[written], AxisMap.identity(old.shape[-1]))
+    return replace(base, row=row, maps=maps, noise=0.0)

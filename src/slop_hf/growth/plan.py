@@ -22,7 +22,7 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.numbers import is_finite_number, is_whole_number
 from ..io.serialization import Json
-from ..operators import find_operators, get_operator
+from ..operators import find_operators, get_operator, grow_dims
 from ..schedule import GrowthStage
 from .axes import AxisMap, build_axis_maps
 from .inits import EXACT, LAYER_INITS, WIDTH_INITS, InitDistribution, resolve_inits
@@ -42,7 +42,6 @@ class ParameterPlan:
     Args:
         name: name in the grown model.
         source: name of the old parameter that it grows from.
-        row: row of the axis table.
         maps: axis map of each dimension.
         scale: factor of old entries, in addition to `1 / copies` along the dimension that the parameter reads.
         gain_offset: constant added to a stored gain before it is scaled, and subtracted afterwards.
@@ -51,7 +50,6 @@ class ParameterPlan:
             of a slot.
         zeroed: whether old entries become zero (for a gain: its effective value), so that an inserted layer adds
             nothing to the residual stream. New entries become zero too, except gains.
-        seed: random seed of the growth.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -81,12 +79,10 @@ class ParameterPlan:
 
     @property
     def old_shape(self) -> tuple[int, ...]:
-        """Shape before growth."""
         return tuple(axis.old_size for axis in self.maps)
 
     @property
     def new_shape(self) -> tuple[int, ...]:
-        """Shape after growth."""
         return tuple(axis.new_size for axis in self.maps)
 
     @property
@@ -98,8 +94,7 @@ class ParameterPlan:
     def choose_distribution(self, operators: Sequence[str | None]) -> InitDistribution:
         """Return the distribution of a block of new entries; zeros win over everything else.
 
-        Args:
-            operators: operator that added the block's slots, for each dimension; None for old slots.
+        `operators` names, for each dimension, the operator that added the block's slots; None for old slots.
         """
         distributions = [
             WIDTH_INITS[self.inits[operator]](operator, self.row, self.row.role(dimension), self.initializer_range)
@@ -117,10 +112,8 @@ class GrowthPlan:
     Args:
         architecture: axis table of the family.
         source_config: config of the old model.
-        old: structure before growth.
-        new: structure after growth.
+        old, new: structures before and after growth.
         inits: init of each operator that grows.
-        seed: random seed of new entries.
         noise: standard deviation of the noise on copies, as a fraction of `initializer_range`.
     """
 
@@ -139,7 +132,6 @@ class GrowthPlan:
 
     @cached_property
     def axes(self) -> dict[Axis, AxisMap]:
-        """The map of each axis."""
         vocab = AxisMap.identity(read_setting(self.source_config, "vocab_size"))
         return {**build_axis_maps(self.old, self.new, self.inits), "vocab": vocab}
 
@@ -156,19 +148,10 @@ class GrowthPlan:
             return frozenset()
         return frozenset(i for i in range(len(self.layers)) if self.layers[i] in self.layers[:i])
 
-    @cached_property
-    def _has_post_norms(self) -> bool:
-        """Whether the branches of a layer end in norms (Gemma 2).
-
-        Inserted layers are then disabled by post-norm gains of 0 rather than by output projections of 0: a norm
-        behind zeros multiplies their gradients by 1 / sqrt(eps).
-        """
-        return any(row.is_post_norm for row in self.architecture.parameters)
-
     @property
     def _hidden_is_exact(self) -> bool:
         """Whether `hidden` grows by an init that preserves the function; else norms and embeddings stay unscaled."""
-        return self.inits.get("hidden", "random") in EXACT
+        return self.inits.get("hidden") in EXACT
 
     @property
     def residual_share(self) -> float:
@@ -200,7 +183,7 @@ class GrowthPlan:
         config, architecture = self.source_config, self.architecture
         if self.residual_share != 1.0:
             # RMSNorm divides by sqrt(ms + eps). Here ms' = share * ms: with eps' = share * eps the quotient changes by
-            # 1 / sqrt(share), which the gains make up for (`_scale`).
+            # 1 / sqrt(share), which the gains make up for (`_compute_scale`).
             changes[architecture.norm_eps] = read_setting(config, architecture.norm_eps) * self.residual_share
         if self.new.head_dim != self.old.head_dim and self.inits["head_dim"] != "spread":
             # Pair i turns at theta^(-2i / head_dim); this theta keeps the frequency of every old pair.
@@ -232,6 +215,9 @@ class GrowthPlan:
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
         maps = tuple(self.axes[axis] for axis in row.axes)
         reads_copies = row.read_dimension is not None and maps[row.read_dimension].max_copies > 1
+        # If the branches of a layer end in norms (Gemma 2), inserted layers are disabled by post-norm gains of 0 and
+        # not by output projections of 0: a norm behind zeros multiplies their gradients by 1 / sqrt(eps).
+        has_post_norms = any(row.is_post_norm for row in self.architecture.parameters)
         return ParameterPlan(
             name=name,
             source=source,
@@ -241,7 +227,7 @@ class GrowthPlan:
             gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
             is_centred=self.needs_centring and writes_residual,
             noise=self.noise * initializer_range if reads_copies else 0.0,
-            zeroed=is_inserted and (row.is_post_norm if self._has_post_norms else writes_residual),
+            zeroed=is_inserted and (row.is_post_norm if has_post_norms else writes_residual),
             seed=self.seed,
             inits=self.inits,
             initializer_range=initializer_range,
@@ -308,15 +294,14 @@ def plan_growth(
 def _check_family(plan: GrowthPlan) -> None:
     """Reject growths that this model family does not support, or cannot do exactly."""
     architecture, new, model_type = plan.architecture, plan.new, plan.architecture.model_type
-    if not architecture.has_own_head_dim and (
-        new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim
-    ):
-        raise GrowthError(
-            f"{model_type} takes head_dim from hidden_size / num_attention_heads: "
-            f"grow both together, so that head_dim stays {plan.old.head_dim}"
-        )
-    if not architecture.has_own_head_dim and new.num_key_value_heads != new.num_attention_heads:
-        raise GrowthError(f"{model_type} has one key/value head per query head; grow both together")
+    if not architecture.has_own_head_dim:
+        if new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim:
+            raise GrowthError(
+                f"{model_type} takes head_dim from hidden_size / num_attention_heads: "
+                f"grow both together, so that head_dim stays {plan.old.head_dim}"
+            )
+        if new.num_key_value_heads != new.num_attention_heads:
+            raise GrowthError(f"{model_type} has one key/value head per query head; grow both together")
     if "head_dim" in plan.inits:
         if architecture.has_head_norms and plan.inits["head_dim"] in EXACT:
             raise GrowthError(
@@ -364,11 +349,7 @@ def _check_rope(plan: GrowthPlan) -> None:
 
 
 def resolve_dims(old: ModelDims, operator: str, new_dims: int | Mapping[str, int] | ModelDims | None) -> ModelDims:
-    """Return the structure that `new_dims` describes.
-
-    An int is the new value of the operator's first field. If the model has one key/value head per query head, new
-    query heads bring key/value heads; under grouped-query attention their number stays, unless `new_dims` names it.
-    """
+    """Return the structure that `new_dims` describes; an int is the new value of the operator's first field."""
     fields = get_operator(operator).fields
     if isinstance(new_dims, ModelDims):
         return new_dims
@@ -376,10 +357,7 @@ def resolve_dims(old: ModelDims, operator: str, new_dims: int | Mapping[str, int
         new_dims = {fields[0]: new_dims}  # type: ignore[dict-item]
     if not isinstance(new_dims, Mapping):
         raise GrowthError(f"new_dims must be the new {fields[0]} or a mapping of config fields, got {new_dims!r}")
-    changes = dict(new_dims)
-    if "num_attention_heads" in changes and old.num_key_value_heads == old.num_attention_heads:
-        changes.setdefault("num_key_value_heads", changes["num_attention_heads"])
-    return old.replace(**changes)
+    return grow_dims(old, new_dims)
 
 
 def _find_joint_operators(old: ModelDims, new: ModelDims, operator: str) -> tuple[str, ...]:
@@ -388,8 +366,7 @@ def _find_joint_operators(old: ModelDims, new: ModelDims, operator: str) -> tupl
     if operator not in needed:
         raise GrowthError(f"{operator!r} has nothing to grow: the model already has {old}, asked for {new}")
     followers = ("mha", "ffn") if operator == "hidden" else ()
-    others = [name for name in needed if name not in (operator, *followers)]
-    if others:
+    if others := [name for name in needed if name not in (operator, *followers)]:
         raise GrowthError(
             f"growing {operator!r} from {old} to {new} would change {', '.join(others)} too; "
             "grow them one after another, or pass a GrowthStage that names them all"

@@ -26,11 +26,7 @@ Quantiles: TypeAlias = npt.NDArray[np.float32]  # shape (2**16,)
 
 
 class NormalStream:
-    """The random numbers of one parameter.
-
-    Args:
-        seed: seed of the growth.
-        name: name of the parameter.
+    """The random numbers of one parameter, from the seed of the growth and the parameter's name.
 
     >>> draw = lambda seed: NormalStream(seed, "lm_head.weight").draw([3, 5], 0.0, 1.0)
     >>> torch.equal(draw(0), draw(0)), torch.equal(draw(0), draw(1))

@@ -54,14 +54,9 @@ class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it
     """The record of a growth, stored as `growth_receipt.json` next to the grown checkpoint.
 
     Args:
-        source: model that was grown.
-        operators: operators that grew it.
-        inits: init of each operator.
-        seed: random seed of new entries.
-        source_dims: structure before growth.
-        dims: structure after growth.
-        source_parameters: true number of parameters before growth.
-        parameters: true number of parameters after growth.
+        source: directory or Hub id of the model that was grown.
+        source_dims, dims: structures before and after growth.
+        source_parameters, parameters: true numbers of parameters before and after growth.
         seconds: wall-clock time, including reading and writing.
         versions: versions of slop_hf, transformers and torch.
         noise: standard deviation of the noise on copies, as a fraction of `initializer_range`; None in receipts of
@@ -92,10 +87,6 @@ class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> GrowthReceipt:
-        """Read the receipt of a grown checkpoint, also if an earlier release wrote it.
-
-        Raises:
-            GrowthError: if the directory has no receipt, or it is malformed.
-        """
+        """Read the receipt of a grown checkpoint, also if an earlier release wrote it."""
         path, earlier = (Path(directory) / name for name in (RECEIPT_FILE, _EARLIER_RECEIPT_FILE))
         return cls.from_json(earlier if earlier.exists() and not path.exists() else path)

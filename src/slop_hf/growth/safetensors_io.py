@@ -34,13 +34,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 #: The dtypes that growth computes with, in the order in which safetensors writes them to a file (widest first).
-FLOATS: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-#: Name in safetensors of each of these dtypes.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -62,12 +56,8 @@ class StoredTensor:
     """Location and layout of a tensor in a file.
 
     Args:
-        name: name in the file's header.
-        file: file that holds the tensor.
         dtype: dtype as safetensors spells it, such as "BF16".
-        shape: sizes, outermost first.
         begin: offset of the first byte in the file.
-        nbytes: length in bytes.
     """
 
     name: str
@@ -79,19 +69,12 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written.
-
-    Args:
-        file: name of the file.
-        header: first bytes of the file, up to the tensors.
-        tensors: location of each tensor.
-    """
+    """A file to be written: its name, its first bytes (up to the tensors), and the location of each tensor."""
 
     file: str
     header: bytes
@@ -99,27 +82,24 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Length of the file in bytes."""
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
 def read_checkpoint_headers(directory: Path) -> dict[str, StoredTensor]:
     """Return the location of every tensor of a checkpoint, in one file or in shards; only headers are read.
 
-    Raises:
-        GrowthError: if there are no safetensors or no index, or if a shard is missing, truncated or corrupt.
+    Raises a `GrowthError` if there are no safetensors or no index, or if a shard is missing, truncated or corrupt.
     """
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.is_file():
+    if (single := directory / SINGLE_FILE).is_file():
         return read_header(single)
+    index = directory / INDEX_FILE
     if not index.is_file():
         raise GrowthError(_explain_missing_weights(directory))
     weight_map = _read_index(index)
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for file in sorted(set(weight_map.values())):
-        if not (directory / file).is_file():
-            raise GrowthError(f"{directory} has no {file}, a shard that its {INDEX_FILE} lists; download it again")
-        headers[file] = read_header(directory / file)
+    files = sorted(set(weight_map.values()))
+    if missing := [file for file in files if not (directory / file).is_file()]:
+        raise GrowthError(f"{directory} has no {missing[0]}, a shard that its {INDEX_FILE} lists; download it again")
+    headers = {file: read_header(directory / file) for file in files}
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise GrowthError(f"{directory / file} has no {name}, unlike {INDEX_FILE}; download both again")
@@ -153,11 +133,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the location of every tensor of a safetensors file.
-
-    Raises:
-        GrowthError: if the file is truncated or violates the format, naming the fault.
-    """
+    """Return the location of every tensor of a safetensors file; raise if it is truncated or violates the format."""
     with name_file_in_errors(path), path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(_read(file, 8), "little") if size >= 8 else 0
@@ -167,9 +143,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(_read(file, length), object_pairs_hook=_refuse_repeated_names)
             header.pop("__metadata__", None)
             entries = [_parse_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+        except GrowthError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as caught:
-            if isinstance(caught, GrowthError):
-                raise
             raise _report_corruption(path, f"its header is not valid ({type(caught).__name__}: {caught})") from None
     end = 8 + length
     for tensor in sorted(entries, key=lambda tensor: (tensor.begin, tensor.nbytes)):
@@ -204,11 +180,7 @@ def _report_corruption(path: Path, fault: str) -> GrowthError:
 
 
 def read_tensor(tensor: StoredTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Read a tensor of one of the dtypes in `FLOATS` into `out`, or else into a new tensor, and return it.
-
-    Raises:
-        GrowthError: if the file ends early or cannot be read.
-    """
+    """Read a tensor of one of the dtypes in `FLOATS` into `out`, or else into a new tensor, and return it."""
     value = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype]) if out is None else out
     with name_file_in_errors(tensor.file), tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.begin)
@@ -242,9 +214,6 @@ def plan_shards(
             file to itself.
         stem: first part of the file names.
 
-    Raises:
-        GrowthError: if the size is not a positive number of bytes.
-
     >>> shards = plan_shards({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, 24)
     >>> [(shard.file, shard.tensors[0].begin, shard.nbytes) for shard in shards]
     [('model-00001-of-00002.safetensors', 96, 120), ('model-00002-of-00002.safetensors', 96, 104)]
@@ -268,12 +237,7 @@ def plan_shards(
 
 
 def plan_shard(file: str, tensors: Mapping[str, TensorLayout]) -> Shard:
-    """Lay out one file, in the order in which the safetensors library writes tensors.
-
-    Args:
-        file: name of the file.
-        tensors: dtype and shape by name.
-    """
+    """Lay out one file, in the order in which the safetensors library writes tensors."""
     order = list(FLOATS)
     entries: dict[str, Json] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -297,20 +261,16 @@ def _count_bytes(layout: TensorLayout) -> int:
 def format_index(shards: tuple[Shard, ...]) -> str:
     """Return the index of a checkpoint with several files, as JSON text."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    metadata = {
-        "total_parameters": sum(tensor.numel for tensor in tensors),
-        "total_size": sum(tensor.nbytes for tensor in tensors),
+    parameters, nbytes = sum(tensor.numel for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": nbytes},
+        "weight_map": {tensor.name: str(tensor.file) for tensor in tensors},
     }
-    index = {"metadata": metadata, "weight_map": {tensor.name: str(tensor.file) for tensor in tensors}}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def create_shard(directory: Path, shard: Shard) -> None:
-    """Write a shard's header and reserve the space of its tensors, so that a full disk is noticed now.
-
-    Raises:
-        GrowthError: if the disk is full, or the file exists or cannot be written.
-    """
+    """Write a shard's header and reserve the space of its tensors, so that a full disk is noticed now."""
     path = directory / shard.file
     with name_file_in_errors(path), path.open("xb", buffering=0) as file:
         _reserve(file, shard.nbytes)
@@ -337,13 +297,7 @@ def write_tensor(
     """Write a tensor to its location in a created shard.
 
     Args:
-        directory: directory of the shard.
-        tensor: location of the tensor, from `Shard.tensors`.
-        value: tensor of that dtype and shape.
         on_written: function to call with the number of bytes of each piece written.
-
-    Raises:
-        GrowthError: if the disk is full or the file cannot be written.
     """
     assert (tuple(value.shape), value.dtype) == (tensor.shape, FLOATS[tensor.dtype]), tensor.name
     path, view = directory / tensor.file, _view_bytes(value.detach().contiguous())
@@ -356,11 +310,6 @@ def write_tensor(
 
 
 def flush_shard(directory: Path, shard: Shard) -> None:
-    """Wait until a shard is on the disk.
-
-    Raises:
-        GrowthError: if the disk reports an error.
-    """
     with name_file_in_errors(directory / shard.file):
         flush_to_disk(directory / shard.file)
 

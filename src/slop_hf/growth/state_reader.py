@@ -52,7 +52,6 @@ class GrownStateReader:
 
     @property
     def names(self) -> set[str]:
-        """Names of the parameters that can be read."""
         return set(self._plans or self._weights)
 
     @property
@@ -70,13 +69,8 @@ class GrownStateReader:
         """Read a parameter's `weight`, `exp_avg` or `exp_avg_sq`, grow it if there is a plan, and return it.
 
         Args:
-            name: name of the parameter.
-            key: what to read.
             out: result, made by `allocate`. It is best to allocate in one thread for all: allocators such as glibc's
                 keep a store per thread, and the kernel clears memory that comes fresh.
-
-        Raises:
-            GrowthError: if the file ends early or cannot be read.
         """
         plan, stored, has_no_gradient = self._plans.get(name), self._locate(name, key), name in self._without_gradient
         if plan is None or (plan.is_identity and not has_no_gradient):

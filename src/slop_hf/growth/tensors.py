@@ -26,18 +26,16 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
     """Return the grown parameter: old entries scaled and moved, new ones filled, noise added to copies.
 
     Args:
-        tensor: old parameter, shape `[axis.old_size for axis in plan.maps]`; it is not changed and shares no storage
-            with the result.
-        plan: plan of this parameter.
+        tensor: old parameter, shape `plan.old_shape`; it is not changed and shares no storage with the result.
         out: tensor to write the result into, with its shape, dtype and device; None allocates one.
 
     Returns:
-        Tensor of shape `[axis.new_size for axis in plan.maps]`, with the dtype and device of the old one.
+        Tensor of shape `plan.new_shape`, with the dtype and device of the old one.
     """
     if plan.zeroed:
         if plan.row.kind == "norm":
             # New gains stay 1: new slots of the branch may hold zeros, and zero gains would leave them no gradient.
-            zeros = tensor.new_full([axis.old_size for axis in plan.maps], -plan.gain_offset)
+            zeros = tensor.new_full(plan.old_shape, -plan.gain_offset)
             return assemble(zeros, plan.maps, plan.choose_distribution, lambda segments: 1.0, out=out)
         return allocate_grown(tensor, plan.maps, out).zero_()
     # Compute in float32 at least: a half-precision weight is rounded once, when it is stored.
@@ -110,10 +108,8 @@ def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, numbers:
     more than the old one.
 
     Args:
-        weight: grown weight, changed in place; it reads its last dimension.
-        axis: map of that dimension.
+        weight: grown weight, changed in place; it reads its last dimension, whose map is `axis`.
         std: standard deviation of the noise before its mean over the copies is subtracted.
-        numbers: random numbers of the weight.
     """
     copies: list[tuple[int, slice, slice, slice]] = []  # count; slots of the weight, of the old axis, of the numbers
     width = 0
@@ -160,9 +156,6 @@ class ThreadMemory(threading.local):
 
     The kernel clears every page that it hands out, which takes longer than filling it. A tensor of more than `limit`
     bytes gets memory that is freed afterwards.
-
-    Args:
-        limit: bytes per use.
     """
 
     def __init__(self, limit: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..architectures import read_setting
 from ..errors import GrowthError
-from .axes import AxisMap
 from .model import hide_progress_bars
 from .plan import GrowthPlan, ParameterPlan
 from .receipt import GrowthProbe
@@ -86,11 +85,7 @@ def hash_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def hash_stored_weights(directory: Path) -> str:
-    """Return `hash_weights` of the weights in a directory, read one tensor at a time.
-
-    Raises:
-        GrowthError: if the directory has no weights, or they are corrupt.
-    """
+    """Return `hash_weights` of the weights in a directory, read one tensor at a time."""
     return hash_weights((name, read_tensor(stored)) for name, stored in read_checkpoint_headers(directory).items())
 
 
@@ -154,7 +149,8 @@ def _get_canonical_weights(model: PreTrainedModel, plan: GrowthPlan) -> dict[str
 
 def mask_new_entries(parameter: ParameterPlan, plan: GrowthPlan) -> torch.Tensor:
     """Return a boolean mask of a grown parameter's new entries: those in new slots, or all of an additional layer."""
-    if parameter.row.is_in_layer and _is_repeat(parameter, plan):
+    first = next(other for other in plan.parameters() if other.source == parameter.source)
+    if first.name != parameter.name:  # an earlier layer grows from the same old layer
         return torch.ones(parameter.new_shape, dtype=torch.bool)
     mask = torch.zeros(parameter.new_shape, dtype=torch.bool)
     for dimension, axis in enumerate(parameter.maps):
@@ -162,17 +158,14 @@ def mask_new_entries(parameter: ParameterPlan, plan: GrowthPlan) -> torch.Tensor
     return mask
 
 
-def _is_repeat(parameter: ParameterPlan, plan: GrowthPlan) -> bool:
-    """Whether an earlier layer grows from the same old layer."""
-    first = next(other for other in plan.parameters() if other.source == parameter.source)
-    return first.name != parameter.name
-
-
 def _measure_copies_spread(model: PreTrainedModel, plan: GrowthPlan) -> float | None:
     """Return how far the copies that weights read are from being equal, see `GrowthProbe.copies_spread`."""
     weights = _get_canonical_weights(model, plan)
     spread = total = 0.0
-    for parameter, axis in _iterate_read_copies(plan):
+    for parameter in plan.parameters():
+        axis = parameter.maps[-1]
+        if parameter.row.read_dimension is None or axis.max_copies == 1 or parameter.zeroed:
+            continue
         weight = weights[parameter.name].detach().double().cpu()
         slots, olds = torch.tensor([(slot, old) for slot, old in enumerate(axis.source) if old is not None]).T
         count = torch.bincount(olds, minlength=axis.old_size).clamp(min=1)
@@ -182,10 +175,3 @@ def _measure_copies_spread(model: PreTrainedModel, plan: GrowthPlan) -> float | 
         spread += float((copies - mean[..., olds])[..., is_copied].square().sum())
         total += float(copies[..., is_copied].square().sum())
     return (spread / total) ** 0.5 if total else None
-
-
-def _iterate_read_copies(plan: GrowthPlan) -> Iterator[tuple[ParameterPlan, AxisMap]]:
-    """Yield the weights that read copied slots, each with the map of the axis that it reads."""
-    for parameter in plan.parameters():
-        if parameter.row.read_dimension is not None and parameter.maps[-1].max_copies > 1 and not parameter.zeroed:
-            yield parameter, parameter.maps[-1]

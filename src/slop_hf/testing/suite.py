@@ -17,7 +17,7 @@ from ..dims import ModelDims
 from ..errors import DimsError, GrowthError
 from ..growth import INITS, GrowthPlan, grow_model, grow_weights, hide_progress_bars, plan_growth
 from ..growth.plan import ParameterPlan
-from ..operators import get_operator
+from ..operators import get_operator, grow_dims
 from ..schedule import GrowthStage
 from .models import (
     GQA,
@@ -150,13 +150,11 @@ def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, 
             for dims, tied in sources if every else [sources[number % len(sources)]]:
                 name = get_operator(operator).fields[0]
                 changes = {name: getattr(dims, name) * (3 if is_uneven else 4) // 2}
-                if name == "num_attention_heads" and dims.num_key_value_heads == dims.num_attention_heads:
-                    changes["num_key_value_heads"] = changes[name]
                 if name == "hidden_size" and not table.has_own_head_dim:
                     heads = changes[name] // dims.head_dim
                     changes.update(num_attention_heads=heads, num_key_value_heads=heads)
                 settings = dict.fromkeys(flags, is_uneven)
-                cases.append(Case(model_type, operator, dims.replace(**changes), init, dims, tied, dtype, settings))
+                cases.append(Case(model_type, operator, grow_dims(dims, changes), init, dims, tied, dtype, settings))
     return cases
 
 
