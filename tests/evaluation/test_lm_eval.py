@@ -143,7 +143,7 @@ def test_unknown_tasks(evaluate, tmp_path, request):
     with pytest.raises(EvaluationError, match="no task 'piqqa'"):
         evaluate("piqa", datasets=tmp_path / "data")
     (tmp_path / "data" / "piqqa").rename(tmp_path / "data" / "piqa")
-    with pytest.raises(EvaluationError, match="expected a file for each split"):
+    with pytest.raises(EvaluationError, match="expected a file per split"):
         evaluate("piqa", datasets=tmp_path / "data")
 
 
