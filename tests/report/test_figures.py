@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from report_runs import OTHER_ORDER, SCRATCH
+from matplotlib.path import Path
+from matplotlib.transforms import Affine2D
+from report_runs import INITIAL, OTHER_ORDER, SCRATCH, TOKENS_PER_STEP
 
 from slop_hf.errors import RunError
 from slop_hf.report import draw_run_losses, draw_run_paths, drawing, figures
 from slop_hf.runs.directory import STATE_FILE
+from slop_hf.schedule import GrowthSchedule, GrowthStage
 
 
 @pytest.fixture
@@ -79,6 +82,34 @@ def test_growth_without_held_out_loss_is_marked_at_the_last_training_loss(make_r
     assert list(growths.get_ydata()) == [losses[record.total_flops] for record in run.records()[:-1]]
 
 
+def outline(label) -> Path:
+    """The outline of a slanted label."""
+    angle, anchor = label.get_rotation(), label.get_transform().transform(label.get_position())
+    label.set_rotation(0)
+    (left, bottom), (right, top) = label.get_window_extent().get_points()
+    label.set_rotation(angle)
+    corners = Path([(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)])
+    return corners.transformed(Affine2D().rotate_deg_around(*anchor, angle))
+
+
+@pytest.mark.parametrize("log_x, gap", [(False, None), (True, None), (False, 0)])
+def test_names_of_growths_in_quick_succession_do_not_touch(make_run, tmp_path, drawn, monkeypatch, log_x, gap):
+    if gap is not None:
+        monkeypatch.setattr(figures, "LABEL_GAP", gap)
+    stages, dims = [], INITIAL
+    for steps in (1, 20, 2, 1, 1, 3, 1, 1, 9, 2, 1, 40):
+        dims = dims.replace(num_hidden_layers=dims.num_hidden_layers + 1, intermediate_size=dims.intermediate_size + 8)
+        stages.append(GrowthStage(("layer", "ffn"), dims, steps * TOKENS_PER_STEP))
+    schedule = GrowthSchedule(INITIAL, tuple(stages), 100 * TOKENS_PER_STEP)
+    draw_run_losses([make_run(schedule=schedule)], tmp_path / "loss.png", log_x=log_x)
+    axes = drawn[0].axes[0]
+    assert len(axes.lines[2].get_xdata()) == len(axes.lines[3:]) == 12, "every growth has its marks"
+    labels = axes.child_axes[0].get_xticklabels()
+    assert 3 <= len(labels) <= 12 and all(label.get_text() == "layer-ffn" for label in labels)
+    touching = any(one.intersects_path(other) for one, other in combinations(map(outline, labels), 2))
+    assert touching is (gap == 0)
+
+
 @pytest.mark.parametrize("log_x", [False, True])
 def test_growths_of_a_single_run_are_named_at_the_top(make_run, tmp_path, drawn, log_x):
     draw_run_losses([make_run()], tmp_path / "loss.png", log_x=log_x)
@@ -119,8 +150,9 @@ def test_dimensions_are_relative_to_the_initial_ones(make_run, tmp_path, drawn):
     ]
     assert [tick.get_text() for tick in dimensions.get_xticklabels()] == ["initial", "layer", "ffn", "hidden"]
     assert [tick.get_text() for tick in dimensions.get_yticklabels()] == ["×1", "×2"]
-    steps = parameters.lines[0].get_ydata()
-    assert len(steps) == 8 and list(steps[::2]) == list(steps[1::2]) and steps[0] < steps[2] < steps[4] < steps[6]
+    start, *steps = parameters.lines[0].get_ydata()
+    assert parameters.lines[0].get_drawstyle() == "steps-pre"
+    assert len(steps) == 4 and start == steps[0] and steps == sorted(set(steps))
 
 
 def test_odd_names_are_shown_literally(make_run, tmp_path, drawn):

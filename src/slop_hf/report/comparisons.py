@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.figure import Figure
 
 from ..errors import RunError
 from ..io.units import NOTHING
@@ -24,7 +23,6 @@ from .drawing import (
     STYLE,
     WIDTH,
     DrawnRun,
-    Style,
     create_figure,
     draw_grid,
     draw_run_legend,
@@ -37,19 +35,10 @@ from .scores import ScoreKey, find_shared_keys, label_scores, select_headline_sc
 #: Operators that change only attention heads.
 HEAD_OPERATORS = frozenset(("mha", "head_dim"))
 
-_LINE: Style = {"marker": "o", "markersize": 5, "linewidth": 1.4}
 _DASHES = ("-", "--", ":")  # a further one when all colours are used
 MIN_TASKS = 3  # two axes of a radar enclose no area
 MIN_SCHEDULES = 3  # two have a single correlation, which needs no figure
 MIN_STAGES = 3  # two stage times always lie on a line, with correlation 1
-
-
-@dataclass(frozen=True)
-class _ScoredRun:
-    """A finished run and the scores of its target, headline metrics first."""
-
-    drawn: DrawnRun
-    scores: dict[ScoreKey, float]
 
 
 def draw_radar(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
@@ -70,26 +59,24 @@ def draw_radar(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     Raises:
         RunError: if no run is given, a directory occurs twice or is not a run, or evaluations are malformed.
     """
-    scored = [run for run in _score_finished(read_runs(runs), runs) if run.scores]
-    shared_tasks = find_shared_keys([run.scores for run in scored])
-    best = {task: top for task in shared_tasks if (top := max(run.scores[task] for run in scored)) > 0}
+    scored = _score_finished(read_runs(runs), runs)
+    shared_tasks = find_shared_keys([scores for _, scores in scored])
+    best = {task: top for task in shared_tasks if (top := max(scores[task] for _, scores in scored)) > 0}
     if len(scored) < 2 or len(best) < MIN_TASKS:
         return None
     angles = [2 * math.pi * number / len(best) for number in range(len(best))]
     with rc_context(STYLE):
         figure = create_figure(5.8, 5.2)
         axes = figure.add_subplot(projection="polar")
-        for number, run in enumerate(scored):
-            lengths = [max(run.scores[task], 0) / top for task, top in best.items()]
+        for number, (run, scores) in enumerate(scored):
+            lengths = [max(scores[task], 0) / top for task, top in best.items()]
             closed = [*angles, angles[0]], [*lengths, lengths[0]]
-            axes.plot(
-                *closed, color=run.drawn.colour, linewidth=1.6, marker="o", markersize=4, zorder=3 - number / 100
-            )
+            axes.plot(*closed, "o-", color=run.colour, linewidth=1.6, markersize=4, zorder=3 - number / 100)
         names = label_scores(list(best))
         labels = [f"{name}\n{task.metric} {top:.3g}" for name, (task, top) in zip(names, best.items(), strict=True)]
         _format_radar(axes, angles, labels)
-        figure.suptitle("Downstream tasks", x=0.01, ha="left", fontsize=10, fontweight="bold")
-        draw_run_legend(figure, [run.drawn for run in scored], letters=48)
+        figure.suptitle("Downstream tasks", x=0.01, ha="left")
+        draw_run_legend(figure, [run for run, _ in scored], letters=48)
         return write_png(figure, path)
 
 
@@ -122,8 +109,8 @@ def draw_time_correlation(runs: Sequence[RunDirectory], path: str | Path) -> Pat
         schedules.sort(key=lambda schedule: schedule[1] or 0.0)
     hours = [[record.device_hours for record in run.records] for run, _ in schedules]
     with rc_context(STYLE):
-        names = [shorten_name(run.name, 24) for run, _ in schedules]
-        return _draw_heatmap(names, compute_time_correlation(hours), path)
+        figure = _draw_heatmap([shorten_name(run.name, 24) for run, _ in schedules], compute_time_correlation(hours))
+        return write_png(figure, path)
 
 
 def compute_time_correlation(hours: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -178,25 +165,37 @@ def draw_heads(runs: Sequence[RunDirectory], path: str | Path) -> Path | None:
     groups = _group_by_heads(drawn_runs, runs)
     if not groups:
         return None
-    scored = {id(run.drawn): run for run in _score_finished(drawn_runs, runs) if run.scores}
-    scored_groups = [[scored[id(run)] for run in group if id(run) in scored] for group in groups]
-    largest = max(scored_groups, key=len)
-    tasks = find_shared_keys([run.scores for run in largest]) if len(largest) > 1 else []
+    scores = {run.name: run_scores for run, run_scores in _score_finished(drawn_runs, runs)}
+    largest = max(([run for run in group if run.name in scores] for group in groups), key=len)
+    tasks = find_shared_keys([scores[run.name] for run in largest]) if len(largest) > 1 else []
+    targets = [group[0].records[-1].dims for group in groups]
+    labels = [f"{dims.hidden_size}, {dims.intermediate_size}, {dims.num_hidden_layers}" for dims in targets]
+    perplexities = [[run.records[-1].perplexity or math.nan for run in group] for group in groups]
     with rc_context(STYLE):
         figure = create_figure(WIDTH if tasks else 6.4, 4.0)
         left, *right = figure.subplots(1, 2 if tasks else 1, squeeze=False).ravel()
-        _draw_perplexities(left, groups)
+        _draw_lines(left, labels, groups, perplexities)
+        left.set(title="Perplexity of the target", ylabel="perplexity")
+        if len(groups) > 1:
+            left.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
         for axes in right:
-            _draw_scores(axes, largest, tasks)
+            names = zip(label_scores(tasks), tasks, strict=True)
+            labels = [f"{shorten_name(name, 28)}, {task.metric}" for name, task in names]
+            _draw_lines(
+                axes, labels, [largest] * len(tasks), [[scores[run.name][task] for run in largest] for task in tasks]
+            )
+            axes.set(title="Downstream tasks", ylabel="score")
+            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, borderaxespad=0)
         return write_png(figure, path)
 
 
-def _score_finished(drawn_runs: Iterable[DrawnRun], runs: Iterable[RunDirectory]) -> list[_ScoredRun]:
-    return [
-        _ScoredRun(drawn_run, select_headline_scores(run.evaluations(len(drawn_run.records) - 1)))
-        for drawn_run, run in zip(drawn_runs, runs, strict=True)
-        if run.is_finished
-    ]
+def _score_finished(
+    drawn_runs: Sequence[DrawnRun], runs: Sequence[RunDirectory]
+) -> list[tuple[DrawnRun, dict[ScoreKey, float]]]:
+    """Return the finished runs whose targets were evaluated, and these scores, headline metrics first."""
+    finished = [pair for pair in zip(drawn_runs, runs, strict=True) if pair[1].is_finished]
+    scored = [(drawn, select_headline_scores(run.evaluations(len(drawn.records) - 1))) for drawn, run in finished]
+    return [(drawn, scores) for drawn, scores in scored if scores]
 
 
 def _format_radar(axes: Axes, angles: Sequence[float], labels: Sequence[str]) -> None:
@@ -205,16 +204,15 @@ def _format_radar(axes: Axes, angles: Sequence[float], labels: Sequence[str]) ->
     axes.set_theta_direction(-1)
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], [])
-    axes.set_xticks(angles, labels, fontsize=8)
+    axes.set_xticks(angles, labels, fontsize=8, parse_math=False)
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
-        text.set_parse_math(False)
         side = math.sin(angle)
         text.set_horizontalalignment("center" if abs(side) < 0.2 else "left" if side > 0 else "right")
     axes.grid(color="0.88", linewidth=0.8)
     axes.spines["polar"].set_visible(False)
 
 
-def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]], path: str | Path) -> Path:
+def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
     """Draw correlations as coloured cells with their values; undefined ones are grey."""
     side = 2.0 + 0.5 * max(len(names), 4)
     figure = create_figure(side + 1.2, side)
@@ -229,16 +227,13 @@ def _draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float]], path:
             text = f"{value:.2f}" if math.isfinite(value) else NOTHING
             on_dark = math.isfinite(value) and value > low + 0.6 * (1 - low)
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if on_dark else "black")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.8, label="Pearson's r").outline.set_visible(False)
-    axes.set_title("Correlation of training times", loc="left")
-    return write_png(figure, path)
+    axes.set_title("Correlation of training times")
+    return figure
 
 
 def _group_by_heads(drawn_runs: Sequence[DrawnRun], runs: Sequence[RunDirectory]) -> list[list[DrawnRun]]:
@@ -260,45 +255,17 @@ def _count_heads(run: DrawnRun) -> int:
     return run.records[-1].dims.num_attention_heads
 
 
-def _draw_perplexities(axes: Axes, groups: Sequence[Sequence[DrawnRun]]) -> None:
-    for number, group in enumerate(groups):
-        last = [run.records[-1] for run in group]
-        dims, colour = last[0].dims, RUN_COLOURS[number % len(RUN_COLOURS)]
-        axes.plot(
-            [_count_heads(run) for run in group],
-            [record.perplexity for record in last],
-            color=colour,
-            label=f"{dims.hidden_size}, {dims.intermediate_size}, {dims.num_hidden_layers}",
-            **_LINE,
-        )
-    _format_heads_axes(
-        axes, "Perplexity of the target", "perplexity", (_count_heads(run) for group in groups for run in group)
-    )
-    if len(groups) > 1:
-        axes.legend(title="hidden, ffn, layers", handlelength=1.4, fontsize=8)
-
-
-def _draw_scores(axes: Axes, runs: Sequence[_ScoredRun], tasks: Sequence[ScoreKey]) -> None:
-    heads = [_count_heads(run.drawn) for run in runs]
-    for number, (key, name) in enumerate(zip(tasks, label_scores(tasks), strict=True)):
-        axes.plot(
-            heads,
-            [run.scores[key] for run in runs],
-            color=RUN_COLOURS[number % len(RUN_COLOURS)],
-            linestyle=_DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
-            label=f"{shorten_name(name, 28)}, {key.metric}",
-            **_LINE,
-        )
-    _format_heads_axes(axes, "Downstream tasks", "score", heads)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, borderaxespad=0)
-
-
-def _format_heads_axes(axes: Axes, title: str, label: str, heads: Iterable[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(set(heads))))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+def _draw_lines(
+    axes: Axes, labels: Sequence[str], groups: Sequence[Sequence[DrawnRun]], values: Sequence[Sequence[float]]
+) -> None:
+    """Draw values of runs against their attention heads, one line per group; shape of the values: [groups, runs]."""
+    for number, (label, group, heights) in enumerate(zip(labels, groups, values, strict=True)):
+        turn, position = divmod(number, len(RUN_COLOURS))
+        style = {"color": RUN_COLOURS[position], "linestyle": _DASHES[turn % len(_DASHES)], "linewidth": 1.4}
+        axes.plot([_count_heads(run) for run in group], heights, marker="o", markersize=5, label=label, **style)
+    heads = sorted({_count_heads(run) for group in groups for run in group})
     draw_grid(axes, "y")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(heads, map(str, heads))
+    axes.minorticks_off()
     axes.set_xlabel("attention heads")
-    axes.set_ylabel(label)
-    axes.set_title(title, loc="left")

@@ -33,13 +33,15 @@ from .summary import name_runs
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 
 DPI = 150  # of PNG files
-POINTS_PER_INCH = 72
 WIDTH = 9.0  # inches
 STYLE: Mapping[str, object] = {
     "font.family": "sans-serif",
     "font.size": 9,
+    "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
+    "figure.titlesize": 10,
+    "figure.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": False,
@@ -89,11 +91,7 @@ class DrawnRun:
 
 
 def read_runs(runs: Sequence[RunDirectory | RunSnapshot]) -> list[DrawnRun]:
-    """Read the data of runs for a figure, and give each a unique name and a colour.
-
-    Raises:
-        RunError: if no run is given, a directory occurs twice or is not a run, or a run has no finished stage.
-    """
+    """Read the data of runs for a figure, and give each a unique name and a colour."""
     if not runs:
         raise RunError("no runs to draw; give at least one run directory")
     drawn_runs = []
@@ -131,11 +129,7 @@ def label_runs(names: Sequence[str], sequences: Sequence[str]) -> list[str]:
 
 
 def draw_run_legend(
-    panel: Figure | SubFigure,
-    runs: Sequence[DrawnRun],
-    extra: Sequence[LegendEntry] = (),
-    *,
-    letters: int = 84,
+    panel: Figure | SubFigure, runs: Sequence[DrawnRun], extra: Sequence[LegendEntry] = (), *, letters: int = 84
 ) -> None:
     """Draw a legend of the runs below a figure, followed by other entries; for `letters` see `draw_legend`."""
     names = [shorten_name(run.name, min(letters, 48)) for run in runs]
@@ -147,32 +141,20 @@ def draw_run_legend(
 def draw_legend(
     panel: Figure | SubFigure, entries: Sequence[LegendEntry], *, letters: int = 84, **style: object
 ) -> None:
-    """Draw a legend below a figure, in as many columns as fit.
-
-    Args:
-        panel: the figure.
-        entries: names and the artists that they explain.
-        letters: number of letters of names that fit into a row.
-        style: keyword arguments of `Figure.legend`.
-    """
-    names = [name for name, _ in entries]
-    columns = next((n for n in (6, 5, 4, 3, 2) if max(map(len, names)) * n <= letters), 1)
-    columns = math.ceil(len(names) / math.ceil(len(names) / columns))
-    defaults = {"loc": "outside lower center", "ncols": columns, "handler_map": {tuple: HandlerTuple(None, pad=0)}}
-    legend = panel.legend([artist for _, artist in entries], ["x"] * len(names), **{**defaults, **style})
-    for text, name in zip(legend.get_texts(), names, strict=True):
+    """Draw a legend below a figure, in as many columns as fit if a row has room for so many letters of names."""
+    columns = min(max(letters // max(len(name) for name, _ in entries), 1), 6)
+    columns = math.ceil(len(entries) / math.ceil(len(entries) / columns))
+    style = {"ncols": columns, "handler_map": {tuple: HandlerTuple(None, pad=0)}, **style}
+    artists = [artist for _, artist in entries]
+    legend = panel.legend(artists, ["x"] * len(artists), loc="outside lower center", **style)
+    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
         # Set afterwards and without mathtext, since names may begin with `_` or contain `$`.
         text.set_parse_math(False)
         text.set_text(name)
 
 
 def label_flops_axis(axes: Axes, most: float) -> None:
-    """Label the horizontal axis as training FLOPs, counted in the power of ten of the largest value.
-
-    Args:
-        axes: axes whose data are FLOPs.
-        most: the largest value.
-    """
+    """Label the horizontal axis as training FLOPs, counted in the power of ten of the largest value, `most`."""
     exponent = math.floor(math.log10(most)) if most > 0 else 0
     if exponent:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(exponent, exponent))
@@ -207,10 +189,7 @@ def create_figure(width: float, height: float) -> Figure:
 def write_png(figure: Figure, path: str | Path, *, source: str = "") -> Path:
     """Write a figure atomically and return its path.
 
-    Args:
-        figure: the figure.
-        path: the PNG file.
-        source: fingerprint of the data that the figure shows, stored in the file's metadata.
+    The file's metadata holds `source`, a fingerprint of the data that the figure shows.
     """
     with write_file(path) as temporary:
         # `savefig` would draw twice, the first time for the layout alone.

@@ -12,15 +12,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
 
 from ..io.units import format_count
 from ..runs.directory import RunDirectory
 from ..runs.records import StageRecord
 from ..runs.snapshot import RunSnapshot
 from .drawing import (
-    POINTS_PER_INCH,
     STYLE,
     WIDTH,
     DrawnRun,
@@ -29,6 +28,7 @@ from .drawing import (
     create_figure,
     darken,
     draw_grid,
+    draw_legend,
     draw_run_legend,
     get_stage_label,
     label_flops_axis,
@@ -46,22 +46,12 @@ _DIMENSIONS = (
 )
 
 #: The mark of a growth on a curve of losses.
-GROWTH_MARK: Style = {
-    "linestyle": "none",
-    "marker": "^",
-    "markersize": 6.5,
-    "markeredgecolor": "white",
-    "markeredgewidth": 0.7,
-}
-_TRAINING: Style = {"linewidth": 0.9, "alpha": 0.65}
-_HELD_OUT: Style = {
-    "linestyle": "none",
-    "marker": "o",
-    "markersize": 5,
-    "markeredgecolor": "white",
-    "markeredgewidth": 0.6,
-}
+_MARK: Style = {"linestyle": "none", "markeredgecolor": "white"}
+GROWTH_MARK: Style = {**_MARK, "marker": "^", "markersize": 6.5, "markeredgewidth": 0.7}
+_HELD_OUT: Style = {**_MARK, "marker": "o", "markersize": 5, "markeredgewidth": 0.6}
 MAX_MARKERS = 40  # dots of held-out loss per run
+LABEL_SIZE = 7.5  # points, of the names of stages
+LABEL_GAP = 2.5 * LABEL_SIZE  # points between growths whose labels do not touch, at a slant of 30°
 NUDGE = 4.0  # points between dimensions that grew alike
 
 
@@ -89,13 +79,8 @@ class LossCurve:
 def draw_loss_curves(axes: Axes, curves: Sequence[LossCurve], *, most: float, log_x: bool = False) -> None:
     """Draw losses against training, with a triangle at each growth.
 
-    The axis of losses fits the settled losses of all curves, with room below for a label.
-
-    Args:
-        axes: empty axes.
-        curves: the curves; later ones are drawn over earlier ones.
-        most: training at the right end of the axis.
-        log_x: whether the horizontal axis is logarithmic.
+    The axis of losses fits the settled losses of all curves, with room below for a label; unless it is logarithmic,
+    the axis of training ends at `most`. Later curves are drawn over earlier ones.
     """
     for number, curve in enumerate(curves):
         colour = curve.style["color"]
@@ -146,7 +131,7 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
         else:
             label_flops_axis(axes, most)
         axes.set_ylabel("loss (nats/token)")
-        axes.set_title("Loss against training compute", loc="left")
+        axes.set_title("Loss against training compute")
         if len(drawn_runs) == 1:
             _label_growths(axes, drawn_runs[0])
         kinds = [("training loss", {"linewidth": 0.9}), ("held-out loss", _HELD_OUT)]
@@ -159,20 +144,14 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
 
 def _build_curves(run: DrawnRun, number: int) -> list[LossCurve]:
     """Build the curves of a run's training losses and held-out losses."""
-    training = LossCurve(*run.losses("loss"), {"color": run.colour, **_TRAINING}, run.settled_losses)
+    style: Style = {"color": run.colour, "linewidth": 0.9, "alpha": 0.65}
+    training = LossCurve(*run.losses("loss"), style, run.settled_losses)
     flops, losses = run.losses("eval_loss")
     every = max(1, math.ceil(len(flops) / MAX_MARKERS))
-    style = {
-        "color": run.colour,
-        "zorder": 3 + number / 100,
-        "markevery": slice((len(flops) - 1) % every, None, every),
-        **_HELD_OUT,
-    }
-    growths = [
-        (record.total_flops, loss)
-        for record in run.records[:-1]
-        if (loss := _find_loss_at_end(record, training)) is not None
-    ]
+    dots = slice((len(flops) - 1) % every, None, every)
+    style = {"color": run.colour, "zorder": 3 + number / 100, "markevery": dots, **_HELD_OUT}
+    ends = [(record.total_flops, _find_loss_at_end(record, training)) for record in run.records[:-1]]
+    growths = [(end, loss) for end, loss in ends if loss is not None]
     return [training, LossCurve(flops, losses, style, [], growths=growths)]
 
 
@@ -185,15 +164,19 @@ def _find_loss_at_end(record: StageRecord, training: LossCurve) -> float | None:
 
 
 def _label_growths(axes: Axes, run: DrawnRun) -> None:
-    """Name what grew on an axis at the top, above a pale line at each growth."""
-    growths = [(flops, label) for flops, label in run.growths if flops > 0]
-    for flops, _ in growths:
-        axes.axvline(flops, color="0.75", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    """Name what grew on an axis at the top, above a pale line at each growth; leave out names that would touch."""
+    labels: dict[float, str] = {}
+    last = -math.inf
+    for flops, label in run.growths:
+        if flops > 0:
+            axes.axvline(flops, color="0.75", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            x = 72 * axes.transData.transform((flops, 0))[0] / axes.figure.dpi  # points
+            if x >= last + LABEL_GAP:
+                labels[flops], last = label, x
     top = axes.secondary_xaxis("top")
-    top.set_xticks([flops for flops, _ in growths], [label for _, label in growths], fontsize=7.5)
-    top.tick_params(axis="x", which="both", length=0, labelcolor=darken(run.colour), labelrotation=30)
-    for label in top.get_xticklabels():
-        label.set(ha="left", rotation_mode="anchor")
+    slant: Style = {"rotation": 30, "rotation_mode": "anchor", "ha": "left"}
+    top.set_xticks([*labels], labels.values(), fontsize=LABEL_SIZE, color=darken(run.colour), **slant)
+    top.tick_params(axis="x", which="both", length=0)
     top.spines[:].set_visible(False)
 
 
@@ -233,22 +216,21 @@ def _draw_parameters(panel: SubFigure, runs: Sequence[DrawnRun]) -> None:
     axes = panel.add_subplot()
     most = max(run.records[-1].total_flops for run in runs)
     for number, run in enumerate(runs):
-        xs, ys = [], []
-        for record in run.records:
-            xs += [record.total_flops - record.flops, record.total_flops]
-            ys += [record.parameters] * 2
+        xs = [run.records[0].total_flops - run.records[0].flops, *(record.total_flops for record in run.records)]
+        ys = [run.records[0].parameters, *(record.parameters for record in run.records)]
         # Runs often share structures: later lines are thinner, so that the earlier ones show on both sides.
         later = len(runs) - 1 - number
         width = 1.4 + later * min(1.2, 4 / len(runs))
-        axes.plot(xs, ys, color=run.colour, linewidth=width, solid_joinstyle="miter", zorder=2 + number / 100)
+        style: Style = {"color": run.colour, "linewidth": width, "solid_joinstyle": "miter"}
+        axes.plot(xs, ys, drawstyle="steps-pre", zorder=2 + number / 100, **style)
         axes.plot(xs[-1:], ys[-1:], "o", color=run.colour, markersize=width + 3.6, clip_on=False, zorder=3)
     axes.set_xlim(0, most * 1.02 or 1)
     axes.set_ylim(0, max(record.parameters for run in runs for record in run.records) * 1.08)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
     draw_grid(axes, "y")
     label_flops_axis(axes, most)
     axes.set_ylabel("parameters")
-    panel.suptitle("(a) Parameters over training", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    panel.suptitle("(a) Parameters over training", x=0.01, ha="left")
     draw_run_legend(panel, runs)
 
 
@@ -259,28 +241,19 @@ def _draw_dimensions(panel: SubFigure, runs: Sequence[DrawnRun], rows: int, colu
     for axes, run in zip(grid, runs, strict=False):
         for number, (_, field, colour, marker) in enumerate(_DIMENSIONS):
             # Dimensions that grew alike would hide each other: each is drawn a few points off its true value.
-            nudge = ScaledTranslation(0, NUDGE * (1.5 - number) / POINTS_PER_INCH, panel.dpi_scale_trans)
-            values = _compute_ratios(run, field)
-            axes.plot(
-                range(len(values)),
-                values,
-                color=colour,
-                marker=marker,
-                markersize=4,
-                linewidth=1.4,
-                transform=axes.transData + nudge,
-            )
+            nudged = offset_copy(axes.transData, panel, y=NUDGE * (1.5 - number), units="points")
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
+            axes.plot(_compute_ratios(run, field), transform=nudged, **style)
         axes.set_yscale("log", base=2)
         axes.set_ylim(2 ** (-0.2 * top), 2 ** (1.2 * top))
-        axes.yaxis.set_major_locator(FixedLocator([2**power for power in range(math.floor(top) + 1)]))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"×{value:g}"))
+        sizes = [2**power for power in range(math.floor(top) + 1)]
+        axes.set_yticks(sizes, [f"×{size}" for size in sizes])
+        axes.minorticks_off()
         axes.grid(axis="y", color="0.92", linewidth=0.8)
         _label_stages(axes, run, is_narrow=columns > 1)
         if has_titles:
-            axes.set_title(
-                shorten_name(run.name, 84 // columns), color=darken(run.colour), parse_math=False, fontsize=8.5
-            )
+            title = shorten_name(run.name, 84 // columns)
+            axes.set_title(title, loc="center", color=darken(run.colour), parse_math=False, fontsize=8.5)
     for axes in grid[::columns]:
         axes.set_ylabel("relative size")
     for axes in grid[max(len(runs) - columns, 0) : len(runs)]:
@@ -288,14 +261,8 @@ def _draw_dimensions(panel: SubFigure, runs: Sequence[DrawnRun], rows: int, colu
     for axes in grid[len(runs) :]:
         axes.set_visible(False)
     panel.align_xlabels()
-    panel.suptitle(
-        "(b) Dimensions relative to the initial structure", x=0.01, ha="left", fontsize=10, fontweight="bold"
-    )
-    handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
-        for label, _, colour, marker in _DIMENSIONS
-    ]
-    panel.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    panel.suptitle("(b) Dimensions relative to the initial structure", x=0.01, ha="left")
+    draw_legend(panel, [(name, line) for (name, *_), line in zip(_DIMENSIONS, grid[0].lines, strict=True)])
 
 
 def _label_stages(axes: Axes, run: DrawnRun, *, is_narrow: bool) -> None:
@@ -304,10 +271,10 @@ def _label_stages(axes: Axes, run: DrawnRun, *, is_narrow: bool) -> None:
     if len(labels) > (5 if is_narrow else 8):
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     else:
-        axes.set_xticks(range(len(labels)), labels, fontsize=7.5)
+        axes.set_xticks(range(len(labels)), labels, fontsize=LABEL_SIZE)
     axes.set_xlim(-0.3, len(labels) - 0.7)
 
 
 def _compute_ratios(run: DrawnRun, field: str) -> list[float]:
-    first = getattr(run.records[0].dims, field)
-    return [getattr(record.dims, field) / first for record in run.records]
+    sizes = [getattr(record.dims, field) for record in run.records]
+    return [size / sizes[0] for size in sizes]

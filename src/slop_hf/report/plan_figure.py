@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.transforms import offset_copy
 
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..dims import ModelConfig, ModelDims
@@ -22,16 +22,7 @@ from ..errors import PlanError
 from ..io.files import write_file
 from ..io.units import format_count
 from ..schedule import GrowthSchedule
-from .drawing import (
-    POINTS_PER_INCH,
-    STYLE,
-    LegendEntry,
-    Style,
-    create_figure,
-    draw_legend,
-    label_flops_axis,
-    shorten_name,
-)
+from .drawing import STYLE, LegendEntry, Style, create_figure, draw_legend, label_flops_axis, shorten_name
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SIZE = (12.0, 5.0)  # inches
@@ -43,16 +34,17 @@ ARM_LANE = 1.7  # points between arms that train the same structure
 BEST_WIDTH = 3.2  # points
 OTHER_WIDTH = 1.1
 
-#: Label and config field of each axis on the right; the last two are shown only if they add information.
-AXES = (
-    ("hidden", "hidden_size"),
-    ("ffn", "intermediate_size"),
-    ("layers", "num_hidden_layers"),
-    ("heads", "num_attention_heads"),
-    ("kv heads", "num_key_value_heads"),
-    ("head_dim", "head_dim"),
-)
+#: Config field and label of each axis on the right; the last two are shown only if they add information.
+AXES = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv heads",
+    "head_dim": "head_dim",
+}
 
+_STEPS: Style = {"drawstyle": "steps-pre", "solid_joinstyle": "miter"}
 LOG_RATIO = 4  # largest / smallest parameter count from which the axis is logarithmic
 MAX_LABELS = 8  # schedules labelled at their ends
 MAX_STRUCTURES = 6  # stages whose letters are drawn, and whose structures the legend spells out
@@ -63,27 +55,16 @@ LABEL_GAP = 0.06  # of the height of the axes, between labels at the ends of lin
 
 @dataclass(frozen=True)
 class _Path:
-    """A schedule as a step line."""
+    """A schedule as a step line, which rises at the beginning of each stage."""
 
     schedule: GrowthSchedule
-    edges: tuple[float, ...]  # x of the beginning of each stage and of the end of the last one, shape [stages + 1]
-    parameters: tuple[int, ...]  # shape [stages]
-
-    def points(self, stage: int) -> tuple[list[float], list[float]]:
-        """Return the x and y of one stage: a riser from the stage before it, and a plateau."""
-        start, end, size = self.edges[stage], self.edges[stage + 1], float(self.parameters[stage])
-        return [start, start, end], [float(self.parameters[max(stage - 1, 0)]), size, size]
+    edges: tuple[float, ...]  # x of the beginning, and of the end of each stage, shape [stages + 1]
+    parameters: tuple[int, ...]  # at these edges, before any riser, shape [stages + 1]
 
     @property
-    def line(self) -> tuple[list[float], list[float]]:
-        """The x and y of all stages."""
-        parts = [self.points(stage) for stage in range(len(self.parameters))]
-        return [x for xs, _ in parts for x in xs], [y for _, ys in parts for y in ys]
-
-    @property
-    def end(self) -> tuple[float, float]:
+    def end(self) -> tuple[float, int]:
         """The x and y at the end of the last stage."""
-        return self.edges[-1], float(self.parameters[-1])
+        return self.edges[-1], self.parameters[-1]
 
 
 def draw_plan(
@@ -134,8 +115,7 @@ def draw_plan(
         left, right = figure.subfigures(1, 2, width_ratios=(1.12, 1))
         if title:
             figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
-        named_arms = [(name, arm) for (name, _), arm in zip(arms, paths[len(schedules) :], strict=True)]
-        _draw_paths(left, paths[: len(schedules)], named_arms, has_tokens)
+        _draw_paths(left, paths[: len(schedules)], paths[len(schedules) :], [name for name, _ in arms], has_tokens)
         _draw_structures(right, schedules)
         if path is not None:
             with write_file(path) as temporary:
@@ -147,36 +127,39 @@ def _build_path(schedule: GrowthSchedule, config: ModelConfig, sequence_length: 
     edges = [0.0 if has_tokens else -0.5]
     for dims, tokens in zip(schedule.structures, schedule.tokens, strict=True):
         edges.append(edges[-1] + (count_flops_per_token(dims, config, sequence_length) * tokens if has_tokens else 1))
-    return _Path(schedule, tuple(edges), tuple(count_parameters(dims, config) for dims in schedule.structures))
+    sizes = [count_parameters(dims, config) for dims in schedule.structures]
+    return _Path(schedule, tuple(edges), (sizes[0], *sizes))
 
 
-def _draw_paths(panel: SubFigure, plans: Sequence[_Path], arms: Sequence[tuple[str, _Path]], has_tokens: bool) -> None:
+def _draw_paths(
+    panel: SubFigure, plans: Sequence[_Path], arms: Sequence[_Path], arm_names: Sequence[str], has_tokens: bool
+) -> None:
     axes = panel.add_subplot()
     for rank, plan in reversed(list(enumerate(plans[1:], start=2))):
         style: Style = {"color": _fade(rank, len(plans)), "zorder": 2 - rank / 1000}
-        axes.plot(*plan.line, linewidth=OTHER_WIDTH, solid_joinstyle="miter", gid=f"plan-{rank}", **style)
+        axes.plot(plan.edges, plan.parameters, linewidth=OTHER_WIDTH, gid=f"plan-{rank}", **_STEPS, **style)
         axes.plot(*plan.end, "o", markersize=3, clip_on=False, **style)
-    for number, (_, arm) in enumerate(arms):
+    for number, arm in enumerate(arms):
         # Above and below the best schedule in turn.
         offset = (BEST_WIDTH / 2 + ARM_LANE * (number // 2 + 0.6)) * (-1 if number % 2 else 1)
-        lane = axes.transData + ScaledTranslation(0, offset / POINTS_PER_INCH, panel.dpi_scale_trans)
-        axes.plot(*arm.line, transform=lane, gid=f"arm-{number + 1}", zorder=3, **_style_arm(number))
+        lane = offset_copy(axes.transData, panel, y=offset, units="points")
+        style = {"transform": lane, "gid": f"arm-{number + 1}", "drawstyle": "steps-pre", "zorder": 3}
+        axes.plot(arm.edges, arm.parameters, **style, **_style_arm(number))
     _draw_best(axes, plans[0])
-    every_path = [*plans, *(arm for _, arm in arms)]
-    sizes = [size for path in every_path for size in path.parameters]
+    sizes = [size for path in (*plans, *arms) for size in path.parameters]
     low, high = min(sizes), max(sizes)
     if high >= LOG_RATIO * low:
         margin = (high / low) ** 0.07
         axes.set_yscale("log")
         axes.set_ylim(low / margin, high * margin)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.minorticks_off()
     else:
         axes.set_ylim(0, high * 1.08)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
     axes.grid(axis="y", color="0.93", linewidth=0.8)
     axes.set_axisbelow(True)
-    start, stop = plans[0].edges[0], max(path.end[0] for path in every_path)
+    start, stop = plans[0].edges[0], max(path.end[0] for path in (*plans, *arms))
     margin = 0.015 * (stop - start)
     axes.set_xlim(start - margin, stop + margin)
     if has_tokens:
@@ -187,42 +170,32 @@ def _draw_paths(panel: SubFigure, plans: Sequence[_Path], arms: Sequence[tuple[s
     axes.set_ylabel("parameters in training")
     best = enumerate(plans[:MAX_LABELS], start=1)
     _label_ends(axes, [(*plan.end, _format_rank(rank, plan.schedule), rank) for rank, plan in best])
-    panel.suptitle("(a) Parameters over training", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    panel.suptitle("(a) Parameters over training", x=0.01, ha="left")
     handle = tuple(Line2D([], [], color=colour, linewidth=BEST_WIDTH) for colour in _shade_stages(3))
     entries: list[LegendEntry] = [("best, coloured as in (b)", handle)]
     if len(plans) > 1:
         entries.append(("other schedules", Line2D([], [], color=_fade(2, len(plans)), linewidth=OTHER_WIDTH)))
-    entries += [
-        (shorten_name(name, MAX_LETTERS), Line2D([], [], **_style_arm(number)))
-        for number, (name, _) in enumerate(arms)
-    ]
+    names = [shorten_name(name, MAX_LETTERS) for name in arm_names]
+    entries += [(name, Line2D([], [], **_style_arm(number))) for number, name in enumerate(names)]
     draw_legend(panel, entries, letters=74, fontsize=LABEL_SIZE, handlelength=3)
 
 
 def _draw_best(axes: Axes, plan: _Path) -> None:
-    colours = _shade_stages(len(plan.parameters))
-    line: Style = {"linewidth": BEST_WIDTH, "solid_joinstyle": "miter", "solid_capstyle": "projecting"}
+    colours = _shade_stages(len(plan.parameters) - 1)
     for stage, colour in enumerate(colours):
-        axes.plot(*plan.points(stage), color=colour, zorder=4 + stage / 1000, gid=f"plan-1-stage-{stage}", **line)
+        ends = slice(stage, stage + 2)
+        line: Style = {"linewidth": BEST_WIDTH, "zorder": 4 + stage / 1000, "gid": f"plan-1-stage-{stage}", **_STEPS}
+        axes.plot(plan.edges[ends], plan.parameters[ends], color=colour, solid_capstyle="projecting", **line)
     axes.plot(*plan.end, "o", color=colours[-1], markersize=7, clip_on=False, zorder=5)
     if len(colours) > MAX_STRUCTURES:
         return  # the letters would lie on top of each other; the legend of (b) has them
     for number, growth in enumerate(plan.schedule.stages, start=1):
-        middle = plan.edges[number], math.sqrt(plan.parameters[number - 1] * plan.parameters[number])
+        middle = plan.edges[number], math.sqrt(plan.parameters[number] * plan.parameters[number + 1])
         shape = "circle,pad=0.3" if len(growth.letters) == 1 else "round,pad=0.3,rounding_size=0.7"
-        axes.text(
-            *middle,
-            growth.letters,
-            ha="center",
-            va="center",
-            fontfamily="monospace",  # its l looks different from a stroke
-            fontsize=LABEL_SIZE,
-            fontweight="bold",
-            color="white",
-            bbox={"boxstyle": shape, "facecolor": colours[number], "edgecolor": "white"},
-            gid="growth",
-            zorder=6,
-        )
+        box = {"boxstyle": shape, "facecolor": colours[number], "edgecolor": "white"}
+        # The l of monospaced letters looks different from a stroke.
+        font = {"fontfamily": "monospace", "fontsize": LABEL_SIZE, "fontweight": "bold", "color": "white"}
+        axes.text(*middle, growth.letters, ha="center", va="center", bbox=box, gid="growth", zorder=6, **font)
 
 
 def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> None:
@@ -254,8 +227,7 @@ def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> N
         width = 2.2 + 6.0 * (len(colours) - 1 - stage) / max(len(colours) - 1, 1)
         line: Style = {"solid_joinstyle": "round", "solid_capstyle": "round", "zorder": 3 + stage / 1000}
         axes.plot(positions, heights(dims), color=colour, linewidth=width, gid=f"stage-{stage}", **line)
-    names = {field: name for name, field in AXES}
-    axes.set_xticks(positions, [names[field] for field in ranges], fontsize=9, fontweight="bold")
+    axes.set_xticks(positions, [AXES[field] for field in ranges], fontsize=9, fontweight="bold")
     axes.tick_params(axis="x", length=0, pad=16)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
@@ -268,7 +240,7 @@ def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> N
             if ranks[0] <= MAX_LABELS
         ]
         _label_ends(axes, ends)
-    panel.suptitle("(b) Structures along the best path", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    panel.suptitle("(b) Structures along the best path", x=0.01, ha="left")
     is_long = len(best.structures) > MAX_STRUCTURES
     letters = ["initial", *(stage.letters if is_long else f"{stage.letters} →" for stage in best.stages)]
     entries: list[LegendEntry] = [
@@ -282,15 +254,12 @@ def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> N
 
 def _find_ranges(structures: Sequence[ModelDims]) -> dict[str, tuple[int, int]]:
     """Return the smallest and largest value on each axis, by config field."""
-    ranges = {}
-    for _, field in AXES:
-        sizes = [getattr(dims, field) for dims in structures]
-        ranges[field] = (min(sizes), max(sizes))
-    is_grouped = any(dims.num_key_value_heads != dims.num_attention_heads for dims in structures)
-    for field, adds_information in (("num_key_value_heads", is_grouped), ("head_dim", True)):
-        if not adds_information or ranges[field][0] == ranges[field][1]:
-            del ranges[field]
-    return ranges
+    sizes = {field: [getattr(dims, field) for dims in structures] for field in AXES}
+    if len(set(sizes["num_key_value_heads"])) == 1 or sizes["num_key_value_heads"] == sizes["num_attention_heads"]:
+        del sizes["num_key_value_heads"]
+    if len(set(sizes["head_dim"])) == 1:
+        del sizes["head_dim"]
+    return {field: (min(values), max(values)) for field, values in sizes.items()}
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, int]]) -> None:
@@ -303,29 +272,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, int]]) -> No
     middle = min(max((high + low) / 2, extent / 2), 1 - extent / 2)
     heights = np.linspace(middle + extent / 2, middle - extent / 2, len(ends))
     for (x, y, label, rank), height in zip(ends, heights, strict=True):
-        is_best = rank == 1
-        colour = _shade_stages(3)[-1] if is_best else "0.35"
-        leader = {
-            "arrowstyle": "-",
-            "color": colour if is_best else "0.7",
-            "linewidth": 0.7,
-            "shrinkA": 2,
-            "shrinkB": 3,
-            "relpos": (0, 0.5),
-        }
-        axes.annotate(
-            label,
-            (x, y),
-            (1.03, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=LABEL_SIZE,
-            fontweight="bold" if is_best else "normal",
-            color=colour,
-            arrowprops=leader,
-            annotation_clip=False,
-            gid="end",
-        )
+        best_colour = _shade_stages(3)[-1]
+        colour, weight, grey = (best_colour, "bold", best_colour) if rank == 1 else ("0.35", "normal", "0.7")
+        leader = {"arrowstyle": "-", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5), "color": grey}
+        style: Style = {"va": "center", "fontsize": LABEL_SIZE, "fontweight": weight, "color": colour, "gid": "end"}
+        place: Style = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
+        axes.annotate(label, (x, y), arrowprops=leader, **place, **style)
 
 
 def _format_rank(rank: int, schedule: GrowthSchedule) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -76,12 +75,7 @@ def select_glossary(tables: Iterable[TextTable]) -> list[tuple[tuple[str, ...], 
 
 
 def render_report(template: str, content: Mapping[str, object]) -> str:
-    """Fill in a template; HTML is escaped.
-
-    Args:
-        template: file name of the template, `report.md.j2` or `report.html.j2`.
-        content: values of the template's variables.
-    """
+    """Fill in a template, `report.md.j2` or `report.html.j2`; HTML is escaped."""
     environment = Environment(
         loader=PackageLoader(__package__),
         autoescape=select_autoescape(("html.j2",), default=False),
@@ -90,10 +84,6 @@ def render_report(template: str, content: Mapping[str, object]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["data_uri"] = _encode_png
+    # Pictures as data, for a page in a single file.
+    environment.filters["data_uri"] = lambda path: f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}"
     return environment.get_template(template).render(content, scores_caption=SCORES_CAPTION)
-
-
-def _encode_png(path: Path) -> str:
-    """Return a picture as a data URI, for a page in a single file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -15,51 +15,28 @@ from .tables import TextTable
 def tabulate_stage_scores(
     records: Sequence[StageRecord], evaluations: Sequence[Sequence[EvalRecord]]
 ) -> TextTable | None:
-    """Tabulate benchmark scores ± standard errors, one row per task and metric.
+    """Tabulate benchmark scores ± standard errors, from the evaluations of each stage; one row per task and metric.
 
     Scores right after a growth have their own column, to the left of the scores at the end of the stage.
-
-    Args:
-        records: records of the finished stages.
-        evaluations: the evaluations of each of these stages.
     """
-    columns: list[tuple[str, list[EvalRecord]]] = []
+    columns: dict[str, dict[tuple[str, str, str], str]] = {}
     for record, stage_evaluations in zip(records, evaluations, strict=True):
-        heading = format_stage_heading(record)
-        after_growth = [evaluation for evaluation in stage_evaluations if evaluation.when == AFTER_GROWTH]
-        at_end = [evaluation for evaluation in stage_evaluations if evaluation.when != AFTER_GROWTH]
-        columns += [
-            (name, part) for name, part in ((f"{heading} after growth", after_growth), (heading, at_end)) if part
-        ]
-    if not columns:
-        return None
-    scores_by_column = [
-        {
-            (evaluation.task, format_setting(evaluation), metric): format_score(evaluation, metric)
-            for evaluation in part
-            for metric in evaluation.metrics
-        }
-        for _, part in columns
-    ]
+        for item in sorted(stage_evaluations, key=lambda item: item.when != AFTER_GROWTH):
+            heading = format_stage_heading(record) + (" after growth" if item.when == AFTER_GROWTH else "")
+            scores = {(item.task, metric, format_setting(item)): format_score(item, metric) for metric in item.metrics}
+            columns.setdefault(heading, {}).update(scores)
     rows = [
-        (
-            task,
-            metric,
-            *(scores.get((task, setting, metric), NOTHING) for scores in scores_by_column),
-            setting or NOTHING,
-        )
-        for task, setting, metric in dict.fromkeys(key for scores in scores_by_column for key in scores)
+        (*key[:2], *(scores.get(key, NOTHING) for scores in columns.values()), key[2] or NOTHING)
+        for key in dict.fromkeys(key for scores in columns.values() for key in scores)
     ]
-    headings = (("task", False), ("metric", False), *((name, True) for name, _ in columns), ("setting", False))
-    return TextTable(headings, tuple(rows))
+    headings = (("task", False), ("metric", False), *((name, True) for name in columns), ("setting", False))
+    return TextTable(headings, tuple(rows)) if columns else None
 
 
 def tabulate_held_out_losses(records: Sequence[StageRecord]) -> TextTable | None:
     """Tabulate the held-out loss at the end of each stage, in nats per token, one row per source of the mixture."""
     sources = dict.fromkeys(source for record in records for source in record.eval_losses)
-    rows = [
-        (source, *(format_decimals(record.eval_losses.get(source), 4) for record in records)) for source in sources
-    ]
+    rows = [(name, *(format_decimals(record.eval_losses.get(name), 4) for record in records)) for name in sources]
     headings = (("source", False), *((format_stage_heading(record), True) for record in records))
     return TextTable(headings, tuple(rows)) if rows else None
 
@@ -72,20 +49,10 @@ def tabulate_data(records: Sequence[StageRecord]) -> TextTable | None:
             by_source.setdefault(consumed.source, {})[record.stage] = consumed
     rows = []
     for source, by_stage in by_source.items():
-        last = by_stage[max(by_stage)]
-        rows.append(
-            (
-                source,
-                f"{last.weight:.1%}",
-                *(
-                    format_count(by_stage[record.stage].tokens if record.stage in by_stage else None)
-                    for record in records
-                ),
-                format_count(sum(consumed.tokens for consumed in by_stage.values())),
-                format_count(last.available_tokens),
-                format_decimals(last.end_token / last.available_tokens if last.available_tokens else None, 2),
-            )
-        )
+        last, tokens = by_stage[max(by_stage)], {stage: consumed.tokens for stage, consumed in by_stage.items()}
+        passes = last.end_token / last.available_tokens if last.available_tokens else None
+        counts = [*(tokens.get(record.stage) for record in records), sum(tokens.values()), last.available_tokens]
+        rows.append((source, f"{last.weight:.1%}", *map(format_count, counts), format_decimals(passes, 2)))
     headings = ["share", *map(format_stage_heading, records), "total", "available", "passes"]
     columns = (("source", False), *((heading, True) for heading in headings))
     return TextTable(columns, tuple(rows)) if rows else None

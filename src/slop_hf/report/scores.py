@@ -50,26 +50,18 @@ def label_scores(keys: Sequence[ScoreKey]) -> list[str]:
 def tabulate_final_scores(runs: Sequence[RunSummary], evaluations: Sequence[Sequence[EvalRecord]]) -> TextTable | None:
     """Tabulate benchmark scores, one row per run and one column per task; None unless two runs have scores.
 
-    Each task is shown by the metric that most runs have.
-
-    Args:
-        runs: summaries of the runs.
-        evaluations: evaluations of each run's last finished stage.
+    The evaluations are those of each run's last finished stage. Each task is shown by the metric that most runs have.
     """
     scores = [_index_by_key(run_evaluations) for run_evaluations in evaluations]
     if sum(map(bool, scores)) < 2:
         return None
     every_key = [key for run_scores in scores for key in run_scores]
-    keys = _pick_one_per_task(
-        sorted(set(every_key), key=lambda key: (-every_key.count(key), _rank_metric(key.metric)))
-    )
-    rows = [
-        (
-            format_run_name(run),
-            *(format_score(run_scores[key], key.metric) if key in run_scores else NOTHING for key in keys),
-        )
-        for run, run_scores in zip(runs, scores, strict=True)
-    ]
+    by_frequency = sorted(set(every_key), key=lambda key: (-every_key.count(key), _rank_metric(key.metric)))
+    keys = _pick_one_per_task(by_frequency)
+    rows = []
+    for run, run_scores in zip(runs, scores, strict=True):
+        cells = (format_score(run_scores[key], key.metric) if key in run_scores else NOTHING for key in keys)
+        rows.append((format_run_name(run), *cells))
     headings = [f"{label}, {key.metric}" for label, key in zip(label_scores(keys), keys, strict=True)]
     return TextTable((("run", False), *((heading, True) for heading in headings)), tuple(rows))
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
-from ..io.units import (
-    NOTHING,
-    format_count,
-    format_decimals,
-    format_power,
-    format_seconds,
-    format_significant,
-)
+from ..io.units import NOTHING, format_count, format_decimals, format_power, format_seconds, format_significant
 from ..runs.records import StageRecord
 from .summary import RunSummary
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -50,34 +46,19 @@ def tabulate_runs(summaries: Iterable[RunSummary]) -> TextTable:
 
     Runs trained from scratch have dashes in the columns that describe a growth schedule.
     """
-    columns = (
-        ("run", False),
-        ("target structure", False),
-        ("sequence", False),
-        ("Π Δparams", True),
-        ("ppl", True),
-        ("seconds per stage", False),
-        ("sum (s)", True),
-        ("tokens", True),
-        ("FLOPs", True),
-        ("marginal utility", True),
-    )
-    rows = (
-        (
-            format_run_name(run),
-            str(run.target),
-            run.sequence or NOTHING,
-            format_power(run.delta_params),
-            format_decimals(run.perplexity, 2),
-            " + ".join(format_seconds(seconds) for seconds in run.stage_seconds),
-            format_seconds(run.seconds),
-            format_count(run.tokens),
-            format_power(run.flops),
-            format_significant(run.marginal_utility),
-        )
-        for run in summaries
-    )
-    return TextTable(columns, tuple(rows))
+    columns: list[tuple[str, bool, Callable[[RunSummary], str]]] = [
+        ("run", False, format_run_name),
+        ("target structure", False, lambda run: str(run.target)),
+        ("sequence", False, lambda run: run.sequence or NOTHING),
+        ("Π Δparams", True, lambda run: format_power(run.delta_params)),
+        ("ppl", True, lambda run: format_decimals(run.perplexity, 2)),
+        ("seconds per stage", False, lambda run: " + ".join(map(format_seconds, run.stage_seconds))),
+        ("sum (s)", True, lambda run: format_seconds(run.seconds)),
+        ("tokens", True, lambda run: format_count(run.tokens)),
+        ("FLOPs", True, lambda run: format_power(run.flops)),
+        ("marginal utility", True, lambda run: format_significant(run.marginal_utility)),
+    ]
+    return _tabulate(columns, summaries)
 
 
 def format_run_name(run: RunSummary) -> str:
@@ -103,34 +84,28 @@ def build_comparison_table(summaries: Iterable[RunSummary]) -> Table:
 
 def tabulate_stages(records: Iterable[StageRecord]) -> TextTable:
     """Tabulate the stages of one run; each is grown from the one in the row above it."""
-    columns = (
-        ("stage", True),
-        ("grew", False),
-        ("structure", False),
-        ("parameters", True),
-        ("tokens", True),
-        ("steps", True),
-        ("FLOPs", True),
-        ("seconds", True),
-        ("loss after growth", True),
-        ("held-out loss", True),
-        ("ppl", True),
-    )
-    rows = (
-        (
-            str(record.stage),
-            ", ".join(f"{name} ({record.init[name]})" if name in record.init else name for name in record.operators)
-            or NOTHING,
-            str(record.dims),
-            format_count(record.parameters),
-            format_count(record.tokens),
-            f"{record.steps:,}",
-            format_power(record.flops),
-            format_seconds(record.seconds),
-            format_decimals(record.eval_loss_after_growth, 4),
-            format_decimals(record.eval_loss, 4),
-            format_decimals(record.perplexity, 2),
-        )
-        for record in records
-    )
-    return TextTable(columns, tuple(rows))
+    columns: list[tuple[str, bool, Callable[[StageRecord], str]]] = [
+        ("stage", True, lambda record: str(record.stage)),
+        ("grew", False, _format_growth),
+        ("structure", False, lambda record: str(record.dims)),
+        ("parameters", True, lambda record: format_count(record.parameters)),
+        ("tokens", True, lambda record: format_count(record.tokens)),
+        ("steps", True, lambda record: f"{record.steps:,}"),
+        ("FLOPs", True, lambda record: format_power(record.flops)),
+        ("seconds", True, lambda record: format_seconds(record.seconds)),
+        ("loss after growth", True, lambda record: format_decimals(record.eval_loss_after_growth, 4)),
+        ("held-out loss", True, lambda record: format_decimals(record.eval_loss, 4)),
+        ("ppl", True, lambda record: format_decimals(record.perplexity, 2)),
+    ]
+    return _tabulate(columns, records)
+
+
+def _format_growth(record: StageRecord) -> str:
+    grown = [f"{name} ({record.init[name]})" if name in record.init else name for name in record.operators]
+    return ", ".join(grown) or NOTHING
+
+
+def _tabulate(columns: Sequence[tuple[str, bool, Callable[[_Row], str]]], rows: Iterable[_Row]) -> TextTable:
+    """Return a table from the heading of each column, whether it is right-aligned, and how to format its cells."""
+    headings = tuple((heading, is_right) for heading, is_right, _ in columns)
+    return TextTable(headings, tuple(tuple(format_cell(row) for _, _, format_cell in columns) for row in rows))

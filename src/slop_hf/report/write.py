@@ -25,19 +25,12 @@ from .tables import TextTable, tabulate_runs, tabulate_stages
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of a report.
+    """A figure of a report."""
 
-    Args:
-        draw: writes the PNG file, or returns None if the runs lack the data.
-        title: what it shows, in a few words.
-        caption: how to read it.
-        is_wide: whether it is about twice as wide as high; a page shows it larger than the others.
-    """
-
-    draw: Callable[[Sequence[RunDirectory], Path], Path | None]
+    draw: Callable[[Sequence[RunDirectory], Path], Path | None]  # writes the PNG file; None if the runs lack the data
     title: str
     caption: str
-    is_wide: bool = False
+    is_wide: bool = False  # about twice as wide as high; a page shows it larger than the others
 
 
 #: Figures of a report, by the names of their PNG files.
@@ -91,6 +84,25 @@ class _ReportedRun:
     stages: list[StageRecord]
     evaluations: list[list[EvalRecord]]  # per stage
 
+    @property
+    def tables(self) -> dict[str, TextTable]:
+        """The tables that the run has data for, by their headings."""
+        tables = {
+            "Lineage": tabulate_stages(self.stages),
+            "Results per stage": tabulate_stage_scores(self.stages, self.evaluations),
+            "Held-out loss by source": tabulate_held_out_losses(self.stages),
+            "Tokens by source": tabulate_data(self.stages),
+        }
+        return {heading: table for heading, table in tables.items() if table is not None}
+
+    @property
+    def values(self) -> dict[str, object]:
+        """The values for `report.json`: evaluations by stage directory, without stages that were not evaluated."""
+        pairs = zip(self.stages, self.evaluations, strict=True)
+        by_stage = {stage.name: evaluations for stage, evaluations in pairs if evaluations}
+        values = {"summary": self.summary, "stages": self.stages, "evaluations": by_stage}
+        return {key: value for key, value in values.items() if value}
+
 
 def write_report(
     runs: Sequence[RunDirectory | str | Path] | RunDirectory | str | Path, output_dir: str | Path | None = None
@@ -132,7 +144,7 @@ def write_report(
     target.mkdir(parents=True, exist_ok=True)
     summaries = [run.summary for run in reported]
     comparison = tabulate_runs(summaries)
-    tables = {run.summary.name: _tabulate_run(run) for run in reported}
+    tables = {run.summary.name: run.tables for run in reported}
     content = {
         "title": summaries[0].name if len(reported) == 1 else f"Comparison of {len(reported)} runs",
         "comparison": comparison,
@@ -149,8 +161,8 @@ def write_report(
         },
         "glossary": select_glossary([comparison, *(table for run in tables.values() for table in run.values())]),
     }
-    values = [{"summary": run.summary, "stages": run.stages, **_collect_evaluations(run)} for run in reported]
-    write_text(target / "report.json", to_json(_replace_non_finite(to_plain({"runs": values}))))
+    values = to_plain({"runs": [run.values for run in reported]})
+    write_text(target / "report.json", to_json(_replace_non_finite(values)))
     for name in ("report.md", "report.html"):
         write_text(target / name, render_report(f"{name}.j2", content))
     return target
@@ -159,17 +171,6 @@ def write_report(
 def _read_run(run: RunDirectory, name: str) -> _ReportedRun:
     summary, stages = summarise(run, name=name), run.records()
     return _ReportedRun(run, summary, stages, [run.evaluations(stage.stage) for stage in stages])
-
-
-def _tabulate_run(reported: _ReportedRun) -> dict[str, TextTable]:
-    """Return the tables that the run has data for, by their headings."""
-    tables = {
-        "Lineage": tabulate_stages(reported.stages),
-        "Results per stage": tabulate_stage_scores(reported.stages, reported.evaluations),
-        "Held-out loss by source": tabulate_held_out_losses(reported.stages),
-        "Tokens by source": tabulate_data(reported.stages),
-    }
-    return {heading: table for heading, table in tables.items() if table is not None}
 
 
 def _describe_run(run: RunSummary) -> str:
@@ -194,13 +195,6 @@ def _draw_figures(runs: Sequence[RunDirectory], target: Path) -> dict[Path, Repo
         else:
             figures[path] = figure
     return figures
-
-
-def _collect_evaluations(reported: _ReportedRun) -> dict[str, dict[str, list[EvalRecord]]]:
-    """Return the evaluations by stage directory, without stages that were not evaluated."""
-    pairs = zip(reported.stages, reported.evaluations, strict=True)
-    by_stage = {stage.name: evaluations for stage, evaluations in pairs if evaluations}
-    return {"evaluations": by_stage} if by_stage else {}
 
 
 def _replace_non_finite(value: Json) -> Json:

@@ -6,16 +6,7 @@ After adding a family, an operator or an init, register it and run `check_confor
 
 from .exactness import build_exactness_page
 from .models import GQA, MHA, MQA, build_tiny_model, compute_logit_error, make_probe_tokens
-from .suite import (
-    ROUNDING_FLOORS,
-    TOLERANCE,
-    Case,
-    Result,
-    check,
-    check_conformance,
-    list_conformance_cases,
-    measure,
-)
+from .suite import ROUNDING_FLOORS, TOLERANCE, Case, Result, check, check_conformance, list_conformance_cases, measure
 
 __all__ = [
     "GQA",

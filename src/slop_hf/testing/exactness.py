@@ -10,7 +10,6 @@ from transformers import __version__ as transformers_version
 from ..growth import INITS
 from .suite import ROUNDING_FLOORS, TOLERANCE, Result, list_conformance_cases, measure
 
-EXACTNESS_COMMAND = "python -m slop_hf.testing --output docs/exactness.md"
 COLUMNS = ("family", "operator", "init", "keeps the function", "float64", "float32", "bfloat16", "casting", "refused")
 MEASURED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -18,7 +17,7 @@ _DOUBLE, _SINGLE = f"{TOLERANCE[torch.float64]:.0e}", f"{TOLERANCE[torch.float32
 
 _HEAD = f"""# How exact growth is
 
-<!-- Written by `{EXACTNESS_COMMAND}`; run it again instead of editing. -->
+<!-- Written by `python -m slop_hf.testing --output docs/exactness.md`; run it again instead of editing. -->
 
 The numbers are the largest differences between the logits of the grown model and its source, divided by the largest
 logit. The models are small and random, and built so that mistakes show (`slop_hf.testing.build_tiny_model`).
@@ -40,9 +39,6 @@ untied embeddings, the dimension multiplied by 2 and by 1.5, with and without th
 def build_exactness_page(families: Iterable[str]) -> str:
     """Return the page `docs/exactness.md`: one row of measured logit errors per family, operator and init.
 
-    Args:
-        families: model types with an axis table.
-
     Raises:
         AssertionError: if an error contradicts what the library claims.
     """
@@ -50,13 +46,9 @@ def build_exactness_page(families: Iterable[str]) -> str:
     rows = []
     for family in families:
         by_dtype = [[measure(case) for case in list_conformance_cases(family, dtype)] for dtype in MEASURED_DTYPES]
-        for operator in INITS:
-            for init in INITS[operator]:
-                of_row = [
-                    [result for result in results if (result.case.operator, result.case.init) == (operator, init)]
-                    for results in by_dtype
-                ]
-                rows.append((family, operator, init, *_format_cells(of_row, reasons)))
+        for row in [(operator, init) for operator, inits in INITS.items() for init in inits]:
+            of_row = [[item for item in items if (item.case.operator, item.case.init) == row] for items in by_dtype]
+            rows.append((family, *row, *_format_cells(of_row, reasons)))
     table = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     parts = [_HEAD + "\n".join(table)]
     if reasons:
@@ -70,12 +62,11 @@ def _format_cells(by_dtype: Sequence[Sequence[Result]], reasons: list[str]) -> t
     """Return the cells of a row after its name, and add new reasons to refuse to `reasons`."""
     grown = [[result for result in results if not result.refused] for results in by_dtype]
     refusals = [result.refused for result in by_dtype[0] if result.refused]
-    of_row = dict.fromkeys(refusals)
-    reasons.extend(reason for reason in of_row if reason not in reasons)
-    numbers = ", ".join(str(reasons.index(reason) + 1) for reason in of_row)
+    reasons.extend(reason for reason in dict.fromkeys(refusals) if reason not in reasons)
+    numbers = ", ".join(str(reasons.index(reason) + 1) for reason in dict.fromkeys(refusals))
     refused = f"{len(refusals)} of {len(by_dtype[0])} ({numbers})" if refusals else ""
     if not grown[0]:
-        return ("", *[""] * (len(MEASURED_DTYPES) + 1), refused)
+        return (*[""] * (len(MEASURED_DTYPES) + 2), refused)
     errors = [f"{max(result.error for result in results):.0e}" for results in grown]
     floor = f"{max(result.floor for result in grown[-1]):.0e}"
     return ("yes" if grown[0][0].preserves else "no", *errors, floor, refused)

@@ -48,15 +48,10 @@ def build_tiny_model(
     """
     table = get_architecture({"model_type": model_type})
     base = AutoConfig.for_model(model_type, vocab_size=VOCAB, max_position_embeddings=64)
-    common: dict[str, object] = {
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "initializer_range": 0.2,
-    }
+    fields: dict[str, object] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     if getattr(base, "sliding_window", None):
-        common["sliding_window"] = WINDOW
-    fields = {**common, "tie_word_embeddings": tied, table.norm_eps: 1e-3, **config}
+        fields["sliding_window"] = WINDOW
+    fields |= {"initializer_range": 0.2, "tie_word_embeddings": tied, table.norm_eps: 1e-3, **config}
     with torch.random.fork_rng(devices=[]):
         # Not `.to(dtype)` at the end: it would round the rotary frequencies too, which loading a model does not do.
         model = AutoModelForCausalLM.from_config(dims.to_config(base, **fields), dtype=dtype).eval()
@@ -64,7 +59,8 @@ def build_tiny_model(
         torch.manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                row, drawn = rows.get(_get_row_name(name)), torch.empty(parameter.shape)
+                row = rows.get(".".join(LAYER if part.isdigit() else part for part in name.split(".")))
+                drawn = torch.empty(parameter.shape)
                 if row is not None and row.kind == "norm":
                     drawn.uniform_(0.5, 1.5).sub_(table.gain_offset)
                 elif parameter.dim() == 1:
@@ -132,7 +128,3 @@ def _rebuild(model: PreTrainedModel) -> PreTrainedModel:
     rebuilt = AutoModelForCausalLM.from_config(deepcopy(model.config), dtype=torch.float64).eval()
     rebuilt.load_state_dict(model.state_dict())
     return rebuilt
-
-
-def _get_row_name(name: str) -> str:
-    return ".".join(LAYER if part.isdigit() else part for part in name.split("."))

@@ -19,16 +19,7 @@ from ..growth import INITS, GrowthPlan, grow_model, grow_weights, hide_progress_
 from ..growth.plan import ParameterPlan
 from ..operators import get_operator, grow_dims
 from ..schedule import GrowthStage
-from .models import (
-    GQA,
-    MHA,
-    MQA,
-    WINDOW,
-    build_tiny_model,
-    compute_logit_error,
-    compute_logits,
-    make_probe_tokens,
-)
+from .models import GQA, MHA, MQA, WINDOW, build_tiny_model, compute_logit_error, compute_logits, make_probe_tokens
 
 #: Largest relative error of logits that counts as exact; in float64, `compute_logit_error` is float64 throughout.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -91,12 +82,10 @@ class Case:
         return build_tiny_model(self.family, self.dims, dtype or self.dtype, self.tied, seed=seed, **self.settings)
 
     def plan(self, source: PreTrainedModel, seed: int) -> GrowthPlan:
-        """Plan the growth of the model."""
         operator, new_dims, init = self.arguments
         return plan_growth(source.config, operator, new_dims, init=init, seed=seed)
 
     def grow(self, source: PreTrainedModel, seed: int) -> PreTrainedModel:
-        """Grow the model."""
         operator, new_dims, init = self.arguments
         return grow_model(source, operator, new_dims, init=init, seed=seed)
 
@@ -106,7 +95,6 @@ class Result:
     """The outcome of a case.
 
     Args:
-        case: case.
         refused: reason why the library did not grow it; "" if it did, and only then do the other fields have a value.
         preserves: whether the plan says that the function is preserved.
         error: `compute_logit_error` of the growth; nan if it was refused.
@@ -144,7 +132,7 @@ def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, 
     flags = sorted({row.exists_if for row in table.parameters if row.exists_if})
     sources = [(dims, tied) for tied in (False, True) for dims in ((MHA, GQA, MQA) if is_grouped else (MHA,))]
     cases = []
-    pairs = [(operator, init) for operator, inits in INITS.items() for init in inits]
+    pairs = ((operator, init) for operator, inits in INITS.items() for init in inits)
     for number, (operator, init) in enumerate(pairs):
         for is_uneven in (False, True) if every else (number % 2 == 0,):
             for dims, tied in sources if every else [sources[number % len(sources)]]:
@@ -178,7 +166,7 @@ def check(case: Case, *, seed: int = 0) -> Result:
     * Within `STEPS_TO_LIFE` steps, every new slot of every parameter gets a gradient: none is dead.
 
     Args:
-        case: case to check.
+        case: growth to check.
         seed: random seed of the source's weights and of the growth.
 
     Raises:
@@ -235,9 +223,9 @@ def _measure_error(case: Case, plan: GrowthPlan, source: PreTrainedModel, grown:
             wide = case.grow(wide, seed)
             floor = max(floor, compute_logit_error(wide, deepcopy(wide).to(case.dtype)))
     result = Result(case, "", plan.preserves, error, floor)
-    is_exact = result.error <= result.tolerance
+    is_exact = error <= result.tolerance
     if plan.preserves:
-        fault = f"the plan says that the function is preserved, but logits differ by {result.error:.1e} of the largest"
+        fault = f"the plan says that the function is preserved, but logits differ by {error:.1e} of the largest"
         _require(is_exact, case, fault)
     elif case.dtype in TOLERANCE:  # a small change of the function drowns in the rounding of half precision
         fault = "the function is preserved, but GrowthPlan.preserves denies it; is the init in EXACT?"
@@ -261,9 +249,9 @@ def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
 def _check_shapes(case: Case, plan: GrowthPlan, grown: PreTrainedModel) -> None:
     actual = {name: tuple(parameter.shape) for name, parameter in grown.named_parameters()}
     planned = {parameter.name: parameter.new_shape for parameter in plan.parameters()}
-    different = sorted(name for name in actual.keys() | planned.keys() if actual.get(name) != planned.get(name))
-    for name in different:
-        _require(False, case, f"{name} has shape {actual.get(name)}, by the table {planned.get(name)}")
+    for name in sorted(actual.keys() | planned.keys()):
+        shapes = actual.get(name), planned.get(name)
+        _require(shapes[0] == shapes[1], case, f"{name} has shape {shapes[0]}, by the table {shapes[1]}")
     count = int(count_parameters(plan.new, grown.config))
     _require(count == grown.num_parameters(), case, f"has {grown.num_parameters()} parameters, by the table {count}")
     dims = ModelDims.from_config(grown.config)
@@ -289,19 +277,16 @@ def _check_reload(case: Case, grown: PreTrainedModel) -> None:
     tokens = make_probe_tokens()
     with tempfile.TemporaryDirectory() as directory, hide_progress_bars():
         grown.save_pretrained(directory)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=case.dtype, attn_implementation=grown.config._attn_implementation
-        )
+        attention = grown.config._attn_implementation
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=case.dtype, attn_implementation=attention)
     is_same = torch.equal(compute_logits(grown, tokens), compute_logits(loaded, tokens))
     _require(is_same, case, "logits differ after saving and loading")
     if case.dtype not in TOLERANCE:
         loaded = loaded.float()  # half precision rounds differently with a cache, which can decide near-ties
     # The prompt ends inside the sliding window, and the generated text leaves it.
     prompt = make_probe_tokens(WINDOW - 1)[:1]
-    texts = [
-        loaded.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False, use_cache=c)
-        for c in (True, False)
-    ]
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 3, "do_sample": False}
+    texts = [loaded.generate(prompt, use_cache=use_cache, **settings) for use_cache in (True, False)]
     _require(torch.equal(*texts), case, "generates other tokens with its cache than without")
 
 
