@@ -59,7 +59,7 @@ def measure_tokenizing(scale: str, repetitions: int, folder: Path) -> Record:
 
     def tokenize_documents() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            return time_call(lambda: tokenize(source, tokenizer, Path(made), 0.01, "t", title="", progress=False))
+            return time_call(lambda: tokenize(source, tokenizer, Path(made), 0.01, "t"))
 
     def encode_texts() -> float:
         return time_call(

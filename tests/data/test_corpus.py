@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def test_another_process_and_place_give_the_same_fingerprint(tmp_path: Path) -> 
         f"print(prepare_data(DataConfig(cache_dir=sys.argv[1], **{settings!r})).fingerprint)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "there")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     here = prepare_data(DataConfig(cache_dir=str(tmp_path / "here"), **settings))
     assert done.stdout.strip() == here.fingerprint, done.stderr
 
@@ -429,3 +429,16 @@ def test_a_signature_is_not_stored(served: tuple[Any, DataConfig], tmp_path: Pat
     record = json.loads((folder_of(made, "rows") / "source.json").read_text())
     assert record["made_from"]["source"] == [server.url("many.jsonl")]
     assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "other").rglob("*") if path.is_file())
+
+
+def test_a_signature_is_not_shown(tmp_path: Path, output_of: Callable[..., str]) -> None:
+    rows = "".join(json.dumps({"text": f"row {i} " * 20}) + "\n" for i in range(50))
+    settings = [f"--set=data.{key}={value}" for key, value in {**SETTINGS, "cache_dir": tmp_path / "cache"}.items()]
+    with FileServer({"rows.jsonl": rows.encode()}) as server:
+        source = {"source": f"{server.url('rows.jsonl')}?signature=secret", "weight": 1}
+        (tmp_path / "mixture.yaml").write_text(json.dumps({"sources": {"rows": source}}))
+        for _ in ("estimated", "cached"):
+            printed = output_of("data", "inspect", tmp_path / "mixture.yaml", *settings, "--json")
+            assert json.loads(printed)["sources"][0]["places"] == [server.url("rows.jsonl")]
+            assert "secret" not in printed + output_of("data", "inspect", tmp_path / "mixture.yaml", *settings)
+            output_of("data", "tokenize", tmp_path / "mixture.yaml", *settings)

@@ -35,15 +35,15 @@ def config(mixture: Mixture, tmp_path: Path, **changes: Any) -> DataConfig:
     return DataConfig(mixture=mixture, cache_dir=str(tmp_path / "cache"), **SETTINGS, **changes)
 
 
-def by_name(found: module.DataEstimate) -> dict[str, SourceEstimate]:
-    return {one.name: one for one in found.sources}
+def text_bytes(source: SourceEstimate) -> float:
+    return (source.tokens or 0) * source.bytes_per_token
 
 
 def test_a_source_that_is_read_whole_is_counted(mixture: Mixture, tmp_path: Path) -> None:
     found = estimate(config(mixture, tmp_path))
-    assert [(one.name, one.documents, one.weight) for one in found.sources] == [("web", 600, 0.8), ("books", 40, 0.2)]
-    web = by_name(found)["web"]
-    assert web.text_bytes == sum(map(len, texts(600, "web")))
+    assert [(name, source.documents) for name, source in found.sources.items()] == [("web", 600), ("books", 40)]
+    web = found.sources["web"]
+    assert text_bytes(web) == pytest.approx(sum(map(len, texts(600, "web"))))
     assert web.disk_bytes == 2 * (web.tokens or 0) and (web.seconds or 0) > 0
     assert "a bpe of 300 tokens trained on the sample" in found.tokenizer
 
@@ -57,15 +57,15 @@ def test_tokens_are_those_of_the_corpus(mixture: Mixture, tmp_path: Path) -> Non
     assert found.tokenizer == str(tmp_path / "tokenizer")
     for name, source in corpus.sources.items():
         tokens = source.train.tokens + source.held_out.tokens
-        assert 0 <= (by_name(found)[name].tokens or 0) - tokens < 32
+        assert 0 <= (found.sources[name].tokens or 0) - tokens < 32
 
 
 def test_a_sample_predicts_the_whole(mixture: Mixture, tmp_path: Path) -> None:
     train_tokenizer(["bytes alone"], 257).save_pretrained(tmp_path / "tokenizer")
     given = config(mixture, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
-    whole, part = (by_name(estimate(given, size)) for size in (2**22, 2**13))
+    whole, part = (estimate(given, size).sources for size in (2**22, 2**13))
     for name in whole:
-        assert part[name].text_bytes == pytest.approx(whole[name].text_bytes, rel=0.03)
+        assert text_bytes(part[name]) == pytest.approx(text_bytes(whole[name]), rel=0.03)
         assert part[name].documents == pytest.approx(whole[name].documents, rel=0.03)
         assert part[name].tokens == pytest.approx(whole[name].tokens, rel=0.03)
 
@@ -74,13 +74,13 @@ def test_compressed_files_are_counted_as_their_text(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts(500, "zip"))
     for number in range(3):
         (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    found = estimate(DataConfig(str(tmp_path), text_column="body", **SETTINGS), 2**12).sources[0]
-    assert found.text_bytes == pytest.approx(3 * sum(map(len, texts(500, "zip"))), rel=0.01)
+    found = estimate(DataConfig(str(tmp_path), text_column="body", **SETTINGS), 2**12).sources["corpus"]
+    assert text_bytes(found) == pytest.approx(3 * sum(map(len, texts(500, "zip"))), rel=0.01)
 
 
 def test_max_documents_bounds_a_source(tmp_path: Path, mixture: Mixture) -> None:
     web = dataclasses.replace(mixture.sources["web"], max_documents=100)
-    found = by_name(estimate(config(Mixture({**mixture.sources, "web": web}), tmp_path), 2**13))["web"]
+    found = estimate(config(Mixture({**mixture.sources, "web": web}), tmp_path), 2**13).sources["web"]
     assert found.documents == 100
 
 
@@ -89,10 +89,10 @@ def test_only_max_documents_bounds_a_hub_dataset(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "count_local_bytes", lambda source: None)
     sources = {"known": Source("owner/a", 0.5, max_documents=5000), "unknown": Source("owner/b", 0.5)}
     found = estimate(DataConfig(mixture=Mixture(sources), **SETTINGS), 2**13)
-    known, unknown = found.sources
-    assert known.documents == 5000 and known.text_bytes == 5000 * len(texts(1, "hub")[0])
+    known, unknown = found.sources.values()
+    assert known.documents == 5000 and text_bytes(known) == pytest.approx(5000 * len(texts(1, "hub")[0]))
     assert unknown.bytes_per_token > 1
-    assert {unknown.tokens, unknown.documents, unknown.disk_bytes, unknown.seconds, unknown.text_bytes} == {None}
+    assert {unknown.tokens, unknown.documents, unknown.disk_bytes, unknown.seconds} == {None}
     training_tokens = found.training_tokens
     weights = {name: source.weight for name, source in sources.items()}
     assert find_first_repeat(training_tokens, weights) == (round((training_tokens["known"] or 0) * 2), "known")
@@ -103,7 +103,7 @@ def test_the_scarcest_source_ends_first(mixture: Mixture, tmp_path: Path) -> Non
     repeat = find_first_repeat(found.training_tokens, mixture.weights)
     assert repeat is not None
     tokens, name = repeat
-    books = by_name(found)["books"].tokens
+    books = found.sources["books"].tokens
     assert name == "books" and books is not None
     assert tokens == pytest.approx(books * 0.75 / 0.2, abs=5)
     assert find_first_repeat({"web": None}, {"web": 1.0}) is None
@@ -116,8 +116,8 @@ def test_a_tokenizer_that_cannot_be_loaded_is_replaced(mixture: Mixture, tmp_pat
 
 def test_a_long_document_is_shortened(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("long " * 100_000)
-    found = estimate(DataConfig(str(tmp_path), **SETTINGS), 2**12).sources[0]
-    assert (found.text_bytes, found.documents) == (500_000, 1)
+    found = estimate(DataConfig(str(tmp_path), **SETTINGS), 2**12).sources["corpus"]
+    assert text_bytes(found) == pytest.approx(500_000, rel=1e-4) and found.documents == 1
     assert shorten("long " * 100_000) == f"{('long ' * 80).rstrip()} …"
 
 

@@ -273,8 +273,15 @@ def test_a_chunked_body_that_breaks_off_is_resumed() -> None:
     content = jsonl([f"{i} " * 999 for i in range(99)])
     faults = [None, 0.3, 0.5, 0.0, 0.9]
     with FileServer({"a.jsonl": content}, faults, chunked=True) as server:
-        assert list(DocumentStream(Source(server.url("a.jsonl")))) == [f"{i} " * 999 for i in range(99)]
+        for _ in ("downloaded", "complete, but the server does not say so"):
+            assert list(DocumentStream(Source(server.url("a.jsonl")))) == [f"{i} " * 999 for i in range(99)]
     assert len(server.requests) > 4
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_empty_file_at_a_url_has_no_documents(ranges: bool) -> None:
+    with FileServer({"a.jsonl": b""}, ranges=ranges) as server, pytest.raises(DataError, match="no document with"):
+        list(DocumentStream(Source(server.url("a.jsonl"))))
 
 
 def test_a_file_is_downloaded_once_and_no_further_than_it_is_read(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def inspect_command(
     change: _Changes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a mixture holds, and how long it lasts. Nothing is written.
+    """Show what a mixture holds, and how long it lasts. No tokens are written; what is read of URLs is cached.
 
     Tokens, disk space and time are estimated from the first 4 MiB of each source, and marked ~; if all tokens are in
     the cache, they are exact. The size of a dataset on the Hub is unknown unless `max_documents` is set.
@@ -79,7 +79,7 @@ def tokenize_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Directory or Hub id of a tokenizer; replaces the config's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cost; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cost; tokenize nothing.")] = False,
     change: _Changes = None,
     as_json: AsJson = False,
 ) -> None:
@@ -199,9 +199,14 @@ def _summarise(config: DataConfig) -> dict[str, Json]:
     """
     from ..data.corpus import is_cached
     from ..data.estimate import find_first_repeat
+    from ..data.sources import list_place_names
 
     in_cache = is_cached(config)
-    rows, training_tokens, tokenizer = (_count if in_cache else _estimate)(config)
+    quantities, training_tokens, tokenizer = (_count if in_cache else _estimate)(config)
+    rows = [
+        {"name": name, "places": list_place_names(source), "weight": config.weights[name], **quantities[name]}
+        for name, source in config.sources.items()
+    ]
     tokens, scarcest = find_first_repeat(training_tokens, config.weights) or (None, None)
     return {
         "sources": rows,
@@ -214,41 +219,29 @@ def _summarise(config: DataConfig) -> dict[str, Json]:
     }
 
 
-def _count(config: DataConfig) -> tuple[list[dict[str, Json]], Mapping[str, int | None], str]:
-    """Return one row per source of a cached mixture, the training tokens of each, and the tokenizer's description."""
+def _count(config: DataConfig) -> tuple[dict[str, dict[str, Json]], Mapping[str, int | None], str]:
+    """Return the size and the training tokens of each source of a cached mixture, and the tokenizer's description."""
     corpus = slop_hf.prepare_data(config, progress=False)
-    rows: list[dict[str, Json]] = [
-        {
-            "name": name,
-            "places": list(config.sources[name].places),
-            "weight": config.weights[name],
+    quantities: dict[str, dict[str, Json]] = {
+        name: {
             "tokens": source.train.tokens + source.held_out.tokens,
             "documents": source.documents,
             "disk_bytes": _count_disk_bytes(source),
             "seconds": 0,
         }
         for name, source in corpus.sources.items()
-    ]
+    }
     training_tokens = {name: source.train.tokens for name, source in corpus.sources.items()}
-    return rows, training_tokens, config.tokenizer or f"its own, of {len(corpus.tokenizer):,} tokens"
+    return quantities, training_tokens, config.tokenizer or f"its own, of {len(corpus.tokenizer):,} tokens"
 
 
-def _estimate(config: DataConfig) -> tuple[list[dict[str, Json]], Mapping[str, int | None], str]:
+def _estimate(config: DataConfig) -> tuple[dict[str, dict[str, Json]], Mapping[str, int | None], str]:
     """Return the same as `_count`, estimated from samples, for a mixture outside the cache."""
     from ..data.estimate import estimate
 
     estimated = estimate(config)
-    rows: list[dict[str, Json]] = [
-        {
-            "name": source.name,
-            "places": list(source.places),
-            "weight": source.weight,
-            **{key: getattr(source, key) for key in _QUANTITIES},
-            "bytes_per_token": source.bytes_per_token,
-        }
-        for source in estimated.sources
-    ]
-    return rows, estimated.training_tokens, estimated.tokenizer
+    quantities = {name: source._asdict() for name, source in estimated.sources.items()}
+    return quantities, estimated.training_tokens, estimated.tokenizer
 
 
 def _count_disk_bytes(source: SourceTokens) -> int:

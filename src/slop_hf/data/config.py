@@ -27,7 +27,6 @@ ONLY = "corpus"  # the name of the source of data without a mixture
 Format = Literal["text", "lines", "jsonl", "parquet"]
 TokenizerKind = Literal["bpe", "sentencepiece"]
 LEAST_SHARE = 1e-6
-ROUNDING = 1e-4  # tolerance for weights written with a few digits
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 
@@ -111,7 +110,7 @@ class Mixture(Record, error=DataError):
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise DataError(f"{name!r} cannot name a source: use letters, digits, _ and -")
         total = math.fsum(source.weight for source in self.sources.values())
-        if not any(math.isclose(total, whole, rel_tol=ROUNDING) for whole in (1.0, 100.0)):
+        if not any(math.isclose(total, whole, rel_tol=1e-4) for whole in (1.0, 100.0)):  # written with a few digits
             weights = ", ".join(f"{name} {source.weight:g}" for name, source in self.sources.items())
             raise DataError(
                 f"the weights add up to {total:g}, expected 1 or 100 ({weights}); "
@@ -209,11 +208,7 @@ def _normalize_weights(sources: Mapping[str, Source]) -> dict[str, float]:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that cannot spell every text.
-
-    Raises:
-        DataError: for fewer than 257 tokens.
-    """
+    """Refuse a vocabulary that cannot spell every text: fewer than 257 tokens."""
     if not is_whole_number(vocab_size, least=SMALLEST_VOCAB):
         raise DataError(
             f"vocab_size must be a whole number of at least {SMALLEST_VOCAB} (256 bytes and the end of text), "

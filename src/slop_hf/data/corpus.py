@@ -28,9 +28,8 @@ from ..io.files import write_directory
 from ..io.record import Record
 from ..io.serialization import Json, hash_json, to_plain
 from .config import STDLIB, DataConfig, Source, find_cache
-from .download import hide_query
 from .packing import MixedBlocks, PackedDataset
-from .sources import DocumentStream, discard_downloads, is_url, list_local_files, read_documents
+from .sources import DocumentStream, discard_downloads, list_local_files, list_place_names, read_documents
 from .tokenizer import load_tokenizer, train_tokenizer
 from .tokenizing import HELD_OUT_SPLIT, SPLITS, TRAIN_SPLIT, choose_split, hash_vocabulary, tokenize
 
@@ -44,18 +43,12 @@ TOKENIZER_TRAINING_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class SourceTokens:
-    """A tokenized source.
-
-    Args:
-        train, held_out: blocks for training and for evaluation; no document is in both.
-        documents: number of documents in both together.
-        fingerprint: hash of all tokens, the same for the same content wherever it was prepared.
-    """
+    """A tokenized source; no document is in both parts."""
 
     train: PackedDataset
     held_out: PackedDataset
-    documents: int
-    fingerprint: str
+    documents: int  # in both parts together
+    fingerprint: str  # hash of all tokens, the same for the same content wherever it was prepared
 
 
 @dataclass(frozen=True)
@@ -95,29 +88,22 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _SourceRecord(Record, error=DataError):
-    """The content of source.json; tokens by split."""
+    """The content of source.json."""
 
     documents: int
-    tokens: dict[str, int]
+    tokens: dict[str, int]  # by split
     fingerprint: str
     made_from: dict[str, Json]
 
 
 @dataclass(frozen=True)
 class _CachedSource:
-    """A source, and its folder in the cache, which is complete or absent.
-
-    Args:
-        name: name of the source.
-        source: places of the documents.
-        made_from: everything that its tokens depend on.
-        folder: folder whose name is the hash of `made_from`.
-    """
+    """A source, and its folder in the cache, which is complete or absent."""
 
     name: str
     source: Source
-    made_from: dict[str, Json]
-    folder: Path
+    made_from: dict[str, Json]  # everything that its tokens depend on
+    folder: Path  # its name is the hash of made_from
 
 
 def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
@@ -198,22 +184,16 @@ def _tokenize(source: _CachedSource, config: DataConfig, tokenizer: PreTrainedTo
             return
         building = source.folder.with_name(f".{source.folder.name}.building")
         building.mkdir(exist_ok=True)
+        name = config.tokenizer or f"{config.tokenizer_kind} of {config.vocab_size}"
+        title = f"tokenizing {source.name}" if progress else None
         writers = tokenize(
-            source.source,
-            tokenizer,
-            building,
-            config.held_out,
-            config.tokenizer or f"{config.tokenizer_kind} of {config.vocab_size}",
-            cache_dir=config.cache_dir,
-            title=f"tokenizing {source.name}",
-            progress=progress,
+            source.source, tokenizer, building, config.held_out, name, title=title, cache_dir=config.cache_dir
         )
-        places = [hide_query(place) if is_url(place) else place for place in source.source.places]
         record = _SourceRecord(
             documents=sum(writer.documents for writer in writers.values()),
             tokens={split: writer.tokens for split, writer in writers.items()},
             fingerprint=hash_json([writer.digest for writer in writers.values()]),
-            made_from={**source.made_from, "source": places},
+            made_from={**source.made_from, "source": list_place_names(source.source)},
         )
         record.to_json(building / "source.json")
         building.rename(source.folder)
@@ -270,11 +250,10 @@ def _find_tokenizer(config: DataConfig, texts: Mapping[str, dict[str, Json]]) ->
 
 def _find_sources(config: DataConfig, texts: Mapping[str, dict[str, Json]], vocabulary: str) -> list[_CachedSource]:
     folder = find_cache(config.cache_dir) / "sources"
-    sources = []
-    for name, source in config.sources.items():
-        made_from = {"vocabulary": vocabulary, "held_out": config.held_out, **texts[name]}
-        sources.append(_CachedSource(name, source, made_from, folder / hash_json(made_from)))
-    return sources
+    made_from = {name: {"vocabulary": vocabulary, "held_out": config.held_out, **texts[name]} for name in texts}
+    return [
+        _CachedSource(name, config.sources[name], made, folder / hash_json(made)) for name, made in made_from.items()
+    ]
 
 
 def _describe_sources(config: DataConfig) -> dict[str, dict[str, Json]]:
@@ -296,5 +275,4 @@ def _list_stamps(place: str) -> list[tuple[str, int, int]] | None:
     files = list_local_files(place)
     if files is None:
         return None
-    stats = ((name, path.stat()) for name, path in files.items())
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return [(name, (stat := path.stat()).st_size, stat.st_mtime_ns) for name, path in files.items()]

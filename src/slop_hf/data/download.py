@@ -7,13 +7,13 @@ logs no URLs, whose query may hold a signature.
 from __future__ import annotations
 
 import io
+import math
 import re
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
-from typing import BinaryIO, TypedDict, TypeVar
+from typing import BinaryIO, TypeAlias, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..io.files import write_text
 from ..io.network_errors import find_status, is_transient, summarise_error
 from ..io.retry import Retries, RetryPolicy
-from ..io.serialization import Json, hash_json, read_json, to_json
+from ..io.serialization import hash_json, read_json, to_json
 
 T = TypeVar("T")
 
@@ -32,58 +32,47 @@ TIMEOUT = 60.0  # seconds without a byte
 PIECE_BYTES = 16 * 2**20  # per request
 _BUFFER_BYTES = 2**18
 
-#: Headers by which a server's file is recognised; None for those that it does not send.
-FileIdentity = TypedDict("FileIdentity", {"size": int | None, "ETag": str | None, "Last-Modified": str | None})
+#: What a server's file is recognised by: size, ETag and Last-Modified; None for those that the server does not send.
+FileIdentity: TypeAlias = dict[str, int | str | None]
+
+_REMEDIES = {
+    401: "it asks for a login: use a signed URL, or a Hub dataset as owner/name after `hf auth login`",
+    403: "access is denied: use a signed URL that has not expired, or a Hub dataset as owner/name",
+    404: "there is no such file: correct the URL",
+    410: "the file is gone: correct the URL",
+    416: "the file has changed on the server: bring the old file back, or begin again",
+}
 
 
 class RemoteFile:
-    """A file at a URL, readable despite dropped connections and interrupted programs.
+    """A file at a URL, readable despite dropped connections and interrupted programs, after `look_up`.
 
     Its bytes are appended to a file in the cache, a piece at a time, when they are first read. A later reader uses the
     downloaded bytes if the server still has the same file.
-
-    Args:
-        url: address of the file.
-        folder: folder for downloads in the cache.
-
-    Raises:
-        DataError: for a URL with a password in it.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
         parts = urlsplit(url)
-        self.url = url
-        self.name = hide_query(url)
+        self.url, self.name = url, hide_query(url)
         self.filename = unquote(parts.path).rpartition("/")[2]
-        self.identity: FileIdentity | None = None
+        self.identity: FileIdentity = {}
         self._path = folder / hash_json(url)  # a hash gives no signature away
-        self._stored_identity = self._path.with_suffix(".json")
-        self._retries = Retries(RETRY_POLICY, f"reading {self.name}")
+        self._identity_path = self._path.with_suffix(".json")
         if "@" in parts.netloc:
             raise DataError(f"the URL of {self.name} holds a user or password, which is not sent: use a signed URL")
 
     def look_up(self) -> None:
-        """Ask the server which file it has, and drop an earlier download of another one.
-
-        Raises:
-            DataError: if the server does not give the file.
-        """
+        """Ask the server which file it has, and drop an earlier download of another one."""
         self.identity = self._retry(self._ask_for_identity)
         with self._lock():
-            if not _is_known_to_be_same(self._read_stored_identity(), self.identity):
-                self._path.unlink(missing_ok=True)
-            write_text(self._stored_identity, to_json(self.identity))
+            stored = read_json(self._identity_path, if_missing="") if self._identity_path.exists() else None
+            if stored is None or not _is_same(stored, self.identity, surely=True):
+                self._path.write_bytes(b"")
+            write_text(self._identity_path, to_json(self.identity))
 
     def expect(self, identity: FileIdentity) -> None:
-        """Refuse to continue with a file other than the one with this identity.
-
-        Raises:
-            DataError: if the server has another file.
-        """
-        if self.identity is None:
-            self.look_up()
-        assert self.identity is not None
-        if not _may_be_same(self.identity, identity):
+        """Refuse to continue with a file other than the one with this identity."""
+        if not _is_same(identity, self.identity):
             raise DataError(
                 f"{self.name} has changed on the server since reading began (then {_describe(identity)}, now "
                 f"{_describe(self.identity)}): bring the old file back, or begin again without the state of the "
@@ -94,9 +83,9 @@ class RemoteFile:
         """Return a stream of the bytes of the file from an offset on; the download grows as it is read."""
         return io.BufferedReader(_DownloadReader(self, offset), _BUFFER_BYTES)
 
-    def download(self) -> Path:
-        """Download the rest of the file, and return the path of the copy in the cache."""
-        while self._download_piece():
+    def download(self, beyond: float = math.inf) -> Path:
+        """Download the file to its end, or beyond an offset, and return the path of the copy in the cache."""
+        while self._count_bytes() <= beyond and self._retry(self._append_piece):
             pass
         return self._path
 
@@ -104,93 +93,69 @@ class RemoteFile:
         """Delete the download."""
         with self._lock():
             self._path.unlink(missing_ok=True)
-            self._stored_identity.unlink(missing_ok=True)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Read bytes at an offset, downloading them if necessary; return their number, 0 at the end of the file."""
-        while True:
-            if self._count_bytes() > offset:
-                with self._path.open("rb", buffering=0) as file:
-                    file.seek(offset)
-                    return file.readinto(buffer)
-            if not self._download_piece():
-                return 0
-
-    def _download_piece(self) -> bool:
-        """Download the next piece; return False if there is none."""
-        if self.identity is None:
-            self.look_up()
-        return self._retry(self._append_piece)
+            self._identity_path.unlink(missing_ok=True)
 
     def _retry(self, request: Callable[[], T]) -> T:
-        reached = self._count_bytes()
+        retries, reached = Retries(RETRY_POLICY, f"reading {self.name}"), self._count_bytes()
         while True:
             try:
-                result = request()
+                return request()
             except (OSError, HTTPException) as caught:
+                if isinstance(caught, HTTPError):
+                    caught.close()
                 if not is_transient(caught):
-                    raise _explain_refusal(self.name, caught) from None
+                    # The message of InvalidURL may hold a part of a password.
+                    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else summarise_error(caught)
+                    remedy = _REMEDIES.get(find_status(caught) or 0, "open the URL in a browser, and correct it")
+                    raise DataError(f"cannot read {self.name} ({reason}): {remedy}") from None
                 if self._count_bytes() > reached:
                     reached = self._count_bytes()
-                    self._retries.reset()
-                wait_or_give_up(self._retries, caught)
-            else:
-                self._retries.reset()
-                return result
+                    retries.reset()
+                wait_or_give_up(retries, caught)
+
+    def _ask_for_identity(self) -> FileIdentity:
+        with self._send() as response:
+            return _read_headers(response)[1]
 
     def _append_piece(self) -> bool:
+        """Download the next piece; return False if there is none."""
         with self._lock():
-            assert self.identity is not None
             start = self._count_bytes()
             if start == self.identity["size"]:
                 return False
             try:
-                response = self._send({"Range": f"bytes={start}-{start + PIECE_BYTES - 1}"})
+                response = self._send(Range=f"bytes={start}-{start + PIECE_BYTES - 1}")
             except HTTPError as caught:
-                if caught.code == 416 and self.identity["size"] is None:  # no bytes are left
-                    self.identity["size"] = start
-                    return False
-                raise
-            with closing(response):
-                self._append(response, start)
+                if caught.code != 416 or self.identity["size"] is not None:
+                    raise
+                caught.close()
+                self.identity["size"] = start  # no bytes are left
+                return False
+            with response:
+                seen = self.identity
+                first, self.identity = _read_headers(response)
+                self.expect(seen)
+                if first not in (0, start):
+                    raise ConnectionError("the server sent another part of the file than requested")
+                # A server that knows no ranges sends the whole file again.
+                with self._path.open("ab" if first else "wb") as file:
+                    # read would lose the bytes that have arrived if a chunked body breaks off.
+                    while chunk := response.read1(_BUFFER_BYTES):
+                        file.write(chunk)
+                    end = file.tell()
+                if response.length or (response.status == 206 and end == first):
+                    raise ConnectionError(f"the connection ended at byte {end} of {self.identity['size']}")
+                if response.status == 200:
+                    self.identity["size"] = end
             return True
 
-    def _append(self, response: HTTPResponse, start: int) -> None:
-        first, size = _find_extent(response)
-        seen, self.identity = self.identity, _identify(response)
-        assert seen is not None
-        self.expect(seen)
-        if first not in (0, start):
-            raise ConnectionError("the server sent another part of the file than requested")
-        # A server that knows no ranges sends the whole file again.
-        with self._path.open("ab" if first else "wb") as file:
-            end = first
-            # read would lose the bytes that have arrived if a chunked body breaks off.
-            while chunk := response.read1(_BUFFER_BYTES):
-                end += file.write(chunk)
-        if response.length or (response.status == 206 and end == first):
-            raise ConnectionError(f"the connection ended at byte {end} of {size}")
-        if response.status == 200:
-            self.identity["size"] = end
-
-    def _ask_for_identity(self) -> FileIdentity:
-        with closing(self._send({})) as response:
-            return _identify(response)
-
-    def _send(self, headers: dict[str, str]) -> HTTPResponse:
-        request = urllib.request.Request(self.url, headers={"User-Agent": "slop-hf"} | headers)
-        try:
-            response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
-        except HTTPError as caught:
-            caught.close()
-            raise
+    def _send(self, **headers: str) -> HTTPResponse:
+        request = urllib.request.Request(self.url, headers={"User-Agent": "slop-hf", **headers})
+        response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
         return response
 
     def _count_bytes(self) -> int:
         return self._path.stat().st_size if self._path.exists() else 0
-
-    def _read_stored_identity(self) -> Json:
-        return read_json(self._stored_identity, if_missing="") if self._stored_identity.exists() else None
 
     def _lock(self) -> FileLock:
         """Let one process at a time append to the download."""
@@ -206,17 +171,15 @@ class _DownloadReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = self._file.read_into(buffer, self._offset)
+        with self._file.download(beyond=self._offset).open("rb", buffering=0) as file:
+            file.seek(self._offset)
+            count = file.readinto(buffer)
         self._offset += count
         return count
 
 
 def wait_or_give_up(retries: Retries, caught: BaseException) -> None:
-    """Log a failure of the network and wait.
-
-    Raises:
-        DataError: if it was the last attempt.
-    """
+    """Log a failure of the network and wait; raise a DataError if it was the last attempt."""
     if not retries.wait_after(caught):
         raise DataError(
             f"{retries.doing} failed {retries.failures} times in a row, the last time with: "
@@ -234,54 +197,24 @@ def hide_query(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _find_extent(response: HTTPResponse) -> tuple[int, int | None]:
-    """Return the offset of the first byte of the body, and the size of the whole file if the server says it."""
-    if response.status != 206:
-        length = response.headers["Content-Length"]
-        return 0, int(length) if length else None
-    content_range = response.headers["Content-Range"] or ""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
-    if match is None:
-        raise ConnectionError(
-            f"the server sent a part of the file without its offset (Content-Range {content_range!r})"
-        )
-    return int(match[1]), None if match[2] == "*" else int(match[2])
+def _read_headers(response: HTTPResponse) -> tuple[int, FileIdentity]:
+    """Return the offset of the first byte of the body, and the identity of the whole file."""
+    first, size = 0, response.length
+    if response.status == 206:
+        extent = response.headers["Content-Range"] or ""
+        match = re.fullmatch(r"bytes (\d+)-\d+/(?:(\d+)|\*)", extent)
+        if match is None:
+            raise ConnectionError(f"the server sent a part without its offset (Content-Range {extent!r})")
+        first, size = int(match[1]), int(match[2]) if match[2] else None
+    return first, {"size": size, **{name: response.headers[name] for name in ("ETag", "Last-Modified")}}
 
 
-def _identify(response: HTTPResponse) -> FileIdentity:
-    headers = response.headers
-    return {"size": _find_extent(response)[1], "ETag": headers["ETag"], "Last-Modified": headers["Last-Modified"]}
-
-
-def _may_be_same(one: FileIdentity, other: FileIdentity) -> bool:
+def _is_same(one: FileIdentity, other: FileIdentity, surely: bool = False) -> bool:
     """Compare sizes and ETags; times only without ETags, since servers behind one address may differ in them."""
-    pairs = [(one["size"], other["size"])]
-    if one["ETag"] and other["ETag"]:
-        pairs.append((one["ETag"], other["ETag"]))  # type: ignore[arg-type]
-    else:
-        pairs.append((one["Last-Modified"], other["Last-Modified"]))  # type: ignore[arg-type]
-    return all(None in pair or pair[0] == pair[1] for pair in pairs)
-
-
-def _is_known_to_be_same(stored: FileIdentity | None, identity: FileIdentity) -> bool:
-    if stored is None or not _may_be_same(stored, identity):
-        return False
-    return any(stored[name] and stored[name] == identity[name] for name in ("ETag", "Last-Modified"))
+    name = "ETag" if one["ETag"] and other["ETag"] else "Last-Modified"
+    pairs = [(one["size"], other["size"]), (one[name], other[name])]
+    return all(None in pair or pair[0] == pair[1] for pair in pairs) and (not surely or all(pairs[1]))
 
 
 def _describe(identity: FileIdentity) -> str:
     return ", ".join(f"{name} {value}" for name, value in identity.items() if value is not None) or "unknown"
-
-
-def _explain_refusal(name: str, caught: BaseException) -> DataError:
-    remedies = {
-        401: "it asks for a login: use a signed URL, or a Hub dataset as owner/name after `hf auth login`",
-        403: "access is denied: use a signed URL that has not expired, or a Hub dataset as owner/name",
-        404: "there is no such file: correct the URL",
-        410: "the file is gone: correct the URL",
-        416: "the file has changed on the server: bring the old file back, or begin again",
-    }
-    # The message of InvalidURL may hold a part of a password.
-    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else summarise_error(caught)
-    remedy = remedies.get(find_status(caught) or 0, "open the URL in a browser, and correct it")
-    return DataError(f"cannot read {name} ({reason}): {remedy}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
@@ -17,52 +16,42 @@ from .sources import count_local_bytes, list_local_files, read_documents
 from .tokenizer import load_tokenizer, train_tokenizer
 from .tokenizing import make_plain_backend
 
-SAMPLE_BYTES = 4 * 2**20
 #: Size up to which the smallest file is read to find the bytes of text per byte of the files.
 SMALLEST_BYTES = 64 * 2**20
-SHOWN_CHARACTERS = 400
 
 
-@dataclass(frozen=True)
-class SourceEstimate:
-    """The estimated size of a source.
+class SourceEstimate(NamedTuple):
+    """The estimated size of a source, from the sizes of its files or from `max_documents`.
 
-    The size of the whole is known from the sizes of its files, or from `max_documents`; without either, as for a whole
-    dataset on the Hub, the last five fields are None.
+    Without either, as for a whole dataset on the Hub, all but `bytes_per_token` are None.
 
     Args:
-        name: name of the source.
-        places: places of the source.
-        weight: share of the tokens.
-        bytes_per_token: bytes of text per token; the end of a document counts as a token.
-        text_bytes, documents, tokens, disk_bytes: size of the whole source.
+        tokens: number of tokens; the end of a document counts as one.
+        documents: number of documents.
+        disk_bytes: size of the tokens in the cache.
         seconds: time to read and tokenize it at the speed of the sample.
+        bytes_per_token: bytes of text per token.
     """
 
-    name: str
-    places: tuple[str, ...]
-    weight: float
+    tokens: int | None
+    documents: int | None
+    disk_bytes: int | None
+    seconds: float | None
     bytes_per_token: float
-    text_bytes: int | None = None
-    documents: int | None = None
-    tokens: int | None = None
-    disk_bytes: int | None = None
-    seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class DataEstimate:
+class DataEstimate(NamedTuple):
     """The estimated size of a mixture.
 
     Args:
-        sources: sources in the order of the configuration.
-        tokenizer: description of the tokenizer that counted the tokens.
+        sources: estimate of each source.
         training_tokens: tokens for training by source.
+        tokenizer: description of the tokenizer that counted the tokens.
     """
 
-    sources: tuple[SourceEstimate, ...]
-    tokenizer: str
+    sources: dict[str, SourceEstimate]
     training_tokens: dict[str, int | None]
+    tokenizer: str
 
 
 class _Sample(NamedTuple):
@@ -73,7 +62,7 @@ class _Sample(NamedTuple):
     is_whole: bool
 
 
-def estimate(config: DataConfig, sample_bytes: int = SAMPLE_BYTES) -> DataEstimate:
+def estimate(config: DataConfig, sample_bytes: int = 4 * 2**20) -> DataEstimate:
     """Estimate the size of each source of a mixture by tokenizing its first documents; no tokens are written.
 
     Args:
@@ -83,20 +72,17 @@ def estimate(config: DataConfig, sample_bytes: int = SAMPLE_BYTES) -> DataEstima
     Raises:
         DataError: for a source that cannot be read, or texts that no tokenizer can be trained on.
 
-    >>> estimate(DataConfig(max_documents=3, vocab_size=300)).sources[0].documents
+    >>> estimate(DataConfig(max_documents=3, vocab_size=300)).sources["corpus"].documents
     3
     """
     samples = {name: _read_sample(source, sample_bytes, config.cache_dir) for name, source in config.sources.items()}
     tokenizer, description = _get_tokenizer(config, samples)
-    sources = tuple(
-        _estimate_source(name, source, config.weights[name], samples[name], tokenizer)
-        for name, source in config.sources.items()
-    )
+    sources = {name: _estimate_source(source, samples[name], tokenizer) for name, source in config.sources.items()}
     training_tokens = {
-        source.name: None if source.tokens is None else round(source.tokens * (1 - config.held_out))
-        for source in sources
+        name: None if source.tokens is None else round(source.tokens * (1 - config.held_out))
+        for name, source in sources.items()
     }
-    return DataEstimate(sources, description, training_tokens)
+    return DataEstimate(sources, training_tokens, description)
 
 
 def find_first_repeat(tokens: Mapping[str, int | None], weights: Mapping[str, float]) -> tuple[int, str] | None:
@@ -111,7 +97,7 @@ def find_first_repeat(tokens: Mapping[str, int | None], weights: Mapping[str, fl
     return min(reach, default=None)
 
 
-def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+def shorten(text: str, limit: int = 400) -> str:
     """Return the beginning of a text.
 
     >>> shorten("to be or not to be", 8)
@@ -158,40 +144,30 @@ def _get_tokenizer(config: DataConfig, samples: Mapping[str, _Sample]) -> tuple[
     return trained, f"a {config.tokenizer_kind} of {len(trained):,} tokens trained on the sample{reason}"
 
 
-def _estimate_source(
-    name: str, source: Source, weight: float, sample: _Sample, tokenizer: PreTrainedTokenizerFast
-) -> SourceEstimate:
+def _estimate_source(source: Source, sample: _Sample, tokenizer: PreTrainedTokenizerFast) -> SourceEstimate:
     start = perf_counter()
     encodings = make_plain_backend(tokenizer).encode_batch_fast(sample.texts, add_special_tokens=False)
-    # Reading and tokenizing run in parallel.
-    seconds_per_byte = max(perf_counter() - start, sample.seconds) / sample.nbytes
-    tokens_per_byte = sum(len(encoding.ids) + 1 for encoding in encodings) / sample.nbytes
-    nbytes = _count_text_bytes(source, sample)
-    if nbytes is None:
-        return SourceEstimate(name, source.places, weight, 1 / tokens_per_byte)
-    tokens = round(nbytes * tokens_per_byte)
-    return SourceEstimate(
-        name,
-        source.places,
-        weight,
-        1 / tokens_per_byte,
-        text_bytes=nbytes,
-        documents=round(nbytes / sample.nbytes * sample.documents),
-        tokens=tokens,
-        disk_bytes=tokens * choose_token_dtype(len(tokenizer)).itemsize,
-        seconds=nbytes * seconds_per_byte,
-    )
+    seconds = max(perf_counter() - start, sample.seconds)  # reading and tokenizing run in parallel
+    sample_tokens = sum(len(encoding.ids) + 1 for encoding in encodings)
+    bytes_per_token = sample.nbytes / sample_tokens
+    scale = _compare_with_sample(source, sample)
+    if scale is None:
+        return SourceEstimate(None, None, None, None, bytes_per_token)
+    tokens = round(scale * sample_tokens)
+    disk_bytes = tokens * choose_token_dtype(len(tokenizer)).itemsize
+    return SourceEstimate(tokens, round(scale * sample.documents), disk_bytes, scale * seconds, bytes_per_token)
 
 
-def _count_text_bytes(source: Source, sample: _Sample) -> int | None:
+def _compare_with_sample(source: Source, sample: _Sample) -> float | None:
+    """Return how many times as large as its sample a source is; None if that is unknown."""
     if sample.is_whole:
-        return sample.nbytes
-    bounds = []
+        return 1.0
+    scales = []
     if (file_bytes := count_local_bytes(source)) is not None:
-        bounds.append(file_bytes * _measure_text_share(source))
+        scales.append(file_bytes * _measure_text_share(source) / sample.nbytes)
     if source.max_documents is not None:
-        bounds.append(source.max_documents * sample.nbytes / sample.documents)
-    return round(min(bounds)) if bounds else None
+        scales.append(source.max_documents / sample.documents)
+    return min(scales, default=None)
 
 
 def _measure_text_share(source: Source) -> float:

@@ -92,33 +92,34 @@ def read_texts(file: File, format: Format, column: str, start: Cursor = None) ->
     """Yield the texts of a file, each with the cursor after it; a text may be blank.
 
     Args:
-        file: local or remote file.
-        format: format of the file.
         column: column with the text, in JSON lines and Parquet.
         start: cursor to start from; None, the beginning.
 
     Raises:
         DataError: for a truncated or damaged file, a malformed line, and a column that is missing or holds no text.
     """
-    with _explain_errors(file):
+    try:
         yield from _READERS[format](file, column, start)
+    except DataError:
+        raise
+    except Exception as caught:  # the system, zlib, lzma and pyarrow: their errors share no base
+        raise DataError(
+            f"cannot read {file.name} ({summarise_error(caught)}): if it is cut off or damaged, get it again"
+        ) from caught
 
 
-def get_text(row: Mapping[str, Json], column: str, where: str, text_columns: list[str]) -> str:
+def get_text(row: Mapping[str, Json], column: str, where: str, text_columns: Collection[str] = ()) -> str:
     """Return the text of a row, "" for a null.
 
     Args:
-        row: values by column.
-        column: column with the text.
+        row, column: values by column, and the column with the text.
         where: description of the row, for messages.
-        text_columns: columns that hold text, for messages.
-
-    Raises:
-        DataError: for a column that is missing or holds no text.
+        text_columns: columns that hold text, for messages; default, those of this row.
     """
     _check_column(column, row, where)
     text = row[column]
     if text is not None and not isinstance(text, str):
+        text_columns = text_columns or [name for name, value in row.items() if isinstance(value, str)]
         kind, others = type(text).__name__, ", ".join(text_columns) or "none"
         raise DataError(f"column {column!r} of {where} holds {kind}, expected text; columns with text: {others}")
     return text or ""
@@ -157,7 +158,7 @@ def _read_json_lines(file: File, column: str, start: Cursor) -> Texts:
             _refuse_line(where, f"not JSON ({caught})")
         if not isinstance(row, dict):
             _refuse_line(where, f"a JSON {type(row).__name__}")
-        text = get_text(row, column, where, [name for name, value in row.items() if isinstance(value, str)])
+        text = get_text(row, column, where)
         if b"\\u" in line:  # half of a surrogate pair can be written in JSON, but not in UTF-8
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         yield text, cursor
@@ -239,16 +240,3 @@ _OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".xz": lzma.open,  # type: ignore[dict-item]
     ".zst": _open_zstd,
 }
-
-
-@contextmanager
-def _explain_errors(file: File) -> Iterator[None]:
-    """Name the file and the remedy in the errors of all readers."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as caught:  # the system, zlib, lzma and pyarrow: their errors share no base
-        raise DataError(
-            f"cannot read {file.name} ({summarise_error(caught)}): if it is cut off or damaged, get it again"
-        ) from caught

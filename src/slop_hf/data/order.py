@@ -56,12 +56,8 @@ class StreamOrder:
         self.round_size = max(ROUND, int(np.ceil(1 / self.weights.min())))
         self._round = lru_cache(maxsize=2)(self._compute_round)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "_round"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._round = lru_cache(maxsize=2)(self._compute_round)
+    def __reduce__(self) -> tuple[type[StreamOrder], tuple[object, ...]]:
+        return StreamOrder, (self.counts, self.weights, self.seed)  # the cache of rounds cannot be pickled
 
     def locate(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """Return the source and the block at each position; positions of a few rounds at a time are fastest."""
@@ -138,14 +134,11 @@ def _permute(numbers: IntArray, count: int, keys: Words) -> IntArray:
 
 
 class BlockOrder(Dataset[Block]):
-    """A stretch of a run's stream of blocks, for a DataLoader.
-
-    Stages are consecutive stretches of the same stream.
+    """A stretch of a run's stream of blocks, for a DataLoader; stages are consecutive stretches of the same stream.
 
     Args:
         dataset: blocks of all sources.
-        first: position of the first block of this stretch in the stream.
-        blocks: number of blocks in the stretch.
+        first, blocks: position of the first block in the stream, and number of blocks.
         seed: seed of the stream.
 
     >>> rows = MixedBlocks.wrap([{"input_ids": [i]} for i in range(4)])
@@ -196,12 +189,7 @@ def _make_order(dataset: MixedBlocks, seed: int) -> StreamOrder:
 def count_consumed_tokens(
     dataset: MixedBlocks, seed: int, block_size: int, first: int, blocks: int
 ) -> tuple[ConsumedTokens, ...]:
-    """Return the range of tokens of each source in a stretch of the stream.
-
-    Args:
-        dataset, seed, first, blocks: as for `BlockOrder`.
-        block_size: tokens per block.
-    """
+    """Return the range of tokens of each source in a stretch of the stream, as for `BlockOrder`."""
     order = _make_order(dataset, seed)
     before, after = (order.count_before(position) * block_size for position in (first, first + blocks))
     return tuple(

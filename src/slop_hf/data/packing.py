@@ -63,7 +63,6 @@ class TokenWriter:
     """A context manager that writes documents to a token file, and can resume an unfinished one.
 
     Args:
-        path: path of the `.ds` file.
         tokenizer_name: name of the tokenizer, for the metadata.
         vocab_size: size of the vocabulary, which decides on the size of a token.
         state: state of an unfinished file, from `flush`; later bytes of the file are dropped.
@@ -74,11 +73,7 @@ class TokenWriter:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        tokenizer_name: str,
-        vocab_size: int,
-        state: WriterState | None = None,
+        self, path: str | os.PathLike[str], tokenizer_name: str, vocab_size: int, state: WriterState | None = None
     ) -> None:
         self.path = Path(path)
         state = state or {"documents": 0, "tokens": 0, "digest": ""}
@@ -183,9 +178,7 @@ class PackedDataset(Dataset[Block]):
         if self.eos is None:
             return [{"input_ids": row, "labels": row} for row in input_ids.unbind()]
         columns = separate_documents(input_ids, self.eos)
-        return [
-            dict(zip(columns, rows, strict=True)) for rows in zip(*map(torch.unbind, columns.values()), strict=True)
-        ]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*map(torch.unbind, columns.values()), strict=True)]
 
     def __getstate__(self) -> dict[str, object]:
         # A pickled memory map would contain all tokens.
@@ -193,11 +186,7 @@ class PackedDataset(Dataset[Block]):
 
 
 def separate_documents(input_ids: torch.Tensor, eos: int) -> dict[str, torch.Tensor]:
-    """Return a block whose labels and position ids separate its documents.
-
-    Args:
-        input_ids: tokens of documents that end with `eos`, shape [..., block_size].
-        eos: token that ends a document.
+    """Return blocks, shape [..., block_size], whose labels and position ids separate documents that end with `eos`.
 
     >>> example = separate_documents(torch.tensor([5, 6, 0, 7, 8]), eos=0)
     >>> example["position_ids"].tolist(), example["labels"].tolist()
@@ -207,11 +196,8 @@ def separate_documents(input_ids: torch.Tensor, eos: int) -> dict[str, torch.Ten
     first[..., 1:] = input_ids[..., :-1] == eos
     positions = torch.arange(input_ids.shape[-1]).expand_as(input_ids)
     begins = torch.where(first, positions, 0).cummax(-1).values
-    return {
-        "input_ids": input_ids,
-        "labels": input_ids.masked_fill(first, -100),
-        "position_ids": positions - begins,
-    }
+    labels = input_ids.masked_fill(first, -100)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": positions - begins}
 
 
 class MixedBlocks(Dataset[Block]):

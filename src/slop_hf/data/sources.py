@@ -10,15 +10,15 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from huggingface_hub import constants
 
 from ..errors import DataError
 from ..io.network_errors import is_transient, summarise_error
 from ..io.retry import Retries
-from ..io.serialization import Json
 from . import download
 from .config import STDLIB, Format, Source, find_cache
 from .download import RemoteFile
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 class StreamState(TypedDict):
@@ -98,13 +97,7 @@ class DocumentStream:
 
 
 def read_documents(source: Source, *, cache_dir: str | None = None) -> Iterator[str]:
-    """Yield the texts of a source; every place is looked up at the call.
-
-    Args:
-        source, cache_dir: as for `DocumentStream`.
-
-    Raises:
-        DataError: as `DocumentStream`.
+    """Yield the texts of a source, with the lookups and errors of `DocumentStream`.
 
     >>> len(list(read_documents(Source("python-stdlib", max_documents=3))))
     3
@@ -158,15 +151,18 @@ def is_url(place: str) -> bool:
     >>> is_url("https://example.org/a.jsonl"), is_url("owner/name")
     (True, False)
     """
-    return _URL.match(place) is not None
+    return place.lower().startswith(("http://", "https://"))
+
+
+def list_place_names(source: Source) -> list[str]:
+    """Return the places of a source, URLs without their query, which may hold a signature."""
+    return [download.hide_query(place) if is_url(place) else place for place in source.places]
 
 
 def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[str, Path]:
     files = {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if name not in skipped and name != "__pycache__" and name[0] != "."
-        ]
+        subfolders[:] = [name for name in subfolders if name not in (*skipped, "__pycache__") and name[0] != "."]
         for name in names:
             path = Path(folder, name)
             if name[0] != "." and name.endswith(suffix) and path.is_file():
@@ -174,16 +170,7 @@ def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[s
     return dict(sorted(files.items()))
 
 
-class _Place(Protocol):
-    """A place that can be checked, and read from any cursor."""
-
-    name: str
-
-    def check(self) -> None: ...
-    def read(self, start: Cursor) -> Texts: ...
-
-
-def _make_place(place: str, source: Source, cache_dir: str | None) -> _Place:
+def _make_place(place: str, source: Source, cache_dir: str | None) -> _Files | _HubDataset:
     files = list_local_files(place)
     if files is not None:
         return _Files(place, {name: LocalFile(path) for name, path in files.items()}, source)
@@ -205,7 +192,7 @@ class _Files:
 
     def check(self) -> None:
         """Look up the first file, and its first text unless that needs the whole file over the network."""
-        for name, file in list(self.files.items())[:1]:
+        for name, file in islice(self.files.items(), 1):
             if isinstance(file, RemoteFile):
                 file.look_up()
             if not isinstance(file, RemoteFile) or self._find_format(name) in ("lines", "jsonl"):
@@ -247,14 +234,18 @@ class _HubDataset:
                 for row in dataset:
                     start = dataset.state_dict()
                     retries.reset()
-                    yield self._get_text(row), start
+                    yield get_text(row, self.source.text_column, repr(self.name)), start
                 return
             except DataError:
                 raise
             except Exception as caught:  # datasets, hub client, pyarrow and the network: their errors share no base
                 self._dataset = None
                 if constants.HF_HUB_OFFLINE or not is_transient(caught):
-                    self._refuse(caught)
+                    raise DataError(
+                        f"source {self.name!r} is not a local path, and its split {self.source.split!r} cannot be "
+                        f"read from the Hub ({summarise_error(caught)}): check the name (owner/name or owner/name:"
+                        "config), the split, `hf auth login`, the network and HF_ENDPOINT, or use a local path"
+                    ) from caught
                 download.wait_or_give_up(retries, caught)
 
     def _open(self, start: Cursor) -> IterableDataset:
@@ -267,14 +258,3 @@ class _HubDataset:
         if start is not None:
             self._dataset.load_state_dict(start)
         return self._dataset
-
-    def _get_text(self, row: Mapping[str, Json]) -> str:
-        text_columns = [name for name, value in row.items() if isinstance(value, str)]
-        return get_text(row, self.source.text_column, repr(self.name), text_columns)
-
-    def _refuse(self, caught: Exception) -> NoReturn:
-        raise DataError(
-            f"source {self.name!r} is not a local path, and its split {self.source.split!r} cannot be read from the "
-            f"Hub ({summarise_error(caught)}): check the name (owner/name or owner/name:config), the split, "
-            "`hf auth login`, the network and HF_ENDPOINT, or use a local path"
-        ) from caught

@@ -98,11 +98,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceProcessor:
-    """Train a SentencePiece model with LLaMA's settings, but without its space before each text.
-
-    Raises:
-        DataError: if the package is missing, or the texts have more characters than the vocabulary has tokens.
-    """
+    """Train a SentencePiece model with LLaMA's settings, but without its space before each text."""
     try:
         import sentencepiece
     except ImportError as caught:
@@ -169,15 +165,11 @@ def convert_sentencepiece(processor: SentencePieceProcessor) -> Tokenizer:
         if not (processor.is_byte(number) or processor.is_control(number) or processor.is_unknown(number))
     }
     others = {pieces[number]: number for number in set(numbers) - set(learned.values())}
-    merges = [split for piece in learned for split in _list_splits(piece, learned)]
+    splits = ((piece[:cut], piece[cut:]) for piece in learned for cut in range(1, len(piece)))
+    merges = [(left, right) for left, right in splits if left in learned and right in learned]
     bpe = Tokenizer(models.BPE({**others, **learned}, merges, unk_token=UNKNOWN_TOKEN, byte_fallback=True))
     bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return bpe
-
-
-def _list_splits(piece: str, pieces: dict[str, int]) -> list[tuple[str, str]]:
-    pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-    return [(left, right) for left, right in pairs if left in pieces and right in pieces]
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:

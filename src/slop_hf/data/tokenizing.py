@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import NamedTuple, TypedDict
 
 from tokenizers import Encoding, Tokenizer
 from tqdm.auto import tqdm
@@ -28,9 +28,7 @@ BATCH_CHARACTERS = 2**21
 JOURNAL_BATCHES = 16
 
 
-class _Journal(TypedDict):
-    """The state of an interrupted tokenization: of the stream of documents, and of both files."""
-
+class _Journal(TypedDict):  # the state of an interrupted tokenization
     stream: StreamState | None
     bytes: int
     train: WriterState | None
@@ -44,9 +42,6 @@ class _Batch(NamedTuple):
     nbytes: int
 
 
-_Write: TypeAlias = Callable[[_Batch, list[Encoding], int], None]
-
-
 def tokenize(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
@@ -54,9 +49,8 @@ def tokenize(
     held_out: float,
     name: str,
     *,
-    title: str,
+    title: str | None = None,
     cache_dir: str | None = None,
-    progress: bool = True,
 ) -> dict[str, TokenWriter]:
     """Tokenize a source into `folder/train.ds` and `folder/held_out.ds`.
 
@@ -68,14 +62,11 @@ def tokenize(
     side, whatever their order, number and source.
 
     Args:
-        source: source of the documents.
+        source, held_out, cache_dir: as for `DataConfig`.
         tokenizer: tokenizer with an eos token.
         folder: existing folder; the caller renames it when `tokenize` has returned.
-        held_out: share of the documents to hold out.
         name: name of the tokenizer, for the metadata.
-        title: title of the progress bar.
-        cache_dir: cache for downloads, as for `DataConfig`.
-        progress: whether to show the progress bar.
+        title: title of the progress bar; None, no bar.
 
     Returns:
         The closed writers by split.
@@ -95,17 +86,10 @@ def tokenize(
             split: stack.enter_context(TokenWriter(folder / f"{split}.ds", name, len(tokenizer), state))
             for split, state in states.items()
         }
+        nbytes, total, disable = journal["bytes"], count_local_bytes(source), True if title is None else None
         bar = stack.enter_context(
-            tqdm(
-                total=count_local_bytes(source),
-                initial=journal["bytes"],
-                desc=title,
-                unit="B",
-                unit_scale=True,
-                disable=None if progress else True,
-            )
+            tqdm(total=total, initial=nbytes, desc=title, unit="B", unit_scale=True, disable=disable)
         )
-        nbytes = journal["bytes"]
 
         def write(batch: _Batch, encodings: list[Encoding], number: int) -> None:
             nonlocal nbytes
@@ -126,39 +110,37 @@ def tokenize(
     return writers
 
 
-def _encode(batches: Iterator[_Batch], backend: Tokenizer, write: _Write) -> None:
+def _encode(
+    batches: Iterator[_Batch], backend: Tokenizer, write: Callable[[_Batch, list[Encoding], int], None]
+) -> None:
     """Encode batches in order, while the next one is read and the last one is written."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
+        writing = writer.submit(lambda: None)
         number, reading = 0, reader.submit(next, batches, None)
         while (batch := reading.result()) is not None:
             number, reading = number + 1, reader.submit(next, batches, None)
             # The fast variant leaves out the offsets, which nothing here reads.
             encodings = backend.encode_batch_fast(batch.texts, add_special_tokens=False)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(write, batch, encodings, number)
-        if writing is not None:
             writing.result()
+            writing = writer.submit(write, batch, encodings, number)
+        writing.result()
 
 
 def _make_batches(stream: DocumentStream, held_out: float) -> Iterator[_Batch]:
+    remaining = iter(stream)
+    while texts := _take_batch(remaining):
+        contents = [text.encode() for text in texts]
+        splits = [choose_split(content, held_out) for content in contents]
+        yield _Batch(texts, splits, stream.state_dict(), sum(map(len, contents)))
+
+
+def _take_batch(remaining: Iterator[str]) -> list[str]:
     texts: list[str] = []
     characters = 0
-    for text in stream:
+    while characters < BATCH_CHARACTERS and (text := next(remaining, None)) is not None:
         texts.append(text)
         characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield _make_batch(texts, stream, held_out)
-            texts, characters = [], 0
-    if texts:
-        yield _make_batch(texts, stream, held_out)
-
-
-def _make_batch(texts: list[str], stream: DocumentStream, held_out: float) -> _Batch:
-    contents = [text.encode() for text in texts]
-    splits = [choose_split(content, held_out) for content in contents]
-    return _Batch(texts, splits, stream.state_dict(), sum(map(len, contents)))
+    return texts
 
 
 def choose_split(text: bytes, held_out: float) -> str:
