@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import RunError
-from slop_hf.training.learning_rate import restore, share_or_steps, stage_scheduler
+from slop_hf.training.learning_rate import build_stage_scheduler, resolve_steps, restore_scheduler
 from slop_hf.training.spans import compute_stage_spans
 
 PEAK = 1e-2
@@ -28,7 +28,7 @@ def optimizer():
 
 
 def scheduler(tmp_path, span, **settings):
-    return stage_scheduler(arguments(tmp_path, **settings), optimizer(), span, RUN_STEPS)
+    return build_stage_scheduler(arguments(tmp_path, **settings), optimizer(), span, RUN_STEPS)
 
 
 def advance(one, steps):
@@ -64,7 +64,7 @@ def close(values):
 
 
 def test_a_share_or_a_number_of_steps():
-    assert [share_or_steps(value, 25) for value in (0, 0.01, 0.5, 1, 3.0, 2000)] == [0, 1, 13, 1, 3, 2000]
+    assert [resolve_steps(value, 25) for value in (0, 0.01, 0.5, 1, 3.0, 2000)] == [0, 1, 13, 1, 3, 2000]
 
 
 # ---- Over each stage -------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_scheduler_resumes_from_its_state(tmp_path, settings, done):
     one = scheduler(tmp_path, SPANS[2], **settings)
     advance(one, done)
     other = scheduler(tmp_path, SPANS[2], **settings)
-    restore(other, json.loads(json.dumps(one.state_dict())))
+    restore_scheduler(other, json.loads(json.dumps(one.state_dict())))
     assert advance(other, STEPS - done) == whole[done:]
 
 
@@ -180,7 +180,7 @@ def test_a_scheduler_that_follows_the_loss_resumes_from_its_state(tmp_path):
     one, other = (scheduler(tmp_path, SPANS[1], **settings) for _ in range(2))
     for loss in (3.0, 3.0, 3.0, 3.0):
         one.step(loss)
-    restore(other, json.loads(json.dumps(one.state_dict())))
+    restore_scheduler(other, json.loads(json.dumps(one.state_dict())))
     found = []
     for either in (one, other):
         found.append([either.optimizer.param_groups[0]["lr"]])

@@ -9,7 +9,7 @@ from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model, tr
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from slop_hf import RunDirectory
-from slop_hf.training.progress import RunProgress, log_line
+from slop_hf.training.progress import RunProgress, format_log_line
 from slop_hf.training.spans import compute_stage_spans
 
 SPANS = compute_stage_spans(SCHEDULE, small_model().config, BLOCK, [BATCH] * 4)
@@ -69,14 +69,15 @@ def test_a_line_of_training():
         "seconds_left": 93784.2,
     }
     line = "stage-1-layer  step 1,120/4,600  loss 4.213  lr 2.9e-03  12,345 tok/s  MFU 41.2%  left 1 day, 2:03:04"
-    assert log_line("stage-1-layer", 1120, 4600, logs) == line
+    assert format_log_line("stage-1-layer", 1120, 4600, logs) == line
 
 
 def test_a_line_shows_what_it_does_not_know():
     """Values logged by a user's own callback are shown, and a missing value is skipped."""
     logs = {"loss": 1.0, "seconds_left": None, "entropy": 0.123456, "router": "balanced", "experts": 8, "x": "y" * 500}
     assert (
-        log_line("s", 1, 2, logs) == f"s  step 1/2  loss 1  entropy 0.1235  router balanced  experts 8  x {'y' * 100}"
+        format_log_line("s", 1, 2, logs)
+        == f"s  step 1/2  loss 1  entropy 0.1235  router balanced  experts 8  x {'y' * 100}"
     )
 
 
@@ -94,12 +95,12 @@ def test_a_line_of_held_out_data():
         "epoch": 0.1,
     }
     line = "s  step 1/2  held-out wiki loss 4.1, wiki perplexity 60.34, wiki accuracy 0.25"
-    assert log_line("s", 1, 2, logs) == line
+    assert format_log_line("s", 1, 2, logs) == line
 
 
 def test_a_line_at_the_end_of_a_stage():
     logs = {"train_runtime": 61.4, "train_samples_per_second": 5.0, "train_loss": 4.5, "total_flos": 1e12, "epoch": 1}
-    assert log_line("s", 2, 2, logs) == "s  step 2/2  mean loss 4.5  took 0:01:01"
+    assert format_log_line("s", 2, 2, logs) == "s  step 2/2  mean loss 4.5  took 0:01:01"
 
 
 # ---- Bars ------------------------------------------------------------------------------------------------------
