@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from slop_hf.cli import app
 from slop_hf.errors import PlanError
 from slop_hf.paper import reproduction
+from slop_hf.paper import tables as paper
 from slop_hf.paper.page import PAGE_COMMAND, format_reproduction_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
@@ -30,11 +31,7 @@ def test_the_page_is_what_the_command_writes(tmp_path):
 
 def test_the_page_has_every_figure():
     page = format_reproduction_page()
-    for row in [
-        *reproduction.reproduce_table_1(),
-        *reproduction.reproduce_table_3(),
-        *reproduction.reproduce_table_4(),
-    ]:
+    for row in [row for table in paper.GROWTH_TABLES for row in reproduction.reproduce_products(table)]:
         assert f"{row.target} | {row.sequence} | {row.printed} |" in page and f"{row.computed:.3E}" in page
     for row in reproduction.reproduce_hours():
         assert f"| {row.table} | {row.target} | {row.trained} | {row.printed:g} | {row.computed:.1f} |" in page

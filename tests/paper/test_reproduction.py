@@ -10,11 +10,7 @@ from slop_hf.paper import reproduction
 from slop_hf.paper import tables as paper
 from slop_hf.paper.reproduction import OF_STAGE, SINCE_START, evaluate_paths, match_digits
 
-TABLES = {
-    1: reproduction.reproduce_table_1(),
-    3: reproduction.reproduce_table_3(),
-    4: reproduction.reproduce_table_4(),
-}
+TABLES = {table.number: reproduction.reproduce_products(table) for table in paper.GROWTH_TABLES}
 HOURS = reproduction.reproduce_hours()
 MISPRINT = (3, ModelDims(1152, 4608, 40, 9), "l-h-f")
 
@@ -40,7 +36,7 @@ def test_products(row):
 
 def test_every_printed_row_is_reproduced():
     assert [len(rows) for rows in TABLES.values()] == [10, 6, 2]
-    for table, rows in zip((paper.TABLE_1, paper.TABLE_3, paper.TABLE_4), TABLES.values(), strict=True):
+    for table, rows in zip(paper.GROWTH_TABLES, TABLES.values(), strict=True):
         assert [(run.target, run.sequence, run.product) for run in table.runs] == [
             (row.target, row.sequence, row.printed) for row in rows
         ]
@@ -58,7 +54,7 @@ def test_notes():
 
 def test_table_3_as_printed():
     """Layers and heads as printed reproduce no product, and 24 heads do not divide the hidden size."""
-    rows = reproduction.reproduce_table_3(paper.INITIAL_450M.replace(num_hidden_layers=16))
+    rows = reproduction.reproduce_products(paper.TABLE_3, paper.INITIAL_450M.replace(num_hidden_layers=16))
     assert not any(row.agrees for row in rows) and all("from this start" in row.note for row in rows)
     assert round(count_paper_params(paper.INITIAL_450M) / 1e6) == 453
     with pytest.raises(ValueError, match="not divisible by num_attention_heads 24"):

@@ -14,10 +14,6 @@ from ..schedule import GrowthSchedule
 from .equal_budget import ArmRequest, BudgetKind
 from .intermediate_dims import interpolate_dims
 
-_MSG_SHARES = (1, 1, 1, 1, 1, 5)
-_ELLE_SHARES = (25, 8)  # 62,500 steps, then 20,000 in every stage
-_STACKING_SHARES = (5, 7, 28)  # 50,000, 70,000 and 280,000 steps
-
 
 def from_scratch(
     schedule: GrowthSchedule,
@@ -60,9 +56,6 @@ def single_stage(request: ArmRequest) -> GrowthSchedule:
     SLOP, Table 2 ("SCHL-single stage"). The shares are our reading of its 207.92 GPU hours, which are the hours of
     25B tokens of the initial model and 40B of the target.
 
-    Args:
-        request: plan and budget.
-
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, middle, large = ModelDims(64, 128, 2, 2), ModelDims(64, 256, 2, 2), ModelDims(64, 256, 8, 2)
     >>> plan = GrowthSchedule(small, (GrowthStage(("ffn",), middle, 40), GrowthStage(("layer",), large, 40)), 100)
@@ -75,10 +68,6 @@ def single_stage(request: ArmRequest) -> GrowthSchedule:
     return request.build_schedule([initial, target], [tokens, rest])
 
 
-#: Inits of the arm `copies`, per operator.
-COPIES = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "copy", "head_dim": "spread"}
-
-
 def copies(request: ArmRequest) -> GrowthSchedule:
     """Return a single stage whose new entries are copies, so that the grown model starts where the small one ended.
 
@@ -87,9 +76,6 @@ def copies(request: ArmRequest) -> GrowthSchedule:
     reading for other ends: widths need not be multiples (`docs/exactness.md` describes the remainder), and new layers,
     which that paper does not add, are copies that add nothing at first. Shares as in `single_stage`.
 
-    Args:
-        request: plan and budget.
-
     >>> from slop_hf import GrowthStage, ModelDims
     >>> stage = GrowthStage(("hidden", "mha"), ModelDims(128, 128, 2, 4, head_dim=32), tokens=40)
     >>> plan = GrowthSchedule(ModelDims(64, 128, 2, 2), (stage,), 100)
@@ -97,7 +83,8 @@ def copies(request: ArmRequest) -> GrowthSchedule:
     {'mha': 'copy', 'hidden': 'copy'}
     """
     arm = single_stage(request)
-    stages = (replace(stage, init={name: COPIES[name] for name in stage.operators}) for stage in arm.stages)
+    inits = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "copy", "head_dim": "spread"}
+    stages = (replace(stage, init={name: inits[name] for name in stage.operators}) for stage in arm.stages)
     return replace(arm, stages=tuple(stages))
 
 
@@ -116,9 +103,6 @@ def msg(request: ArmRequest) -> GrowthSchedule:
     The SLOP paper does not print its MSG schedules. The GPU hours of its Table 2 agree with ffn, layers, hidden, each
     grown once (101.96; 101.5 by our count), the hours of its Table 10 do not (119; 106.3).
 
-    Args:
-        request: plan and budget.
-
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(512, 768, 3, 8), ModelDims(768, 3072, 12, 12)
     >>> stage = GrowthStage(("layer", "mha", "ffn", "hidden"), large, tokens=500)
@@ -135,7 +119,7 @@ def msg(request: ArmRequest) -> GrowthSchedule:
     structures = [initial, initial.replace(intermediate_size=target.intermediate_size)]
     for change in ({"num_hidden_layers": halfway}, width, heads):
         structures.append(structures[-1].replace(**change))
-    return request.build_schedule([*structures, target], _MSG_SHARES)
+    return request.build_schedule([*structures, target], (1, 1, 1, 1, 1, 5))
 
 
 def elle(request: ArmRequest, *, stages: int | None = None) -> GrowthSchedule:
@@ -173,8 +157,7 @@ def elle(request: ArmRequest, *, stages: int | None = None) -> GrowthSchedule:
     structures = [plan.initial]
     for number in range(1, count):
         structures.append(interpolate_dims(structures[-1], plan.initial, plan.target, number, count))
-    first, later = _ELLE_SHARES
-    return request.build_schedule([*structures, plan.target], [first] + [later] * count)
+    return request.build_schedule([*structures, plan.target], [25] + [8] * count)
 
 
 def stacking(request: ArmRequest) -> GrowthSchedule:
@@ -184,8 +167,7 @@ def stacking(request: ArmRequest) -> GrowthSchedule:
     `L / 2^k` layers; its experiments (section 4; code at github.com/gonglinyuan/StackingBERT) train 3, 6 and 12 layers
     for 50,000, 70,000 and 280,000 steps. Our reading: always two doublings, and halves are rounded up.
 
-    Args:
-        request: plan and budget; of the plan, only the target and the budget count.
+    Of the plan, only the target and the budget count.
 
     >>> from slop_hf import ModelDims
     >>> plan = GrowthSchedule(ModelDims(768, 3072, 12, 12), initial_tokens=400)
@@ -194,9 +176,8 @@ def stacking(request: ArmRequest) -> GrowthSchedule:
     ([3, 6, 12], (50, 70, 280))
     """
     target = request.schedule.target
-    depths = [math.ceil(target.num_hidden_layers / parts) for parts in (4, 2, 1)]
-    structures = [target.replace(num_hidden_layers=depth) for depth in depths]
-    return request.build_schedule(structures, _STACKING_SHARES, {"layer": "stack"}, from_random=True)
+    structures = [target.replace(num_hidden_layers=math.ceil(target.num_hidden_layers / parts)) for parts in (4, 2, 1)]
+    return request.build_schedule(structures, (5, 7, 28), {"layer": "stack"}, from_random=True)
 
 
 #: Builders of control arms, by name.

@@ -18,13 +18,10 @@ _PLAN = "plan"
 
 @dataclass(frozen=True)
 class Arm:
-    """A schedule in a comparison, its costs and its predicted loss.
+    """A schedule in a comparison, the costs of all its stages, and its predicted loss.
 
     Args:
         name: "plan", or a name in `ARMS`.
-        schedule: stages and tokens.
-        flops: training FLOPs of all stages.
-        tokens: tokens of all stages.
         hours: device hours; None without a cost model.
         loss: final loss by the scaling law; None if the tokens seen by the initial model are unknown.
     """
@@ -70,11 +67,10 @@ def compare_at_equal_flops(
     """
     request = ArmRequest(schedule, config, sequence_length)
     schedules = {_PLAN: schedule, **{name: build(request) for name, build in ARMS.items()}}
-    is_unknown_start = not schedule.initial_tokens and not already_seen
     arms = []
     for name, arm in schedules.items():
         loss = None
-        if name in FROM_RANDOM or not is_unknown_start:
+        if name in FROM_RANDOM or schedule.initial_tokens or already_seen:
             params = [count_parameters(dims, config) for dims in arm.structures]
             seen = 0.0 if name in FROM_RANDOM else already_seen
             loss = (law or ScalingLaw()).staged_losses(params, arm.tokens, seen)[-1]

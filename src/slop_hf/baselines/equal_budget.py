@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token
@@ -77,23 +79,17 @@ class ArmRequest:
         A stage that would grow nothing is left out, and its share of the tokens goes to the stage before it.
 
         Args:
-            structures: structure of each stage.
-            shares: each stage's share of the tokens.
+            structures, shares: structure of each stage, and its share of the tokens.
             inits: init per operator; default, the plan's.
             from_random: whether the first structure begins with random weights. Otherwise it is the plan's initial
                 model, and trained only if the plan trains it.
         """
-        path: list[ModelDims] = []
-        weights: list[float] = []
-        for dims, share in zip(structures, shares, strict=True):
-            if path and dims == path[-1]:
-                weights[-1] += share
-            else:
-                path.append(dims)
-                weights.append(share)
+        groups = groupby(zip(structures, shares, strict=True), key=itemgetter(0))
+        weights = {dims: sum(share for _, share in stages) for dims, stages in groups}
+        path = list(weights)
         if not from_random and not self.schedule.initial_tokens:
-            weights[0] = 0
-        first, *rest = allocate_tokens(weights, self.total, [self.cost_per_token(dims) for dims in path])
+            weights[path[0]] = 0
+        first, *rest = allocate_tokens([*weights.values()], self.total, [self.cost_per_token(dims) for dims in path])
         inits = self.inits if inits is None else inits
         stages = []
         for before, after, tokens in zip(path[:-1], path[1:], rest, strict=True):

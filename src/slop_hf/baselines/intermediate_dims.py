@@ -11,13 +11,11 @@ _FFN_MULTIPLE = 256
 
 
 def interpolate_dims(before: ModelDims, initial: ModelDims, target: ModelDims, number: int, count: int) -> ModelDims:
-    """Return the structure after growth `number` of `count` even growths, with no size below `before`'s.
+    """Return the structure after growth `number` (from 1) of `count` even growths, with no size below `before`'s.
 
     Args:
         before: structure that is grown.
         initial, target: structures before the first growth and after the last.
-        number: number of the growth, from 1.
-        count: number of growths.
 
     >>> small = ModelDims(768, 2048, 6, 6)
     >>> str(interpolate_dims(small, small, ModelDims(2816, 7680, 8, 22), 1, 3))
@@ -60,11 +58,8 @@ def _list_widths(
         for hidden, head_dim in pairs:
             if before.hidden_size <= hidden <= target.hidden_size:
                 for kv_heads in _list_kv_heads(heads, before, initial, target):
-                    yield before.replace(
-                        hidden_size=hidden,
-                        num_attention_heads=heads,
-                        num_key_value_heads=kv_heads,
-                        head_dim=head_dim,
+                    yield ModelDims(
+                        hidden, before.intermediate_size, before.num_hidden_layers, heads, kv_heads, head_dim
                     )
 
 

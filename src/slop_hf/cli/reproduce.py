@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +13,14 @@ from ..errors import PlanError
 from ..io.files import write_text
 from ..io.serialization import to_plain
 from ..paper import reproduction
+from ..paper import tables as paper
 from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_reproduction_page, format_row
 from ..paper.reproduction import Hours, Product
-from .shared import AsJson, print_json, print_table
+from .options import AsJson
+from .shared import print_json, print_table
 
 _PARTS: dict[str, Callable[[], Sequence[Product] | Sequence[Hours]]] = {
-    "table1": reproduction.reproduce_table_1,
-    "table3": reproduction.reproduce_table_3,
-    "table4": reproduction.reproduce_table_4,
+    **{f"table{table.number}": partial(reproduction.reproduce_products, table) for table in paper.GROWTH_TABLES},
     "hours": reproduction.reproduce_hours,
 }
 
@@ -41,8 +42,7 @@ def reproduce_command(
     if output is not None:
         write_text(output, format_reproduction_page())
     if as_json:
-        rows = [to_plain(row) | {"agrees": row.agrees} for name in names for row in _PARTS[name]()]
-        print_json(rows)
+        print_json([to_plain(row) | {"agrees": row.agrees} for name in names for row in _PARTS[name]()])
         return
     for name in names:
         _show(name)

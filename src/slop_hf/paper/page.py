@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..cost.flops import count_paper_params
 from . import reproduction
@@ -29,16 +29,8 @@ def format_row(row: Product | Hours) -> tuple[str, ...]:
 
 def format_reproduction_page() -> str:
     """Return the page that compares each of the paper's numbers with the computed one, as Markdown."""
-    sections = (
-        _write_head,
-        _write_conventions,
-        _write_table_1,
-        _write_table_3,
-        _write_table_4,
-        _write_hours,
-        _write_remarks_on_hours,
-        _write_edge,
-    )
+    tables = (_write_head, _write_conventions, _write_table_1, _write_table_3, _write_table_4)
+    sections = (*tables, _write_hours, _write_remarks_on_hours, _write_edge)
     blocks = "\n\n".join(write() for write in sections).split("\n\n")
     return "\n\n".join(map(_wrap, blocks)) + "\n"
 
@@ -52,7 +44,7 @@ def _wrap(block: str) -> str:
     return "\n".join(textwrap.fill(item, 119, subsequent_indent=by, break_on_hyphens=False) for item, by in indents)
 
 
-def _format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
@@ -61,8 +53,7 @@ def _count_agreeing(rows: Sequence[Product] | Sequence[Hours]) -> str:
 
 
 def _write_head() -> str:
-    tables = (reproduction.reproduce_table_1, reproduction.reproduce_table_3, reproduction.reproduce_table_4)
-    products = [row for reproduce in tables for row in reproduce()]
+    products = [row for table in paper.GROWTH_TABLES for row in reproduction.reproduce_products(table)]
     small, large = (f"{count_paper_params(dims) / 1e6:,.1f}M" for dims in (paper.INITIAL, paper.TARGET))
     return f"""# The paper's numbers, computed again
 
@@ -88,10 +79,11 @@ gated ffn. The paper does not print the formula. An increment below 1 counts as 
 
 def _write_conventions() -> str:
     rows = []
-    for table in (paper.TABLE_1, paper.TABLE_3, paper.TABLE_4):
-        paths = [run.path(table.initial) for run in table.runs]
-        matches = [_count_matches(table, reproduction.evaluate_paths(paths, name).tolist()) for name in _CONVENTIONS]
-        rows.append((f"Table {table.number}", str(len(table.runs)), *map(str, matches)))
+    for table in paper.GROWTH_TABLES:
+        products = reproduction.reproduce_products(table)
+        by_other = sum(reproduction.match_digits(row.printed, row.by_other) is not None for row in products)
+        counts = [sum(row.agrees for row in products), by_other][:: -1 if table is paper.TABLE_4 else 1]
+        rows.append((f"Table {table.number}", str(len(products)), *map(str, counts)))
     columns = ("", "products", *(f"{words} (`{name}`)" for name, words in _CONVENTIONS.items()))
     return f"""## Two conventions
 
@@ -102,11 +94,6 @@ The number of products that each convention reproduces:
 {_format_table(columns, rows)}
 
 The names in brackets are objectives of `slop plan`."""
-
-
-def _count_matches(table: paper.GrowthTable, values: Sequence[float]) -> int:
-    pairs = zip(table.runs, values, strict=True)
-    return sum(reproduction.match_digits(run.product, value) is not None for run, value in pairs)
 
 
 def _format_products(rows: Sequence[Product], convention: str) -> str:
@@ -123,20 +110,20 @@ def _write_table_1() -> str:
     ranks = {name: reproduction.rank_targets(name) for name in _CONVENTIONS}
     first, by_stage = (f"{rows[0].sequence} to {rows[0].target}" for rows in ranks.values())
     columns = ("target", "order", "Π Δparams", "hours of its stages", "in Table 1")
-    tables = {name: _format_table(columns, [_format_ranked(row) for row in rows]) for name, rows in ranks.items()}
     return f"""## Table 1
 
-{_format_products(reproduction.reproduce_table_1(), SINCE_START)}
+{_format_products(reproduction.reproduce_products(paper.TABLE_1), SINCE_START)}
 
 The paper recommends l-f-h to {paper.TARGET}. Of all orders to the four targets of the table, the best is {first} by
 increments since the start, and {by_stage} by increments of the stage. The best order to each target:
 
-{_join_conventions(tables)}"""
+{_format_by_convention(columns, {name: map(_format_ranked, rows) for name, rows in ranks.items()})}"""
 
 
-def _join_conventions(tables: Mapping[str, str]) -> str:
+def _format_by_convention(columns: Sequence[str], rows: Mapping[str, Iterable[Sequence[str]]]) -> str:
     """Return one table per convention, with headings."""
-    return "\n\n".join(f"*By increments {_CONVENTIONS[name]}*\n\n{table}" for name, table in tables.items())
+    tables = {_CONVENTIONS[name]: _format_table(columns, cells) for name, cells in rows.items()}
+    return "\n\n".join(f"*By increments {convention}*\n\n{table}" for convention, table in tables.items())
 
 
 def _format_ranked(row: Ranked) -> tuple[str, ...]:
@@ -145,9 +132,9 @@ def _format_ranked(row: Ranked) -> tuple[str, ...]:
 
 
 def _write_table_3() -> str:
-    rows, start = reproduction.reproduce_table_3(), paper.INITIAL_450M
+    rows, start = reproduction.reproduce_products(paper.TABLE_3), paper.INITIAL_450M
     printed = start.replace(num_hidden_layers=16)
-    swapped = reproduction.reproduce_table_3(printed)
+    swapped = reproduction.reproduce_products(paper.TABLE_3, printed)
     sizes = [f"{count_paper_params(dims) / 1e6:.0f}M" for dims in (start, printed)]
     wrong = next(row for row in rows if not row.agrees)
     return f"""## Table 3
@@ -168,7 +155,7 @@ def _write_table_3() -> str:
 def _write_table_4() -> str:
     return f"""## Table 4
 
-{_format_products(reproduction.reproduce_table_4(), OF_STAGE)}
+{_format_products(reproduction.reproduce_products(paper.TABLE_4), OF_STAGE)}
 
 Two dimensions grow, and ffn follows hidden."""
 
@@ -228,7 +215,6 @@ def _write_edge() -> str:
     sizes = [count_paper_params(dims) / 1e6 for dims in structures]
     least, most = f"{min(sizes):,.0f}M", f"{max(sizes):,.0f}M"
     columns = ("layers", "best target", "order", "Π Δparams", "hours of its stages")
-    tables = {name: _format_table(columns, [_format_band(row) for row in rows]) for name, rows in ranks.items()}
     return f"""## The objective alone runs to the edge
 
 Table 1 chooses among four targets. {len(structures)} structures of up to {reproduction.DEPTHS[-1][1]} layers meet the
@@ -236,7 +222,7 @@ paper's constraints, are as large as those four ({least} to {most} by `params`) 
 of all of them is {best[0]} by increments since the start and {best[1]} by increments of the stage: at the edge of the
 space, deep and thin. At the other edge, few layers are better than a moderate number:
 
-{_join_conventions(tables)}
+{_format_by_convention(columns, {name: map(_format_band, rows) for name, rows in ranks.items()})}
 
 The predicted hours hardly differ, and none of these numbers says which structure learns best. So a planner needs
 bounds on depth and shape (`slop plan --max-layers`, `--min-aspect`, `--max-aspect`), or an objective that counts

@@ -43,11 +43,7 @@ class Product:
     """A printed product of parameter increments, and the computed product.
 
     Args:
-        table: number of the table.
-        target, sequence: target and order of growth of the row.
-        printed: product as printed.
-        computed: product by the convention of the table.
-        by_other: product by the other convention.
+        computed, by_other: product by the convention of the table, and by the other one.
         agrees: whether the computed product has the printed digits.
         note: remark on the comparison.
     """
@@ -67,10 +63,8 @@ class Hours:
     """Printed GPU hours, and the hours of the cost model.
 
     Args:
-        table: number of the table.
         target: structure that was trained, or grown to.
         trained: what was trained, for how many tokens.
-        printed: hours as printed.
         computed: hours by `fit_cost_model`.
         note: remark on the comparison.
     """
@@ -98,7 +92,6 @@ class Ranked:
     """The best order of growth to a target, or to any of several targets.
 
     Args:
-        target, sequence: target and order of growth.
         product: product of the parameter increments.
         stage_hours: hours of its growth stages, 10B tokens each.
         printed: whether it is a row of Table 1.
@@ -134,7 +127,7 @@ def evaluate_paths(
         objective: a name in `OBJECTIVES`.
         tokens: tokens per stage, the initial model's first; default, none.
 
-    >>> product = evaluate_paths([paper.TABLE_4.runs[1].path(paper.INITIAL)], "delta_params_eq3")[0]
+    >>> product = evaluate_paths([paper.TABLE_4.runs[1].path(paper.INITIAL)], OF_STAGE)[0]
     >>> f"{product:.2E}"  # Table 4, l-h
     '1.38E+16'
     """
@@ -145,36 +138,26 @@ def evaluate_paths(
     return evaluate_objective(OBJECTIVES[objective], DimsTable(dims[grid], inputs), budget)
 
 
-def reproduce_table_1() -> list[Product]:
-    """Reproduce Table 1: all ten products, with increments since the start.
-
-    >>> all(row.agrees for row in reproduce_table_1())
-    True
-    """
-    return _compare_products(paper.TABLE_1, SINCE_START)
-
-
-def reproduce_table_3(initial: ModelDims = paper.INITIAL_450M) -> list[Product]:
-    """Reproduce Table 3: five of six products, with increments since the start.
+def reproduce_products(table: paper.GrowthTable, initial: ModelDims | None = None) -> list[Product]:
+    """Reproduce the products of a table: with increments per stage for Table 4, since the start for Tables 1 and 3.
 
     Args:
-        initial: initial structure; the default has 24 layers and 16 heads, which are printed the other way round.
+        table: one of `GROWTH_TABLES`.
+        initial: initial structure; default, the table's.
 
-    >>> [row.agrees for row in reproduce_table_3()]
-    [True, True, True, True, False, True]
-    >>> any(row.agrees for row in reproduce_table_3(paper.INITIAL_450M.replace(num_hidden_layers=16)))
-    False
+    >>> [sum(row.agrees for row in reproduce_products(table)) for table in paper.GROWTH_TABLES]
+    [10, 5, 2]
     """
-    return _compare_products(paper.TABLE_3, SINCE_START, initial)
-
-
-def reproduce_table_4() -> list[Product]:
-    """Reproduce Table 4: both products, with increments per stage, as Eq. 3 says.
-
-    >>> all(row.agrees for row in reproduce_table_4())
-    True
-    """
-    return _compare_products(paper.TABLE_4, OF_STAGE)
+    paths = [run.path(initial or table.initial) for run in table.runs]
+    conventions = (OF_STAGE, SINCE_START) if table is paper.TABLE_4 else (SINCE_START, OF_STAGE)
+    values = (evaluate_paths(paths, name).tolist() for name in conventions)
+    rows = []
+    for run, structures, computed, by_other in zip(table.runs, paths, *values, strict=True):
+        match = match_digits(run.product, computed)
+        note = _describe_product(structures, match, table.initial)
+        numbers = run.product, computed, by_other
+        rows.append(Product(table.number, run.target, run.sequence, *numbers, match is not None, note))
+    return rows
 
 
 def reproduce_hours() -> list[Hours]:
@@ -185,22 +168,13 @@ def reproduce_hours() -> list[Hours]:
     >>> [(row.table, row.trained) for row in reproduce_hours() if not row.agrees]
     [(1, 'initial, 25B'), (3, 'initial, 25B'), (10, 'initial, then 40B')]
     """
-    # The stages of Table 3 have the hours of growth from Table 1's initial model, not from Table 3's own.
-    stages = [
-        *_compare_stages(paper.TABLE_1, "fitted"),
-        *_compare_stages(paper.TABLE_3),
-        *_compare_stages(paper.TABLE_4),
-    ]
+    stages = [row for table in paper.GROWTH_TABLES for row in _compare_stages(table)]
     initials = [_compare_initial(table) for table in (paper.TABLE_1, paper.TABLE_3)]
-    rows = [*stages, *initials, *_compare_table_2(), *_compare_table_10()]
-    return sorted(rows, key=lambda row: row.table)
+    return sorted([*stages, *initials, *_compare_table_2(), *_compare_table_10()], key=lambda row: row.table)
 
 
 def rank_targets(objective: str = SINCE_START) -> list[Ranked]:
     """Return the best order of growth to each of Table 1's four targets, best first.
-
-    Args:
-        objective: `SINCE_START` or `OF_STAGE`.
 
     >>> [(str(best.target), best.sequence, f"{best.product:.2e}") for best in rank_targets()[:2]]
     [('(2816, 7680, 8, 22)', 'l-f-h', '1.69e+24'), ('(1280, 3584, 40, 10)', 'f-h-l', '1.75e+24')]
@@ -233,9 +207,6 @@ def list_same_size() -> list[ModelDims]:
 
 def rank_by_depth(objective: str = SINCE_START) -> list[Ranked]:
     """Return the best structure of `list_same_size` in each of `DEPTHS`: the paper's objective without bounds.
-
-    Args:
-        objective: `SINCE_START` or `OF_STAGE`.
 
     >>> min(rank_by_depth(), key=lambda best: best.product).target.num_hidden_layers  # deep and thin
     61
@@ -271,22 +242,9 @@ def find_wrong_sums() -> list[tuple[int, paper.GrownRun, float]]:
     >>> [(table, row.sequence, row.total_hours, round(total, 2)) for table, row, total in find_wrong_sums()]
     [(1, 'f-h-l', 123.09, 122.99), (1, 'f-h-l', 107.62, 107.56), (4, 'l-h', 139.8, 129.8)]
     """
-    tables = (paper.TABLE_1, paper.TABLE_3, paper.TABLE_4)
+    tables = paper.GROWTH_TABLES
     sums = [(table.number, run, table.initial_hours + sum(run.stage_hours)) for table in tables for run in table.runs]
     return [(table, run, total) for table, run, total in sums if abs(total - run.total_hours) > SUM_TOLERANCE]
-
-
-def _compare_products(table: paper.GrowthTable, objective: str, initial: ModelDims | None = None) -> list[Product]:
-    paths = [run.path(initial or table.initial) for run in table.runs]
-    other = OF_STAGE if objective == SINCE_START else SINCE_START
-    products, by_other = (evaluate_paths(paths, name).tolist() for name in (objective, other))
-    rows = []
-    for run, structures, computed, other_value in zip(table.runs, paths, products, by_other, strict=True):
-        match = match_digits(run.product, computed)
-        note = _describe_product(structures, match, table.initial)
-        values = run.product, computed, other_value
-        rows.append(Product(table.number, run.target, run.sequence, *values, match is not None, note))
-    return rows
 
 
 def _describe_product(structures: Sequence[ModelDims], match: str | None, initial: ModelDims) -> str:
@@ -304,8 +262,7 @@ def _describe_product(structures: Sequence[ModelDims], match: str | None, initia
 
 def _find_best(targets: Sequence[ModelDims], objective: str) -> Ranked:
     """Return the best order of growth to any of some targets."""
-    orders = ["-".join(letters) for letters in permutations("lfh")]
-    choices = [(target, order) for target in targets for order in orders]
+    choices = [(target, "-".join(letters)) for target in targets for letters in permutations("lfh")]
     paths = [paper.trace_path(paper.INITIAL, target, order) for target, order in choices]
     products = evaluate_paths(paths, objective)
     best = int(np.argmin(products))
@@ -319,9 +276,11 @@ def _compute_hours(structures: Sequence[ModelDims], tokens: Sequence[int]) -> fl
     return float(evaluate_paths([structures], "hours", tokens)[0])
 
 
-def _compare_stages(table: paper.GrowthTable, origin: str = "predicted") -> list[Hours]:
+def _compare_stages(table: paper.GrowthTable) -> list[Hours]:
     """Return the growth stages of a table, each structure once."""
+    origin = "fitted" if table is paper.TABLE_1 else "predicted"
     rows = []
+    # The stages of Table 3 have the hours of growth from Table 1's initial model, not from Table 3's own.
     for (dims, tokens), printed in paper.list_stage_hours(table, paper.INITIAL).items():
         if table is paper.TABLE_4 and tokens == paper.STAGE_TOKENS:
             continue  # already printed in Table 1

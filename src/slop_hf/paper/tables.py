@@ -37,9 +37,8 @@ class GrownRun:
         sequence: order of growth, one letter per stage.
         product: product of the parameter increments, as printed.
         perplexity: final perplexity.
-        stage_hours: GPU hours of each growth stage.
+        stage_hours, stage_tokens: GPU hours and training tokens of each growth stage.
         total_hours: printed sum of these hours and the initial model's.
-        stage_tokens: training tokens of each growth stage.
         recommended: whether the paper recommends this row.
     """
 
@@ -59,14 +58,7 @@ class GrownRun:
 
 @dataclass(frozen=True)
 class GrowthTable:
-    """One of Tables 1, 3 and 4.
-
-    Args:
-        number: number of the table.
-        initial: initial structure of all rows.
-        initial_hours: printed GPU hours of the initial structure.
-        runs: rows.
-    """
+    """One of Tables 1, 3 and 4: its initial structure, the structure's printed GPU hours, and its rows."""
 
     number: int
     initial: ModelDims
@@ -77,6 +69,14 @@ class GrowthTable:
     def targets(self) -> tuple[ModelDims, ...]:
         """The distinct targets, in the order of the rows."""
         return tuple(dict.fromkeys(run.target for run in self.runs))
+
+    def list_stages(self, initial: ModelDims | None = None) -> list[tuple[ModelDims, int, float]]:
+        """Return the structure, tokens and printed GPU hours of each growth stage; `initial` as in `trace_path`."""
+        return [
+            stage
+            for run in self.runs
+            for stage in zip(run.path(initial or self.initial)[1:], run.stage_tokens, run.stage_hours, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,6 @@ def trace_path(initial: ModelDims, target: ModelDims, sequence: str) -> tuple[Mo
 
     Heads and their size have no letter in the paper's tables, and ffn has none in Table 4; dimensions without a letter
     follow `h`. A dimension may shrink, as in Table 3; such a path has a cost, but no model can grow along it.
-
-    Args:
-        initial, target: structures at both ends.
-        sequence: order of growth, such as `l-f-h`.
 
     >>> [str(dims) for dims in trace_path(INITIAL, ModelDims(1536, 4096, 32, 12), "h-l")]
     ['(768, 2048, 6, 6)', '(1536, 4096, 6, 12)', '(1536, 4096, 32, 12)']
@@ -177,6 +173,9 @@ TABLE_4 = GrowthTable(
     ),
 )
 
+#: The tables that print products of parameter increments.
+GROWTH_TABLES = (TABLE_1, TABLE_3, TABLE_4)
+
 #: The target of Table 10, and SLOP's order of growth to it (Table 8, sch3).
 TABLE_10_TARGET, TABLE_10_SEQUENCE = _target(2048, 5632, 16), "l-f-h"
 
@@ -192,20 +191,12 @@ TABLE_10 = {
 def list_stage_hours(table: GrowthTable, initial: ModelDims | None = None) -> dict[tuple[ModelDims, int], float]:
     """Return the printed GPU hours of a table's growth stages, keyed by structure and number of tokens.
 
-    Args:
-        table: one of Tables 1, 3 and 4.
-        initial: structure from which the stages are assumed to have grown; default, the table's.
+    `initial` is the structure from which the stages are assumed to have grown; default, the table's.
 
     >>> list_stage_hours(TABLE_1)[TARGET, STAGE_TOKENS]
     43.39
     """
-    return {
-        (dims, tokens): hours
-        for run in table.runs
-        for dims, tokens, hours in zip(
-            run.path(initial or table.initial)[1:], run.stage_tokens, run.stage_hours, strict=True
-        )
-    }
+    return {(dims, tokens): hours for dims, tokens, hours in table.list_stages(initial)}
 
 
 @cache
@@ -221,7 +212,6 @@ def fit_cost_model() -> CostModel:
     """
     measurements = [
         Measurement(str(dims), count_flops_per_token(dims, sequence_length=SEQUENCE_LENGTH), tokens, hours)
-        for run in TABLE_1.runs
-        for dims, tokens, hours in zip(run.path(INITIAL)[1:], run.stage_tokens, run.stage_hours, strict=True)
+        for dims, tokens, hours in TABLE_1.list_stages()
     ]
     return CostModel.fit(measurements, hardware="A100, by the paper's Table 1")

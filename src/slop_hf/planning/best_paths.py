@@ -34,38 +34,23 @@ class Edges:
     """Edges of a graph, sorted by the vertex that they leave.
 
     Args:
-        sources: vertices with an edge, ascending.
-        starts: position of each source's first edge.
-        targets: vertex that each edge leads to.
+        starts: position of each vertex's first edge, and their number, shape [vertices + 1].
+        targets: vertex that each edge leads to, shape [edges].
     """
 
-    sources: IntArray
     starts: IntArray
     targets: IntArray
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
     @classmethod
-    def sort(cls, sources: IntArray, targets: IntArray) -> Edges:
+    def sort(cls, vertices: int, sources: IntArray, targets: IntArray) -> Edges:
         """Build from edges in any order; the edges of one vertex keep theirs."""
         order = np.argsort(sources, kind="stable")
-        ordered = sources[order]
-        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-        return cls(ordered[starts], starts, targets[order])
+        return cls(np.searchsorted(sources[order], np.arange(vertices + 1)), targets[order])
 
     @property
     def origins(self) -> IntArray:
-        """The vertex that each edge leaves."""
-        return np.repeat(self.sources, np.diff(self.starts, append=len(self.targets)))
-
-    def find_leaving(self, vertex: int) -> slice:
-        """Return the positions of the edges that leave a vertex."""
-        position = int(np.searchsorted(self.sources, vertex))
-        if position == len(self.sources) or self.sources[position] != vertex:
-            return slice(0, 0)
-        end = self.starts[position + 1] if position + 1 < len(self.starts) else len(self.targets)
-        return slice(int(self.starts[position]), int(end))
+        """The vertex that each edge leaves, shape [edges]."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
 
 def count_edges(shape: Sequence[int], joint: bool) -> int:
@@ -77,11 +62,7 @@ def count_edges(shape: Sequence[int], joint: bool) -> int:
 
 
 def check_size(shape: Sequence[int], joint: bool) -> None:
-    """Refuse a grid whose edges would not fit into memory.
-
-    Raises:
-        PlanError: with the remedy.
-    """
+    """Raise a `PlanError` if the edges of a grid would not fit into memory."""
     vertices, count = math.prod(shape), count_edges(shape, joint)
     if count > MAX_EDGES:
         raise PlanError(
@@ -94,29 +75,26 @@ def check_size(shape: Sequence[int], joint: bool) -> None:
 def build_grid_edges(shape: Sequence[int], joint: bool) -> Edges:
     """Build the edges of a grid: from each vertex to all with one larger coordinate, or if `joint` with one or more.
 
-    Raises:
-        PlanError: if they would not fit into memory.
-
     >>> build_grid_edges((2, 2), joint=False).targets
     array([2, 1, 3, 3])
     >>> build_grid_edges((2, 2), joint=True).targets
     array([1, 2, 3, 3, 3])
     """
-    check_size(shape, joint)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    vertices = math.prod(shape)
     if joint:
-        pairs = [(stride * np.stack(np.triu_indices(size))) for stride, size in zip(strides, shape, strict=True)]
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        pairs = [stride * np.stack(np.triu_indices(size)) for stride, size in zip(strides, shape, strict=True)]
         sources, targets = reduce(_add_all_pairs, pairs, np.zeros((2, 1), dtype=np.int64))
         is_growth = sources != targets
-        return Edges.sort(sources[is_growth], targets[is_growth])
-    ids = np.arange(math.prod(shape)).reshape(shape)
+        return Edges.sort(vertices, sources[is_growth], targets[is_growth])
+    ids = np.arange(vertices).reshape(shape)
     per_axis = []
     for axis, size in enumerate(shape):
         before, after = np.triu_indices(size, 1)
         rows = np.moveaxis(ids, axis, -1)
         per_axis.append(np.stack([rows[..., before].ravel(), rows[..., after].ravel()]))
     sources, targets = np.concatenate(per_axis, axis=1)
-    return Edges.sort(sources, targets)
+    return Edges.sort(vertices, sources, targets)
 
 
 def _add_all_pairs(left: IntArray, right: IntArray) -> IntArray:
@@ -124,13 +102,7 @@ def _add_all_pairs(left: IntArray, right: IntArray) -> IntArray:
 
 
 class GrowthGraph:
-    """Structures, and the growths that lead from one to another.
-
-    Args:
-        structures: vertices, shape [vertices].
-        edges: edges between them.
-        allowed: whether a path may use each edge, shape [edges].
-    """
+    """Structures, shape [vertices], and the growths between them; a path uses only `allowed` ones, shape [edges]."""
 
     def __init__(self, structures: DimsTable, edges: Edges, allowed: BoolArray) -> None:
         self.structures = structures
@@ -140,9 +112,9 @@ class GrowthGraph:
         self._after = structures.select(edges.targets)
 
     def find_best_paths(
-        self, start: int, goals: Sequence[int], stages: int, cost: StageCost, *, fixed_cost: bool, top_k: int
+        self, start: int, goals: Sequence[int], stages: int, cost: StageCost, *, fixed_cost: bool
     ) -> Iterator[tuple[float, tuple[int, ...]]]:
-        """Yield the best paths from `start` to any of `goals` as (cost, vertices), best first.
+        """Yield the paths from `start` to any of `goals` as (cost, vertices), best first.
 
         Paths of equal cost come in the order of their vertices.
 
@@ -151,22 +123,16 @@ class GrowthGraph:
             stages: number of edges per path.
             cost: cost of an edge in a stage; finite.
             fixed_cost: whether an edge costs the same in every stage.
-            top_k: largest number of paths.
         """
         remaining = self._compute_remaining(goals, stages, cost, fixed_cost)
-        if not np.isfinite(remaining[0][start]):
-            return
         # The key of a partial path is the cost of its best completion, so the first complete path to leave the heap is
         # the next best one.
-        heap: list[tuple[float, tuple[int, ...], float]]
-        heap = [(float(round_for_ties(remaining[0][start])), (start,), 0.0)]
-        count = 0
-        while heap and count < top_k:
+        heap: list[tuple[float, tuple[int, ...], float]] = [(0.0, (start,), 0.0)]
+        while heap:
             _, path, spent = heapq.heappop(heap)
             number = len(path)
             if number == stages + 1:
                 yield spent, path
-                count += 1
                 continue
             for after, total, bound in self._continue(path[-1], spent, cost, number, remaining[number]):
                 heapq.heappush(heap, (bound, (*path, after), total))
@@ -182,8 +148,8 @@ class GrowthGraph:
         alternatives, spent = [], 0.0
         for number, (vertex, following) in enumerate(pairwise(path), start=1):
             steps = list(self._continue(vertex, spent, cost, number, remaining[number]))
-            ranked = sorted((bound, after) for after, _, bound in steps)
-            alternatives.append([(after, bound) for bound, after in ranked])
+            ranked = sorted(steps, key=lambda step: (step[2], step[0]))
+            alternatives.append([(after, bound) for after, _, bound in ranked])
             spent = next(total for after, total, _ in steps if after == following)
         return alternatives
 
@@ -191,11 +157,9 @@ class GrowthGraph:
         self, vertex: int, spent: float, cost: StageCost, number: int, remaining: FloatArray
     ) -> Iterator[tuple[int, float, float]]:
         """Yield each next vertex, the cost up to it, and the cost of the best completion."""
-        leaving = self.edges.find_leaving(vertex)
+        leaving = slice(*self.edges.starts[vertex : vertex + 2])
         targets = self.edges.targets[leaving]
         targets = targets[np.isfinite(remaining[targets]) & ~self._forbidden[leaving]]
-        if not len(targets):
-            return
         before = self.structures.select(np.full(len(targets), vertex))
         totals = spent + cost(number, before, self.structures.select(targets))
         bounds = round_for_ties(totals + remaining[targets])
@@ -208,15 +172,15 @@ class GrowthGraph:
         least = np.full(len(self.structures.dims), np.inf)
         least[list(goals)] = 0.0
         remaining = [least]
+        sources = np.flatnonzero(np.diff(self.edges.starts))
         edge_cost = None
         for number in range(stages, 0, -1):
             if edge_cost is None or not fixed_cost:
                 edge_cost = cost(number, self._before, self._after)
                 edge_cost[self._forbidden] = np.inf
             least = np.full_like(least, np.inf)
-            if len(self.edges):
-                totals = edge_cost + remaining[-1][self.edges.targets]
-                least[self.edges.sources] = np.minimum.reduceat(totals, self.edges.starts)
+            totals = edge_cost + remaining[-1][self.edges.targets]
+            least[sources] = np.minimum.reduceat(totals, self.edges.starts[sources])
             remaining.append(least)
         return remaining[::-1]
 

@@ -17,24 +17,17 @@ Sharing: TypeAlias = Literal["paper", "utility"]
 
 @dataclass(frozen=True)
 class Budget:
-    """The tokens of schedules with one number of stages.
-
-    Args:
-        tokens: training tokens per stage, the initial model's first; zeros without a budget.
-        already_seen: tokens that the initial model was trained on before.
-    """
+    """Training tokens per stage, the initial model's first (zeros without a budget), and those it saw before."""
 
     tokens: tuple[int, ...]
     already_seen: float = 0.0
 
     @property
     def stages(self) -> int:
-        """Number of growth stages."""
         return len(self.tokens) - 1
 
     @property
     def has_tokens(self) -> bool:
-        """Whether any stage has tokens."""
         return any(self.tokens)
 
     def seen_before(self, number: int) -> float:
@@ -51,9 +44,6 @@ class TokenAllocation:
         initial_share: the initial model's share of a whole run's tokens, relative to one growth stage.
         already_seen: tokens that the initial model was trained on before.
         sharing: "paper", or "utility" to split by equal marginal utility once a schedule is chosen.
-
-    Raises:
-        PlanError: if a number is out of range, or "utility" has no total to split.
 
     >>> TokenAllocation(65e9).budget(stages=4).tokens
     (25000000000, 10000000000, 10000000000, 10000000000, 10000000000)
@@ -92,22 +82,18 @@ class TokenAllocation:
         return bool(self.already_seen or first)
 
     def budget(self, stages: int) -> Budget:
-        """Tokens of schedules with `stages` growth stages, by the paper's rule or as given.
-
-        Raises:
-            PlanError: if tokens are given for another number of stages.
-        """
+        """Tokens of schedules with `stages` growth stages, by the paper's rule or as given."""
         if self.tokens is None:
-            return Budget((0,) * (stages + 1), self.already_seen)
-        if isinstance(self.tokens, (int, float)):
-            return Budget(
-                tuple(share_tokens(self.tokens, stages, initial_share=self.initial_share)), self.already_seen
-            )
-        if len(self.tokens) != stages + 1:
+            counts = [0] * (stages + 1)
+        elif isinstance(self.tokens, (int, float)):
+            counts = share_tokens(self.tokens, stages, initial_share=self.initial_share)
+        elif len(self.tokens) == stages + 1:
+            counts = [round(count) for count in self.tokens]
+        else:
             raise PlanError(
                 f"tokens has {len(self.tokens)} numbers for an initial model and {stages} stages: give one for each"
             )
-        return Budget(tuple(round(count) for count in self.tokens), self.already_seen)
+        return Budget(tuple(counts), self.already_seen)
 
 
 def allocate_tokens(

@@ -25,10 +25,6 @@ class PathConstraints:
     max_factor: float | None = None
     through: tuple[ModelDims, ...] = ()
 
-    def allow_structures(self, structures: DimsArray) -> BoolArray:
-        """Return whether a path may use each structure."""
-        return self.space.allows(structures)
-
     def allow_growths(self, before: DimsTable, after: DimsTable) -> BoolArray:
         """Return whether a path may grow each structure into the other; one True for all without constraints."""
         allowed = np.asarray(True)
@@ -42,11 +38,9 @@ class PathConstraints:
 
 def is_at_most(structures: DimsArray, bound: ModelDims) -> BoolArray:
     """Return whether no size of each structure is above the bound's."""
-    sizes = bound.as_dict().items()
-    return np.asarray(np.logical_and.reduce([getattr(structures, name) <= size for name, size in sizes]))
+    return np.all([getattr(structures, name) <= size for name, size in bound.as_dict().items()], axis=0)
 
 
 def is_at_least(structures: DimsArray, bound: ModelDims) -> BoolArray:
     """Return whether no size of each structure is below the bound's."""
-    sizes = bound.as_dict().items()
-    return np.asarray(np.logical_and.reduce([getattr(structures, name) >= size for name, size in sizes]))
+    return np.all([getattr(structures, name) >= size for name, size in bound.as_dict().items()], axis=0)

@@ -11,19 +11,13 @@ from ..errors import PlanError
 from ..operators import find_operators
 from ..schedule import GrowthSchedule, GrowthStage
 from .budget import Budget
-from .grid import build_grid
 from .objectives import OBJECTIVES
 from .planner import SlopPlanner
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A growth that is possible at some point of a schedule.
-
-    Args:
-        stage: the growth.
-        value: objective of the best schedule that makes this growth next, to the same target in as many stages.
-    """
+    """A possible growth, and the objective of the best schedule of as many stages that makes this growth next."""
 
     stage: GrowthStage
     value: float
@@ -34,8 +28,7 @@ class Choice:
     """One growth of a schedule, and its alternatives.
 
     Args:
-        before: structure that is grown.
-        taken: growth of the schedule.
+        before, taken: structure that is grown, and growth of the schedule.
         others: best growth of every other set of dimensions, best first; empty without alternatives.
     """
 
@@ -48,8 +41,7 @@ def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float 
     """Compare each growth of a schedule with its alternatives.
 
     Args:
-        planner: planner that made the schedule; its objective, mode and constraints apply.
-        schedule: one of its schedules.
+        planner, schedule: planner and one of its schedules; the planner's objective, mode and constraints apply.
         already_seen: tokens that the initial model was trained on before.
 
     Raises:
@@ -62,8 +54,7 @@ def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float 
     ('layer', [('ffn', '7.96e+24'), ('hidden', '1.36e+26')])
     """
     targets = [schedule.target] if planner.mode == "once" else planner.space.structures(planner.initial)
-    grid = build_grid(planner.initial, [schedule.target], planner.list_axes(targets), planner.space.ffn_multiple)
-    graph = planner.build_graph(grid)
+    grid, graph = planner.build_graph([schedule.target], planner.list_axes(targets))
     loadable = np.flatnonzero(grid.structures.loadable).tolist()
     vertices = {grid.structures.at(vertex): vertex for vertex in loadable}
     if unknown := [dims for dims in schedule.structures if dims not in vertices]:
@@ -76,16 +67,12 @@ def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float 
     steps = graph.find_alternatives(path, grid.goals, cost, fixed_cost=planner.has_fixed_costs(budget))
     choices = []
     for before, stage, options in zip(schedule.structures, schedule.stages, steps, strict=False):
+        totals = {grid.structures.at(vertex): initial_cost + total for vertex, total in options}
+        values = {dims: float(OBJECTIVES[planner.objective].value(total)) for dims, total in totals.items()}
         best: dict[tuple[str, ...], Alternative] = {}
-        taken = None
-        for vertex, total in options:
-            dims = grid.structures.at(vertex)
-            value = float(OBJECTIVES[planner.objective].value(initial_cost + total))
-            if dims == stage.dims:
-                taken = Alternative(stage, value)
+        for dims, value in values.items():
             operators = find_operators(before, dims)
             best.setdefault(operators, Alternative(replace(stage, operators=operators, dims=dims), value))
-        assert taken is not None
         best.pop(find_operators(before, stage.dims))
-        choices.append(Choice(before, taken, tuple(best.values())))
+        choices.append(Choice(before, Alternative(stage, values[stage.dims]), tuple(best.values())))
     return choices

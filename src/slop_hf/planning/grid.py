@@ -40,15 +40,13 @@ class GrowthGrid:
     goals: tuple[int, ...]
 
 
-def get_grid_key(goal: ModelDims, operators: Sequence[str]) -> tuple[object, ...]:
-    """Return a key that is equal for goals whose dependent dimensions follow `hidden` in the same way.
-
-    Such goals can share a grid.
-    """
+def get_grid_key(goal: ModelDims, operators: Sequence[str]) -> tuple[str, ...]:
+    """Return a key that is equal for goals that can share a grid: their other dimensions follow `hidden` alike."""
     follows_heads = Fraction(goal.num_attention_heads, goal.hidden_size) if "mha" not in operators else None
     follows_ffn = (goal.hidden_size, goal.intermediate_size) if "ffn" not in operators else None
     group = goal.num_attention_heads // goal.num_key_value_heads
-    return follows_heads, follows_ffn, group, goal.head_dim if "head_dim" not in operators else None
+    head_dim = goal.head_dim if "head_dim" not in operators else None
+    return tuple(map(str, (follows_heads, follows_ffn, group, head_dim)))
 
 
 def list_axis_values(operator: str, initial: ModelDims, goals: Sequence[ModelDims], space: ConfigSpace) -> IntArray:
@@ -83,12 +81,7 @@ def build_grid(
     """Build the grid from a structure to goals with one `get_grid_key`.
 
     If heads follow `hidden`, they keep their size or their number, as the goals do. If ffn follows `hidden`, it keeps
-    the goal's ratio, rounded up to `ffn_multiple`.
-
-    Args:
-        initial, goals: corners of the grid.
-        values: values of each operator's dimension, ascending; values above all goals are left out.
-        ffn_multiple: divisor of ffn sizes that follow `hidden`.
+    the goal's ratio, rounded up to `ffn_multiple`. `values` ascend; those above all goals are left out.
     """
     axes = _cut_axes(goals, values)
     mesh = dict(zip(axes, (axis.ravel() for axis in np.meshgrid(*axes.values(), indexing="ij")), strict=True))
@@ -103,12 +96,7 @@ def build_grid(
 
 
 class _Completion:
-    """Derives all sizes of the structures of a grid from the sizes along its axes.
-
-    Args:
-        mesh: for each operator that is an axis, its dimension at every vertex.
-        initial, goals: corners of the grid.
-    """
+    """Derives all sizes of a grid's structures from `mesh`: each axis's dimension at every vertex."""
 
     def __init__(self, mesh: Mapping[str, IntArray], initial: ModelDims, goals: Sequence[ModelDims]) -> None:
         self._mesh, self._initial, self._goals = mesh, initial, goals
@@ -145,8 +133,7 @@ class _Completion:
 
     def _get_axis(self, name: str) -> IntArray:
         """Return an operator's dimension at every vertex; the initial one if the operator is not an axis."""
-        constant = np.full(self._count, getattr(self._initial, OWN_FIELD[name]), dtype=np.int64)
-        return self._mesh.get(name, constant)
+        return self._mesh.get(name, np.full(self._count, getattr(self._initial, OWN_FIELD[name]), dtype=np.int64))
 
     def _follow_hidden(self, name: str, rule: Callable[[int], int]) -> IntArray:
         """Return `_get_axis`, or for a dimension that follows `hidden`: its value at the corners, a rule between."""

@@ -45,31 +45,34 @@ class Objective:
         join: "product" or "sum" of the terms of all stages.
         best: whether the smallest or the largest value is best.
         title: heading of a column.
-        counts_initial: whether training the initial model counts as a stage.
         needs_tokens, needs_cost_model: inputs the objective requires.
         needs_start: whether it is undefined if the initial model, or some stage, has trained on no tokens.
-        compares_stages: whether it can compare schedules with different numbers of stages.
+        compares_stages: whether it adds up all training, the initial model's too, and so can compare schedules with
+            different numbers of stages.
     """
 
     term: Callable[[Step], FloatArray]
     join: Literal["product", "sum"]
     best: Literal["smallest", "largest"]
     title: str
-    counts_initial: bool = False
     needs_tokens: bool = False
     needs_cost_model: bool = False
     needs_start: bool = False
     compares_stages: bool = False
 
-    def cost(self, step: Step) -> FloatArray:
-        """Contribution of a stage to the total that a search minimises."""
-        term = self.term(step)
+    def stage_cost(
+        self, budget: Budget, initial: DimsTable, number: int, before: DimsTable, after: DimsTable
+    ) -> FloatArray:
+        """Contribution of a stage to the total that a search minimises; stage 0 trains the initial model."""
+        if number == 0 and not self.compares_stages:
+            return np.zeros(after.dims.hidden_size.shape)
+        term = self.term(Step(initial, before, after, budget.tokens[number], budget.seen_before(number)))
         if self.join == "product":
             term = np.log(term)
         return term if self.best == "smallest" else -term
 
     def value(self, cost: npt.ArrayLike) -> FloatArray:
-        """The value of the objective that belongs to a sum of `cost`s."""
+        """The value of the objective that belongs to a sum of `stage_cost`s."""
         total = np.asarray(cost, dtype=np.float64)
         signed = total if self.best == "smallest" else -total
         return np.asarray(np.exp(signed)) if self.join == "product" else signed
@@ -119,18 +122,9 @@ def loss_per_hour(step: Step) -> FloatArray:
 OBJECTIVES: dict[str, Objective] = {
     "delta_params": Objective(delta_params, "product", "smallest", "Π Δparams"),
     "delta_params_eq3": Objective(delta_params_eq3, "product", "smallest", "by Eq. 3"),
-    "flops": Objective(
-        flops, "sum", "smallest", "FLOPs", counts_initial=True, needs_tokens=True, compares_stages=True
-    ),
+    "flops": Objective(flops, "sum", "smallest", "FLOPs", needs_tokens=True, compares_stages=True),
     "hours": Objective(
-        hours,
-        "sum",
-        "smallest",
-        "hours",
-        counts_initial=True,
-        needs_tokens=True,
-        needs_cost_model=True,
-        compares_stages=True,
+        hours, "sum", "smallest", "hours", needs_tokens=True, needs_cost_model=True, compares_stages=True
     ),
     "loss_per_hour": Objective(
         loss_per_hour, "sum", "largest", "loss / hour", needs_tokens=True, needs_cost_model=True, needs_start=True
@@ -138,23 +132,12 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def make_step(budget: Budget, number: int, initial: DimsTable, before: DimsTable, after: DimsTable) -> Step:
-    """Return stage `number` of schedules with a budget; stage 0 is the training of the initial model."""
-    return Step(initial, before, after, budget.tokens[number], budget.seen_before(number))
-
-
 def evaluate_objective(objective: Objective, structures: DimsTable, budget: Budget) -> FloatArray:
     """Return the value of an objective for whole schedules, shape [schedules].
 
     Args:
-        objective: one of `OBJECTIVES`.
         structures: shape [schedules, stages + 1], the initial structure first.
-        budget: tokens per stage.
     """
     stages = [structures.select((slice(None), number)) for number in range(budget.stages + 1)]
-    total = np.zeros(len(structures.dims))
-    if objective.counts_initial:
-        total += objective.cost(make_step(budget, 0, stages[0], stages[0], stages[0]))
-    for number in range(1, budget.stages + 1):
-        total += objective.cost(make_step(budget, number, stages[0], stages[number - 1], stages[number]))
-    return objective.value(total)
+    pairs = enumerate(zip([stages[0], *stages], stages, strict=False))
+    return objective.value(sum(objective.stage_cost(budget, stages[0], number, *pair) for number, pair in pairs))

@@ -14,10 +14,8 @@ from itertools import accumulate, pairwise, permutations
 import numpy as np
 
 from ..dims import IntArray, ModelDims
-from .best_paths import round_for_ties
-from .budget import Budget
+from .best_paths import StageCost, round_for_ties
 from .constraints import PathConstraints
-from .objectives import Objective, make_step
 from .structures import CostInputs, DimsArray, DimsTable, FloatArray
 
 #: Targets scored at once, to bound the memory.
@@ -30,8 +28,7 @@ def find_best_orders(
     stage_fields: Mapping[str, Sequence[str]],
     inputs: CostInputs,
     constraints: PathConstraints,
-    objective: Objective,
-    budget: Budget,
+    cost: StageCost,
     top_k: int,
 ) -> list[tuple[ModelDims, ...]]:
     """Return the best paths from a structure to any of many targets, best first.
@@ -39,13 +36,10 @@ def find_best_orders(
     Paths of equal cost are ordered by the FLOPs of stages of one token each, then by target, then by order.
 
     Args:
-        initial: structure that every path begins with.
-        targets: structures that paths may end with, shape [targets].
+        initial, targets: structures that paths begin and end with; targets of shape [targets].
         stage_fields: fields of `ModelDims` that grow in the stage of each operator.
         inputs: see `CostInputs`.
-        constraints: structures and growths that a path may use.
-        objective: one of `OBJECTIVES`.
-        budget: tokens per stage.
+        constraints, cost: structures and growths that a path may use, and the cost of a growth in a stage.
         top_k: largest number of paths.
     """
     grown_fields = [stage_fields[name] for name in sorted(stage_fields)]
@@ -54,7 +48,7 @@ def find_best_orders(
     best = np.empty((4, 0))  # rows: cost, FLOPs, target, order; one column per path
     for first in range(0, len(targets), _CHUNK_TARGETS):
         corners = _build_corners(initial, targets[first : first + _CHUNK_TARGETS], grown_fields)
-        costs = score_orders(DimsTable(corners, inputs), paths, constraints, objective, budget)
+        costs = score_orders(DimsTable(corners, inputs), paths, constraints, cost)
         bound = np.partition(costs, top_k - 1, axis=None)[top_k - 1] if costs.size > top_k else np.inf
         order, target = np.nonzero(np.isfinite(costs) & (costs <= bound + abs(bound) * 1e-9))
         flops = DimsTable(corners[paths[order].T, target], inputs).flops_per_token.sum(axis=0)
@@ -66,23 +60,21 @@ def find_best_orders(
     return [tuple(corners.at((corner, number)) for corner in paths[index]) for number, index in enumerate(order)]
 
 
-def score_orders(
-    corners: DimsTable, paths: IntArray, constraints: PathConstraints, objective: Objective, budget: Budget
-) -> FloatArray:
+def score_orders(corners: DimsTable, paths: IntArray, constraints: PathConstraints, cost: StageCost) -> FloatArray:
     """Return the cost of every order to every target, shape [orders, targets]; infinite if it is forbidden.
 
     Args:
         corners: structures by bit mask of the grown operators, shape [2^operators, targets].
         paths: corners along each order, shape [orders, operators + 1].
-        constraints, objective, budget: as in `find_best_orders`.
+        constraints, cost: as in `find_best_orders`.
     """
-    allowed = constraints.allow_structures(corners.dims)
+    allowed = constraints.space.allows(corners.dims)
     edges = {edge: number for path in paths.tolist() for number, edge in enumerate(pairwise(path), start=1)}
     costs = {}
     for edge, number in edges.items():
         before, after = (corners.select(corner) for corner in edge)
-        cost = objective.cost(make_step(budget, number, corners.select(0), before, after))
-        costs[edge] = np.where(allowed[edge[1]] & constraints.allow_growths(before, after), cost, np.inf)
+        is_allowed = allowed[edge[1]] & constraints.allow_growths(before, after)
+        costs[edge] = np.where(is_allowed, cost(number, before, after), np.inf)
     return np.stack([np.sum([costs[edge] for edge in pairwise(path)], axis=0) for path in paths.tolist()])
 
 

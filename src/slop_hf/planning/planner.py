@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import partial
+from itertools import groupby, islice
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -20,10 +21,10 @@ from .best_paths import GrowthGraph, StageCost, build_grid_edges, check_size, co
 from .budget import Budget, Sharing, TokenAllocation, share_tokens_by_utility
 from .constraints import PathConstraints, is_at_least
 from .grid import OWN_FIELD, GrowthGrid, build_grid, compute_grid_shape, get_grid_key, list_axis_values
-from .objectives import OBJECTIVES, Objective, evaluate_objective, make_step
+from .objectives import OBJECTIVES, Objective, evaluate_objective
 from .orderings import find_best_orders
 from .space import ConfigSpace
-from .structures import BoolArray, CostInputs, DimsArray, DimsTable, FloatArray
+from .structures import BoolArray, CostInputs, DimsArray, DimsTable
 
 Mode: TypeAlias = Literal["once", "repeated", "joint"]
 Path: TypeAlias = tuple[ModelDims, ...]
@@ -222,7 +223,7 @@ class SlopPlanner:
         """Return the targets to which the operators can grow every dimension that differs."""
         targets = self.space.list_targets(self.initial)
         changes = {name: self._find_changes(targets, name) for name in OPERATORS}
-        reached = self.space.allows(targets) & np.logical_or.reduce(list(changes.values()))
+        reached = self.space.allows(targets) & np.any(list(changes.values()), axis=0)
         for waypoint in (self.initial, *self.through):
             reached &= is_at_least(targets, waypoint)
         for name, changed in changes.items():
@@ -241,8 +242,7 @@ class SlopPlanner:
     def _find_changes(self, targets: DimsArray, operator: str) -> BoolArray:
         """Return whether each target differs from the initial structure in the fields of an operator."""
         fields = OPERATORS[operator].fields
-        differs = [getattr(targets, name) != getattr(self.initial, name) for name in fields]
-        return np.asarray(np.logical_or.reduce(differs))
+        return np.any([getattr(targets, name) != getattr(self.initial, name) for name in fields], axis=0)
 
     def _find_obstacle(self, target: ModelDims) -> str | None:
         """Explain why one target cannot be reached."""
@@ -255,8 +255,7 @@ class SlopPlanner:
         idle = [name for name in self.operators if name not in needed]
         if idle and (self.mode == "once" or not needed):
             return f"{', '.join(idle)} would grow nothing; leave it out of the operators"
-        missing = [name for name in needed if name not in (*self.operators, *self._followers)]
-        if missing:
+        if missing := [name for name in needed if name not in (*self.operators, *self._followers)]:
             return f"needs {', '.join(missing)} among the operators"
         return self.space.find_obstacle(target)
 
@@ -269,14 +268,11 @@ class SlopPlanner:
     def _search_orders(self, targets: DimsArray, allocation: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
         """Return the best paths on which each dimension grows once."""
         budget = allocation.budget(len(self.operators))
-        stages = {name: (name, *self._followers) if name == "hidden" else (name,) for name in self.operators}
-        stage_fields = {
-            name: [field for operator in grown for field in OPERATORS[operator].fields]
-            for name, grown in stages.items()
-        }
-        paths = find_best_orders(
-            self.initial, targets, stage_fields, self._inputs, self.constraints, self._objective, budget, top_k
-        )
+        stage_fields = {name: [*OPERATORS[name].fields] for name in self.operators}
+        for name in self._followers:
+            stage_fields["hidden"] += OPERATORS[name].fields
+        cost, _ = self.stage_cost(budget)
+        paths = find_best_orders(self.initial, targets, stage_fields, self._inputs, self.constraints, cost, top_k)
         return [(path, budget) for path in paths]
 
     def _search_graphs(self, targets: DimsArray, allocation: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
@@ -287,30 +283,20 @@ class SlopPlanner:
         for grid, graph in self._build_graphs([targets.at(number) for number in range(len(targets))]):
             for budget in budgets:
                 cost, initial_cost = self.stage_cost(budget)
-                paths = graph.find_best_paths(
-                    grid.start,
-                    grid.goals,
-                    budget.stages,
-                    cost,
-                    fixed_cost=self.has_fixed_costs(budget),
-                    top_k=top_k,
-                )
-                for growth_cost, vertices in paths:
+                fixed_cost = self.has_fixed_costs(budget)
+                paths = graph.find_best_paths(grid.start, grid.goals, budget.stages, cost, fixed_cost=fixed_cost)
+                for growth_cost, vertices in islice(paths, top_k):
                     path = tuple(graph.structures.dims.at(vertex) for vertex in vertices)
                     sizes = tuple(tuple(dims.as_dict().values()) for dims in path)
                     total = float(round_for_ties(initial_cost + growth_cost + self.stage_price * budget.stages))
                     ranked.append(((total, budget.stages, sizes), path, budget))
-        ranked.sort(key=lambda entry: entry[0])
-        return [(path, budget) for _, path, budget in ranked[:top_k]]
+        return [(path, budget) for _, path, budget in sorted(ranked, key=lambda entry: entry[0])[:top_k]]
 
     def _build_graphs(self, targets: Sequence[ModelDims]) -> Iterator[tuple[GrowthGrid, GrowthGraph]]:
         """Yield graphs that cover all targets; targets share a graph if that is possible and less work."""
         values = self.list_axes(targets)
         joint = self.mode == "joint"
-
-        def get_key(target: ModelDims) -> tuple[str, ...]:
-            return tuple(map(str, get_grid_key(target, list(values))))
-
+        get_key = partial(get_grid_key, operators=list(values))
         for _, group in groupby(sorted(targets, key=get_key), get_key):
             goals = list(group)
             few = goals[:_MAX_SEPARATE_GRIDS]
@@ -318,9 +304,7 @@ class SlopPlanner:
             shared = count_edges(compute_grid_shape(goals, values), joint)
             is_less = len(goals) == len(few) and separate < shared
             for goals_of_grid in [[goal] for goal in goals] if is_less else [goals]:
-                check_size(compute_grid_shape(goals_of_grid, values), joint)
-                grid = build_grid(self.initial, goals_of_grid, values, self.space.ffn_multiple)
-                yield grid, self.build_graph(grid)
+                yield self.build_graph(goals_of_grid, values)
 
     def list_axes(self, targets: Sequence[ModelDims]) -> dict[str, IntArray]:
         """Return the values of each dimension with stages of its own on the way to targets, ascending.
@@ -334,13 +318,17 @@ class SlopPlanner:
             return {name: np.unique([getattr(dims, OWN_FIELD[name]) for dims in ends]) for name in axes}
         return {name: list_axis_values(name, self.initial, targets, self.space) for name in axes}
 
-    def build_graph(self, grid: GrowthGrid) -> GrowthGraph:
-        """Build the graph of all growths on a grid that the mode and the constraints allow."""
-        structures = DimsTable(grid.structures, self._inputs)
-        edges = build_grid_edges(grid.shape, self.mode == "joint")
-        usable = self.constraints.allow_structures(grid.structures)
+    def build_graph(
+        self, goals: Sequence[ModelDims], values: Mapping[str, IntArray]
+    ) -> tuple[GrowthGrid, GrowthGraph]:
+        """Build the grid to goals, and the graph of all growths on it that the mode and the constraints allow."""
+        joint = self.mode == "joint"
+        check_size(compute_grid_shape(goals, values), joint)
+        grid = build_grid(self.initial, goals, values, self.space.ffn_multiple)
+        structures, edges = DimsTable(grid.structures, self._inputs), build_grid_edges(grid.shape, joint)
         growths = self.constraints.allow_growths(structures.select(edges.origins), structures.select(edges.targets))
-        return GrowthGraph(structures, edges, usable[edges.targets] & usable[edges.origins] & growths)
+        # paths begin at the initial structure, which is allowed: it is enough to look at the end of each edge
+        return grid, GrowthGraph(structures, edges, self.space.allows(grid.structures)[edges.targets] & growths)
 
     def has_fixed_costs(self, budget: Budget) -> bool:
         """Whether a growth costs the same in every stage: tokens do not count, or all stages have equally many."""
@@ -350,12 +338,8 @@ class SlopPlanner:
     def stage_cost(self, budget: Budget) -> tuple[StageCost, float]:
         """The cost of a stage as a function, and the cost of training the initial model."""
         initial = DimsTable(DimsArray.of([self.initial]), self._inputs)
-
-        def compute_cost(number: int, before: DimsTable, after: DimsTable) -> FloatArray:
-            return self._objective.cost(make_step(budget, number, initial, before, after))
-
-        initial_cost = float(compute_cost(0, initial, initial)[0]) if self._objective.counts_initial else 0.0
-        return compute_cost, initial_cost
+        cost = partial(self._objective.stage_cost, budget, initial)
+        return cost, float(cost(0, initial, initial)[0])
 
     def _explain_no_path(self) -> str:
         if self.max_factor is not None or self.through:
@@ -377,8 +361,7 @@ class SlopPlanner:
     def _build_schedule(self, path: Path, budget: Budget) -> GrowthSchedule:
         stages = []
         for before, after, count in zip(path, path[1:], budget.tokens[1:], strict=False):
-            operators = find_operators(before, after)
-            leading_first = sorted(operators, key=lambda name: name not in self.operators)
+            leading_first = sorted(find_operators(before, after), key=lambda name: name not in self.operators)
             stages.append(GrowthStage(tuple(leading_first), after, int(count)))
         return GrowthSchedule(path[0], tuple(stages), int(budget.tokens[0]), self.score_path(path, budget))
 
@@ -399,7 +382,6 @@ class SlopPlanner:
 
 
 def _rerank(schedules: list[GrowthSchedule], probe: ScheduleProbe) -> list[GrowthSchedule]:
-    """Return schedules in the order of a probe."""
     reranked = list(probe(schedules))
     if len(reranked) != len(schedules) or any(schedule not in reranked for schedule in schedules):
         raise PlanError(

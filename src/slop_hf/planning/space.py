@@ -17,12 +17,6 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
 from .structures import BoolArray, DimsArray
 
-_BOUNDS = (
-    "tensor_parallel",
-    "kv_heads",
-    *(f"{end}_{name}" for end in ("min", "max") for name in ("hidden", "ffn", "heads")),
-)
-
 
 @dataclass(frozen=True)
 class ConfigSpace:
@@ -96,7 +90,8 @@ class ConfigSpace:
             raise PlanError(f"heads must be 'follow' or 'fixed', got {self.heads!r}")
         if self.count not in ("model", "paper"):
             raise PlanError(f"count must be 'model' or 'paper', got {self.count!r}")
-        for name in ("hidden_multiple", "ffn_multiple", "min_layers", "max_layers", "sequence_length", *_BOUNDS):
+        bounds = [f"{end}_{name}" for end in ("min", "max") for name in ("layers", "hidden", "ffn", "heads")]
+        for name in ("hidden_multiple", "ffn_multiple", "sequence_length", "tensor_parallel", "kv_heads", *bounds):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PlanError(f"{name} must be at least 1, got {value}")
         self._check_bounds()
@@ -170,8 +165,9 @@ class ConfigSpace:
     def _list_candidates(self, initial: ModelDims) -> DimsArray:
         rows = []
         multiple = self.hidden_multiple
-        hidden = math.ceil(max(initial.hidden_size, self.min_hidden or 1) / multiple) * multiple
-        while hidden <= min(self.max_aspect * self.max_layers, self.max_hidden or math.inf):
+        first = math.ceil(max(initial.hidden_size, self.min_hidden or 1) / multiple) * multiple
+        last = math.floor(min(self.max_aspect * self.max_layers, self.max_hidden or math.inf))
+        for hidden in range(first, last + 1, multiple):
             low = max(self.min_layers, initial.num_hidden_layers, math.ceil(hidden / self.max_aspect))
             high = min(self.max_layers, math.floor(hidden / self.min_aspect))
             if heads := self._choose_heads(initial, hidden):
@@ -179,9 +175,7 @@ class ConfigSpace:
                     ffn = math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple
                     if max(initial.intermediate_size, self.min_ffn or 1) <= ffn <= (self.max_ffn or math.inf):
                         rows += [(hidden, ffn, layers, *heads) for layers in range(low, high + 1)]
-            hidden += multiple
-        table = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 6)
-        candidates = DimsArray(*table.T)
+        candidates = DimsArray(*np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 6).T)
         return candidates[self.allows(candidates)]
 
     def _choose_heads(self, initial: ModelDims, hidden: int) -> tuple[int, int, int] | None:

@@ -36,8 +36,8 @@ class DimsArray:
     @classmethod
     def of(cls, structures: Sequence[ModelDims]) -> DimsArray:
         """Build the arrays from a list of structures, shape [structures]."""
-        names = [item.name for item in fields(cls)]
-        return cls(**{name: np.array([getattr(dims, name) for dims in structures], dtype=np.int64) for name in names})
+        rows = [[getattr(dims, item.name) for dims in structures] for item in fields(cls)]
+        return cls(*np.array(rows, dtype=np.int64))
 
     def at(self, index: Index) -> ModelDims:
         """Return the structure at one index."""
@@ -64,9 +64,7 @@ class CostInputs:
 
     Args:
         config: settings that growth does not change (`ConfigSpace.config`).
-        sequence_length: tokens per training sequence.
         cost_model: device hours of the hardware; None if no objective needs them.
-        law: scaling law that predicts losses.
     """
 
     config: ModelConfig = field(default_factory=lambda: DEFAULT_CONFIG)
@@ -76,12 +74,7 @@ class CostInputs:
 
 
 class DimsTable:
-    """Structures and their costs: float64 arrays of one shape, each computed on first use.
-
-    Args:
-        dims: sizes of the structures.
-        inputs: see `CostInputs`.
-    """
+    """Structures and their costs: float64 arrays of one shape, each computed on first use."""
 
     def __init__(self, dims: DimsArray, inputs: CostInputs) -> None:
         self.dims = dims
@@ -114,11 +107,7 @@ class DimsTable:
 
     @cached_property
     def hours_per_token(self) -> FloatArray:
-        """Device hours per token.
-
-        Raises:
-            PlanError: without a cost model.
-        """
+        """Device hours per token."""
         cost_model = self.inputs.cost_model
         if cost_model is None:
             raise PlanError("hours need a cost model: measure one with `slop calibrate`, or use the paper's")
