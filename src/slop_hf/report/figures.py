@@ -113,9 +113,6 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
         path: the PNG file to write.
         log_x: whether the axis of FLOPs is logarithmic.
 
-    Returns:
-        the path.
-
     Raises:
         RunError: if no run is given, a directory occurs twice or is not a run, or a run has no finished stage.
     """
@@ -186,9 +183,6 @@ def draw_run_paths(runs: Sequence[RunDirectory], path: str | Path) -> Path:
     Args:
         runs: runs with at least one finished stage.
         path: the PNG file to write.
-
-    Returns:
-        the path.
 
     Raises:
         RunError: if no run is given, a directory occurs twice or is not a run, or a run has no finished stage.

@@ -168,8 +168,10 @@ def _draw_paths(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("stage (0: the initial model)")
     axes.set_ylabel("parameters in training")
-    best = enumerate(plans[:MAX_LABELS], start=1)
-    _label_ends(axes, [(*plan.end, _format_rank(rank, plan.schedule), rank) for rank, plan in best])
+    sequences = [plan.schedule.sequence or "no growth" for plan in plans[:MAX_LABELS]]
+    labels = [f"{name[:13]}…" if len(name) > 14 else name for name in sequences]
+    best = enumerate(zip(plans, labels, strict=False), start=1)
+    _label_ends(axes, [(*plan.end, f"{rank}  {label}", rank) for rank, (plan, label) in best])
     panel.suptitle("(a) Parameters over training", x=0.01, ha="left")
     handle = tuple(Line2D([], [], color=colour, linewidth=BEST_WIDTH) for colour in _shade_stages(3))
     entries: list[LegendEntry] = [("best, coloured as in (b)", handle)]
@@ -278,11 +280,6 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, int]]) -> No
         style: Style = {"va": "center", "fontsize": LABEL_SIZE, "fontweight": weight, "color": colour, "gid": "end"}
         place: Style = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
         axes.annotate(label, (x, y), arrowprops=leader, **place, **style)
-
-
-def _format_rank(rank: int, schedule: GrowthSchedule) -> str:
-    sequence = schedule.sequence or "no growth"
-    return f"{rank}  " + (sequence if len(sequence) <= 14 else f"{sequence[:13]}…")
 
 
 def _shade_stages(stages: int) -> list[str]:

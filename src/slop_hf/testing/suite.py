@@ -293,18 +293,15 @@ def _check_reload(case: Case, grown: PreTrainedModel) -> None:
 def _check_gradients(case: Case, plan: GrowthPlan, grown: PreTrainedModel) -> float:
     """Return the fraction of new entries that have a gradient at once; check that each new slot gets one soon."""
     live = _step_and_find_live(grown)
-    new = {p.name: _mask_new_entries(p) for p in plan.parameters()}
-    total = sum(int(entries.sum()) for entries in new.values())
-    live_at_once = sum(int((entries & live[name]).sum()) for name, entries in new.items())
+    is_live = torch.cat([live[p.name][_mask_new_entries(p)] for p in plan.parameters()])
     for p in plan.parameters():
-        has_gradient = bool(live[p.name].any())
-        _require(has_gradient or not p.zeroed, case, f"{p.name} of an inserted layer has no gradient")
+        _require(not p.zeroed or bool(live[p.name].any()), case, f"{p.name} of an inserted layer has no gradient")
     for _ in range(STEPS_TO_LIFE):
         if not (dead := _find_dead_slots(plan, live)):
             break
         live = {name: entries | live[name] for name, entries in _step_and_find_live(grown).items()}
     _require(not dead, case, f"new slots of {dead} have no gradient in {STEPS_TO_LIFE} steps")
-    return live_at_once / total if total else 1.0
+    return float(is_live.double().mean()) if len(is_live) else 1.0
 
 
 def _step_and_find_live(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -333,8 +330,7 @@ def _find_dead_slots(plan: GrowthPlan, live: Mapping[str, torch.Tensor]) -> str:
     """Return the first parameter with a new slot in which no entry is live; "" if there is none."""
     for p in plan.parameters():
         for dimension, axis in enumerate(p.maps):
-            slots = torch.tensor(axis.new_slots, dtype=torch.long)
-            by_slot = live[p.name].index_select(dimension, slots).movedim(dimension, 0)
-            if len(slots) and not bool(by_slot.reshape(len(slots), -1).any(1).all()):
+            by_slot = live[p.name].movedim(dimension, 0)[list(axis.new_slots)]
+            if not all(bool(slot.any()) for slot in by_slot):
                 return f"{p.name} (dimension {dimension})"
     return ""
