@@ -13,7 +13,6 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,6 @@ import torch
 
 #: Entries that are drawn at once. Changing it changes the random entries of every growth.
 ENTRIES_PER_CHUNK = 2**17
-
-Quantiles: TypeAlias = npt.NDArray[np.float32]  # shape (2**16,)
 
 
 class NormalStream:
@@ -47,14 +44,14 @@ class NormalStream:
         for part in split_into_chunks(block):
             part.copy_(self._take(part.shape, quantiles))
 
-    def _take(self, shape: Sequence[int], quantiles: Quantiles) -> torch.Tensor:
+    def _take(self, shape: Sequence[int], quantiles: npt.NDArray[np.float32]) -> torch.Tensor:
         count = math.prod(shape)
         indices = self._bits.random_raw(-(-count // 4)).view(np.uint16)[:count]
         return torch.from_numpy(quantiles.take(indices, mode="clip")).view(*shape)
 
 
 @functools.lru_cache(maxsize=32)
-def _compute_quantiles(mean: float, std: float) -> Quantiles:
+def _compute_quantiles(mean: float, std: float) -> npt.NDArray[np.float32]:
     """Return 2^16 equally likely values of N(mean, std^2); their variance is exact."""
     middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     standard = torch.special.ndtri(middles)

@@ -107,10 +107,9 @@ def read_checkpoint_headers(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _explain_missing_weights(directory: Path) -> str:
-    files = {path.name for path in directory.iterdir()}
-    if any(name.startswith("model-") and name.endswith(".safetensors") for name in files):
+    if any(directory.glob("model-*.safetensors")):
         return f"{directory} has shards but no {INDEX_FILE}, which lists their tensors; download it again"
-    if any(name.startswith("pytorch_model") for name in files):
+    if any(directory.glob("pytorch_model*")):
         return (
             f"{directory} has its weights only as pytorch_model.bin, a pickle, which could run code; "
             "load the model with transformers and save it with save_pretrained, as safetensors, first"

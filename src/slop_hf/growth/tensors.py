@@ -27,10 +27,8 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
 
     Args:
         tensor: old parameter, shape `plan.old_shape`; it is not changed and shares no storage with the result.
-        out: tensor to write the result into, with its shape, dtype and device; None allocates one.
-
-    Returns:
-        Tensor of shape `plan.new_shape`, with the dtype and device of the old one.
+        out: tensor of shape `plan.new_shape`, with the dtype and device of the old one, to write the result into; None
+            allocates one.
     """
     if plan.zeroed:
         if plan.row.kind == "norm":

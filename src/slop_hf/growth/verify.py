@@ -39,9 +39,7 @@ def probe_growth(
     the same time.
 
     Args:
-        source: model before growth.
-        grown: model after growth.
-        plan: growth between them; None skips gradients and copies.
+        plan: growth between the models; None skips gradients and copies.
         tokens: int64 `[batch, length]`; default, 2 × 64 tokens drawn at random from the vocabulary.
 
     Raises:
