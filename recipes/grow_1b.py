@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from slop_hf import RunConfig, SlopError, train_run
-from slop_hf.cli.shared import read_changes, redirect_prints
+from slop_hf.cli.options import read_changes
+from slop_hf.cli.shared import redirect_prints
 from slop_hf.cli.train import show_outcome, show_preview
 from slop_hf.training.launch import guard_exit
 

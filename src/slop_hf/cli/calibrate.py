@@ -17,7 +17,8 @@ from ..errors import PlanError
 from ..io.serialization import Json
 from ..io.units import format_bytes, format_count
 from .model_config import build_config, read_structure
-from .shared import AsJson, print_json, print_table, redirect_prints
+from .options import AsJson, DryRun
+from .shared import print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..training.calibration import StepTimes
@@ -65,7 +66,7 @@ def calibrate_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write, for `slop plan --cost-model`.")
     ] = Path("cost_model.yaml"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured; measure nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the speed of this hardware: train a few structures for a few steps, and fit a cost model.
@@ -204,11 +205,7 @@ def _show_result(cost_model: CostModel, times: Sequence[StepTimes], output: Path
     has_memory = all(row["peak_bytes"] is not None for row in rows)
     print_table(
         "Device hours per 1B tokens",
-        (
-            "structure",
-            *(">parameters", ">s / step", ">measured", ">predicted", ">error"),
-            *([">peak memory"] * has_memory),
-        ),
+        ("structure", ">parameters", ">s / step", ">measured", ">predicted", ">error", *[">peak memory"] * has_memory),
         [
             (
                 row["structure"],
@@ -217,7 +214,7 @@ def _show_result(cost_model: CostModel, times: Sequence[StepTimes], output: Path
                 f"{row['measured_hours']:,.4g}",
                 f"{row['predicted_hours']:,.4g}",
                 f"{row['error']:+.1%}",
-                *([format_bytes(row["peak_bytes"])] * has_memory),
+                *([format_bytes(row["peak_bytes"])] if has_memory else []),
             )
             for row in rows
         ],
@@ -225,6 +222,5 @@ def _show_result(cost_model: CostModel, times: Sequence[StepTimes], output: Path
     )
     rate = 1 / (cost_model.hours_per_flop * 3600)
     microseconds = cost_model.hours_per_token * 3600e6
-    error = cost_model.mean_error
-    print(f"{rate:.3g} FLOP/s per device and {microseconds:.3g} µs per token; mean error {error:.1%}")
+    print(f"{rate:.3g} FLOP/s per device and {microseconds:.3g} µs per token; mean error {cost_model.mean_error:.1%}")
     print(f"cost model written to {output}")

@@ -14,7 +14,8 @@ import slop_hf
 from ..errors import RunError
 from ..io.serialization import Json
 from ..io.units import NOTHING
-from .shared import AsJson, make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
+from .options import AsJson, Devices, DryRun, Workers, read_changes, read_seeds, split_list
+from .shared import print_json, print_table, show_job_progress
 
 if TYPE_CHECKING:
     from ..experiments.config import Experiment
@@ -29,8 +30,8 @@ def compare_command(
     ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Run only this arm; repeat it for more.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds that replace the scale's, such as 0,1,2.")] = None,
-    workers: Annotated[int, typer.Option(help="Parallel runs on CPUs; each gets its share of the cores.")] = 1,
-    devices: Annotated[str, typer.Option(help="CUDA devices to spread the runs over, such as 0,1,2,3.")] = "",
+    workers: Workers = 1,
+    devices: Devices = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change a value of the config: scales.nano.flops=1e12")
     ] = None,
@@ -38,9 +39,7 @@ def compare_command(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Train nothing; report on the finished runs.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs, their stages and FLOPs; train nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the arms of an experiment at equal budgets, and compare them.
@@ -65,14 +64,10 @@ def compare_command(
     if dry_run:
         _show_runs(experiment, jobs, as_json=as_json)
         return
-    with make_progress_bar(quiet=as_json or report_only) as progress:
-        task = progress.add_task(experiment.name, total=len(jobs), completed=len(find_ended(jobs, root)))
-
-        def told(job: Job, done: int, count: int) -> None:
-            progress.update(task, completed=done, description=f"{job.name} has ended")
-
+    completed = len(find_ended(jobs, root))
+    with show_job_progress(experiment.name, len(jobs), completed=completed, quiet=as_json or report_only) as on_end:
         comparison = slop_hf.compare_arms(
-            experiment, root, devices=split_list(devices), workers=workers, on_job_end=told, train=not report_only
+            experiment, root, devices=split_list(devices), workers=workers, on_job_end=on_end, train=not report_only
         )
     if record is not None:
         comparison.save(record)
@@ -136,6 +131,5 @@ def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> Non
         ],
         wraps=("run", "grows", "structures", "tokens"),
     )
-    inherited = sum(flops[job.parent] for job in jobs if job.parent is not None)
-    total = sum(flops.values()) - inherited
+    total = sum(flops.values()) - sum(flops[job.parent] for job in jobs if job.parent is not None)
     print(f"{len(jobs)} runs, {total:.3g} FLOPs in total; stages that runs share are counted once")

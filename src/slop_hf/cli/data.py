@@ -19,7 +19,8 @@ from ..errors import DataError
 from ..io.files import write_directory
 from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..io.units import NOTHING, format_bytes, format_count, format_duration
-from .shared import AsJson, print_json, print_table, read_changes, redirect_prints
+from .options import AsJson, DryRun, read_changes
+from .shared import print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..data import DataConfig
@@ -79,7 +80,7 @@ def tokenize_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Directory or Hub id of a tokenizer; replaces the config's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cost; tokenize nothing.")] = False,
+    dry_run: DryRun = False,
     change: _Changes = None,
     as_json: AsJson = False,
 ) -> None:

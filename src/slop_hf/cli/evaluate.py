@@ -14,12 +14,12 @@ import slop_hf
 
 from ..errors import EvaluationError
 from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, find_headline, list_task_names
-from ..io.serialization import to_plain
 from ..io.units import NOTHING
 from ..runs.directory import RunDirectory
 from ..runs.records import AFTER_GROWTH, END_OF_STAGE, EvalRecord
 from .data import read_data
-from .shared import AsJson, is_first_process, print_json, print_table, redirect_prints
+from .options import AsJson, Changes, DryRun
+from .shared import is_first_process, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..evaluation.held_out import HeldOut
@@ -68,9 +68,7 @@ def evaluate_command(
     data: Annotated[
         Path | None, typer.Option(help="For perplexity: YAML file of a run or a mixture; its held-out part is used.")
     ] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value of that file: data.block_size=512")
-    ] = None,
+    change: Changes = None,
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="For perplexity: text file instead; repeat it for more.")
     ] = None,
@@ -83,7 +81,7 @@ def evaluate_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device, such as cuda:1. Default: a GPU if there is one.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Cache of the scores. Default: in the HF home.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be scored; score nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     run = RunDirectory(source)
@@ -146,8 +144,7 @@ def _read_held_out(
 def _show_plan(
     source: str, tasks: Sequence[str], stages: Sequence[int] | None, after_growth: bool, *, as_json: bool
 ) -> None:
-    run = RunDirectory(source)
-    names = [source]
+    run, names = RunDirectory(source), [source]
     if run.exists:
         names = [run.schedule.stage_name(number) for number in run.select_stages(stages)]
     if as_json:
@@ -167,8 +164,7 @@ def _show_run(
     names = {number: run.schedule.stage_name(number) for number in records}
     if as_json:
         stages = [
-            {"stage": number, "name": names[number], "evaluations": to_plain(of_stage)}
-            for number, of_stage in records.items()
+            {"stage": number, "name": names[number], "evaluations": of_stage} for number, of_stage in records.items()
         ]
         print_json({"run": str(run.path), "stages": stages, "marginal_utility": utility})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,8 @@ from ..io.serialization import read_json
 from ..io.units import format_duration
 from ..operators import find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
-from .shared import AsJson, print_json, split_list
+from .options import AsJson, DryRun, split_list
+from .shared import print_json
 
 
 def grow_command(
@@ -54,9 +56,7 @@ def grow_command(
             "--verify", help="Compare both models on a batch; fail if growth should keep the function but does not."
         ),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done and the disk space needed; write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Grow a saved model into a larger one, without training. Memory holds one tensor at a time, so any size works.
@@ -65,22 +65,15 @@ def grow_command(
 
     Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
     """
-    options = {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "head_dim": head_dim,
-    }
-    sizes = {name: size for name, size in options.items() if size is not None}
+    new = hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
+    fields = dataclasses.fields(ModelDims)  # in the order of the options
+    sizes = {field.name: size for field, size in zip(fields, new, strict=True) if size is not None}
     directory = slop_hf.find_checkpoint_directory(source)
     missing = f"{directory} is not a model directory"
     old = ModelDims.from_config(read_json(directory / "config.json", if_missing=missing, error=GrowthError))
     stages = _read_stages(schedule, old, sizes, init) if schedule else [_build_stage(directory, old, sizes, init)]
     settings: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
-    if noise is not None:
-        settings["noise"] = noise
+    settings |= {} if noise is None else {"noise": noise}
     if dry_run:
         plan = slop_hf.plan_checkpoint_growth(source, output, stages, **settings)
         if as_json:
@@ -92,8 +85,7 @@ def grow_command(
     if as_json:
         print(receipt.to_json(), end="")
         return
-    duration = format_duration(receipt.seconds)
-    print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {duration}")
+    print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {format_duration(receipt.seconds)}")
     if probe := receipt.probe:
         print(
             f"largest change of a logit: {probe.max_logit_change:.1e} of the largest logit (rounding: "

@@ -21,16 +21,15 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]
         source: model directory, `config.json`, or Hub id, also with a revision (`user/name@stage-1-layer`), of which
             only the config is fetched.
         option: option that names the source, for error messages.
-
-    Raises:
-        PlanError: if there is no readable config.
     """
     path = Path(source).expanduser()
     try:
         if path.is_dir():
             path = path / "config.json"
         elif not path.exists() and (address := Address.find(source)) is not None:
-            path = _fetch_config(address)
+            from ..hub.access import fetch_file  # the Hub's client is not needed for files
+
+            path = fetch_file(address, "config.json")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as caught:
         reason = get_first_line(caught)
@@ -48,9 +47,6 @@ def read_structure(which: str, text: str | None, source: str | None, *options: s
         text: value of the first option, such as `768,2048,6,6`.
         source: value of the second option, as for `read_config`.
         options: names of the two options, for error messages.
-
-    Raises:
-        PlanError: unless exactly one of them is given, and readable.
     """
     if text is not None and source is None:
         return ModelDims.parse(text)
@@ -65,9 +61,3 @@ def build_config(source: str | None, vocab_size: int | None, *, tied: bool) -> M
     config |= {"vocab_size": vocab_size} if vocab_size else {}
     config |= {"tie_word_embeddings": True} if tied else {}
     return config
-
-
-def _fetch_config(address: Address) -> Path:
-    from ..hub.access import fetch_file  # the Hub's client is not needed for files
-
-    return fetch_file(address, "config.json")

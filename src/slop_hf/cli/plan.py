@@ -24,7 +24,8 @@ from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
 from .model_config import build_config, read_config, read_structure
-from .shared import make_option, print_json, print_table, split_list
+from .options import AsJson, make_option, split_list
+from .shared import print_json, print_table
 
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
 
@@ -143,7 +144,7 @@ def plan_command(
     output: Annotated[
         Path | None, make_option(_OUTPUT, "--output", "-o", help="Write schedule 1 to this file, for `slop train`.")
     ] = None,
-    as_json: Annotated[bool, make_option(_OUTPUT, "--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the best growth schedules from an initial structure to a target size.
 
@@ -162,10 +163,7 @@ def plan_command(
         memory = MemoryLimit(device_memory, zero, devices, micro_batch_size, checkpointing, precision)  # type: ignore[arg-type]
     start = read_structure("initial", initial, source, "--initial", "--from")
     space = ConfigSpace(
-        targets=[
-            *map(ModelDims.parse, target or ()),
-            *([read_config(destination, "--to")[0]] if destination else []),
-        ],
+        targets=[*map(ModelDims.parse, target or ()), *([read_config(destination, "--to")[0]] if destination else [])],
         target_params=target_params,
         tolerance=tolerance,
         count=count,  # type: ignore[arg-type]
@@ -212,9 +210,8 @@ def plan_command(
     best, config = schedules[0], space.config
     arms, choices = list[Arm](), list[Choice]()
     if with_arms and tokens is not None:
-        law = planner.law
         arms = compare_at_equal_flops(
-            best, config, sequence_length, planner.cost_model, law, already_seen=already_seen
+            best, config, sequence_length, planner.cost_model, planner.law, already_seen=already_seen
         )
     if with_choices:
         choices = explain(planner, best, already_seen)
@@ -227,22 +224,13 @@ def plan_command(
         draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot)
     if as_json:
         favours_growth = is_growth_favoured(arms) if arms else None
-        print_json(
-            {
-                "objective": objective,
-                "schedules": schedules,
-                "arms": arms,
-                "favours_growth": favours_growth,
-                "choices": choices,
-            }
-        )
+        results = {"schedules": schedules, "arms": arms, "favours_growth": favours_growth, "choices": choices}
+        print_json({"objective": objective, **results})
         return
     console = Console()
     _show_schedules(schedules, config, objective)
-    steps = [
-        f"{dims} {_format_tokens(count)}".strip() for dims, count in zip(best.structures, best.tokens, strict=True)
-    ]
-    console.print("1: " + " → ".join(steps), highlight=False)
+    steps = zip(best.structures, map(_format_tokens, best.tokens), strict=True)
+    console.print("1: " + " → ".join(f"{dims} {count}".strip() for dims, count in steps), highlight=False)
     if choices:
         _show_choices(choices, OBJECTIVES[objective])
     if arms:
@@ -260,9 +248,8 @@ def _read_tokens(text: str | None) -> float | list[float] | None:
     try:
         counts = [float(part) for part in text.split(",")]
     except ValueError:
-        raise PlanError(
-            f"--tokens {text!r}: expected a number such as 65e9, or one per stage, separated by commas"
-        ) from None
+        expected = "expected a number such as 65e9, or one per stage, separated by commas"
+        raise PlanError(f"--tokens {text!r}: {expected}") from None
     return counts if len(counts) > 1 else counts[0]
 
 
@@ -272,9 +259,7 @@ def _read_ratios(text: str) -> tuple[Fraction, ...]:
     except (ValueError, ZeroDivisionError):
         ratios = ()
     if not ratios or min(ratios) <= 0:
-        raise PlanError(
-            f"--ffn-ratios {text!r}: expected positive numbers or fractions, separated by commas, such as 8/3,4"
-        )
+        raise PlanError(f"--ffn-ratios {text!r}: expected positive numbers or fractions, separated by commas: 8/3,4")
     return ratios
 
 
@@ -335,8 +320,7 @@ def _show_arms(arms: Sequence[Arm]) -> None:
 
 def _judge_growth(arms: Sequence[Arm]) -> str:
     """Return a sentence that says whether the prediction favours growth at all."""
-    is_favoured = is_growth_favoured(arms)
-    losses = {arm.name: arm.loss for arm in arms}
+    losses, is_favoured = {arm.name: arm.loss for arm in arms}, is_growth_favoured(arms)
     if is_favoured is None:
         return "Whether growth pays is unknown: give the initial model's training tokens with --already-seen."
     plan, scratch = losses["plan"], losses["from_scratch"]

@@ -15,15 +15,15 @@ import slop_hf
 from ..errors import RunError
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
-from .shared import make_option, make_progress_bar, print_json, print_table, read_changes, read_seeds, split_list
+from .options import AsJson, Changes, Devices, DryRun, Workers, make_option, read_changes, read_seeds, split_list
+from .shared import print_json, print_table, show_job_progress
 
 if TYPE_CHECKING:
-    from ..experiments.jobs import Job
     from ..probing.candidates import Candidate, Start
     from ..probing.probe import PlannedTrial
     from ..training.config import RunConfig
 
-_WHAT, _TRIAL, _HARDWARE, _OUTPUT = "What to try", "Trials", "Hardware", "Output"
+_WHAT, _TRIAL, _OUTPUT = "What to try", "Trials", "Output"
 
 
 def probe_command(
@@ -56,29 +56,17 @@ def probe_command(
         float | None, make_option(_TRIAL, help="Tokens of the initial model. Default: follows from --share or --lag.")
     ] = None,
     by: Annotated[
-        str,
-        make_option(_TRIAL, help="Rank by utility (loss per FLOP), utility_per_hour (Eq. 2), or loss."),
+        str, make_option(_TRIAL, help="Rank by utility (loss per FLOP), utility_per_hour (Eq. 2), or loss.")
     ] = "utility",
     seeds: Annotated[str, make_option(_TRIAL, help="Try each candidate once per seed, such as 0,1,2.")] = "0",
-    change: Annotated[
-        list[str] | None,
-        make_option(_TRIAL, "--set", help="Change a value of the config: data.block_size=512"),
-    ] = None,
-    workers: Annotated[
-        int, make_option(_HARDWARE, help="Parallel trials on CPUs; each gets its share of the cores.")
-    ] = 1,
-    devices: Annotated[
-        str, make_option(_HARDWARE, help="CUDA devices to spread the trials over, such as 0,1,2,3.")
-    ] = "",
+    change: Changes = None,
+    workers: Workers = 1,
+    devices: Devices = "",
     write_schedule: Annotated[
         Path | None, make_option(_OUTPUT, help="Write the best candidate's schedule to this file, for `slop train`.")
     ] = None,
-    dry_run: Annotated[
-        bool, make_option(_OUTPUT, "--dry-run", help="Print candidates, tokens and FLOPs; train nothing.")
-    ] = False,
-    as_json: Annotated[
-        bool, make_option(_OUTPUT, "--json", help="Print the report, or the dry run, as JSON.")
-    ] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train each candidate briefly, and rank the candidates by what was measured.
 
@@ -115,13 +103,8 @@ def probe_command(
     if dry_run:
         _show_trials(trials, len(candidates), as_json=as_json)
         return
-    with make_progress_bar(quiet=as_json) as progress:
-        task = progress.add_task(output.name, total=len(trials))
-
-        def told(job: Job, done: int, count: int) -> None:
-            progress.update(task, completed=done, description=f"{job.name} has ended")
-
-        report = dataclasses.replace(trial, on_job_end=told).run(candidates)
+    with show_job_progress(output.name, len(trials), quiet=as_json) as on_end:
+        report = dataclasses.replace(trial, on_job_end=on_end).run(candidates)
     if write_schedule is not None:
         report.best.schedule.to_yaml(write_schedule)
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,11 +11,12 @@ import slop_hf
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
-from .shared import AsJson, print_json
+from .options import AsJson, DryRun, Run
+from .shared import print_json
 
 
 def publish_command(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Run,
     to: Annotated[str, typer.Option("--to", help="Repository on the Hub, user/name; created if it does not exist.")],
     stage: Annotated[
         list[int] | None, typer.Option(help="Stage to publish; repeat it for more. Default: all finished stages.")
@@ -25,9 +25,7 @@ def publish_command(
     base_model: Annotated[
         str | None, typer.Option(help="Model on the Hub that the run began with, for the model cards.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print revisions, files and sizes; upload nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish a run's finished stages on the Hub.

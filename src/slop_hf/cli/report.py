@@ -11,14 +11,13 @@ from rich.console import Console
 import slop_hf
 
 from ..runs.directory import RunDirectory
-from .shared import AsJson
+from .options import AsJson
 
 
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, compared in one report.")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Report directory. Default: `report` in the first run."),
+        Path | None, typer.Option("--output", "-o", help="Report directory. Default: `report` in the first run.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,18 +10,19 @@ import typer
 from ..runs.directory import SCHEDULE_FILE, RunDirectory
 from ..runs.rollback import plan_rollback
 from ..schedule import GrowthSchedule
-from .shared import AsJson, print_json
+from .options import AsJson, DryRun, Run
+from .shared import print_json
 
 
 def rollback_command(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Run,
     to_stage: Annotated[
         int, typer.Option("--to-stage", help="Stage that becomes the last finished one; 0 is the initial model.")
     ],
     schedule: Annotated[
         Path | None, typer.Option("--schedule", "-s", help="New schedule for the stages after it.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be moved; move nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Return a run to the end of one of its stages.
@@ -37,15 +38,8 @@ def rollback_command(
     if not dry_run:
         plan.apply()
     if as_json:
-        print_json(
-            {
-                "run": str(plan.run),
-                "stage": plan.stage,
-                "moved": [path.name for path in plan.moved],
-                "aside": str(plan.aside),
-                "keeps_optimizer": plan.keeps_optimizer,
-            }
-        )
+        moved = {"moved": [path.name for path in plan.moved], "aside": str(plan.aside)}
+        print_json({"run": str(plan.run), "stage": plan.stage, **moved, "keeps_optimizer": plan.keeps_optimizer})
         return
     for path in plan.moved:
         print(f"{path.name} would be moved to {plan.aside}" if dry_run else f"{path.name} → {plan.aside}")

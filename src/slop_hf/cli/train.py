@@ -14,7 +14,8 @@ import slop_hf
 from ..cost.memory import MemoryEstimate, estimate_training_memory
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
-from .shared import AsJson, is_first_process, print_json, print_table, read_changes, redirect_prints
+from .options import AsJson, Changes, DryRun, read_changes
+from .shared import is_first_process, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..cost.memory import Precision
@@ -38,12 +39,8 @@ def train_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in the output directory, or begin if there is none.")
     ] = False,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value of the config: training.learning_rate=1e-3")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print stages, tokens, FLOPs, steps and memory; train nothing.")
-    ] = False,
+    change: Changes = None,
+    dry_run: DryRun = False,
     devices: Annotated[int, typer.Option(help="With --dry-run: number of devices that share the work.")] = 1,
     zero_stage: Annotated[int, typer.Option(help="With --dry-run: ZeRO stage, 0 to 3.")] = 0,
     as_json: AsJson = False,
@@ -72,13 +69,7 @@ def train_command(
 
     with guard_exit(), redirect_prints(as_json=as_json):
         slop_hf.train_run(
-            run_config,
-            output,
-            schedule=new_schedule,
-            from_stage=stage,
-            scratch=scratch,
-            resume=resume,
-            report=print,
+            run_config, output, schedule=new_schedule, from_stage=stage, scratch=scratch, resume=resume, report=print
         )
     show_outcome(output, as_json=as_json)
 
@@ -95,15 +86,9 @@ def show_preview(
     """Print, on the first process, what a run would do: one row per stage, and the memory of each device.
 
     Args:
-        config: the run.
         output: run directory, which must not hold a run.
         scratch: as for `train_run`.
         devices: number of devices that share the work and the memory.
-        zero_stage: ZeRO stage, 0 to 3.
-        as_json: whether to print JSON instead of a table.
-
-    Raises:
-        SlopError: if the run cannot begin.
     """
     spans = slop_hf.preview_run(config, output, scratch=scratch, devices=devices)
     precision, micro_batches, estimates = _estimate_memory(config, spans, devices, zero_stage)
@@ -113,12 +98,7 @@ def show_preview(
         print_json([_describe(span, memory) for span, memory in zip(spans, estimates, strict=True)])
         return
     rows = [
-        (
-            span.name,
-            str(span.dims),
-            *(f"{n:,}" for n in (span.parameters, span.tokens, span.steps)),
-            f"{span.flops:.3g}",
-        )
+        (span.name, str(span.dims), f"{span.parameters:,}", f"{span.tokens:,}", f"{span.steps:,}", f"{span.flops:.3g}")
         for span in spans
     ]
     tokens, flops = sum(span.tokens for span in spans), sum(span.flops for span in spans)

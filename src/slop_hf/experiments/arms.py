@@ -22,16 +22,7 @@ _MAX_ORDERS = math.factorial(len(OPERATORS))
 
 
 def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) -> GrowthSchedule:
-    """Return the schedule of an arm, with as many tokens as its budget buys.
-
-    Args:
-        experiment: experiment that gives the structures, the model's other settings and the unit of the budget.
-        arm: one of its arms, or another one.
-        budget: multiple of the scale's budget.
-
-    Raises:
-        SlopError: if no such schedule exists.
-    """
+    """Return the schedule of an arm, with as many tokens as `budget` times the scale's budget buys."""
     spend = experiment.sizes.budget * budget
     if arm.schedule is not None:
         if arm.shares == "utility":
@@ -51,16 +42,10 @@ def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1
 def fit_to_budget(
     experiment: Experiment, schedule: GrowthSchedule, shares: Sequence[float] | None, spend: float
 ) -> GrowthSchedule:
-    """Return a schedule with as many tokens as a budget buys.
+    """Return a schedule with as many tokens as a budget in the experiment's unit buys.
 
     Args:
-        experiment: experiment that sets the unit of the budget, training FLOPs or tokens.
-        schedule: schedule whose tokens are replaced.
         shares: relative tokens of each stage, the initial model's first; by default the paper's 2.5 : 1 : 1 : …
-        spend: budget in the experiment's unit.
-
-    Raises:
-        RunError: unless there is one share per stage.
     """
     weights = [float(share) for share in shares or schedule.with_tokens(1e9).tokens]
     if len(weights) != len(schedule.structures):
@@ -77,22 +62,14 @@ def _get_flops_per_token(experiment: Experiment, schedule: GrowthSchedule) -> li
 
 
 def get_model_fields(run: RunConfig) -> ModelConfig:
-    """Return the fields of the model's config that growth leaves alone, as cost functions and the planner take them.
-
-    Raises:
-        RunError: if the run begins with a pretrained model.
-    """
+    """Return the fields of the model's config that growth leaves alone, as the planner takes them."""
     if "pretrained" in run.model:
         raise RunError("experiments begin with random weights, so that seeds differ in them; leave `pretrained` out")
     return {"model_type": "llama", "vocab_size": find_vocab_size(run), **run.model}
 
 
 def build_planner(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
-    """Return the planner that an arm takes its schedule from.
-
-    Raises:
-        SlopError: if the scale lacks one of the arm's structures, or the planner refuses one of its arguments.
-    """
+    """Return the planner that an arm takes its schedule from."""
     names = (arm.target,) if isinstance(arm.target, str) else arm.target
     operators = arm.operators
     if arm.order is not None:
@@ -126,9 +103,8 @@ def _plan_arm(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
     count = _MAX_ORDERS * len(planner.space.targets or (None,)) if needs_all else rank
     schedules = planner.plan(count, tokens=tokens)
     if arm.order is not None:
-        by_order = {
-            _get_order(schedule): schedule for schedule in reversed(schedules)
-        }  # the best one if there are two
+        # The best schedule of an order, if there are two, overwrites the other.
+        by_order = {_get_order(schedule): schedule for schedule in reversed(schedules)}
         if arm.order not in by_order:
             orders = ", ".join(map(_get_order, schedules))
             raise PlanError(f"no schedule has the order {arm.order}; the orders are {orders}")

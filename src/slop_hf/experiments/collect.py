@@ -21,16 +21,11 @@ _PLACES = 6
 
 
 def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, device: str = "") -> Comparison:
-    """Return the results of an experiment's finished runs, with the compute ledger.
+    """Return the results of an experiment's finished runs, with the compute ledger, including probes in `probes/`.
 
     Args:
-        experiment: experiment that the runs belong to.
         jobs: its jobs and shared prefixes, from `add_shared_prefixes`.
-        root: directory of the comparison; the probes in its folder `probes/` are in the ledger.
         device: hardware that the runs were trained on.
-
-    Raises:
-        RunError: if a finished run has no held-out losses.
     """
     begun = [job for job in jobs if RunDirectory(root / job.directory).exists]
     finished = {job.directory for job in begun if RunDirectory(root / job.directory).is_finished}
@@ -63,13 +58,7 @@ def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, 
 
 
 def sum_cost(what: str, jobs: Sequence[Job], root: Path) -> Cost:
-    """Return the cost of the finished stages of some runs, without the stages taken over from a shared prefix.
-
-    Args:
-        what: kind of entry in the ledger, see `Cost`.
-        jobs: the runs.
-        root: directory of the comparison.
-    """
+    """Return the cost of the finished stages of some runs, without the stages taken over from a shared prefix."""
     paid = [
         record
         for job in jobs
@@ -92,13 +81,7 @@ def _sum_probes(root: Path) -> Cost:
         if not isinstance(report, dict) or "cost" not in report:
             raise RunError(f"{path} is not a report of `slop probe`: it has no key `cost`; move the file elsewhere")
         costs.append(Cost.from_plain(report["cost"], where=f"{path}: cost"))
-    return Cost(
-        "probes",
-        sum(cost.count for cost in costs),
-        sum(cost.tokens for cost in costs),
-        sum(cost.flops for cost in costs),
-        sum(cost.seconds for cost in costs),
-    )
+    return Cost.sum("probes", costs)
 
 
 def _count_inherited(root: Path, job: Job) -> int:
@@ -108,15 +91,7 @@ def _count_inherited(root: Path, job: Job) -> int:
 
 
 def read_run_result(job: Job, root: Path) -> RunResult:
-    """Return the result of a finished run.
-
-    Args:
-        job: the run.
-        root: directory of the comparison.
-
-    Raises:
-        RunError: if the run has no held-out losses.
-    """
+    """Return the result of a finished run with held-out losses."""
     run = RunDirectory(root / job.directory)
     records = run.records()
     stages = tuple(_read_stage_result(run, record) for record in records)

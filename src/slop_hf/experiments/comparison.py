@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,6 @@ class StageResult(Record, error=RunError):
 
     Args:
         name: name of the stage's directory.
-        dims: structure of the model.
-        parameters: number of the model's parameters.
-        tokens, flops, seconds: training of this stage.
         eval_loss: loss at the end of the stage.
         eval_loss_after_growth: loss right after growth, before training; None for the initial model.
         devices: number of devices that shared the work.
@@ -58,15 +56,12 @@ class Curve(Record, error=RunError):
 
 @dataclass(frozen=True)
 class RunResult(Record, error=RunError):
-    """A finished run.
+    """A finished run; its tokens, FLOPs and seconds are those of all stages.
 
     Args:
-        arm: name of the arm.
         budget: multiple of the experiment's budget.
         seed: seed of weights, data order and growth.
-        schedule: schedule of the run.
         stages: results by stage, the initial model's first.
-        curve: held-out losses during the run.
         inherited: number of stages taken over from a shared prefix, which cost nothing again.
     """
 
@@ -80,28 +75,20 @@ class RunResult(Record, error=RunError):
 
     @property
     def tokens(self) -> int:
-        """Training tokens of all stages."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of all stages."""
         return sum(stage.flops for stage in self.stages)
 
     @property
     def seconds(self) -> float:
-        """Training time of all stages."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def eval_loss(self) -> float:
         """Held-out loss at the end of the run."""
         return self.stages[-1].eval_loss
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity at the end of the run, `exp(eval_loss)`."""
-        return compute_perplexity(self.eval_loss)
 
     @property
     def marginal_utility(self) -> float | None:
@@ -127,6 +114,12 @@ class Cost(Record, error=RunError):
     tokens: int
     flops: float
     seconds: float
+
+    @classmethod
+    def sum(cls, what: str, costs: Sequence[Cost]) -> Cost:
+        """Return the sum of some entries as one entry."""
+        numbers = ("count", "tokens", "flops", "seconds")
+        return cls(what, *(sum(getattr(cost, name) for cost in costs) for name in numbers))
 
 
 @dataclass(frozen=True)

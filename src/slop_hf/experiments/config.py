@@ -218,18 +218,16 @@ class Experiment:
         if scale is None and len(config.scales) == 1:
             scale = next(iter(config.scales))
         if scale not in config.scales:
-            raise RunError(
-                f"{path}: choose a scale of {', '.join(config.scales)}" + (f", not {scale!r}" if scale else "")
-            )
+            instead = f", not {scale!r}" if scale else ""
+            raise RunError(f"{path}: choose a scale of {', '.join(config.scales)}{instead}")
         sizes = config.scales[scale]
         arms = {
             name: _resolve_schedule(arm, path, sizes.budgets.get(name, arm.budgets))
             for name, arm in config.arms.items()
             if not sizes.arms or name in sizes.arms
         }
-        reference = config.reference or next(
-            (name for name, arm in arms.items() if arm.control == "from_scratch"), None
-        )
+        from_scratch = (name for name, arm in arms.items() if arm.control == "from_scratch")
+        reference = config.reference or next(from_scratch, None)
         return cls(
             name=path.stem,
             scale=scale,
@@ -243,11 +241,7 @@ class Experiment:
         )
 
     def get_structure(self, name: str) -> ModelDims:
-        """Return a structure of the scale by its name, or read its numbers.
-
-        Raises:
-            RunError: if the scale has no structure of that name.
-        """
+        """Return a structure of the scale by its name, or read its numbers; a `RunError` for unknown names."""
         text = self.sizes.structures.get(name, name)
         if "," not in text:
             known = ", ".join(self.sizes.structures)
@@ -263,9 +257,8 @@ def _resolve_schedule(arm: ArmConfig, path: Path, budgets: tuple[float, ...]) ->
 
 def _read_run(sizes: ScaleConfig, path: Path, overrides: Mapping[str, Json]) -> RunConfig:
     """Return the config that all runs share, with the scale's changes and then the overrides."""
-    sections = {"model": sizes.model, "training": sizes.training}
-    of_scale = {f"{section}.{key}": value for section, changes in sections.items() for key, value in changes.items()}
-    changes = {**of_scale, **overrides}
+    changes = {f"model.{key}": value for key, value in sizes.model.items()}
+    changes |= {f"training.{key}": value for key, value in sizes.training.items()} | dict(overrides)
     if isinstance(sizes.run, str):
         return RunConfig.from_yaml(path.parent / sizes.run, changes)
     where = f"{path}: run"

@@ -25,7 +25,7 @@ from ..report.drawing import (
 )
 from .comparison import Comparison
 from .loss_curves import GOAL_LINE
-from .results import Spread, compute_rank_correlation, find_baseline, find_main_budget
+from .results import Spread, compute_rank_correlation, find_baseline, select_main_runs
 from .tables import format_spread
 
 GROWN, NOT_GROWN = RUN_COLOURS[:2]
@@ -38,12 +38,8 @@ def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
     Dots are seeds, the bar is their mean. The vertical line is the mean of the baseline, the arm that the others are
     compared with; its band reaches from the baseline's lowest seed to its highest.
 
-    Args:
-        comparison: comparison with finished runs.
-        path: PNG file to write.
-
     Returns:
-        The path; None if no run has a finite final loss.
+        The path of the PNG file; None if no run has a finite final loss.
     """
     losses = _get_final_losses(comparison)
     if not losses:
@@ -55,7 +51,8 @@ def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
         if baseline in losses:
             axes.axvspan(losses[baseline].low, losses[baseline].high, color="0.92", linewidth=0)
             axes.axvline(losses[baseline].mean, zorder=1, **GOAL_LINE)
-        colours = [GROWN if _has_growth(comparison, arm) else NOT_GROWN for arm in losses]
+        grown = {run.arm for run in comparison.runs if run.schedule.stages}
+        colours = [GROWN if arm in grown else NOT_GROWN for arm in losses]
         for row, (spread, colour) in enumerate(zip(losses.values(), colours, strict=True)):
             _draw_row(axes, row, spread, colour)
         axes.set_yticks(range(len(losses)), [shorten_name(arm, 40) for arm in losses])
@@ -81,32 +78,22 @@ def draw_scatter(
     *,
     title: str,
     labels: tuple[str, str],
-    log_x: bool = False,
     source: str = "",
 ) -> Path:
     """Draw measured against predicted values, with Spearman's correlation in the title and names in the legend.
 
     Args:
-        names: names of the points.
-        predicted: horizontal values, shape [points].
-        measured: vertical values, shape [points].
+        names, predicted, measured: names, horizontal and vertical values of the points.
         path: PNG file to write.
         title: title before the correlation.
         labels: labels of the two axes.
-        log_x: whether the axis of predictions is logarithmic; they then must be positive.
         source: fingerprint of the data, see `write_png`.
-
-    Returns:
-        The path.
-
-    Raises:
-        RunError: if the sequences have different lengths or fewer than two entries, or a value cannot be drawn.
     """
     correlation = compute_rank_correlation(predicted, measured)
     if len(names) != len(predicted):
         raise RunError(f"{len(names)} names for {len(predicted)} points; give one per point")
-    if not all(map(math.isfinite, (*predicted, *measured))) or (log_x and min(predicted) <= 0):
-        raise RunError("values to draw must be finite, and on a logarithmic axis positive")
+    if not all(map(math.isfinite, (*predicted, *measured))):
+        raise RunError("values to draw must be finite")
     with rc_context(STYLE):
         figure = create_figure(6.4, 5.2)
         axes = figure.add_subplot()
@@ -117,8 +104,6 @@ def draw_scatter(
             style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6.5, "alpha": 0.8}
             axes.plot([x], [y], zorder=3, **style)
             entries.append((shorten_name(name, 28), Line2D([], [], **style)))
-        if log_x:
-            axes.set_xscale("log")
         axes.margins(0.08)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
@@ -131,13 +116,9 @@ def draw_scatter(
 
 def _get_final_losses(comparison: Comparison) -> dict[str, Spread]:
     """Return the finite final losses of each arm at its main budget."""
-    runs = {arm: comparison.runs_of(arm, find_main_budget(comparison, arm)) for arm in comparison.arms}
-    losses = {arm: [run.eval_loss for run in found if math.isfinite(run.eval_loss)] for arm, found in runs.items()}
-    return {arm: Spread(tuple(values)) for arm, values in losses.items() if values}
-
-
-def _has_growth(comparison: Comparison, arm: str) -> bool:
-    return any(run.schedule.stages for run in comparison.runs if run.arm == arm)
+    losses = {arm: [run.eval_loss for run in select_main_runs(comparison, arm)] for arm in comparison.arms}
+    finite = {arm: tuple(filter(math.isfinite, values)) for arm, values in losses.items()}
+    return {arm: Spread(values) for arm, values in finite.items() if values}
 
 
 def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
@@ -149,10 +130,9 @@ def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
 
 def _list_entries(colours: Collection[str], seeds: int) -> list[LegendEntry]:
     """Return the legend's entries for the kinds of marks that are drawn."""
-    kinds = (("grown", GROWN), ("not grown", NOT_GROWN))
     entries: list[LegendEntry] = [
         (kind, Line2D([], [], color=colour, marker="o", linestyle="none"))
-        for kind, colour in kinds
+        for kind, colour in (("grown", GROWN), ("not grown", NOT_GROWN))
         if colour in colours
     ]
     if seeds > 1:

@@ -35,8 +35,6 @@ class Job:
     Args:
         arm: name of the arm; empty for a shared prefix.
         budget: multiple of the scale's budget.
-        seed: seed of weights, data order and growth.
-        config: config of the run, with its schedule.
         directory: run directory, relative to the directory of the comparison.
         parent: directory of the shared prefix that the run begins with; None if it begins from scratch.
     """
@@ -50,7 +48,6 @@ class Job:
 
     @property
     def schedule(self) -> GrowthSchedule:
-        """Growth schedule of the run."""
         return self.config.read_schedule()
 
     @property
@@ -71,11 +68,7 @@ class Job:
 
 
 def build_jobs(experiment: Experiment) -> list[Job]:
-    """Return one job per arm, budget and seed, in the order of the arms, without shared prefixes.
-
-    Raises:
-        SlopError: if the schedule of an arm cannot be built, naming the arm.
-    """
+    """Return one job per arm, budget and seed, in the order of the arms, without shared prefixes."""
     jobs = []
     for name, arm in experiment.arms.items():
         try:
@@ -99,12 +92,7 @@ def _build_run_config(experiment: Experiment, arm: ArmConfig, schedule: GrowthSc
 
 
 def find_diverged(jobs: Sequence[Job], root: Path) -> set[Path]:
-    """Return the directories of runs that diverged, or whose shared prefix did.
-
-    Args:
-        jobs: jobs, each after its shared prefix.
-        root: directory of the comparison.
-    """
+    """Return the directories of runs that diverged, or whose shared prefix did; it must precede them in `jobs`."""
     diverged: set[Path] = set()
     for job in jobs:
         if (root / job.directory / DIVERGED_FILE).exists() or job.parent in diverged:

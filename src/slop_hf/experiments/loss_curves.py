@@ -31,7 +31,7 @@ from ..report.drawing import (
 )
 from ..report.figures import GROWTH_MARK, LossCurve, draw_loss_curves
 from .comparison import Comparison, RunResult
-from .results import Spread, compute_cost_to_loss, find_main_budget
+from .results import Spread, compute_costs_to_goal, select_main_runs
 
 #: Measure of training on the horizontal axis.
 Against = Literal["flops", "seconds"]
@@ -71,7 +71,6 @@ class _Arm:
     """An arm to draw.
 
     Args:
-        name: name of the arm.
         style: keyword arguments of its line.
         runs: its runs at the main budget.
         curve: held-out losses during these runs.
@@ -98,13 +97,8 @@ def draw_arm_curves(comparison: Comparison, path: str | Path, *, against: Agains
     seeds of the training with which an arm reaches it (`compute_cost_to_loss`), if all its seeds do. The first
     descent, and a jump at a growth that exceeds the other losses, leave through the top.
 
-    Args:
-        comparison: comparison with finished runs.
-        path: PNG file to write.
-        against: training FLOPs, or seconds of training.
-
     Returns:
-        The path; None if no run has held-out losses.
+        The path of the PNG file; None if no run has held-out losses.
     """
     arms = [arm for arm in _build_arms(comparison, against) if arm.curve]
     if not arms:
@@ -133,18 +127,18 @@ def _build_arms(comparison: Comparison, against: Against) -> list[_Arm]:
     """Return the arms with finished runs, each with a distinct style."""
     arms = []
     for number, name in enumerate(comparison.arms):
-        budgets = comparison.budgets(name)
-        if not budgets:
+        if not (budgets := comparison.budgets(name)):
             continue
         style = {
             "color": RUN_COLOURS[number % len(RUN_COLOURS)],
             "linestyle": _DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
             "linewidth": 2.2 if name == comparison.reference else 1.6,
         }
-        runs = comparison.runs_of(name, find_main_budget(comparison, name))
+        runs = select_main_runs(comparison, name)
         ends = [_average_ends(comparison.runs_of(name, budget), against) for budget in budgets]
         curve, growths = _average_curves(runs, against), _average_growths(runs, against)
-        goal = None if name == comparison.reference else _average_cost_to_goal(comparison, name, against)
+        costs = [] if name == comparison.reference else [*compute_costs_to_goal(comparison, name, against).values()]
+        goal = fmean(costs) if costs and max(costs) < math.inf else None
         arms.append(_Arm(name, style, runs, curve, ends if len(ends) > 1 else [], growths, goal))
     return arms
 
@@ -184,16 +178,6 @@ def _average_growths(runs: Sequence[RunResult], against: Against) -> list[tuple[
         x = fmean(sum(getattr(stage, against) for stage in stages) for stages in before)
         growths.append((x, fmean(stages[-1].eval_loss for stages in before)))
     return growths
-
-
-def _average_cost_to_goal(comparison: Comparison, arm: str, against: Against) -> float | None:
-    goals = {run.seed: run.eval_loss for run in comparison.runs_of(comparison.reference or "")}
-    by_seed: dict[int, list[RunResult]] = {}
-    for run in comparison.runs:
-        if run.arm == arm and run.seed in goals:
-            by_seed.setdefault(run.seed, []).append(run)
-    costs = [compute_cost_to_loss(runs, goals[seed], against) for seed, runs in by_seed.items()]
-    return fmean(costs) if costs and max(costs) < math.inf else None
 
 
 def _build_curve(arm: _Arm, scale: float) -> LossCurve:

@@ -30,15 +30,8 @@ UTILITY_FLOPS = 1e12
 #: Fewest points of a rank correlation: two points always lie on a line.
 MIN_CORRELATED = 3
 _PER_FLOP = CostModel(hours_per_flop=1.0 / UTILITY_FLOPS)
-_COLUMNS = (
-    ("arm", False),
-    ("Π Δparams", True),
-    ("FLOPs predicted", True),
-    ("FLOPs run", True),
-    ("utility predicted", True),
-    ("utility measured", True),
-    ("held-out loss", True),
-)
+_NUMBERS = "Π Δparams", "FLOPs predicted", "FLOPs run", "utility predicted", "utility measured", "held-out loss"
+_COLUMNS = (("arm", False), *((heading, True) for heading in _NUMBERS))
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,6 @@ class Prediction:
     """One schedule, as predicted by the planner and as measured.
 
     Args:
-        arm: name of the arm.
         products: Π Δparams as in Eq. 11, the paper's objective; small is good.
         flops: training FLOPs predicted, for whole tokens.
         measured_flops: training FLOPs of the run, for whole optimizer steps.
@@ -68,10 +60,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PlannerAccuracy:
-    """Spearman's correlations over the schedules of a comparison; 1 is perfect agreement.
+    """Spearman's correlations over some number of schedules; 1 is perfect agreement.
 
     Args:
-        schedules: number of schedules.
         flops: predicted and measured FLOPs of every stage of every schedule.
         utility: predicted and measured marginal utility.
         products: small Π Δparams and large measured utility.
@@ -94,28 +85,19 @@ def compute_predictions(comparison: Comparison) -> list[Prediction]:
     them is measured over its own seeds. Utility is Eq. 2 of the paper with losses in place of perplexities, and with
     FLOPs in place of hours: the two are proportional (`docs/reproduction.md`), and FLOPs do not depend on the load of
     the machine.
-
-    Raises:
-        RunError: if the record lacks the config of the runs.
     """
     if "run" not in comparison.settings:
         raise RunError(f"the record of {comparison.name} lacks the config of its runs; make it with `slop compare`")
     where = f"the record of {comparison.name}"
     run = parse(RunConfig, comparison.settings["run"], where=where, error=RunError)
     inputs = CostInputs(get_model_fields(run), run.data.block_size, _PER_FLOP)
-    by_arm = {arm: [run for run in comparison.runs_of(arm) if _trains_growth(run)] for arm in comparison.arms}
-    seeds = [{run.seed for run in runs} for runs in by_arm.values() if runs]
+    by_arm: dict[str, list[RunResult]] = {}
+    for arm in comparison.arms:
+        if runs := [run for run in comparison.runs_of(arm) if run.schedule.stages and all(run.schedule.tokens[1:])]:
+            by_arm[arm] = runs
     # Losses vary more between seeds than between orders: schedules are compared on the seeds that all of them have.
-    shared = set.intersection(*seeds) if seeds else set()
-    return [
-        _predict(arm, [run for run in runs if run.seed in shared] or runs, inputs)
-        for arm, runs in by_arm.items()
-        if runs
-    ]
-
-
-def _trains_growth(run: RunResult) -> bool:
-    return bool(run.schedule.stages) and all(run.schedule.tokens[1:])
+    shared = set.intersection(*({run.seed for run in runs} for runs in by_arm.values())) if by_arm else set()
+    return [_predict(arm, [run for run in runs if run.seed in shared] or runs, inputs) for arm, runs in by_arm.items()]
 
 
 def _predict(arm: str, runs: list[RunResult], inputs: CostInputs) -> Prediction:
@@ -139,16 +121,13 @@ def _predict(arm: str, runs: list[RunResult], inputs: CostInputs) -> Prediction:
 
 def compute_measured_utility(run: RunResult) -> float:
     """Return Σ Δloss / ΔFLOPs over the growth stages of a run, in nats per 1e12 FLOPs."""
-    pairs = pairwise(run.stages)
-    return sum((before.eval_loss - after.eval_loss) / (after.flops / UTILITY_FLOPS) for before, after in pairs)
+    return sum(
+        (before.eval_loss - after.eval_loss) / (after.flops / UTILITY_FLOPS) for before, after in pairwise(run.stages)
+    )
 
 
 def compute_planner_accuracy(comparison: Comparison) -> PlannerAccuracy | None:
-    """Return the correlations of predictions and measurements; None for fewer than three schedules.
-
-    Raises:
-        RunError: if the record lacks the config of the runs.
-    """
+    """Return the correlations of predictions and measurements; None for fewer than three schedules."""
     predictions = compute_predictions(comparison)
     if len(predictions) < MIN_CORRELATED:
         return None
@@ -198,12 +177,7 @@ def tabulate_predictions(comparison: Comparison) -> TextTable:
 
 
 def draw_utility(comparison: Comparison, path: str | Path) -> Path | None:
-    """Draw measured against predicted marginal utility; return None if the schedules have no ranking.
-
-    Args:
-        comparison: comparison with three or more schedules that the planner ranks.
-        path: PNG file to write.
-    """
+    """Draw measured against predicted marginal utility; return None if the schedules have no ranking."""
     accuracy = compute_planner_accuracy(comparison)
     if accuracy is None or not math.isfinite(accuracy.utility):
         return None

@@ -16,10 +16,7 @@ from .comparison import Comparison, RunResult
 
 @dataclass(frozen=True)
 class Spread:
-    """One quantity, measured with several seeds.
-
-    Args:
-        values: values in the order of their seeds.
+    """One quantity, measured with several seeds, in their order.
 
     >>> spread = Spread((1.0, 2.0, 6.0))
     >>> spread.mean, spread.low, spread.high, round(spread.deviation, 3)
@@ -30,7 +27,6 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
@@ -41,12 +37,10 @@ class Spread:
 
     @property
     def low(self) -> float:
-        """Smallest value."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """Largest value."""
         return max(self.values)
 
     @classmethod
@@ -61,13 +55,11 @@ class ArmResult:
     """One arm at one of its budgets.
 
     Args:
-        arm: name of the arm.
         budget: multiple of the comparison's budget.
         seeds: seeds of its finished runs.
         sequence: order of growth; empty without growth.
         loss: held-out loss at the end, in nats per token.
         tokens, flops: training of one run.
-        seconds: training time.
         marginal_utility: Eq. 2 of the paper; None without growth.
         flops_saved: saving from `compute_flops_saved`; it is the arm's, over all its budgets, and so the same at each
             of them. None if the arm misses the reference's loss with some seed.
@@ -130,28 +122,34 @@ def find_main_budget(comparison: Comparison, arm: str) -> float:
     return 1.0 if 1.0 in budgets or not budgets else budgets[-1]
 
 
+def select_main_runs(comparison: Comparison, arm: str) -> list[RunResult]:
+    """Return the finished runs of an arm at its main budget, in the order of their seeds."""
+    return comparison.runs_of(arm, find_main_budget(comparison, arm))
+
+
 def compute_flops_saved(comparison: Comparison, arm: str) -> Spread | None:
     """Return the share of the reference's FLOPs that an arm saves on the way to the reference's final loss, by seed.
 
     The saving is `1 - FLOPs of the arm / FLOPs of the reference`. The loss is the one at the end of the reference's
     run at budget 1 with the same seed; `compute_cost_to_loss` defines when an arm reaches it.
 
-    Returns:
-        None without a reference, or if the arm misses the loss with some seed.
+    None without a reference, or if the arm misses the loss with some seed.
 
     >>> compute_flops_saved(Comparison("x", "nano", "", "flops", 1.0, {"slop": ""}), "slop") is None
     True
     """
-    if comparison.reference is None:
-        return None
-    goals = {run.seed: run for run in comparison.runs_of(comparison.reference)}
-    seeds = sorted({run.seed for run in comparison.runs if run.arm == arm} & goals.keys())
-    saved: list[float | None] = []
-    for seed in seeds:
-        runs = [run for run in comparison.runs if run.arm == arm and run.seed == seed]
-        cost = compute_cost_to_loss(runs, goals[seed].eval_loss)
-        saved.append(1 - cost / goals[seed].flops if cost < math.inf else None)
-    return Spread.collect(saved)
+    flops = {run.seed: run.flops for run in comparison.runs_of(comparison.reference or "")}
+    costs = compute_costs_to_goal(comparison, arm)
+    return Spread.collect([1 - cost / flops[seed] if cost < math.inf else None for seed, cost in costs.items()])
+
+
+def compute_costs_to_goal(
+    comparison: Comparison, arm: str, unit: Literal["flops", "seconds"] = "flops"
+) -> dict[int, float]:
+    """Return the least cost at which an arm reaches the reference's final loss at budget 1, by seed that both have."""
+    goals = {run.seed: run.eval_loss for run in comparison.runs_of(comparison.reference or "")}
+    by_seed = {seed: [run for run in comparison.runs if (run.arm, run.seed) == (arm, seed)] for seed in goals}
+    return {seed: compute_cost_to_loss(runs, goals[seed], unit) for seed, runs in by_seed.items() if runs}
 
 
 def compute_cost_to_loss(runs: Sequence[RunResult], loss: float, unit: Literal["flops", "seconds"] = "flops") -> float:
@@ -170,21 +168,14 @@ def compute_cost_to_loss(runs: Sequence[RunResult], loss: float, unit: Literal["
     """
     costs = []
     for run in runs:
-        if (entry := find_first_at_loss(run, loss)) is not None:
-            costs.append(getattr(run.curve, unit)[entry])
+        points = zip(run.curve.stages, run.curve.losses, getattr(run.curve, unit), strict=True)
+        costs += [cost for stage, value, cost in points if stage == len(run.stages) - 1 and value <= loss][:1]
     for less, more in pairwise(sorted(runs, key=lambda run: run.budget)):
         if less.eval_loss > loss >= more.eval_loss:
             share = (less.eval_loss - loss) / (less.eval_loss - more.eval_loss)
             first, last = getattr(less, unit), getattr(more, unit)
             costs.append(first * (last / first) ** share)
     return min(costs, default=math.inf)
-
-
-def find_first_at_loss(run: RunResult, loss: float) -> int | None:
-    """Return the index in a run's curve of the target's first entry at or below a loss; None without such an entry."""
-    last = len(run.stages) - 1
-    points = enumerate(zip(run.curve.stages, run.curve.losses, strict=True))
-    return next((number for number, (stage, value) in points if stage == last and value <= loss), None)
 
 
 def is_below(arm: Spread, other: Spread) -> bool:
@@ -199,11 +190,7 @@ def is_below(arm: Spread, other: Spread) -> bool:
 def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Spearman's rank correlation: Pearson's correlation of ranks, equal values sharing their mean rank.
 
-    Returns:
-        NaN if one of the sequences is constant.
-
-    Raises:
-        RunError: if the sequences have different lengths, or fewer than two entries.
+    It is NaN if one of the sequences is constant.
 
     >>> compute_rank_correlation([1, 2, 3, 4], [10, 30, 20, 40])
     0.8

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import Queue, get_context
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -68,9 +66,8 @@ def run_experiment(
         SlopError: if some run cannot begin, which is checked before any training, or if a run fails; then the runs
             in progress are still finished.
     """
-    jobs = sorted(
-        add_shared_prefixes(build_jobs(experiment)), key=lambda job: job.seed
-    )  # all arms with one seed first
+    # All arms are trained with one seed before any with the next.
+    jobs = sorted(add_shared_prefixes(build_jobs(experiment)), key=lambda job: job.seed)
     run_jobs(jobs, root, devices=devices, workers=workers, on_job_end=on_job_end)
     return jobs
 
@@ -83,15 +80,9 @@ def run_jobs(
     workers: int = 1,
     on_job_end: JobEndCallback | None = None,
 ) -> None:
-    """Train the unfinished ones of some jobs in their order; interrupted ones are resumed.
+    """Train the unfinished ones of some jobs in their order; arguments and errors are those of `run_experiment`.
 
-    Args:
-        jobs: jobs that use the same data, each after its shared prefix.
-        root: directory of the comparison.
-        devices, workers, on_job_end: as in `run_experiment`.
-
-    Raises:
-        SlopError: as in `run_experiment`.
+    The jobs must use the same data, and each must come after its shared prefix.
     """
     root = Path(root)
     check_settings_unchanged(jobs, root)
@@ -108,7 +99,14 @@ def run_jobs(
         if on_job_end is not None:
             on_job_end(job, count, len(jobs))
 
-    with _lock(root):
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(root / ".training.lock").acquire(timeout=0)
+    except Timeout:  # both processes would write into the same checkpoints
+        raise RunError(
+            f"another process trains the runs in {root}; wait for it, or choose another directory"
+        ) from None
+    with lock:
         for job in jobs:
             write_text(job.sibling_file(root, CONFIG_FILE), to_yaml(job.config))
         if waiting:
@@ -125,23 +123,6 @@ def run_jobs(
             report_end(job)
 
 
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Keep other processes from training the same runs, which would write into the same checkpoints."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / ".training.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"another process trains the runs in {root}; wait for it, or choose another directory"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def train_job(job: Job, root: Path) -> None:
     """Train one run to its end, resuming it or beginning with its shared prefix.
 
@@ -152,23 +133,14 @@ def train_job(job: Job, root: Path) -> None:
     run = RunDirectory(root / job.directory)
     if not run.exists and job.parent is not None:
         start_from_prefix(root, job, job.parent)
-    with job.sibling_file(root, LOG_FILE).open("a") as log, _redirect_output(log):
+    with job.sibling_file(root, LOG_FILE).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         train_run(job.config, run.path, resume=True)
     if not _is_finished(root, job):
         raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to resume it")
 
 
 def start_from_prefix(root: Path, job: Job, prefix: Path) -> None:
-    """Begin a run with the stages of its shared prefix; files are hard-linked if the disk supports it.
-
-    Args:
-        root: directory of the comparison.
-        job: run to begin.
-        prefix: directory of the shared prefix.
-
-    Raises:
-        RunError: if the prefix is not finished.
-    """
+    """Begin a run with the stages of its shared prefix; files are hard-linked if the disk supports it."""
     source, run = RunDirectory(root / prefix), RunDirectory(root / job.directory)
     if not (source.exists and source.is_finished):
         raise RunError(f"{source.path} has not finished; {run.path} cannot begin with it")
@@ -198,16 +170,11 @@ def describe_machine() -> str:
 
 
 def check_settings_unchanged(jobs: Sequence[Job], root: Path) -> None:
-    """Refuse a directory in which a run was begun with other settings.
-
-    Raises:
-        RunError: naming the run and the remedy.
-    """
+    """Refuse a directory in which a run was begun with other settings."""
     for job in jobs:
         path = job.sibling_file(root, CONFIG_FILE)
-        if not (path.exists() and RunDirectory(root / job.directory).exists):
-            continue
-        if read_yaml(path, error=RunError) != parse_yaml(to_yaml(job.config)):
+        has_begun = path.exists() and RunDirectory(root / job.directory).exists
+        if has_begun and read_yaml(path, error=RunError) != parse_yaml(to_yaml(job.config)):
             raise RunError(
                 f"{root / job.directory} was begun with other settings than the experiment now has (see {path.name} "
                 "there); choose another output directory, or remove that run"
@@ -271,11 +238,3 @@ def _claim_device(free: Queue[str], threads: int) -> None:
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def _redirect_output(log: TextIO) -> Iterator[None]:
-    """Redirect what a trainer prints to the run's log file."""
-    with redirect_stdout(log), redirect_stderr(log):
-        yield
-        sys.stdout.flush()

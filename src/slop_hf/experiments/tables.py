@@ -14,17 +14,12 @@ from rich.text import Text
 from ..io.units import NOTHING, format_count, format_decimals, format_power, format_seconds, format_significant
 from ..report.tables import TextTable
 from .comparison import Comparison, Cost
-from .results import ArmResult, Spread, compute_arm_results, find_baseline, find_main_budget
+from .results import ArmResult, Spread, compute_arm_results, find_baseline, find_main_budget, select_main_runs
 
 LEDGER_COLUMNS = (("what", False), ("count", True), ("tokens", True), ("FLOPs", True), ("device seconds", True))
 ARM_STAGE_COLUMNS = (
-    ("arm", False),
-    ("stage", False),
-    ("structure", False),
-    ("parameters", True),
-    ("tokens", True),
-    ("loss after growth", True),
-    ("held-out loss", True),
+    *(("arm", False), ("stage", False), ("structure", False), ("parameters", True), ("tokens", True)),
+    *(("loss after growth", True), ("held-out loss", True)),
 )
 #: What the ledger's kinds of entries are called in tables.
 _LEDGER_NAMES = {"trunks": "shared prefixes (first stages that several runs have in common)"}
@@ -70,8 +65,8 @@ def tabulate_arm_stages(comparison: Comparison) -> TextTable:
     """Return a table with the stages of each arm at its main budget; losses are means over seeds."""
     rows = []
     for arm in comparison.arms:
-        runs = comparison.runs_of(arm, find_main_budget(comparison, arm))
-        for number, stages in enumerate(zip(*(run.stages for run in runs), strict=True)):
+        stages_of_runs = (run.stages for run in select_main_runs(comparison, arm))
+        for number, stages in enumerate(zip(*stages_of_runs, strict=True)):
             first = stages[0]
             after_growth = Spread.collect([stage.eval_loss_after_growth for stage in stages])
             rows.append(
@@ -92,8 +87,7 @@ def tabulate_ledger(comparison: Comparison) -> TextTable:
     """Return a table of the compute spent, everything counted once, with the sum in its last row."""
     costs = list(comparison.ledger)
     if len(costs) > 1:
-        numbers = ("count", "tokens", "flops", "seconds")
-        costs.append(Cost("sum", *[sum(getattr(cost, name) for cost in costs) for name in numbers]))
+        costs.append(Cost.sum("sum", costs))
     rows = (
         (
             _LEDGER_NAMES.get(cost.what, cost.what),

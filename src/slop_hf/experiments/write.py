@@ -24,13 +24,7 @@ COMPARISON_MARKDOWN, COMPARISON_JSON = "comparison.md", "comparison.json"
 
 @dataclass(frozen=True)
 class ComparisonFigure:
-    """A figure of every comparison.
-
-    Args:
-        title: subject of the figure in a few words.
-        caption: how to read the figure.
-        draw: function that writes the figure, or returns None if there is nothing to draw.
-    """
+    """A figure of every comparison: `draw` writes it, or returns None if there is nothing to draw."""
 
     title: str
     caption: str
@@ -82,14 +76,10 @@ ARM_COLUMN_MEANINGS = {
 
 
 def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
-    """Write a comparison as `comparison.json`, as `comparison.md`, and as the figures that have something to show.
-
-    Args:
-        comparison: comparison to write.
-        directory: directory to write into; it may hold the runs as well.
+    """Write a comparison as `comparison.json`, `comparison.md` and the figures that have something to show.
 
     Returns:
-        The directory.
+        The directory, which may hold the runs as well.
     """
     directory = Path(directory)
     comparison.save(directory / COMPARISON_JSON)
@@ -105,12 +95,7 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
 
 
 def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> str:
-    """Return a comparison as a Markdown page, with links to its figures.
-
-    Args:
-        comparison: comparison to show.
-        figures: names in `COMPARISON_FIGURES` of the figures next to the page.
-    """
+    """Return a comparison as a Markdown page, with links to the named figures of `COMPARISON_FIGURES` next to it."""
     table = tabulate_arms(comparison)
     headings = [heading for heading, _ in table.columns]
     parts = [
@@ -129,10 +114,8 @@ def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> st
     if comparison.ledger:
         parts += ["## What it cost", "Everything is counted once.", tabulate_ledger(comparison).markdown()]
     software = [f"{name} {version}" for name, version in comparison.versions.items()]
-    if comparison.device:
-        parts.append(f"Run on {', '.join([comparison.device, *software])}.")
-    elif software:
-        parts.append(f"Run with {', '.join(software)}.")
+    if machine := [comparison.device] * bool(comparison.device) + software:
+        parts.append(f"Run {'on' if comparison.device else 'with'} {', '.join(machine)}.")
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 

@@ -22,12 +22,7 @@ from ..training.config import RunConfig, find_vocab_size
 
 @dataclass(frozen=True)
 class Start:
-    """A finished stage of a run, from which all candidates continue.
-
-    Args:
-        run: the run.
-        stage: number of the stage; 0 is the initial model.
-    """
+    """A finished stage of a run, from which all candidates continue; stage 0 is the initial model."""
 
     run: RunDirectory
     stage: int
@@ -87,7 +82,6 @@ class Candidate:
     """One alternative to try.
 
     Args:
-        name: name of the candidate.
         schedule: schedule of a whole run, including the stages before the start.
         stages: number of growth stages that a trial trains, counted from the beginning of the run; None for all.
         rank: rank given by the planner, from 1; None if the candidates have no order.
@@ -100,19 +94,14 @@ class Candidate:
 
 
 def continue_schedule(start: Start | None, schedule: GrowthSchedule) -> GrowthSchedule:
-    """Return a schedule as that of a whole run that begins with the stages up to a start.
+    """Return a schedule as that of a whole run that begins with the stages up to a start, if there is one.
 
     Args:
-        start: start of the candidates; None returns the schedule as it is.
         schedule: schedule that begins with the same structures as the run, or with the structure at the start.
-
-    Raises:
-        RunError: if the schedule does not pass through the start, or ends there.
     """
-    if start is None:
-        begin, rest = GrowthSchedule(schedule.initial, (), schedule.initial_tokens), schedule.stages
-    else:
-        begin, rest = start.schedule, schedule.stages
+    begin, rest = GrowthSchedule(schedule.initial, (), schedule.initial_tokens), schedule.stages
+    if start is not None:
+        begin = start.schedule
         if schedule.structures[: start.stage + 1] == begin.structures:
             rest = rest[start.stage :]
         elif schedule.initial != begin.target:
@@ -126,15 +115,7 @@ def continue_schedule(start: Start | None, schedule: GrowthSchedule) -> GrowthSc
 
 
 def build_schedule_candidates(schedules: Sequence[GrowthSchedule], start: Start | None = None) -> list[Candidate]:
-    """Return one candidate per schedule of a planner.
-
-    Args:
-        schedules: schedules, best first.
-        start: start of the candidates; the schedules may begin with its structure.
-
-    Raises:
-        RunError: if a schedule does not pass through the start, or ends there.
-    """
+    """Return one candidate per schedule of a planner, best first; schedules may begin with the start's structure."""
     counts = Counter(schedule.sequence for schedule in schedules)
     return [
         Candidate(
@@ -154,18 +135,7 @@ def plan_candidates(
     *,
     objective: str = "delta_params",
 ) -> list[Candidate]:
-    """Return the planner's best schedules to the target of a schedule, with its dimensions and tokens.
-
-    Args:
-        config: config of the run.
-        schedule: its schedule.
-        top_k: number of candidates.
-        start: start of the candidates; default, the initial model.
-        objective: objective of the planner, a name in `objectives.OBJECTIVES`.
-
-    Raises:
-        SlopError: if no schedule exists.
-    """
+    """Return the planner's `top_k` best schedules to the target of a schedule, with its dimensions and tokens."""
     first, whole = get_first_stage(start), continue_schedule(start, schedule)
     rest = whole.stages[first - 1 :]
     model = config.model_config(whole.initial, find_vocab_size(config), as_described=True).to_dict()
@@ -191,12 +161,7 @@ def build_init_candidates(
     """Return one candidate per init of the next stage; a trial ends with that stage.
 
     Args:
-        schedule: schedule of the run.
         inits: names in `growth.inits.INITS` that all operators of the stage support.
-        start: start of the candidates; default, the initial model.
-
-    Raises:
-        SlopError: if an operator of the stage does not support an init.
     """
     number, whole = get_first_stage(start), continue_schedule(start, schedule)
     stage = whole.stages[number - 1]
@@ -215,14 +180,6 @@ def build_next_candidates(
 
     Each has the tokens of the schedule's next stage. Dimensions without a stage of their own in the schedule grow
     together with `hidden`, as in the planner.
-
-    Args:
-        schedule: schedule of the run.
-        operators: the dimensions.
-        start: start of the candidates; default, the initial model.
-
-    Raises:
-        SlopError: if a dimension already has its size, or transformers cannot load the grown structure.
     """
     number, whole = get_first_stage(start), continue_schedule(start, schedule)
     dims, tokens = whole.structures[number - 1], whole.stages[number - 1].tokens

@@ -9,6 +9,7 @@ Little LAG", arXiv 2406.02469); `ProbeReport.growth_agreement` measures whether 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -17,15 +18,7 @@ from typing import get_args
 from ..errors import RunError
 from ..experiments.collect import PROBE_FILE, read_run_result, sum_cost
 from ..experiments.comparison import Cost
-from ..experiments.jobs import (
-    PREFIXES,
-    RUNS,
-    SEEDS_APART,
-    Job,
-    add_shared_prefixes,
-    find_diverged,
-    keep_first_stages,
-)
+from ..experiments.jobs import PREFIXES, RUNS, SEEDS_APART, Job, add_shared_prefixes, find_diverged, keep_first_stages
 from ..experiments.running import JobEndCallback, describe_machine, run_jobs
 from ..io.serialization import hash_json, list_versions, to_plain
 from ..runs.branch import inherit
@@ -45,7 +38,6 @@ class PlannedTrial:
     """A trial run to train, or a prefix that several trials share.
 
     Args:
-        name: name of the candidate or of the shared prefix.
         stages: names of the stages to train.
         tokens, flops: training of these stages, in whole optimizer steps.
         begins_with: directory of the run whose finished stages it begins with; None if it begins from scratch.
@@ -134,13 +126,9 @@ class Probe:
         """
         candidates = build_schedule_candidates(schedules, self._start)
         report = self.run(candidates)
-        diverged = [
-            schedule
-            for candidate, schedule in zip(candidates, schedules, strict=True)
-            if candidate.name in report.diverged
-        ]
-        results = [(result, result.rank) for result in report.results if result.rank is not None]
-        return [*(result.add_scores(schedules[rank - 1]) for result, rank in results), *diverged]
+        by_name = {candidate.name: schedule for candidate, schedule in zip(candidates, schedules, strict=True)}
+        ranked = [result.add_scores(by_name[result.name]) for result in report.results]
+        return [*ranked, *(by_name[name] for name in report.diverged)]
 
     def run(self, candidates: Sequence[Candidate]) -> ProbeReport:
         """Try candidates; the report is also written to `probe.json`.
@@ -172,15 +160,12 @@ class Probe:
                 f"the trials of all {len(candidates)} candidates diverged; lower learning_rate, and choose another "
                 "output directory"
             )
-        by_share, by_lag = (
-            f"{self.share or 0:.3g} of each stage's tokens",
-            f"{self.lag or 0:,} tokens of the next stage",
-        )
+        by_share = f"{self.share or 0:.3g} of each stage's tokens"
         report = ProbeReport.rank(
             results,
             self.by,
             diverged=tuple(without_result),
-            length=by_share if self.lag is None else by_lag,
+            length=by_share if self.lag is None else f"{self.lag:,} tokens of the next stage",
             start="the initial model" if self._start is None else self._start.name,
             cost=_sum_trials(jobs, root),
             versions=list_versions(),
@@ -191,11 +176,7 @@ class Probe:
 
     @property
     def report(self) -> ProbeReport:
-        """Report of the last finished probe in the directory.
-
-        Raises:
-            RunError: if no probe has finished there.
-        """
+        """Report of the last finished probe in the directory; a `RunError` if there is none."""
         return ProbeReport.from_json(Path(self.output_dir) / PROBE_FILE)
 
     @property
@@ -231,18 +212,13 @@ class Probe:
     # ---- From candidates to jobs -------------------------------------------------------------------------------
 
     def build_jobs(self, candidates: Sequence[Candidate]) -> list[Job]:
-        """Return the trial runs, preceded by the prefixes that they share; candidates may share a trial.
-
-        Raises:
-            RunError: unless there are two different trials.
-        """
+        """Return the trial runs, preceded by the prefixes that they share; candidates may share a trial."""
         if len(candidates) < 2:
             raise RunError(f"a probe compares two candidates or more, got {len(candidates)}")
         trials: dict[Path, Job] = {}
-        for seed in self.seeds:
-            for candidate in candidates:
-                job = self._build_job(candidate, seed)
-                trials.setdefault(job.directory, job)
+        for seed, candidate in itertools.product(self.seeds, candidates):
+            job = self._build_job(candidate, seed)
+            trials.setdefault(job.directory, job)
         if len(trials) == len(self.seeds):
             instead = "differ" if self.lag is None else "differ in the next stage, or try every stage by a share"
             raise RunError(f"all {len(candidates)} candidates have the same trial; give candidates that {instead}")
@@ -252,11 +228,7 @@ class Probe:
         return sorted(jobs, key=lambda job: job.seed)
 
     def build_trial(self, candidate: Candidate) -> GrowthSchedule:
-        """Return the schedule of a candidate's trial.
-
-        Raises:
-            RunError: if a stage has no tokens to take a share of.
-        """
+        """Return the schedule of a candidate's trial."""
         first, schedule = get_first_stage(self._start), candidate.schedule
         last = first if self.lag is not None else candidate.stages or len(schedule.stages)
         trial = GrowthSchedule(schedule.initial, schedule.stages[:last], schedule.initial_tokens)

@@ -31,13 +31,11 @@ class CandidateResult(Record, error=RunError):
     """The measurements of a candidate's trials, over seeds; every number covers the stages after the start.
 
     Args:
-        name: name of the candidate.
         schedule: schedule of a whole run, with the measurements among its scores.
         start_loss: held-out loss at the start, in nats per token.
         loss: held-out loss at the end of the trial.
         utility: marginal utility, Σ Δloss / ΔFLOPs over the stages, in nats per 1e12 FLOPs.
-        tokens, flops: training of one trial.
-        seconds: training time of a trial.
+        tokens, flops, seconds: training of one trial.
         loss_at_growth: held-out loss right after the first growth, before any training.
         utility_per_hour: Eq. 2 of the paper, in perplexity per device hour; None if a stage took no time.
         rank: rank before the trial, from 1; None if the candidates had no order.
@@ -57,12 +55,7 @@ class CandidateResult(Record, error=RunError):
 
     @classmethod
     def from_trials(cls, candidate: Candidate, trials: Sequence[RunResult]) -> CandidateResult:
-        """Summarize the trials of a candidate.
-
-        Args:
-            candidate: the candidate.
-            trials: one trial per seed; of the stages up to the start, only the last one.
-        """
+        """Summarize a candidate's trials, one per seed, with only the last one of the stages up to the start."""
         grown = [trial.stages[1:] for trial in trials]
         result = cls(
             name=candidate.name,
@@ -81,12 +74,9 @@ class CandidateResult(Record, error=RunError):
 
     def add_scores(self, schedule: GrowthSchedule) -> GrowthSchedule:
         """Return a schedule with the measurements among its scores, under names that begin with `probe_`."""
-        measured = {
-            "probe_loss": self.loss.mean,
-            "probe_loss_at_growth": self.loss_at_growth.mean,
-            "probe_utility": self.utility.mean,
-        }
-        return dataclasses.replace(schedule, scores={**schedule.scores, **measured})
+        measured = {"loss": self.loss, "loss_at_growth": self.loss_at_growth, "utility": self.utility}
+        scores = {f"probe_{name}": spread.mean for name, spread in measured.items()}
+        return dataclasses.replace(schedule, scores={**schedule.scores, **scores})
 
     def sort_key(self, by: RankBy) -> tuple[bool, float]:
         """Return the key that sorts candidates, best first.
@@ -144,13 +134,7 @@ class ProbeReport(Record, error=RunError, if_missing="`slop probe` writes one"):
         versions: dict[str, str] | None = None,
         device: str = "",
     ) -> ProbeReport:
-        """Rank candidates; equal ones keep their order.
-
-        Args:
-            results: results of the candidates.
-            by: quantity that ranks them.
-            length, start, cost, diverged, versions, device: fields of the report.
-        """
+        """Rank candidates; equal ones keep their order. The other arguments are fields of the report."""
         keys = [result.sort_key(by) for result in results]
         positions = [sorted(keys).index(key) for key in keys]
         planned = [float(result.rank) for result in results if result.rank is not None]
@@ -170,7 +154,6 @@ class ProbeReport(Record, error=RunError, if_missing="`slop probe` writes one"):
 
     @property
     def best(self) -> CandidateResult:
-        """Result of the best candidate."""
         return self.results[0]
 
     @property

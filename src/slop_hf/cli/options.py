@@ -1,0 +1,60 @@
+"""Options that several commands have, and parsing of options' values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RunError
+from ..io.serialization import Json, parse_yaml
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a value of the YAML file: data.block_size=512")
+]
+Devices = Annotated[str, typer.Option(help="CUDA devices to spread the runs over, such as 0,1,2,3.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it takes; do nothing.")]
+Run = Annotated[Path, typer.Argument(help="Run directory.")]
+Workers = Annotated[int, typer.Option(help="Parallel runs on CPUs; each gets its share of the cores.")]
+
+
+def make_option(panel: str, *names: str, **settings: Any) -> Any:
+    """Return a typer option that `--help` lists in a panel of its command."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Split the value of an option at its commas.
+
+    >>> split_list("layer, ffn")
+    ('layer', 'ffn')
+    """
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Read the value of `--seeds`.
+
+    >>> read_seeds("0,1")
+    (0, 1)
+    """
+    try:
+        return tuple(int(seed) for seed in split_list(text))
+    except ValueError:
+        raise RunError(f"--seeds must be whole numbers such as 0,1,2, got {text!r}") from None
+
+
+def read_changes(changes: Sequence[str] | None) -> dict[str, Json]:
+    """Read the values of `--set key=value` as overrides for `RunConfig.from_yaml`; values are YAML.
+
+    >>> read_changes(["training.learning_rate=1e-3", "data.source=[a.txt, b.txt]"])
+    {'training.learning_rate': 0.001, 'data.source': ['a.txt', 'b.txt']}
+    """
+    pairs = [change.partition("=") for change in changes or ()]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise RunError(f"--set {key}: expected key=value, such as training.learning_rate=1e-3")
+    return {key: parse_yaml(value) for key, _, value in pairs}
