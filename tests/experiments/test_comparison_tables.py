@@ -14,7 +14,6 @@ from slop_hf.experiments.results import compute_arm_results
 from slop_hf.experiments.summary_text import summarise_comparison
 from slop_hf.experiments.tables import (
     build_arms_table,
-    build_ledger_table,
     build_terminal_table,
     tabulate_arm_stages,
     tabulate_arms,
@@ -95,7 +94,7 @@ def test_the_terminal_takes_names_as_they_are():
     assert "slop[bold]" in printed(build_arms_table(found)) and "3 hidden" in printed(
         build_terminal_table(tabulate_arm_stages(found), "Stages")
     )
-    assert "sum" in printed(build_ledger_table(found))
+    assert "sum" in printed(build_terminal_table(tabulate_ledger(found), "What it cost"))
 
 
 def test_growth_that_paid():

@@ -36,9 +36,7 @@ def compare_command(
         list[str] | None, typer.Option("--set", help="Change a value of the config: scales.nano.flops=1e12")
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file, too.")] = None,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Train nothing; report on the finished runs.")
-    ] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report finished runs.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +54,7 @@ def compare_command(
     from ..experiments.jobs import add_shared_prefixes, build_jobs  # with torch, which `slop --help` does without
     from ..experiments.running import find_ended
     from ..experiments.summary_text import summarise_comparison
-    from ..experiments.tables import build_arms_table, build_ledger_table
+    from ..experiments.tables import build_arms_table, build_terminal_table, tabulate_ledger
 
     experiment = _select_arms(slop_hf.Experiment.from_yaml(config, scale, read_changes(change)), arm or [], seeds)
     root = output or Path("runs", f"{experiment.name}-{experiment.scale}")
@@ -76,7 +74,7 @@ def compare_command(
         return
     console = Console()
     console.print(build_arms_table(comparison))
-    console.print(build_ledger_table(comparison))
+    console.print(build_terminal_table(tabulate_ledger(comparison), "What it cost"))
     for sentence in summarise_comparison(comparison):
         console.print(sentence)
     print(f"written: {root / 'comparison.md'}, with figures and comparison.json next to it")

@@ -268,7 +268,7 @@ def _show_summary(summary: Mapping[str, Json], title: str) -> None:
     mark = "" if in_cache else "~"
 
     def format_quantities(row: Mapping[str, Json], mark: str) -> list[str]:
-        formatters = (*2 * [_format_exactly if in_cache else format_count], format_bytes, format_duration)
+        formatters = (*2 * ["{:,}".format if in_cache else format_count], format_bytes, format_duration)
         cells = [form(row[key]) for form, key in zip(formatters, _QUANTITIES, strict=True)]
         return [cell if cell == NOTHING else f"{mark}{cell}" for cell in cells]
 
@@ -286,11 +286,7 @@ def _show_summary(summary: Mapping[str, Json], title: str) -> None:
     if tokens is None:
         print("unknown how many training tokens there are before a source repeats: no source has a known size")
     else:
-        count = _format_exactly(tokens) if in_cache else format_count(tokens)
+        count = f"{tokens:,}" if in_cache else format_count(tokens)
         unknown = "" if is_complete else ", among sources of known size"
         print(f"{mark}{count} training tokens before a source repeats: {summary['scarcest']} is the first{unknown}")
     print("all tokens are in the cache" if in_cache else "not all tokens are in the cache")
-
-
-def _format_exactly(count: int) -> str:
-    return f"{count:,}"

@@ -73,9 +73,7 @@ def evaluate_command(
         list[Path] | None, typer.Option("--text", help="For perplexity: text file instead; repeat it for more.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per block of --text.")] = 256,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Directory with your own tasks, in lm-eval's YAML.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory with your own tasks in lm-eval's YAML.")] = None,
     datasets: Annotated[
         Path | None, typer.Option(help="Directory with task data, TASK/SPLIT.jsonl, that replaces the Hub's.")
     ] = None,

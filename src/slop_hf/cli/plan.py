@@ -82,9 +82,7 @@ def plan_command(
     tensor_parallel: Annotated[
         int, make_option(_SPACE, help="Number of devices that must divide heads, ffn and vocabulary.")
     ] = 1,
-    vocab_size: Annotated[
-        int | None, make_option(_SPACE, help="Vocabulary size. Default: that of --from, or 32000.")
-    ] = None,
+    vocab_size: Annotated[int | None, make_option(_SPACE, help="Vocabulary size. Default: --from's or 32000.")] = None,
     tied: Annotated[bool, make_option(_SPACE, "--tied", help="Tie the input and output embeddings.")] = False,
     sequence_length: Annotated[int, make_option(_SPACE, help="Tokens per training sequence.")] = 2048,
     operators: Annotated[

@@ -19,9 +19,7 @@ def rollback_command(
     to_stage: Annotated[
         int, typer.Option("--to-stage", help="Stage that becomes the last finished one; 0 is the initial model.")
     ],
-    schedule: Annotated[
-        Path | None, typer.Option("--schedule", "-s", help="New schedule for the stages after it.")
-    ] = None,
+    schedule: Annotated[Path | None, typer.Option("--schedule", "-s", help="New schedule of later stages.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:

@@ -36,7 +36,7 @@ def summarise_comparison(comparison: Comparison) -> list[str]:
         else:
             sentences += _describe_variants([result for result in ranked if result is not baseline], baseline)
     if comparison.reference is not None and comparison.runs_of(comparison.reference):
-        sentences += _describe_saving(comparison, [one for one in ranked if one.arm != comparison.reference])
+        sentences += _describe_saving(comparison, [result for result in ranked if result.arm != comparison.reference])
     return [*sentences, _describe_effort(comparison, ranked), *_describe_absent_runs(comparison)]
 
 

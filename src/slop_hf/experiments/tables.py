@@ -112,11 +112,6 @@ def build_arms_table(comparison: Comparison) -> Table:
     return build_terminal_table(narrow, f"{comparison.title} · {comparison.scale}")
 
 
-def build_ledger_table(comparison: Comparison) -> Table:
-    """Return `tabulate_ledger` for the terminal."""
-    return build_terminal_table(tabulate_ledger(comparison), "What it cost")
-
-
 def build_terminal_table(table: TextTable, title: str) -> Table:
     """Return a table for the terminal, with a title above it."""
     result = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
