@@ -43,11 +43,11 @@ from .runs.directory import RunDirectory as RunDirectory
 from .runs.records import StageRecord as StageRecord
 from .schedule import GrowthSchedule as GrowthSchedule
 from .schedule import GrowthStage as GrowthStage
-from .training.config import RunConfig as RunConfig
-from .training.trainer import SlopTrainer as SlopTrainer
 from .training.arguments import SlopTrainingArguments as SlopTrainingArguments
-from .training.config import build_trainer as build_trainer
 from .training.calibration import calibrate as calibrate
+from .training.config import RunConfig as RunConfig
+from .training.config import build_trainer as build_trainer
 from .training.config import preview_run as preview_run
+from .training.trainer import SlopTrainer as SlopTrainer
 
 __version__: str

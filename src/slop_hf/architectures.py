@@ -9,11 +9,11 @@ The axes and their sizes, as functions of `ModelDims`:
     ffn        f   intermediate_size
     query      q   num_attention_heads * head_dim
     key_value  k   num_key_value_heads * head_dim
-    fused      3q  query, key and value of one head, then those of the next head (GPT-NeoX)
+    fused      3q  query, key and value of one head, then the next head's (GPT-NeoX)
     head_dim   d   one head
     vocab      v   vocab_size; growth never changes it
 
-Weight matrices are listed as `torch.nn.Linear` stores them: (axis that is written, axis that is read).
+Weight matrices are listed as `torch.nn.Linear` stores them: (axis written, axis read).
 """
 
 from __future__ import annotations

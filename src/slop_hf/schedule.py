@@ -22,7 +22,7 @@ def share_tokens(total: float, stages: int, *, initial_share: float = PAPER_INIT
     Args:
         total: tokens of the whole run.
         stages: number of growth stages, each of which takes one share.
-        initial_share: shares of the initial model; 0 for a model that is already trained.
+        initial_share: shares of the initial model; 0 for an already trained model.
 
     Returns:
         Whole tokens per stage of training, the initial model's first.
@@ -97,7 +97,7 @@ class GrowthSchedule(Record, error=ScheduleError):
     Args:
         initial: structure to begin with.
         stages: growth stages, in order.
-        initial_tokens: tokens to train on before the first growth; 0 for a model that is already trained.
+        initial_tokens: tokens to train on before the first growth; 0 for an already trained model.
         scores: score of the schedule by each objective (smaller is better), if a planner made it.
 
     Raises:
@@ -169,8 +169,8 @@ class GrowthSchedule(Record, error=ScheduleError):
 
         Args:
             total: tokens of the whole run.
-            initial_share: shares of the initial model, while a growth stage takes one; 0 for a model that is already
-                trained.
+            initial_share: shares of the initial model, while a growth stage takes one; 0 for an already trained
+                model.
         """
         return self.with_shares(share_tokens(total, len(self.stages), initial_share=initial_share))
 

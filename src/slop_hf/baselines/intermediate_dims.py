@@ -14,7 +14,7 @@ def interpolate_dims(before: ModelDims, initial: ModelDims, target: ModelDims, n
     """Return the structure after growth `number` (from 1) of `count` even growths, with no size below `before`'s.
 
     Args:
-        before: structure that is grown.
+        before: structure to grow.
         initial, target: structures before the first growth and after the last.
 
     >>> small = ModelDims(768, 2048, 6, 6)
@@ -81,5 +81,5 @@ def _compute_fraction(start: int, size: int, stop: int, default: float) -> float
 
 
 def _round_to_multiple(wanted: float, step: int, low: int, high: int) -> int:
-    """Return the multiple of `step` nearest to `wanted` between `low` and `high`; out of bounds if there is none."""
+    """Return the multiple of `step` nearest to `wanted` between `low` and `high`; out of bounds if it is outside."""
     return step * max(-(-low // step), min(round(wanted / step), high // step))

@@ -40,7 +40,7 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]
 
 
 def read_structure(which: str, text: str | None, source: str | None, *options: str) -> ModelDims:
-    """Read a structure that is given as numbers by one option or as a model by another.
+    """Read a structure, given as numbers by one option or as a model by another.
 
     Args:
         which: adjective for the structure in error messages, such as "initial".

@@ -72,7 +72,7 @@ def probe_command(
 
     Candidates are the planner's best schedules between the structures at the start and the end of your schedule, or
     inits of its next stage, or dimensions that could grow next. All begin with the same weights: those of `--from`, or
-    of an initial model that is trained once. Held-out loss is measured right after growth and after the trial. Stages
+    of an initial model trained once. Held-out loss is measured right after growth and after the trial. Stages
     that several trials share are trained once.
 
     After an interruption, the same command continues.

@@ -32,7 +32,7 @@ def publish_command(
 
     Each stage becomes a branch named like its directory, with a model card; the final model is also on `main`. A
     revision appears complete or not at all, and existing revisions are left alone, so that you can repeat the command
-    after a failure. The token is that of `hf auth login`, or HF_TOKEN.
+    after a failure. The token comes from `hf auth login`, or HF_TOKEN.
 
     Example: `slop publish runs/tiny --to user/tiny --dry-run`
     """

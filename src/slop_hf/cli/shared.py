@@ -47,9 +47,9 @@ def print_table(
     """Print a table; its cells may contain rich's markup.
 
     Args:
-        columns: names of the columns; those that begin with `>` are right-aligned.
+        columns: names of the columns; a leading `>` right-aligns a column.
         total: cells of a last row, below a line.
-        wraps: names of columns that are wrapped if the terminal is narrow; the others stay whole.
+        wraps: names of columns to wrap if the terminal is narrow; the others stay whole.
         caption: line below the table.
     """
     table = Table(box=SIMPLE, title=title, caption=caption, pad_edge=False, collapse_padding=True)

@@ -37,7 +37,7 @@ def train_command(
         typer.Option("--from", help="Start from a published stage (user/name@stage-2-ffn); continue its schedule."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in the output directory, or begin if there is none.")
+        bool, typer.Option("--resume", help="Resume the run in the output directory, or begin a new one.")
     ] = False,
     change: Changes = None,
     dry_run: DryRun = False,

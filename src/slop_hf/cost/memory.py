@@ -63,9 +63,9 @@ def estimate_training_memory(
 
     A parameter takes 16 bytes: in "bf16", 2 for its weight, 2 for its gradient and 12 for a float32 weight and the
     moments; in "fp32" 4, 4 and 8. ZeRO stage 1 shards the optimizer state over the devices, stage 2 also the
-    gradients, stage 3 also the weights. Activations are those of one micro-batch: the bytes that
+    gradients, stage 3 also the weights. Activations belong to one micro-batch: the bytes that
     `count_saved_activations` counts, plus the gradients of the logits (`8v` per token) or of one layer, and with
-    checkpointing one layer that is computed again.
+    checkpointing one recomputed layer.
 
     The estimate is close for Llama, Mistral and Qwen, an approximation for the other families, and too low without
     fused attention (transformers computes Gemma 2's soft-capped scores in full). Not counted: fragmentation,
@@ -324,7 +324,7 @@ def _attention(
     rows: list[Parameter], dims: DimsLike[Size], sizes: Mapping[str, Size], scores: Size, element: int
 ) -> Size:
     """Bytes per token that attention keeps; its output is the input of the output projection."""
-    # Values that are a view of a fused projection keep all of it.
+    # Values viewed from a fused projection keep all of it.
     fused = any("fused" in row.axes for row in rows)
     values = sizes["fused" if fused else "key_value"]
     logsumexp = _FLOAT32 * dims.num_attention_heads

@@ -98,7 +98,7 @@ class _SourceRecord(Record, error=DataError):
 
 @dataclass(frozen=True)
 class _CachedSource:
-    """A source, and its folder in the cache, which is complete or absent."""
+    """A source, and its folder in the cache, complete or absent."""
 
     name: str
     source: Source
@@ -242,7 +242,7 @@ def _explain_damage(folder: Path, caught: Exception) -> DataError:
 
 
 def _find_tokenizer(config: DataConfig, texts: Mapping[str, dict[str, Json]]) -> Path:
-    """Return the folder of the tokenizer that is trained on the sources."""
+    """Return the folder of the tokenizer trained on the sources."""
     weighted = [(config.weights[name], described) for name, described in texts.items()]
     content = [weighted, config.held_out, config.vocab_size, config.tokenizer_kind, TOKENIZER_TRAINING_BYTES]
     return find_cache(config.cache_dir) / "tokenizers" / hash_json(content)

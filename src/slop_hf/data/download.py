@@ -32,12 +32,12 @@ TIMEOUT = 60.0  # seconds without a byte
 PIECE_BYTES = 16 * 2**20  # per request
 _BUFFER_BYTES = 2**18
 
-#: What a server's file is recognised by: size, ETag and Last-Modified; None for those that the server does not send.
+#: What a server's file is recognised by: size, ETag and Last-Modified; None if the server does not send it.
 FileIdentity: TypeAlias = dict[str, int | str | None]
 
 _REMEDIES = {
     401: "it asks for a login: use a signed URL, or a Hub dataset as owner/name after `hf auth login`",
-    403: "access is denied: use a signed URL that has not expired, or a Hub dataset as owner/name",
+    403: "access is denied: use an unexpired signed URL, or a Hub dataset as owner/name",
     404: "there is no such file: correct the URL",
     410: "the file is gone: correct the URL",
     416: "the file has changed on the server: bring the old file back, or begin again",
@@ -59,7 +59,7 @@ class RemoteFile:
         self._path = folder / hash_json(url)  # a hash gives no signature away
         self._identity_path = self._path.with_suffix(".json")
         if "@" in parts.netloc:
-            raise DataError(f"the URL of {self.name} holds a user or password, which is not sent: use a signed URL")
+            raise DataError(f"the URL of {self.name} holds a user or password, never sent: use a signed URL")
 
     def look_up(self) -> None:
         """Ask the server which file it has, and drop an earlier download of another one."""
@@ -118,7 +118,7 @@ class RemoteFile:
             return _read_headers(response)[1]
 
     def _append_piece(self) -> bool:
-        """Download the next piece; return False if there is none."""
+        """Download the next piece; return False at the end of the file."""
         with self._lock():
             start = self._count_bytes()
             if start == self.identity["size"]:
@@ -139,7 +139,7 @@ class RemoteFile:
                     raise ConnectionError("the server sent another part of the file than requested")
                 # A server that knows no ranges sends the whole file again.
                 with self._path.open("ab" if first else "wb") as file:
-                    # read would lose the bytes that have arrived if a chunked body breaks off.
+                    # read would lose the bytes received so far if a chunked body breaks off.
                     while chunk := response.read1(_BUFFER_BYTES):
                         file.write(chunk)
                     end = file.tell()

@@ -56,7 +56,7 @@ class DataEstimate(NamedTuple):
 
 class _Sample(NamedTuple):
     texts: list[str]
-    documents: float  # the last one counts by the share of it that was read
+    documents: float  # the last one counts by the share read of it
     nbytes: int
     seconds: float
     is_whole: bool

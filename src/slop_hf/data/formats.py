@@ -96,7 +96,7 @@ def read_texts(file: File, format: Format, column: str, start: Cursor = None) ->
         start: cursor to start from; None, the beginning.
 
     Raises:
-        DataError: for a truncated or damaged file, a malformed line, and a column that is missing or holds no text.
+        DataError: for a truncated or damaged file, a malformed line, and a missing column or one without text.
     """
     try:
         yield from _READERS[format](file, column, start)
@@ -114,7 +114,7 @@ def get_text(row: Mapping[str, Json], column: str, where: str, text_columns: Col
     Args:
         row, column: values by column, and the column with the text.
         where: description of the row, for messages.
-        text_columns: columns that hold text, for messages; default, those of this row.
+        text_columns: columns that hold text, for messages; default, this row's.
     """
     _check_column(column, row, where)
     text = row[column]
@@ -126,7 +126,7 @@ def get_text(row: Mapping[str, Json], column: str, where: str, text_columns: Col
 
 
 def _read_whole(file: File, column: str, start: Cursor) -> Texts:
-    """Yield a file as a document with its line ends; "" for a file that is not text (git's sign: a NUL byte)."""
+    """Yield a file as a document with its line ends; "" for a binary file (git's sign: a NUL byte)."""
     if start is None:
         with _open(file, 0) as stream:
             content = stream.read()

@@ -19,7 +19,7 @@ from .packing import Block, Blocks, MixedBlocks
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 
-#: Positions that are computed at a time; more if a source has a smaller share than 1 / ROUND.
+#: Positions computed at a time; more if a source has a smaller share than 1 / ROUND.
 ROUND = 4096
 _FEISTEL_ROUNDS = 4
 

@@ -51,7 +51,7 @@ class DocumentStream:
         cache_dir: cache for downloads, as for `DataConfig`.
 
     Raises:
-        DataError: for a missing place, a column that is missing or holds no text, a damaged file, a state that does
+        DataError: for a missing place, a missing column or one without text, a damaged file, a state that does
             not fit and, once the texts end, for a source without any.
 
     >>> stream = DocumentStream(Source("python-stdlib", max_documents=3))
@@ -72,7 +72,7 @@ class DocumentStream:
             place.check()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the texts after the last one that was given."""
+        """Yield the texts after the last one given."""
         limit = self.source.max_documents
         if limit is not None and self._state["documents"] >= limit:
             return

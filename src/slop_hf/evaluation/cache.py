@@ -16,21 +16,16 @@ from ..runs.records import EvalRecord
 
 
 class ResultCache:
-    """A directory with one file of records per evaluation.
+    """A directory with one file of records per evaluation, named by a hash of all that the scores depend on.
 
-    Args:
-        directory: directory of the cache; default, `slop_hf/evaluations` in the Hugging Face home.
+    The default directory is `slop_hf/evaluations` in the Hugging Face home.
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = Path(directory or os.path.join(constants.HF_HOME, "slop_hf", "evaluations")).expanduser()
 
     def load(self, ingredients: Mapping[str, Json]) -> list[EvalRecord] | None:
-        """Return the records of an evaluation; None if the cache does not hold them, or cannot read them.
-
-        Args:
-            ingredients: everything that the scores depend on, as plain data.
-        """
+        """Return the records of an evaluation; None if the cache does not hold them, or cannot read them."""
         path = self._path(ingredients)
         if not path.is_file():
             return None
@@ -40,7 +35,6 @@ class ResultCache:
             return None
 
     def save(self, ingredients: Mapping[str, Json], records: Sequence[EvalRecord]) -> None:
-        """Store the records of an evaluation."""
         write_text(self._path(ingredients), to_json(list(records)))
 
     def _path(self, ingredients: Mapping[str, Json]) -> Path:

@@ -46,11 +46,7 @@ class HeldOut:
 
     @classmethod
     def from_corpus(cls, corpus: Corpus) -> HeldOut:
-        """Take the held-out part of training data, weighted like the mixture.
-
-        Raises:
-            EvaluationError: if no source has a held-out block.
-        """
+        """Take the held-out part of training data, weighted like the mixture."""
         parts = corpus.held_out
         if not parts:
             raise EvaluationError("no block of the data is held out: set held_out in its config to a larger share")
@@ -61,15 +57,9 @@ class HeldOut:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> HeldOut:
-        """Tokenize texts, end each with the end-of-text token, and cut them into blocks; a last block may be shorter.
+        """Tokenize named texts, end each with the end-of-text token, and cut them into blocks of `block_size` tokens.
 
-        Args:
-            texts: texts by name.
-            tokenizer: tokenizer of the model.
-            block_size: tokens per block.
-
-        Raises:
-            EvaluationError: if a text has nothing to predict, or `block_size` is less than 2.
+        The last block of a text may be shorter.
         """
         if block_size < 2:
             raise EvaluationError(f"block_size must be at least 2, got {block_size}: one token predicts nothing")
@@ -102,8 +92,6 @@ def measure_perplexity(
     through the model's own rounding.
 
     Args:
-        model: model on its device.
-        held_out: text to measure it on.
         limit: number of blocks to use per source, from the first; None for all.
         batch_size: blocks per batch; "auto" starts from 64 (8 on a CPU) and halves it while memory does not suffice.
         ranks: processes that share the blocks; each of them makes this call.
@@ -111,9 +99,6 @@ def measure_perplexity(
     Returns:
         On every rank, a record of the task `perplexity` with the metrics `perplexity` and `loss`, in nats per token,
         and if there are several sources also `perplexity/NAME` and `loss/NAME`.
-
-    Raises:
-        EvaluationError: if blocks are longer than the model's context, or nothing is predicted.
     """
     sources = held_out.sources
     counts = {name: len(blocks) if limit is None else min(limit, len(blocks)) for name, blocks in sources.items()}
@@ -133,9 +118,8 @@ def measure_perplexity(
     else:
         sums = measure(int(batch_size))
     gathered = ranks.gather_all(sums)
-    totals = {
-        name: (math.fsum(part[name][0] for part in gathered), sum(part[name][1] for part in gathered)) for name in sums
-    }
+    by_source = {name: list(zip(*(part[name] for part in gathered), strict=True)) for name in sums}
+    totals = {name: (math.fsum(losses), sum(tokens)) for name, (losses, tokens) in by_source.items()}
     if empty := [name for name, (_, tokens) in totals.items() if not tokens]:
         raise EvaluationError(f"{', '.join(empty)}: no token is predicted; use more text")
     return EvalRecord(

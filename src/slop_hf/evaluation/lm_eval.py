@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from accelerate.utils import patch_environment
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import EvaluationError
@@ -36,11 +37,7 @@ _NO_METRIC = ("alias", "name", "sample_len", "sample_count")
 
 
 def get_lm_eval_version() -> str:
-    """Return the version of lm-eval.
-
-    Raises:
-        EvaluationError: if it is not installed.
-    """
+    """Return the version of lm-eval; an `EvaluationError` says that it is not installed."""
     _require_lm_eval()
     return version("lm-eval")
 
@@ -49,9 +46,7 @@ def get_lm_eval_version() -> str:
 def open_task_manager(settings: EvalSettings) -> Iterator[TaskManager]:
     """Yield lm-eval's `TaskManager` with the tasks of `include_path`, and with the data in `datasets` in place.
 
-    Raises:
-        EvaluationError: if lm-eval is not installed, a task is unknown, or a directory in `datasets` is not named like
-            a task.
+    An `EvaluationError` names an unknown task, or a directory in `datasets` that is not named like a task.
     """
     _require_lm_eval()
     from lm_eval.tasks import TaskManager
@@ -78,18 +73,10 @@ def build_language_model(
     device: str,
     processes: int = 1,
 ) -> HFLM:
-    """Return lm-eval's wrapper of a model.
+    """Return lm-eval's wrapper of a model on its device.
 
-    Args:
-        model: model on its device; or a directory, from which each process of `accelerate launch` loads a copy, so
-            that the processes share the documents.
-        tokenizer: tokenizer of the model.
-        batch_size: documents per batch, or "auto".
-        device: device to load a directory's model to.
-        processes: number of processes of the launch.
-
-    Raises:
-        EvaluationError: if lm-eval cannot share documents among the processes of this launch.
+    If `model` is a directory, each of the `processes` of `accelerate launch` loads a copy to `device`, and they share
+    the documents.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -107,20 +94,9 @@ def build_language_model(
 
 
 def score_task(lm: HFLM, task: str, manager: TaskManager, settings: EvalSettings) -> list[EvalRecord]:
-    """Score a model on a task, or on a group and each of its tasks.
+    """Score a model on a task, or on a group and each of its tasks; return the record of `task` itself first.
 
-    Args:
-        lm: model, from `build_language_model`.
-        task: name of the task or group.
-        manager: tasks, from `open_task_manager`.
-        settings: settings, of which `limit` and `num_fewshot` are used.
-
-    Returns:
-        The records, the one of `task` itself first. If several processes share the work, only the first process gets
-        records.
-
-    Raises:
-        EvaluationError: if the task's data cannot be loaded.
+    If several processes share the work, only the first process gets records.
     """
     import lm_eval
 
@@ -139,14 +115,12 @@ def score_task(lm: HFLM, task: str, manager: TaskManager, settings: EvalSettings
             raise EvaluationError(f"{task} cannot be scored: {_explain_failure(caught)}") from caught
     if results is None:
         return []
-    rows = results["results"]
-    order = sorted(rows, key=lambda name: name != task)  # the group before its tasks
-    return [_make_record(name, rows[name], results, settings) for name in order]
+    order = sorted(results["results"], key=lambda name: name != task)  # the group before its tasks
+    return [_make_record(name, results, settings) for name in order]
 
 
-def _make_record(
-    name: str, row: Mapping[str, Json], results: Mapping[str, Json], settings: EvalSettings
-) -> EvalRecord:
+def _make_record(name: str, results: Mapping[str, Json], settings: EvalSettings) -> EvalRecord:
+    row = results["results"][name]
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in row.items():
@@ -177,14 +151,8 @@ def _write_moved_tasks(datasets: Path, known: Mapping[str, Entry], folder: Path)
         files = {path.stem: str(path) for path in sorted(directory.glob("*.jsonl"))}
         if not files:
             raise EvaluationError(f"{directory} has no data: expected a file per split, such as validation.jsonl")
-        task = {
-            "include": str(known[name].yaml_path),
-            "task": name,
-            "tag": None,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": files},
-        }
+        task: dict[str, Json] = {"include": str(known[name].yaml_path), "task": name, "tag": None}
+        task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
@@ -211,21 +179,16 @@ def _explain_failure(caught: Exception) -> str:
 @contextmanager
 def _contain_side_effects() -> Iterator[None]:
     """Contain lm-eval's side effects: seeding, printing, warnings, and forked bootstrap workers."""
-    before, parallel = get_random_state(), os.environ.get("DISABLE_MULTIPROC")
-    logger = logging.getLogger("lm_eval")
+    before, logger = get_random_state(), logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # a fork of a process with CUDA or threads may hang
     try:
-        with redirect_stdout(sys.stderr):
+        # A fork of a process with CUDA or threads may hang.
+        with redirect_stdout(sys.stderr), patch_environment(DISABLE_MULTIPROC="1"):
             yield
     finally:
         set_random_state(before)
         logger.setLevel(level)
-        if parallel is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = parallel
 
 
 @cache

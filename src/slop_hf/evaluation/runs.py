@@ -69,10 +69,6 @@ class EvaluateStages(StageCallback):
 
     Works in one process, under DistributedDataParallel and under ZeRO-3, and leaves the model in training unchanged.
 
-    Args:
-        settings: tasks to score, and how.
-        after_growth: whether to score each grown model also before it is trained.
-
     Raises:
         EvaluationError: if a task is unknown, or lm-eval is needed and not installed.
     """
@@ -86,9 +82,6 @@ class EvaluateStages(StageCallback):
         """Return the callback that the section `evaluation` of a run asks for; None if there is no such section.
 
         Perplexity is measured on the held-out part of the run's own data, prepared on the first call.
-
-        Raises:
-            EvaluationError: as for `check_evaluation`, and if no block of the data is held out.
         """
         if config.evaluation is None:
             return None
@@ -98,7 +91,6 @@ class EvaluateStages(StageCallback):
         return cls(settings, after_growth=config.evaluation.after_growth)
 
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
-        """Score a stage on the first rank; the others wait."""
         try:
             if ranks.is_first:
                 with disable_zero_init():
@@ -111,25 +103,16 @@ class EvaluateStages(StageCallback):
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Refuse a section `evaluation` with unknown tasks or wrong values, before the run's data is prepared.
-
-    Raises:
-        EvaluationError: if a task is unknown, lm-eval is needed and not installed, or a value is out of its range.
-    """
+    """Refuse a section `evaluation` with unknown tasks or wrong values, before the run's data is prepared."""
     if config.evaluation is not None:
         no_text = HeldOut({}, None, "")  # the text itself does not matter yet
         check_tasks(EvalSettings.from_options(config.evaluation, no_text))
 
 
 def compute_run_utility(run: RunDirectory, records: Mapping[int, Sequence[EvalRecord]]) -> float | None:
-    """Compute the marginal utility (Eq. 2) of a run from exact perplexities.
+    """Compute the marginal utility (Eq. 2) of a run from exact perplexities, as perplexity per device hour.
 
-    Args:
-        run: directory of the run, for the device hours of its stages.
-        records: scores of each stage, by its number.
-
-    Returns:
-        Perplexity per device hour; None if a stage has no perplexity, or took no time.
+    `records` holds the scores of each stage by its number. None if a stage has no perplexity, or took no time.
     """
     stages = run.records()
     perplexities = {
@@ -166,8 +149,7 @@ def _regrow(run: RunDirectory, number: int, ranks: Ranks) -> Iterator[Path]:
     """Yield a directory with the model that a stage began with, grown again from the stage before."""
     record = StageRecord.from_json(run.stage_dir(number) / RECORD_FILE)
     stage = run.schedule.stages[number - 1]
-    if record.init:
-        stage = replace(stage, init=dict(record.init))
+    stage = replace(stage, init=record.init or stage.init)
     target = run.path / f".after-growth-{number}"
     with ranks.raise_on_all():
         if ranks.is_first:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
@@ -77,15 +77,9 @@ def evaluate_model(
 
 
 class EvaluatedModel:
-    """A model to score. It is loaded only when something has to be scored.
+    """A model to score, with the arguments of `evaluate_model`. It is loaded only when something has to be scored.
 
-    Args:
-        model: directory or Hub id[@revision] of a model, or a model.
-        device: device to load it to; None for a GPU if there is one.
-        tokenizer: tokenizer of the model; None for the one in its directory.
-
-    Raises:
-        GrowthError: if there is no such model.
+    The default `device` to load it to is a GPU if there is one.
     """
 
     def __init__(
@@ -109,7 +103,6 @@ class EvaluatedModel:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model on its device."""
         if self.directory is None:
             return cast(PreTrainedModel, self._model)
         with hide_progress_bars():
@@ -118,7 +111,6 @@ class EvaluatedModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The tokenizer of the model; None without one."""
         if self._tokenizer is not None or self.directory is None:
             return self._tokenizer
         try:
@@ -150,11 +142,7 @@ def score_tasks(model: EvaluatedModel, settings: EvalSettings, ranks: Ranks) -> 
 
 
 def check_tasks(settings: EvalSettings) -> None:
-    """Refuse unknown tasks before any work begins.
-
-    Raises:
-        EvaluationError: if a task is unknown, or lm-eval is needed and not installed.
-    """
+    """Refuse unknown tasks, and tasks of lm-eval if it is not installed, before any work begins."""
     if settings.lm_eval_tasks:
         with lm_eval.open_task_manager(settings):
             pass
@@ -172,19 +160,15 @@ def get_launched_ranks() -> Ranks:
 class _Scorer:
     """Scores tasks, building what they need (the model, lm-eval's tasks) when the first of them needs it.
 
-    Args:
-        stack: closes what was opened when all tasks are done.
+    `stack` closes what was opened when all tasks are done.
     """
 
     def __init__(self, subject: EvaluatedModel, settings: EvalSettings, ranks: Ranks, stack: ExitStack) -> None:
         self._subject, self._settings, self._ranks, self._stack = subject, settings, ranks, stack
 
     def score(self, task: str) -> list[EvalRecord]:
-        if task == PERPLEXITY:
-            return [self._measure_perplexity()]
-        return lm_eval.score_task(self._lm, task, self._manager, self._settings)
-
-    def _measure_perplexity(self) -> EvalRecord:
+        if task != PERPLEXITY:
+            return lm_eval.score_task(self._lm, task, self._manager, self._settings)
         held_out, vocabulary = self._settings.held_out, self._subject.vocabulary
         assert held_out is not None  # EvalSettings checks it
         if held_out.vocabulary and vocabulary and held_out.vocabulary != vocabulary:
@@ -193,13 +177,13 @@ class _Scorer:
                 "(`tokenizer` of the data's config)"
             )
         limit, batch_size = self._settings.limit, self._settings.batch_size
-        return measure_perplexity(self._model, held_out, limit=limit, batch_size=batch_size, ranks=self._ranks)
+        return [measure_perplexity(self._model, held_out, limit=limit, batch_size=batch_size, ranks=self._ranks)]
 
     @cached_property
     def _model(self) -> PreTrainedModel:
         model = self._subject.model
-        self._stack.enter_context(_switch_to_eval(model))
-        return model
+        self._stack.callback(model.train, model.training)  # as it was before
+        return model.eval()
 
     @cached_property
     def _manager(self) -> TaskManager:
@@ -235,16 +219,6 @@ def _list_ingredients(model: EvaluatedModel, task: str, settings: EvalSettings) 
         "harness": lm_eval.get_lm_eval_version(),
         **{name: hash_directory(path) for name, path in settings.directories.items()},
     }
-
-
-@contextmanager
-def _switch_to_eval(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _find_checkpoint(model: str | Path) -> Path:

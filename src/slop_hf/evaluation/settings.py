@@ -57,15 +57,7 @@ class EvalSettings(EvalOptions):
 
     @classmethod
     def from_options(cls, options: EvalOptions, held_out: HeldOut | None) -> EvalSettings:
-        """Return the settings with the given options.
-
-        Args:
-            options: options of a run's section `evaluation`.
-            held_out: text that `perplexity` is measured on.
-
-        Raises:
-            EvaluationError: as for `EvalSettings`.
-        """
+        """Return the settings with the options of a run's section `evaluation`."""
         shared = {option.name: getattr(options, option.name) for option in fields(EvalOptions)}
         return cls(**shared, held_out=held_out)
 

@@ -16,14 +16,7 @@ PERPLEXITY = "perplexity"
 
 @dataclass(frozen=True)
 class PaperTask:
-    """A benchmark of the SLOP paper as a task of lm-eval.
-
-    Args:
-        task: name of the task in lm-eval.
-        num_fewshot: solved examples before each question, lm-eval's default.
-        metric: reported metric.
-        note: remark on the choice.
-    """
+    """A benchmark of the SLOP paper as a task of lm-eval; `num_fewshot` is lm-eval's default."""
 
     task: str
     num_fewshot: int

@@ -56,7 +56,7 @@ class Curve(Record, error=RunError):
 
 @dataclass(frozen=True)
 class RunResult(Record, error=RunError):
-    """A finished run; its tokens, FLOPs and seconds are those of all stages.
+    """A finished run; its tokens, FLOPs and seconds cover all stages.
 
     Args:
         budget: multiple of the experiment's budget.

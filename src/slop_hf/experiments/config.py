@@ -41,7 +41,7 @@ class ArmConfig(Record, error=RunError):
         planner: further arguments of `SlopPlanner`, such as `objective` or `mode`.
         space: further arguments of `ConfigSpace`, such as `hidden_multiple`.
         shares: relative tokens of each stage, the initial model's first; or `utility`. Default: the paper's shares.
-            The shares of a control arm are those of the plan that it is built from.
+            A control arm takes the shares of the plan that it is built from.
         budgets: multiples of the scale's budget; each is a run with a complete learning-rate schedule.
         training: training arguments that the arm changes, such as `learning_rate` or `growth_init`, but not seeds.
         seeds: seeds that replace the scale's.
@@ -148,7 +148,7 @@ class ExperimentConfig(Record, error=RunError):
         printed: numbers printed in the paper, by arm and column, to show next to the measured ones.
 
     Raises:
-        RunError: if an arm that is named elsewhere does not exist, or an arm's name cannot name a directory.
+        RunError: if an arm named elsewhere does not exist, or an arm's name cannot name a directory.
     """
 
     title: str

@@ -129,7 +129,7 @@ def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
 
 
 def _list_entries(colours: Collection[str], seeds: int) -> list[LegendEntry]:
-    """Return the legend's entries for the kinds of marks that are drawn."""
+    """Return the legend's entries for the kinds of marks drawn."""
     entries: list[LegendEntry] = [
         (kind, Line2D([], [], color=colour, marker="o", linestyle="none"))
         for kind, colour in (("grown", GROWN), ("not grown", NOT_GROWN))

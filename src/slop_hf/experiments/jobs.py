@@ -20,11 +20,11 @@ from .config import ArmConfig, Experiment
 RUNS, PREFIXES = "runs", "trunks"
 #: Ends of the names of files next to a run's directory: its config, its output, the directory of its prefix.
 CONFIG_FILE, LOG_FILE, PREFIX_FILE = "run.yaml", "log.txt", "trunk"
-#: File in the directory of a run that has diverged.
+#: File in the directory of a diverged run.
 DIVERGED_FILE = "diverged.txt"
 #: Distance between the growth seeds of runs: stage n of a run uses `growth_seed + n`, and no two runs may share one.
 SEEDS_APART = 1000
-#: Training arguments that have no effect before the first growth.
+#: Training arguments without effect before the first growth.
 _GROWTH_ARGUMENTS = ("carry_optimizer_state", "rewarm_steps", "growth_noise", "eval_after_growth", "growth_seed")
 
 
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of the whole run, those of its shared prefix included."""
+        """Training FLOPs of the whole run, including its shared prefix."""
         return self.schedule.flops(get_model_fields(self.config), self.config.data.block_size)
 
     def sibling_file(self, root: Path, name: str) -> Path:

@@ -236,7 +236,7 @@ def _draw_goal(
 
 
 def _list_entries(arms: Sequence[_Arm]) -> list[LegendEntry]:
-    """Return the legend's entries for the arms and for the kinds of marks that are drawn."""
+    """Return the legend's entries for the arms and for the kinds of marks drawn."""
     names = label_runs([shorten_name(arm.name, 32) for arm in arms], [arm.runs[0].schedule.sequence for arm in arms])
     lines = [Line2D([], [], **{**arm.style, "linewidth": 2.4}) for arm in arms]
     entries: list[LegendEntry] = list(zip(names, lines, strict=True))

@@ -34,7 +34,7 @@ from .jobs import (
     find_diverged,
 )
 
-#: Called with a job that has ended, the number of jobs that have ended, and the number of all jobs.
+#: Called with an ended job, the number of ended jobs, and the number of all jobs.
 JobEndCallback = Callable[[Job, int, int], None]
 
 
@@ -63,7 +63,7 @@ def run_experiment(
         The runs and their shared prefixes, in the order of training.
 
     Raises:
-        SlopError: if some run cannot begin, which is checked before any training, or if a run fails; then the runs
+        SlopError: if some run cannot begin (checked before any training), or if a run fails; then the runs
             in progress are still finished.
     """
     # All arms are trained with one seed before any with the next.
@@ -80,7 +80,7 @@ def run_jobs(
     workers: int = 1,
     on_job_end: JobEndCallback | None = None,
 ) -> None:
-    """Train the unfinished ones of some jobs in their order; arguments and errors are those of `run_experiment`.
+    """Train the unfinished ones of some jobs in their order; arguments and errors as for `run_experiment`.
 
     The jobs must use the same data, and each must come after its shared prefix.
     """

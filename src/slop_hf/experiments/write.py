@@ -76,7 +76,7 @@ ARM_COLUMN_MEANINGS = {
 
 
 def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
-    """Write a comparison as `comparison.json`, `comparison.md` and the figures that have something to show.
+    """Write a comparison as `comparison.json`, `comparison.md` and the figures with something to show.
 
     Returns:
         The directory, which may hold the runs as well.
@@ -148,7 +148,7 @@ def compare_arms(
         The comparison, also written to `root` as `comparison.json` and `comparison.md`.
 
     Raises:
-        SlopError: if some run cannot begin, which is checked before any training, or if a run fails.
+        SlopError: if some run cannot begin (checked before any training), or if a run fails.
     """
     if train:
         run_experiment(experiment, root, devices=devices, workers=workers, on_job_end=on_job_end)

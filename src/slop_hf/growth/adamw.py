@@ -60,7 +60,7 @@ def grow_adamw_state(
 
     * An inserted layer that adds nothing: its output projections have new entries only, and everything before them has
       gradient 0. So `exp_avg` becomes 0, while `exp_avg_sq` stays as in the copied layer, ready for the gradient.
-    * Key/value heads that are copied so that each serves fewer query heads: each copy gets the gradient of its own
+    * Key/value heads copied so that each serves fewer query heads: each copy gets the gradient of its own
       queries. These add up to G; the rule gives each copy an equal share.
     * `hidden` padded under LayerNorm: what writes the residual stream gets G plus a constant over the hidden axis,
       since the mean now includes the new slots.
@@ -329,7 +329,7 @@ def grow_entry(
         return copy if step == "keep" else copy * 0
     if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor):
         raise GrowthError(
-            f"{plan.source} has the state {key!r}, which is not AdamW's: {', '.join(GRADIENT_POWERS)} and step"
+            f"{plan.source} has the state {key!r}, unknown to AdamW: {', '.join(GRADIENT_POWERS)} and step"
         )
     return grow_moment(value, plan, GRADIENT_POWERS[key], step=step, has_no_gradient=has_no_gradient, out=out)
 
@@ -346,7 +346,7 @@ def _check_step(step: str) -> None:
 
 
 def check_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:
-    """Raise unless the parameters that have a state, in the file or directory `origin`, are those being grown."""
+    """Raise unless the states in the file or directory `origin` belong to the parameters being grown."""
     expected, names = {parameter.source for parameter in plan.parameters()}, set(names)
     if missing := sorted(expected - names):
         raise GrowthError(f"{origin} has no {missing[0]}; grow the state of an AdamW that has taken a step")

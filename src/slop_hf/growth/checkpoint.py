@@ -55,7 +55,7 @@ from .safetensors_io import (
 from .tensors import ThreadMemory, grow_parameter, start_worker_threads
 from .verify import combine_hashes, hash_tensor, probe_checkpoints
 
-#: Files that are copied unchanged: generation config, tokenizer and chat templates.
+#: Files copied unchanged: generation config, tokenizer and chat templates.
 COPIED_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -108,7 +108,7 @@ class CheckpointPlan:
         tensors: every tensor of the target, in the order of the files.
         shards: files of weights.
         twins: pairs of tied tensors that the source stores twice; they must be equal.
-        copied_files: files that are copied unchanged, relative to `directory`.
+        copied_files: files to copy unchanged, relative to `directory`.
         free_bytes: free space on the target's disk.
     """
 
@@ -333,7 +333,7 @@ def _find_twins(growth: GrowthPlan, stored: Mapping[str, StoredTensor]) -> Itera
 
 
 def _count_free_bytes(target: Path) -> int:
-    """Return the free space on the target's disk, including the leftovers of a killed run, which are removed first."""
+    """Return the free space on the target's disk, after removing the leftovers of a killed run."""
     parent = next(path for path in target.absolute().parents if path.exists())
     leftover = sum(path.stat().st_size for path in make_temporary_path(target).rglob("*") if path.is_file())
     return shutil.disk_usage(parent).free + leftover

@@ -1,7 +1,7 @@
 """Inits: the values of new entries, and the old layer that each new layer copies.
 
 An init of a width operator is a pure function of the operator, a row of the axis table, and the row's role along the
-growing axis. It returns the distribution of the entries that are new along that axis. Whether additional slots are new
+growing axis. It returns the distribution of the new entries along that axis. Whether additional slots are new
 or copies is decided by `axes.build_axis_maps`. An init of `layer` is a pure function of the layer counts. To add an
 init, write the function and register it below.
 

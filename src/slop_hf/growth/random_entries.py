@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-#: Entries that are drawn at once. Changing it changes the random entries of every growth.
+#: Entries drawn at once. Changing it changes the random entries of every growth.
 ENTRIES_PER_CHUNK = 2**17
 
 

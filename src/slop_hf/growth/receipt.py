@@ -30,7 +30,7 @@ class GrowthProbe(Record, error=GrowthError):
         mean_logit_change: mean |Δlogit|.
         loss_change: change of the next-token loss, nats per token.
         rounding_floor: largest |Δlogit| of the source between its dtype and another precision.
-        live_share: fraction of the new entries that have a gradient on the batch; None if there are no new entries.
+        live_share: fraction of the new entries with a gradient on the batch; None if there are no new entries.
         copies_spread: root mean square of the differences between copies of a slot and their mean, divided by the
             root mean square of the weights: 0 if copies are equal, None if there are no copies.
     """
@@ -54,7 +54,7 @@ class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it
     """The record of a growth, stored as `growth_receipt.json` next to the grown checkpoint.
 
     Args:
-        source: directory or Hub id of the model that was grown.
+        source: directory or Hub id of the model before growth.
         source_dims, dims: structures before and after growth.
         source_parameters, parameters: true numbers of parameters before and after growth.
         seconds: wall-clock time, including reading and writing.

@@ -118,7 +118,7 @@ def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _measure_live_share(model: PreTrainedModel, plan: GrowthPlan, tokens: torch.Tensor) -> float | None:
-    """Return the fraction of new entries that have a gradient.
+    """Return the fraction of new entries with a gradient.
 
     Embeddings are left out: most of their rows have no token in a small batch.
     """

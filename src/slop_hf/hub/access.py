@@ -38,28 +38,13 @@ class HubFileMissing(HubError):
 
 
 def call_hub(action: Callable[[], T], address: Address, doing: str, policy: RetryPolicy | None = None) -> T:
-    """Call a function that talks to the Hub; repeat it after transient failures.
-
-    Args:
-        action: function that can be called any number of times.
-        address: revision that it reads or writes.
-        doing: description of the action, for messages, such as `writing to`.
-        policy: how often to repeat it; None for the default policy.
-
-    Raises:
-        HubError: if the action fails for good; the message says what to do.
-    """
+    """Call a repeatable function that talks to the Hub, again after transient failures; others become a `HubError`."""
     with report_failures(address, doing):
         return (policy or RetryPolicy()).call(action, f"{doing} {address}", may_pass=_may_pass)
 
 
 def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
-    """Download one file of a revision into the Hub client's cache, and return its path there.
-
-    Raises:
-        HubFileMissing: if the revision has no such file.
-        HubError: if there is no such repository or revision, no permission, or no network.
-    """
+    """Download one file of a revision into the Hub client's cache, and return its path there."""
     with report_failures(address, f"reading {name} of", api):
         return Path((api or HfApi()).hf_hub_download(address.repo_id, name, revision=address.revision))
 
@@ -72,18 +57,11 @@ def report_failures(address: Address, doing: str, api: HfApi | None = None) -> I
     except SlopError:
         raise
     except Exception as caught:
-        raise describe_failure(caught, address, doing, api) from None
+        raise _describe_failure(caught, address, doing, api) from None
 
 
-def describe_failure(caught: Exception, address: Address, doing: str, api: HfApi | None = None) -> HubError:
-    """Return an error that says what went wrong and what to do about it, without secrets.
-
-    Args:
-        caught: exception of a call of `huggingface_hub`.
-        address: revision that the call was about.
-        doing: description of the action, such as `reading`.
-        api: client to list the revisions with if `address` has an unknown one; None for the default client.
-    """
+def _describe_failure(caught: Exception, address: Address, doing: str, api: HfApi | None) -> HubError:
+    """Return an error that says what went wrong and what to do about it, without secrets."""
     root: BaseException = caught  # the client wraps the answer of the server
     while find_status(root) is None and root.__cause__ is not None:
         root = root.__cause__

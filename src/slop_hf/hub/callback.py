@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -74,20 +73,16 @@ class PublishCallback(StageCallback):
         self._make_publisher = partial(Publisher, private=private, base_model=base_model, api=api, retries=retries)
         self._publisher: Publisher | None = None
         self._is_working = False
-        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._waiting: set[int] = set()  # stages in the queue or being sent
+        self._waiting: set[int] = set()  # stages to send, the one being sent included
         self._changed = threading.Condition()
         self.published: dict[int, tuple[Published, ...]] = {}
         self.failed: dict[int, str] = {}
 
     @classmethod
     def from_arguments(cls, training: Mapping[str, Json], *, base_model: str | None = None) -> PublishCallback:
-        """Return the callback that Trainer's own arguments ask for.
+        """Return the callback that Trainer's own arguments `hub_model_id`, `hub_token` and `hub_strategy` ask for.
 
-        Args:
-            training: training arguments, of which `hub_model_id`, `hub_private_repo`, `hub_token` and `hub_strategy`
-                are used. The repository is private unless `hub_private_repo` is false.
-            base_model: as for `PublishCallback`.
+        The repository is private unless `hub_private_repo` is false.
         """
         return cls(
             training.get("hub_model_id"),
@@ -112,7 +107,6 @@ class PublishCallback(StageCallback):
             self._queue_finished_stages()
 
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
-        """Queue the stage."""
         if self.strategy == "every_save":
             self._queue_finished_stages()
 
@@ -151,13 +145,10 @@ class PublishCallback(StageCallback):
             threading.Thread(target=self._work, args=(self._publisher,), name="slop-publish", daemon=True).start()
 
     def _queue_finished_stages(self) -> None:
-        """Queue the finished stages, except published and queued ones."""
         if self._publisher is not None and self._publisher.run.exists:
             with self._changed:
-                finished = set(range(self._publisher.run.finished_stages))
-                for number in sorted(finished - self._waiting - self.published.keys()):
-                    self._waiting.add(number)
-                    self._queue.put(number)
+                self._waiting |= set(range(self._publisher.run.finished_stages)) - self.published.keys()
+                self._changed.notify_all()
 
     def _work(self, publisher: Publisher) -> None:
         try:
@@ -165,26 +156,22 @@ class PublishCallback(StageCallback):
         except Exception as caught:  # a warning now is better than one at the end of a stage, when it is tried again
             logger.warning(f"stages cannot be published yet: {summarise_error(caught)}")
         while True:
-            number = self._queue.get()
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                number = min(self._waiting)
             try:
                 self.published[number] = publisher.publish(number)
                 self.failed.pop(number, None)
             except Exception as caught:  # whatever it is, training continues
                 self.failed[number] = summarise_error(caught)
                 logger.warning(f"could not publish stage {number}: {self.failed[number]}")
-                if isinstance(caught, HubUnreachable):
-                    self._give_up(self.failed[number])
+                if isinstance(caught, HubUnreachable):  # the attempts would fail for the other stages too
+                    with self._changed:
+                        self.failed |= dict.fromkeys(self._waiting, self.failed[number])
+                        self._waiting.clear()
             with self._changed:
                 self._waiting.discard(number)
                 self._changed.notify_all()
-
-    def _give_up(self, reason: str) -> None:
-        """Empty the queue for now: many attempts have just failed, and would fail for the other stages too."""
-        while not self._queue.empty():
-            number = self._queue.get()
-            self.failed[number] = reason
-            with self._changed:
-                self._waiting.discard(number)
 
     def _summarise(self, publisher: Publisher) -> str:
         names = publisher.run.schedule.stage_names

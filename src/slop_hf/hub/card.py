@@ -15,7 +15,6 @@ from ..report.tables import tabulate_stages
 from ..runs.records import END_OF_STAGE, EvalRecord
 from .lineage import LINEAGE_FILE, Lineage
 
-TAGS = ["slop-hf", "model-growth"]
 #: Data-set id of held-out text in the metadata, which requires one.
 HELD_OUT_DATASET = "held-out"
 #: Words for the dimension that an operator enlarges.
@@ -30,23 +29,8 @@ DIMENSIONS = {
 SOURCES = {"lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness"}
 
 
-def render_card(
-    lineage: Lineage,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    has_tokenizer: bool = True,
-    has_figure: bool = True,
-) -> str:
-    """Return the model card of a stage, as Markdown with metadata.
-
-    Args:
-        lineage: history of the stage.
-        repo_id: repository that it is published in.
-        base_model: model on the Hub that the run started from.
-        has_tokenizer: whether the revision holds a tokenizer.
-        has_figure: whether the revision holds `loss.png`.
-    """
+def render_card(lineage: Lineage, repo_id: str, *, base_model: str | None, has_tokenizer: bool) -> str:
+    """Return the model card of a stage, as Markdown with metadata; `base_model` is what the run started from."""
     name, record = repo_id.rpartition("/")[2], lineage.record
     results = list(_list_results(lineage))
     metadata = ModelCardData(
@@ -54,7 +38,7 @@ def render_card(
         base_model_relation="finetune" if base_model else None,  # the Hub has no relation "grown"
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=TAGS,
+        tags=["slop-hf", "model-growth"],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -75,7 +59,6 @@ def render_card(
         table=tabulate_stages([*lineage.ancestors, record]).markdown(),
         scores=[row for scores in lineage.evaluations for row in _make_rows(scores)],
         has_tokenizer=has_tokenizer,
-        has_figure=has_figure,
     )
     return str(ModelCard(text))
 
@@ -109,27 +92,21 @@ def _make_rows(record: EvalRecord) -> Iterator[tuple[str, ...]]:
 
 def _list_results(lineage: Lineage) -> Iterator[EvalResult]:
     """Yield the scores of the trained stage in the Hub's format, or else the perplexity that training measured."""
-    at_end = [record for record in lineage.evaluations if record.when == END_OF_STAGE]
-    for record in at_end:
+    scores = [record for record in lineage.evaluations if record.when == END_OF_STAGE]
+    held_out = "held-out text" if scores else "held-out part of the training data"
+    if not scores and lineage.record.perplexity is not None:
+        scores = [EvalRecord(PERPLEXITY, {"perplexity": lineage.record.perplexity})]
+    for record in scores:
         source = SOURCES.get(record.harness.partition(" ")[0])
         for metric, value in record.metrics.items():
             if math.isfinite(value):
                 yield EvalResult(
                     task_type="text-generation",
                     dataset_type=HELD_OUT_DATASET if record.task == PERPLEXITY else record.task,
-                    dataset_name="held-out text" if record.task == PERPLEXITY else record.task,
+                    dataset_name=held_out if record.task == PERPLEXITY else record.task,
                     metric_type=metric,
                     metric_value=value,
                     dataset_args=None if record.num_fewshot is None else {"num_few_shot": record.num_fewshot},
                     source_name=record.harness if source else None,
                     source_url=source,
                 )
-    perplexity = lineage.record.perplexity
-    if not at_end and perplexity is not None and math.isfinite(perplexity):
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type=HELD_OUT_DATASET,
-            dataset_name="held-out part of the training data",
-            metric_type="perplexity",
-            metric_value=perplexity,
-        )

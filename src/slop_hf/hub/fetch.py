@@ -18,13 +18,7 @@ from .lineage import EARLIER_LINEAGE_FILE, LINEAGE_FILE, Lineage, Origin, Parent
 
 @dataclass(frozen=True)
 class FetchedStage:
-    """A published stage on this machine.
-
-    Args:
-        address: address that it was fetched from.
-        path: directory of its files, in the Hub client's cache.
-        lineage: its history.
-    """
+    """A published stage on this machine; `path` is the directory of its files, in the Hub client's cache."""
 
     address: Address
     path: Path
@@ -50,8 +44,8 @@ def fetch_stage(address: str, api: HfApi | None = None) -> FetchedStage:
     """
     stage = Address.parse(address)
     lineage_path = _fetch_lineage(stage, api)
-    commit = lineage_path.parent.name  # the branch may move before the other files have arrived
     with report_failures(stage, "reading", api):
+        commit = lineage_path.parent.name  # the branch may move before the other files have arrived
         path = Path((api or HfApi()).snapshot_download(stage.repo_id, revision=commit))
     lineage = Lineage.from_json(lineage_path)
     try:

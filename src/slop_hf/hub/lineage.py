@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from ..errors import HubError
 from ..io.record import Record
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunFile
 from ..runs.records import EvalRecord, StageRecord
 from ..schedule import GrowthSchedule
 
 LINEAGE_FILE = "lineage.json"
 #: Name of `LINEAGE_FILE` in stages that slop-hf 0.1.0 published.
 EARLIER_LINEAGE_FILE = "growth.json"
-ORIGIN_FILE = "origin.json"
 _IF_MISSING = "a stage published by slop-hf has one"
 
 
@@ -22,7 +21,6 @@ class Parent(Record, error=HubError, if_missing=_IF_MISSING):
     """The model that a stage was grown from, or that a run starts from.
 
     Args:
-        revision: revision that holds it.
         weights_hash: hash of its weights (`growth.hash_weights`).
         repo: repository that holds it; None for the stage's own repository.
     """
@@ -39,12 +37,9 @@ class Lineage(Record, error=HubError, if_missing=_IF_MISSING):
     Args:
         revision: the stage's own branch; if it is the last one, `main` holds it too.
         weights_hash: hash of its weights, to check a download.
-        schedule: schedule of its run.
         record: record of the stage: operators, inits, seed, tokens and data, losses, versions.
-        run_id: id of its run.
         parent: model that it was grown from; None for the initial model of a run that starts from scratch.
         ancestors: records of the stages before it, earlier runs first.
-        evaluations: its scores.
     """
 
     revision: str
@@ -57,11 +52,7 @@ class Lineage(Record, error=HubError, if_missing=_IF_MISSING):
     evaluations: tuple[EvalRecord, ...] = ()
 
     def remaining_schedule(self) -> GrowthSchedule:
-        """Return the part of its run's schedule that follows the stage.
-
-        Raises:
-            HubError: if nothing follows it.
-        """
+        """Return the part of its run's schedule that follows the stage; a `HubError` says that nothing does."""
         stages = self.schedule.stages[self.record.stage :]
         if not stages:
             raise HubError(f"{self.revision} is the last stage of its schedule; give another one (--schedule)")
@@ -69,27 +60,10 @@ class Lineage(Record, error=HubError, if_missing=_IF_MISSING):
 
 
 @dataclass(frozen=True)
-class Origin(Record, error=HubError, if_missing=_IF_MISSING):
-    """The published stage that a run starts from, stored in the run's directory as `origin.json`.
+class Origin(RunFile, error=HubError, if_missing=_IF_MISSING):
+    """The published stage that a run starts from; `ancestors` are its record and those of the stages before it."""
 
-    Args:
-        parent: the published stage.
-        ancestors: records of that stage and the stages before it.
-    """
+    file_name = "origin.json"
 
     parent: Parent
     ancestors: tuple[StageRecord, ...]
-
-    def save(self, run: RunDirectory) -> None:
-        """Write the origin into a run's directory."""
-        self.to_json(run.path / ORIGIN_FILE)
-
-    @classmethod
-    def load(cls, run: RunDirectory) -> Origin | None:
-        """Read the origin of a run; return None if it does not start from a published stage.
-
-        Raises:
-            HubError: if the file is not a valid `origin.json`.
-        """
-        path = run.path / ORIGIN_FILE
-        return cls.from_json(path) if path.exists() else None

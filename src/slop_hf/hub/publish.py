@@ -27,7 +27,6 @@ class Published:
     """A stage on the Hub.
 
     Args:
-        address: revision that holds it.
         is_new: whether it was sent just now; otherwise it was there already.
         nbytes: size of its files in bytes.
     """
@@ -106,10 +105,8 @@ class Publisher:
         retries: RetryPolicy | None = None,
     ) -> None:
         self.run = run if isinstance(run, RunDirectory) else RunDirectory(run)
-        self.repo_id = repo_id
-        self._private, self._base_model = private, base_model
-        self._api, self._retries = api or HfApi(), retries
-        self._is_open = False
+        self.repo_id, self._private, self._base_model = repo_id, private, base_model
+        self._api, self._retries, self._is_open = api or HfApi(), retries, False
 
     def open(self) -> None:
         """Create the repository unless it exists. A name without a user gets the token's user."""
@@ -122,7 +119,6 @@ class Publisher:
             self._is_open = True
 
     def publish(self, number: int) -> tuple[Published, ...]:
-        """Publish a finished stage."""
         self.run.select_stages([number])  # before a repository is created for nothing
         self.open()
         revision = plan_revision(self.run, number, self.repo_id, base_model=self._base_model)
@@ -159,11 +155,7 @@ class Publisher:
             return self._api.list_repo_files(self.repo_id, revision=branch)
 
     def _holds(self, address: Address, files: list[str], lineage: Lineage) -> bool:
-        """Whether a branch holds the stage already.
-
-        Raises:
-            HubError: if it holds something else.
-        """
+        """Whether a branch holds the stage already; if it holds something else, raise a `HubError`."""
         name = next((name for name in (LINEAGE_FILE, EARLIER_LINEAGE_FILE) if name in files), None)
         if name is None:
             if strays := sorted(set(files) - _FURNITURE):

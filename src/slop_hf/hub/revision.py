@@ -30,8 +30,7 @@ class Revision:
     """Content of a published stage.
 
     Args:
-        branches: branches that hold it: its own, and `main` for the last stage of a schedule.
-        lineage: its history.
+        branches: its own branch, and `main` for the last stage of a schedule.
         content: local file or bytes, by path in the repository.
     """
 
@@ -41,7 +40,6 @@ class Revision:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes in bytes, by path in the repository."""
         return {
             path: len(source) if isinstance(source, bytes) else source.stat().st_size
             for path, source in self.content.items()
@@ -74,7 +72,9 @@ def plan_revision(
     lineage = _trace_lineage(run, snapshot, origin)
     base_model = base_model or (origin.parent.repo if origin is not None else None)
     card = render_card(lineage, repo_id, base_model=base_model, has_tokenizer=bool(_TOKENIZER & files.keys()))
-    made = {LINEAGE_FILE: lineage.to_json().encode(), CARD_FILE: card.encode(), FIGURE_FILE: _draw_figure(snapshot)}
+    with tempfile.TemporaryDirectory() as directory:
+        figure = draw_run_losses([snapshot], Path(directory) / FIGURE_FILE).read_bytes()
+    made = {LINEAGE_FILE: lineage.to_json().encode(), CARD_FILE: card.encode(), FIGURE_FILE: figure}
     is_last = number == len(run.schedule.stages)
     return Revision((lineage.revision, *([MAIN] if is_last else [])), lineage, {**files, **made})
 
@@ -86,16 +86,14 @@ def _list_files(directory: Path) -> dict[str, Path]:
     checked = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
     names = [name for name in checked if name not in _IN_LINEAGE and not name.startswith(OPTIMIZER_STEM)]
     templates = sorted(directory.glob("additional_chat_templates/*.jinja"))  # checksums cover the top level only
-    return {
-        **{name: directory / name for name in names},
-        **{path.relative_to(directory).as_posix(): path for path in templates},
-    }
+    paths = [*(directory / name for name in names), *templates]
+    return {path.relative_to(directory).as_posix(): path for path in paths}
 
 
 def _trace_lineage(run: RunDirectory, snapshot: RunSnapshot, origin: Origin | None) -> Lineage:
     """Return the history of the last stage of a snapshot."""
     *before, record = snapshot.records
-    parent = origin.parent if origin is not None else None
+    parent, ancestors = (origin.parent, origin.ancestors) if origin is not None else (None, ())
     if before:
         parent = Parent(before[-1].name, _hash_weights(run.path / before[-1].name))
     return Lineage(
@@ -105,7 +103,7 @@ def _trace_lineage(run: RunDirectory, snapshot: RunSnapshot, origin: Origin | No
         record=record,
         run_id=snapshot.facts.run_id if snapshot.facts is not None else "",
         parent=parent,
-        ancestors=(*(origin.ancestors if origin is not None else ()), *before),
+        ancestors=(*ancestors, *before),
         evaluations=snapshot.evaluations[-1],
     )
 
@@ -118,8 +116,3 @@ def _hash_weights(directory: Path) -> str:
 @lru_cache(maxsize=64)
 def _hash_weights_written_at(directory: Path, time_ns: int) -> str:
     return hash_stored_weights(directory)
-
-
-def _draw_figure(snapshot: RunSnapshot) -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        return draw_run_losses([snapshot], Path(directory) / FIGURE_FILE).read_bytes()

@@ -61,7 +61,7 @@ def summarise_error(caught: BaseException) -> str:
 
 
 def find_status(caught: BaseException) -> int | None:
-    """Return the HTTP status of an exception; None if it has none."""
+    """Return the HTTP status of an exception; None without one."""
     if isinstance(caught, HTTPError):
         return caught.code
     return getattr(getattr(caught, "response", None), "status_code", None)

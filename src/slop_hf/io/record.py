@@ -1,4 +1,4 @@
-"""`Record`: the base of frozen dataclasses that are read from and written to JSON and YAML files."""
+"""`Record`: the base of frozen dataclasses stored in JSON and YAML files."""
 
 from __future__ import annotations
 

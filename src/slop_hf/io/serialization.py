@@ -90,7 +90,7 @@ def _describe(fault: Mapping[str, Any], cls: type) -> str:
 
 
 def to_plain(value: object) -> Json:
-    """Return the value as dicts, lists and scalars, without fields that are None or empty."""
+    """Return the value as dicts, lists and scalars, without None and empty fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {name: to_plain(item) for name, item in items if item is not None and item != () and item != {}}
@@ -149,7 +149,7 @@ def set_keys(content: dict[str, Any], overrides: Mapping[str, Any], *, where: st
         error: class of error to raise.
 
     Raises:
-        error: for a key that leads through a value which is not a section.
+        error: for a key that leads through a value other than a section.
 
     >>> content = {"a": {"b": 1}}
     >>> set_keys(content, {"a.c": 2, "d.e": 3}, where="file", error=SlopError)

@@ -63,7 +63,7 @@ class Hours:
     """Printed GPU hours, and the hours of the cost model.
 
     Args:
-        target: structure that was trained, or grown to.
+        target: structure trained from scratch, or grown to.
         trained: what was trained, for how many tokens.
         computed: hours by `fit_cost_model`.
         note: remark on the comparison.
@@ -161,7 +161,7 @@ def reproduce_products(table: paper.GrowthTable, initial: ModelDims | None = Non
 
 
 def reproduce_hours() -> list[Hours]:
-    """Reproduce the GPU hours of Tables 1 to 4 and 10 with the cost model that is fitted to Table 1's growth stages.
+    """Reproduce the GPU hours of Tables 1 to 4 and 10 with the cost model fitted to Table 1's growth stages.
 
     The hours of the initial models do not lie on a line with the others, nor does the single stage of Table 10.
 

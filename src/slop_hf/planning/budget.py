@@ -179,7 +179,7 @@ def share_tokens_by_utility(
 
 
 def _find_useful_stages(params: Sequence[float], costs: Sequence[float], law: ScalingLaw, first: int) -> list[int]:
-    """Return the stages that are the best use of an hour at some loss; the last stage always is, at the end."""
+    """Return the stages that make the best use of an hour at some loss; the last stage always is, at the end."""
     useful: list[int] = []
     for stage in range(first, len(params)):
 

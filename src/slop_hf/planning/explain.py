@@ -28,7 +28,7 @@ class Choice:
     """One growth of a schedule, and its alternatives.
 
     Args:
-        before, taken: structure that is grown, and growth of the schedule.
+        before, taken: structure before the growth, and growth of the schedule.
         others: best growth of every other set of dimensions, best first; empty without alternatives.
     """
 

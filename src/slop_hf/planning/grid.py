@@ -41,7 +41,7 @@ class GrowthGrid:
 
 
 def get_grid_key(goal: ModelDims, operators: Sequence[str]) -> tuple[str, ...]:
-    """Return a key that is equal for goals that can share a grid: their other dimensions follow `hidden` alike."""
+    """Return a key shared by goals that can share a grid: their other dimensions follow `hidden` alike."""
     follows_heads = Fraction(goal.num_attention_heads, goal.hidden_size) if "mha" not in operators else None
     follows_ffn = (goal.hidden_size, goal.intermediate_size) if "ffn" not in operators else None
     group = goal.num_attention_heads // goal.num_key_value_heads

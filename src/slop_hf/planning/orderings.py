@@ -1,7 +1,7 @@
 """The best orders of growth if each dimension grows once: every order to every target, scored with numpy.
 
 Every structure on the way is a corner of the box between the initial structure and a target: some operators have
-grown, the others have not. A corner is numbered by the bit mask of the operators that have grown. All n! orders share
+grown, the others have not. A corner is numbered by the bit mask of the grown operators. All n! orders share
 the 2^n corners, so a million targets take a few seconds.
 """
 

@@ -170,7 +170,7 @@ class SlopPlanner:
             top_k: largest number of schedules.
             tokens: training tokens of the whole run, or one number per stage, the initial model's first.
             initial_share: the initial model's share of the tokens, relative to one growth stage (the paper's rule); 0
-                for a model that is already trained.
+                for an already trained model.
             already_seen: tokens that the initial model was trained on before.
             sharing: "paper", or "utility" to split the tokens of the schedules by equal marginal utility
                 (`share_tokens_by_utility`) after they are ranked with the paper's shares.
@@ -293,7 +293,7 @@ class SlopPlanner:
         return [(path, budget) for _, path, budget in sorted(ranked, key=lambda entry: entry[0])[:top_k]]
 
     def _build_graphs(self, targets: Sequence[ModelDims]) -> Iterator[tuple[GrowthGrid, GrowthGraph]]:
-        """Yield graphs that cover all targets; targets share a graph if that is possible and less work."""
+        """Yield graphs that cover all targets; targets share a graph if it saves work."""
         values = self.list_axes(targets)
         joint = self.mode == "joint"
         get_key = partial(get_grid_key, operators=list(values))
@@ -327,7 +327,7 @@ class SlopPlanner:
         grid = build_grid(self.initial, goals, values, self.space.ffn_multiple)
         structures, edges = DimsTable(grid.structures, self._inputs), build_grid_edges(grid.shape, joint)
         growths = self.constraints.allow_growths(structures.select(edges.origins), structures.select(edges.targets))
-        # paths begin at the initial structure, which is allowed: it is enough to look at the end of each edge
+        # paths begin at the initial structure, checked before: it is enough to look at the end of each edge
         return grid, GrowthGraph(structures, edges, self.space.allows(grid.structures)[edges.targets] & growths)
 
     def has_fixed_costs(self, budget: Budget) -> bool:
@@ -366,7 +366,7 @@ class SlopPlanner:
         return GrowthSchedule(path[0], tuple(stages), int(budget.tokens[0]), self.score_path(path, budget))
 
     def score_path(self, path: Sequence[ModelDims], budget: Budget) -> dict[str, float]:
-        """Return the value of every objective for a schedule, except those that lack tokens or a cost model."""
+        """Return the value of every objective for a schedule, except objectives that lack tokens or a cost model."""
         structures = DimsTable(DimsArray.of(path)[None], self._inputs)
         return {
             name: float(evaluate_objective(objective, structures, budget)[0])

@@ -94,7 +94,7 @@ class Candidate:
 
 
 def continue_schedule(start: Start | None, schedule: GrowthSchedule) -> GrowthSchedule:
-    """Return a schedule as that of a whole run that begins with the stages up to a start, if there is one.
+    """Return a whole run's schedule that begins with the stages up to a start, if there is one.
 
     Args:
         schedule: schedule that begins with the same structures as the run, or with the structure at the start.
@@ -204,6 +204,6 @@ def get_first_stage(start: Start | None) -> int:
 
 
 def _list_leading(stages: Sequence[GrowthStage]) -> tuple[str, ...]:
-    """Return the dimensions with stages of their own; those that grow along with `hidden` have none."""
+    """Return the dimensions with stages of their own; without the dimensions that grow along with `hidden`."""
     leads = (("hidden",) if stage.operators[0] == "hidden" else stage.label.split("-") for stage in stages)
     return tuple(dict.fromkeys(name for names in leads for name in names))

@@ -137,7 +137,7 @@ class Probe:
             candidates: two or more candidates with different trials.
 
         Raises:
-            SlopError: if some trial cannot begin, which is checked before any training, if a trial fails, or if the
+            SlopError: if some trial cannot begin (checked before any training), if a trial fails, or if the
                 trials of all candidates diverge.
         """
         root, jobs = Path(self.output_dir), self.build_jobs(candidates)

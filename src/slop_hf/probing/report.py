@@ -214,7 +214,7 @@ def describe_probe(report: ProbeReport) -> list[str]:
         sentences.append(f"Diverged, and therefore not ranked: {', '.join(report.diverged)}.")
     if report.not_improved:
         names = ", ".join(report.not_improved)
-        sentences.append(f"Too short to rank by utility, as the loss is not yet below that of the start: {names}.")
+        sentences.append(f"Too short to rank by utility, as the loss is not yet below the start's: {names}.")
     cost, hours = report.cost, format_significant(report.cost.seconds / 3600)
     spent = f"{format_count(cost.tokens)} tokens, {format_power(cost.flops)} FLOPs and {hours} device hours"
     return [*sentences, f"The probe cost {spent}."]

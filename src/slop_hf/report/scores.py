@@ -50,7 +50,7 @@ def label_scores(keys: Sequence[ScoreKey]) -> list[str]:
 def tabulate_final_scores(runs: Sequence[RunSummary], evaluations: Sequence[Sequence[EvalRecord]]) -> TextTable | None:
     """Tabulate benchmark scores, one row per run and one column per task; None unless two runs have scores.
 
-    The evaluations are those of each run's last finished stage. Each task is shown by the metric that most runs have.
+    The evaluations belong to each run's last finished stage. Each task is shown by the metric that most runs have.
     """
     scores = [_index_by_key(run_evaluations) for run_evaluations in evaluations]
     if sum(map(bool, scores)) < 2:

@@ -97,7 +97,7 @@ class _ReportedRun:
 
     @property
     def values(self) -> dict[str, object]:
-        """The values for `report.json`: evaluations by stage directory, without stages that were not evaluated."""
+        """The values for `report.json`: evaluations by stage directory, without unevaluated stages."""
         pairs = zip(self.stages, self.evaluations, strict=True)
         by_stage = {stage.name: evaluations for stage, evaluations in pairs if evaluations}
         values = {"summary": self.summary, "stages": self.stages, "evaluations": by_stage}

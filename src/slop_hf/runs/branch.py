@@ -16,8 +16,6 @@ def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *
     """Begin a run with finished stages of another run; files are hard-linked if the disk supports it.
 
     Args:
-        source: run to take stages from.
-        run: run to begin.
         schedule: schedule of the new run; its stages that `source` has finished are taken over.
         name: prefix of the new run's id.
     """

@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
+
+from typing_extensions import Self
 
 from ..errors import RunError
 from ..io.files import write_text
@@ -30,7 +33,6 @@ from .records import INCOMPLETE, EvalRecord, StageRecord
 SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
-RUN_FILE = "run.json"
 EVAL_FILE = "evaluations.json"
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
@@ -52,11 +54,7 @@ class RunDirectory:
 
     @cached_property
     def schedule(self) -> GrowthSchedule:
-        """The schedule of the run.
-
-        Raises:
-            RunError: if the directory holds no run.
-        """
+        """The schedule of the run; a `RunError` if the directory holds no run."""
         if not self.exists:
             raise RunError(
                 f"{self.path} is not a run: it has no {SCHEDULE_FILE}; give the output directory of `slop train`"
@@ -102,19 +100,11 @@ class RunDirectory:
         return numbers
 
     def records(self) -> list[StageRecord]:
-        """Return the records of the finished stages, in order.
-
-        Raises:
-            RunError: if a stage's `stage.json` is missing or malformed.
-        """
+        """Return the records of the finished stages, in order."""
         return [StageRecord.from_json(self.stage_dir(number) / RECORD_FILE) for number in range(self.finished_stages)]
 
     def evaluations(self, number: int) -> list[EvalRecord]:
-        """Return the scores of a finished stage; empty if it was not evaluated.
-
-        Raises:
-            RunError: if the stage's `evaluations.json` is malformed.
-        """
+        """Return the scores of a finished stage; empty if it was not evaluated."""
         path = self.stage_dir(number) / EVAL_FILE
         if not path.exists():
             return []
@@ -122,14 +112,7 @@ class RunDirectory:
         return parse(list[EvalRecord], content, where=str(path), error=RunError)
 
     def add_evaluations(self, number: int, records: Sequence[EvalRecord]) -> Path:
-        """Add scores to a finished stage; a record replaces an earlier one of the same `EvalRecord.key`.
-
-        Returns:
-            the file that holds them.
-
-        Raises:
-            RunError: if the stage's `evaluations.json` is malformed.
-        """
+        """Add scores to a finished stage, and return their file; a record replaces one with the same `key`."""
         by_key = {record.key: record for record in [*self.evaluations(number), *records]}
         return write_text(self.stage_dir(number) / EVAL_FILE, to_json(list(by_key.values())))
 
@@ -137,9 +120,6 @@ class RunDirectory:
         """Return the log of all finished stages.
 
         Entries hold `step`, `stage`, `tokens` and `train_flops` (all counted over the run) and `loss` or `eval_loss`.
-
-        Raises:
-            RunError: if the last finished stage's `trainer_state.json` is missing or malformed.
         """
         if not self.finished_stages:
             return []
@@ -147,9 +127,24 @@ class RunDirectory:
         return list(read_json(path, if_missing=INCOMPLETE, error=RunError)["log_history"])
 
 
+class RunFile(Record):
+    """A record in a run's directory, under the same name in every run."""
+
+    file_name: ClassVar[str]
+
+    def save(self, run: RunDirectory) -> None:
+        self.to_json(run.path / self.file_name)
+
+    @classmethod
+    def load(cls, run: RunDirectory) -> Self | None:
+        """Read the record of a run; return None if the run has none."""
+        path = run.path / cls.file_name
+        return cls.from_json(path) if path.exists() else None
+
+
 @dataclass(frozen=True)
-class RunFacts(Record, error=RunError, if_missing=INCOMPLETE):
-    """Facts that must not change when a run is resumed: with others it would see other data. Stored as `run.json`.
+class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
+    """Facts that must not change when a run is resumed: with others it would see other data. None in early runs.
 
     Args:
         block_size: tokens per training block.
@@ -160,6 +155,8 @@ class RunFacts(Record, error=RunError, if_missing=INCOMPLETE):
         data: fingerprint of the data and its mixture; "" for data without one.
         vocabulary: hash of the tokenizer; "" without one.
     """
+
+    file_name = "run.json"
 
     block_size: int
     blocks: int
@@ -173,30 +170,8 @@ class RunFacts(Record, error=RunError, if_missing=INCOMPLETE):
         """Return `blocks_per_step` for a schedule of `stages` stages; stages new to the run take the last value."""
         return (*self.blocks_per_step[:stages], *self.blocks_per_step[-1:] * (stages - len(self.blocks_per_step)))
 
-    def save(self, run: RunDirectory) -> None:
-        """Write the facts into a run's directory."""
-        self.to_json(run.path / RUN_FILE)
-
-    @classmethod
-    def load(cls, run: RunDirectory) -> RunFacts | None:
-        """Read the facts of a run; return None if the run predates `run.json`.
-
-        Raises:
-            RunError: if the file is not a valid `run.json`.
-        """
-        path = run.path / RUN_FILE
-        return cls.from_json(path) if path.exists() else None
-
     def check(self, given: RunFacts, run: RunDirectory) -> None:
-        """Refuse to resume a run with other data.
-
-        Args:
-            given: facts of the data and arguments that the run is to be resumed with.
-            run: directory of the run, for the message.
-
-        Raises:
-            RunError: if a fact differs, naming it.
-        """
+        """Refuse to resume a run with data or arguments that give other facts."""
         if self.vocabulary and given.vocabulary and self.vocabulary != given.vocabulary:
             raise RunError(
                 f"{run.path} was begun with another tokenizer, and a vocabulary cannot change between stages; "

@@ -50,7 +50,6 @@ class ConsumedTokens(Record, error=RunError, if_missing=INCOMPLETE):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
         return self.end_token - self.first_token
 
 

@@ -18,10 +18,8 @@ class Rollback:
     """The moves that return a run to the end of a stage; nothing is deleted.
 
     Args:
-        run: directory of the run.
         stage: number of the stage that becomes the last finished one.
-        moved: directories and files to move.
-        aside: directory to move them to.
+        aside: directory that `moved` is moved to.
         keeps_optimizer: whether AdamW's state at the end of the stage still exists, or there never was one; otherwise
             the next stage begins with a new state.
         schedule: new schedule of the run; None leaves the old one.
@@ -45,16 +43,9 @@ class Rollback:
 
 
 def plan_rollback(run: RunDirectory, stage: int, schedule: GrowthSchedule | None = None) -> Rollback:
-    """Decide how to return a run to the end of a stage.
+    """Decide how to return a run to the end of a stage (0 is the initial model).
 
-    Args:
-        run: directory of the run.
-        stage: number of the stage; 0 is the initial model.
-        schedule: schedule for the stages after it; up to this stage it must equal the run's.
-
-    Raises:
-        RunError: if the stage has not finished, there is nothing after it, or `schedule` differs from the run's up to
-            this stage.
+    `schedule` replaces the run's after this stage; up to it, the two must be equal.
     """
     run.select_stages([stage])
     names = run.schedule.stage_names
@@ -71,11 +62,7 @@ def plan_rollback(run: RunDirectory, stage: int, schedule: GrowthSchedule | None
 
 
 def _merge_schedules(old: GrowthSchedule, new: GrowthSchedule, stage: int) -> GrowthSchedule:
-    """Return the old schedule up to a stage and the new one after it; the new one may leave earlier inits open.
-
-    Raises:
-        RunError: if the new schedule differs from the old one up to the stage.
-    """
+    """Return the old schedule up to a stage and the new one after it; the new one may leave earlier inits open."""
     if (old.initial, old.initial_tokens) != (new.initial, new.initial_tokens):
         got = f"{new.initial}, {new.initial_tokens:,} tokens"
         raise RunError(f"the schedule differs from the run's in stage 0, which must stay the same: {got}")

@@ -16,8 +16,6 @@ class RunSnapshot:
     """Everything that a run's files say about its finished stages.
 
     Args:
-        path: directory of the run.
-        schedule: schedule of the run.
         facts: facts that must not change when it is resumed; None if it predates `run.json`.
         records: record of each finished stage, shape [finished stages].
         evaluations: scores of each finished stage, shape [finished stages][records].
@@ -33,11 +31,6 @@ class RunSnapshot:
 
     @classmethod
     def read(cls, run: RunDirectory) -> RunSnapshot:
-        """Read the files of a run.
-
-        Raises:
-            RunError: if there is no run, or one of its files is malformed.
-        """
         records = tuple(run.records())
         return cls(
             path=run.path,

@@ -14,7 +14,7 @@ from ..architectures import LAYER, get_architecture
 from ..dims import ModelDims
 
 VOCAB = 64
-#: The probe is longer than the sliding window of families that have one.
+#: The probe is longer than any family's sliding window.
 PROBE_LENGTH, WINDOW = 20, 8
 
 #: Structures to grow from: one key/value head per query head, one per two query heads, one in all.
@@ -38,7 +38,7 @@ def build_tiny_model(
     Args:
         model_type: family with an axis table.
         dims: structure of the model.
-        dtype: dtype of the weights, which are drawn in float32 and then cast.
+        dtype: dtype of the weights, drawn in float32 and then cast.
         tied: whether output and input embeddings share their weights.
         seed: random seed of the weights; torch's global generator is not moved.
         config: further fields of the config.

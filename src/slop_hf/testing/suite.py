@@ -100,7 +100,7 @@ class Result:
         error: `compute_logit_error` of the growth; nan if it was refused.
         floor: error of casting the float32 source to the case's dtype or, if that does not explain `error`, the larger
             error of casting the float32 grown model; 0 for float32 and wider.
-        live: fraction of the new entries that have a gradient at once; nan if it was not measured.
+        live: fraction of the new entries with a gradient at once; nan if not measured.
     """
 
     case: Case
@@ -291,7 +291,7 @@ def _check_reload(case: Case, grown: PreTrainedModel) -> None:
 
 
 def _check_gradients(case: Case, plan: GrowthPlan, grown: PreTrainedModel) -> float:
-    """Return the fraction of new entries that have a gradient at once; check that each new slot gets one soon."""
+    """Return the fraction of new entries with a gradient at once; check that each new slot gets one soon."""
     live = _step_and_find_live(grown)
     is_live = torch.cat([live[p.name][_mask_new_entries(p)] for p in plan.parameters()])
     for p in plan.parameters():
@@ -327,7 +327,7 @@ def _mask_new_entries(parameter: ParameterPlan) -> torch.Tensor:
 
 
 def _find_dead_slots(plan: GrowthPlan, live: Mapping[str, torch.Tensor]) -> str:
-    """Return the first parameter with a new slot in which no entry is live; "" if there is none."""
+    """Return the first parameter with a new slot without a live entry; "" if all have one."""
     for p in plan.parameters():
         for dimension, axis in enumerate(p.maps):
             by_slot = live[p.name].movedim(dimension, 0)[list(axis.new_slots)]

@@ -6,19 +6,15 @@ from pathlib import Path
 
 from ...errors import EvaluationError
 
-_HERE = Path(__file__).parent
 NAMES = ("marginal_utility", "perplexity")
 
 
 def path_of(name: str) -> str:
     """Return the path of a measurement, as `evaluate.load` takes it.
 
-    Raises:
-        EvaluationError: if there is no such measurement.
-
     >>> path_of("perplexity").endswith("measurements/perplexity")
     True
     """
     if name not in NAMES:
         raise EvaluationError(f"no measurement is named {name!r}: choose one of {', '.join(NAMES)}")
-    return str(_HERE / name)
+    return str(Path(__file__).parent / name)
