@@ -55,7 +55,7 @@ def calibrate_command(
     warmup_steps: Annotated[int, typer.Option(help="Untimed steps before those.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Sequences per step on each device.")] = 4,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary size. Default: taken from --from, or 32000.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary size. Default: from --from, or 32000.")] = None,
     tied: Annotated[bool, typer.Option("--tied", help="Tie the input and output embeddings.")] = False,
     precision: Annotated[str, typer.Option(help="'fp32', or 'bf16' for runs with `bf16: true`.")] = "fp32",
     checkpointing: Annotated[

@@ -117,7 +117,7 @@ def _plan_arm(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:
 
 
 def _get_order(schedule: GrowthSchedule) -> str:
-    """Return the letters of the dimensions that lead a stage; `sequence` also lists the dimensions that grow with them."""
+    """Return the letters of the leading dimensions; `sequence` also lists the dimensions that grow with them."""
     return "-".join(OPERATORS[stage.operators[0]].letter for stage in schedule)
 
 
