@@ -49,8 +49,8 @@ LOG_RATIO = 4  # largest / smallest parameter count from which the axis is logar
 MAX_LABELS = 8  # schedules labelled at their ends
 MAX_STRUCTURES = 6  # stages whose letters are drawn, and whose structures the legend spells out
 MAX_LETTERS = 56  # of a name in a legend
-END_LABEL_SIZE = 8  # points
-END_LABEL_GAP = 0.06  # of the height of the axes, between labels at the ends of lines
+FONT_SIZE = 8  # points
+END_GAP = 0.06  # of the height of the axes, between labels at the ends of lines
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _draw_paths(
         entries.append(("other schedules", Line2D([], [], color=_fade(2, len(plans)), linewidth=OTHER_WIDTH)))
     names = [shorten_name(name, MAX_LETTERS) for name in arm_names]
     entries += [(name, Line2D([], [], **_style_arm(number))) for number, name in enumerate(names)]
-    draw_legend(panel, entries, letters=74, fontsize=END_LABEL_SIZE, handlelength=3)
+    draw_legend(panel, entries, letters=74, fontsize=FONT_SIZE, handlelength=3)
 
 
 def _draw_best(axes: Axes, plan: _Path) -> None:
@@ -196,7 +196,7 @@ def _draw_best(axes: Axes, plan: _Path) -> None:
         shape = "circle,pad=0.3" if len(growth.letters) == 1 else "round,pad=0.3,rounding_size=0.7"
         box = {"boxstyle": shape, "facecolor": colours[number], "edgecolor": "white"}
         # The l of monospaced letters looks different from a stroke.
-        font = {"fontfamily": "monospace", "fontsize": END_LABEL_SIZE, "fontweight": "bold", "color": "white"}
+        font = {"fontfamily": "monospace", "fontsize": FONT_SIZE, "fontweight": "bold", "color": "white"}
         axes.text(*middle, growth.letters, ha="center", va="center", bbox=box, gid="growth", zorder=6, **font)
 
 
@@ -212,7 +212,7 @@ def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> N
 
     for position, (field, (low, high)) in enumerate(ranges.items()):
         axes.plot([position, position], [0, 1], color="0.6", linewidth=0.9, zorder=1, gid=f"axis-{field}")
-        text: Style = {"ha": "center", "fontsize": END_LABEL_SIZE, "color": "0.25", "textcoords": "offset points"}
+        text: Style = {"ha": "center", "fontsize": FONT_SIZE, "color": "0.25", "textcoords": "offset points"}
         axes.annotate(f"{low:,}", (position, 0), (0, -7), va="top", **text)
         if high > low:
             axes.annotate(f"{high:,}", (position, 1), (0, 7), va="bottom", **text)
@@ -251,7 +251,7 @@ def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> N
     ]
     if len(targets) > 1:
         entries.append(("other targets", Line2D([], [], color=_fade(2, len(schedules)), linewidth=OTHER_WIDTH)))
-    draw_legend(panel, entries, letters=60, fontsize=END_LABEL_SIZE, handlelength=3)
+    draw_legend(panel, entries, letters=60, fontsize=FONT_SIZE, handlelength=3)
 
 
 def _find_ranges(structures: Sequence[ModelDims]) -> dict[str, tuple[int, int]]:
@@ -270,14 +270,14 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, int]]) -> No
     # From the top down; of ends at the same height, the best rank comes first.
     ends = sorted(ends, key=lambda end: (-end[1], end[3]))
     high, low = (to_axes.transform(end[:2])[1] for end in (ends[0], ends[-1]))
-    extent = max(high - low, END_LABEL_GAP * (len(ends) - 1))
+    extent = max(high - low, END_GAP * (len(ends) - 1))
     middle = min(max((high + low) / 2, extent / 2), 1 - extent / 2)
     heights = np.linspace(middle + extent / 2, middle - extent / 2, len(ends))
     for (x, y, label, rank), height in zip(ends, heights, strict=True):
         best_colour = _shade_stages(3)[-1]
         colour, weight, grey = (best_colour, "bold", best_colour) if rank == 1 else ("0.35", "normal", "0.7")
         leader = {"arrowstyle": "-", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5), "color": grey}
-        style: Style = {"va": "center", "fontsize": END_LABEL_SIZE, "fontweight": weight, "color": colour, "gid": "end"}
+        style: Style = {"va": "center", "fontsize": FONT_SIZE, "fontweight": weight, "color": colour, "gid": "end"}
         place: Style = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
         axes.annotate(label, (x, y), arrowprops=leader, **place, **style)
 
