@@ -97,7 +97,7 @@ def test_consumed_tokens_and_losses_by_source(whole):
 def test_sources_that_are_read_again_are_reported(whole, tmp_path, caplog):
     trainer(tmp_path / "out", data=mixed(whole), eval_dataset=None)._warn()
     said = [record.getMessage() for record in caplog.records if "passes over it" in record.getMessage()]
-    assert len(said) == 1 and "of source code, it has 64: the run will make 4.2 passes" in said[0]
+    assert len(said) == 1 and "of source code, which has 64: the run will make 4.2 passes" in said[0]
 
 
 def test_other_data_and_vocabularies_are_refused(whole, tmp_path):
@@ -124,7 +124,7 @@ def test_other_data_and_vocabularies_are_refused(whole, tmp_path):
     with pytest.raises(RunError, match="other documents, or other weights of its mixture; resume with the same data"):
         again(fingerprint="other")
     changed = trainer(path, data=mixed(whole), model=model, processing_class=other, eval_dataset=None)
-    with pytest.raises(RunError, match="another tokenizer: its vocabulary cannot change or grow between stages"):
+    with pytest.raises(RunError, match="another tokenizer, and a vocabulary cannot change between stages"):
         changed.train(resume_from_checkpoint=True)
     again()
     assert RunDirectory(path).is_finished
