@@ -61,7 +61,7 @@ class Lineage(Record, error=HubError, if_missing=_IF_MISSING):
 
 @dataclass(frozen=True)
 class Origin(RunFile, error=HubError, if_missing=_IF_MISSING):
-    """The published stage that a run starts from; `ancestors` are its record and those of the stages before it."""
+    """The published stage that a run starts from; `ancestors` are the records of that stage and the ones before it."""
 
     file_name = "origin.json"
 

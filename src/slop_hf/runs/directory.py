@@ -144,7 +144,7 @@ class RunFile(Record):
 
 @dataclass(frozen=True)
 class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
-    """Facts that must not change when a run is resumed: with others it would see other data. None in early runs.
+    """Facts that must not change when a run is resumed: with others it would see other data. Stored as `run.json`.
 
     Args:
         block_size: tokens per training block.
