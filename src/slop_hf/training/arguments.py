@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..errors import RunError
 from ..growth.plan import DEFAULT_NOISE
@@ -31,90 +32,72 @@ class SlopTrainingArguments(TrainingArguments):
         RunError: for an argument without meaning in a staged run.
     """
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of every stage."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the matrices."})
-    lr_scheduler_type: str = field(
+    learning_rate: float = HfArg(default=3e-4, help="Peak learning rate of every stage.")
+    adam_beta2: float = HfArg(default=0.95, help="Beta2 of AdamW.")
+    weight_decay: float = HfArg(default=0.1, help="Weight decay of the matrices.")
+    lr_scheduler_type: str = HfArg(
         default="cosine_with_min_lr",
-        metadata={"help": "Learning-rate schedule over each stage or the run (lr_span); WSD: warmup_stable_decay."},
+        help="Learning-rate schedule over each stage or the run (lr_span); WSD: warmup_stable_decay.",
     )
-    lr_scheduler_kwargs: dict[str, Json] | str | None = field(
+    lr_scheduler_kwargs: dict[str, Json] | str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Arguments of the learning-rate schedule; by default the cosine ends at 10%% of the peak, as in "
-            "the paper. num_decay_steps below 1 is a share of the span."
-        },
+        help="Arguments of the learning-rate schedule; by default the cosine ends at 10%% of the peak, as in "
+        "the paper. num_decay_steps below 1 is a share of the span.",
     )
-    lr_span: str = field(
+    lr_span: str = HfArg(
         default="stage",
-        metadata={
-            "help": "Span of the learning-rate schedule: 'stage', again after each growth, or 'run', once.",
-            "choices": LR_SPANS,
-        },
+        help="Span of the learning-rate schedule: 'stage', again after each growth, or 'run', once.",
+        metadata={"choices": LR_SPANS},
     )
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Warm-up of each span: steps, or below 1 a share of the span."}
-    )
-    rewarm_steps: float | None = field(
+    warmup_steps: float = HfArg(default=0.05, help="Warm-up of each span: steps, or below 1 a share of the span.")
+    rewarm_steps: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Warm-up after each growth: steps, or below 1 a share of the stage. By default stages warm up for "
-            "warmup_steps, and a schedule over the run ignores growths."
-        },
+        help="Warm-up after each growth: steps, or below 1 a share of the stage. By default stages warm up for "
+        "warmup_steps, and a schedule over the run ignores growths.",
     )
-    batch_tokens: list[int] | None = field(
+    batch_tokens: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Tokens per optimizer step over all devices: one number, or one per stage. Accumulation follows "
-            "from it. By default batch size, accumulation and number of devices decide."
-        },
+        help="Tokens per optimizer step over all devices: one number, or one per stage. Accumulation follows "
+        "from it. By default batch size, accumulation and number of devices decide.",
     )
-    stage_batch_sizes: list[int] | None = field(
-        default=None,
-        metadata={"help": "per_device_train_batch_size of each stage; large models may need a small one."},
+    stage_batch_sizes: list[int] | None = HfArg(
+        default=None, help="per_device_train_batch_size of each stage; large models may need a small one."
     )
-    stage_learning_rates: list[float] | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of each stage, one number per stage; by default learning_rate for all."},
+    stage_learning_rates: list[float] | None = HfArg(
+        default=None, help="Peak learning rate of each stage, one number per stage; by default learning_rate for all."
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Not used: the schedule's tokens decide."})
-    train_sampling_strategy: str = field(
-        default="sequential", metadata={"help": "Stays sequential: the shuffled order is the run's own."}
+    num_train_epochs: float = HfArg(default=1.0, help="Not used: the schedule's tokens decide.")
+    train_sampling_strategy: str = HfArg(
+        default="sequential", help="Stays sequential: the shuffled order is the run's own."
     )
-    growth_init: dict[str, str] | str | None = field(
-        default=None,
-        metadata={"help": "Init of each operator, or one for all, for stages without an init in the schedule."},
+    growth_init: dict[str, str] | str | None = HfArg(
+        default=None, help="Init of each operator, or one for all, for stages without an init in the schedule."
     )
-    growth_seed: int = field(default=0, metadata={"help": "Seed of the entries that growth draws at random."})
-    growth_noise: float = field(
+    growth_seed: int = HfArg(default=0, help="Seed of the entries that growth draws at random.")
+    growth_noise: float = HfArg(
         default=DEFAULT_NOISE,
-        metadata={
-            "help": "Noise that breaks the symmetry of copies under the init `copy`, as a fraction of the model's "
-            "initializer_range; it does not change the function."
-        },
+        help="Noise that breaks the symmetry of copies under the init `copy`, as a fraction of the model's "
+        "initializer_range; it does not change the function.",
     )
-    carry_optimizer_state: bool = field(
+    carry_optimizer_state: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Grow AdamW's moments with the weights; by default every stage starts with a fresh AdamW, which "
-            "reached a lower loss in our experiments (docs/results.md)."
-        },
+        help="Grow AdamW's moments with the weights; by default every stage starts with a fresh AdamW, which "
+        "reached a lower loss in our experiments (docs/results.md).",
     )
-    eval_before_growth: bool = field(default=True, metadata={"help": "Evaluate at the end of each stage."})
-    eval_after_growth: bool = field(default=True, metadata={"help": "Evaluate right after each growth."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses in the log; the run stops at the first one anyway."}
+    eval_before_growth: bool = HfArg(default=True, help="Evaluate at the end of each stage.")
+    eval_after_growth: bool = HfArg(default=True, help="Evaluate right after each growth.")
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Hide non-finite losses in the log; the run stops at the first one anyway."
     )
-    keep_optimizer_states: bool = field(
-        default=False,
-        metadata={"help": "Keep the optimizer state of every stage, to roll back to; by default only the last one's."},
+    keep_optimizer_states: bool = HfArg(
+        default=False, help="Keep the optimizer state of every stage, to roll back to; by default only the last one's."
     )
-    max_shard_size: str = field(default="2GB", metadata={"help": "Largest file of weights or optimizer state."})
-    cost_model: str | None = field(
-        default=None, metadata={"help": "File written by `slop calibrate`, for the estimate of the time left."}
+    max_shard_size: str = HfArg(default="2GB", help="Largest file of weights or optimizer state.")
+    cost_model: str | None = HfArg(
+        default=None, help="File written by `slop calibrate`, for the estimate of the time left."
     )
-    peak_tflops: float | None = field(
-        default=None, metadata={"help": "Peak of a device in TFLOP/s, for MFU; not needed for known devices."}
+    peak_tflops: float | None = HfArg(
+        default=None, help="Peak of a device in TFLOP/s, for MFU; not needed for known devices."
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "growth_init"]

@@ -45,10 +45,6 @@ class Batches:
         Args:
             blocks: blocks per optimizer step, over all devices.
             largest: largest micro-batch that a device has memory for.
-            devices: number of devices.
-
-        Raises:
-            RunError: if the devices cannot share the blocks equally.
 
         >>> Batches.share(96, largest=20, devices=2)
         Batches(micro_batch_size=16, accumulation_steps=3)
@@ -66,17 +62,7 @@ class Batches:
 def resolve_per_stage(
     values: Number | Sequence[Number] | None, default: Number, stages: int, name: str
 ) -> tuple[Number, ...]:
-    """Return one value per stage from an argument with no value, one value for all stages, or one per stage.
-
-    Args:
-        values: value of the argument.
-        default: value of all stages if `values` is None.
-        stages: number of stages, including the initial one.
-        name: name of the argument, for the message.
-
-    Raises:
-        RunError: for any other number of values.
-    """
+    """Return one value per stage from an argument with no value (None), one value for all stages, or one per stage."""
     values = default if values is None else values
     values = [values] if isinstance(values, (int, float)) else list(values)
     if len(values) not in (1, stages):
@@ -90,14 +76,7 @@ def resolve_per_stage(
 def count_blocks_per_step(args: SlopTrainingArguments, block_size: int, devices: int, stages: int) -> tuple[int, ...]:
     """Return the blocks per optimizer step of each stage, over all devices.
 
-    Args:
-        args: training arguments.
-        block_size: tokens per block.
-        devices: number of devices; it matters only if `batch_tokens` is not set.
-        stages: number of stages, including the initial one.
-
-    Raises:
-        RunError: if `batch_tokens` is not a multiple of the block size.
+    The number of devices matters only if `batch_tokens` is not set.
     """
     if args.batch_tokens is None:
         sizes = _resolve_batch_sizes(args, stages)
@@ -120,16 +99,7 @@ def keep_last_stage(args: SlopTrainingArguments) -> None:
 
 
 def share_batches(args: SlopTrainingArguments, blocks: Sequence[int], devices: int) -> tuple[Batches, ...]:
-    """Return the batch of one device in each stage.
-
-    Args:
-        args: training arguments.
-        blocks: blocks per optimizer step of each stage.
-        devices: number of devices of this launch.
-
-    Raises:
-        RunError: if the devices cannot share a step equally.
-    """
+    """Return the batch of one device in each stage, from each stage's blocks per optimizer step."""
     sizes = _resolve_batch_sizes(args, len(blocks))
     return tuple(Batches.share(number, size, devices) for number, size in zip(blocks, sizes, strict=True))
 

@@ -7,25 +7,16 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..cost.hours import CostModel, Measurement
@@ -46,9 +37,9 @@ if TYPE_CHECKING:
 #: Disable checkpoints and logging while timing.
 _QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
 
-_FIELDS = {item.name for item in fields(SlopTrainingArguments)}
 #: transformers 5.23 renamed it, and warns about the old name.
-_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
+_NAMES = "activation_checkpointing", "gradient_checkpointing"
+_CHECKPOINTING = next(name for name in _NAMES if name in SlopTrainingArguments.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -56,13 +47,9 @@ class StepTimes:
     """The times of a structure's training steps.
 
     Args:
-        dims: the structure.
-        parameters: number of parameters.
         flops_per_token: training FLOPs per token, as `cost.flops.count_flops_per_token` counts them.
         tokens: tokens per step, over all devices.
-        devices: number of devices that shared the work.
         seconds: seconds of each step, without the warm-up.
-        hardware: description of the hardware.
         peak_bytes: most memory allocated on the (first) device; None if torch does not count it.
 
     >>> times = StepTimes(ModelDims(64, 128, 2, 2), 4_000_000, 2.4e7, 1024, 2, (0.5, 0.4, 9.0), "2 × some GPU")
@@ -151,15 +138,14 @@ def calibrate(
     _check(structures, config, sequence_length, precision)
     arguments = {"per_device_train_batch_size": batch_size, "bf16": precision == "bf16", "seed": seed, **_QUIET}
     if checkpointing:
-        arguments |= {_CHECKPOINTING: True}
+        arguments[_CHECKPOINTING] = True
     model = {"max_position_embeddings": sequence_length, **config}
     run = RunConfig(model=model, training={**(training or {}), **arguments})
     bench = _Bench(run, sequence_length, warmup_steps, steps)
-    largest_first = sorted(structures, key=lambda dims: -count_flops_per_token(dims, config, sequence_length))
     total = len(structures) * (warmup_steps + steps)
     times: dict[ModelDims, StepTimes] = {}
     with tqdm(total=total, unit="step", disable=None if progress else True) as bar:
-        for dims in largest_first:
+        for dims in sorted(structures, key=lambda dims: -count_flops_per_token(dims, config, sequence_length)):
             bar.set_description(str(dims))
             times[dims] = bench.time(dims, bar.update)
             gc.collect()  # trainers are reference cycles: otherwise this model would stay in memory with the next one
@@ -201,8 +187,7 @@ class _Bench:
         with TemporaryDirectory(prefix="slop-calibrate-") as directory, self._explain_out_of_memory(dims):
             clock = _Clock(tick)
             trainer = self._build_trainer(dims, directory, clock)
-            args = trainer.args
-            backend = _get_backend(args.device)
+            backend = _get_backend(trainer.args.device)
             if counts_memory := hasattr(backend, "reset_peak_memory_stats"):
                 backend.reset_peak_memory_stats()
             trainer.train()
@@ -212,9 +197,9 @@ class _Bench:
                 parameters=count_parameters(dims, model_config),
                 flops_per_token=float(count_flops_per_token(dims, model_config, self.sequence_length)),
                 tokens=span.tokens // span.steps,
-                devices=_count_devices(args),
+                devices=_count_devices(trainer.args),
                 seconds=tuple(clock.seconds[self.warmup_steps :]),
-                hardware=_describe_hardware(args, self.sequence_length),
+                hardware=_describe_hardware(trainer.args, self.sequence_length),
                 peak_bytes=backend.max_memory_allocated() if counts_memory else None,
             )
 
@@ -235,8 +220,7 @@ class _Bench:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, None)  # a family's defaults may lie outside of a small vocabulary
         set_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return model
+        return AutoModelForCausalLM.from_config(config)
 
     @contextmanager
     def _explain_out_of_memory(self, dims: ModelDims) -> Iterator[None]:
@@ -273,15 +257,11 @@ class _Clock(TrainerCallback):
         self._tick = tick
         self._last = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: SlopTrainingArguments, state: object, control: object, **kwargs: object) -> None:
         _get_backend(args.device).synchronize()
         self._last = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: SlopTrainingArguments, state: object, control: object, **kwargs: object) -> None:
         _get_backend(args.device).synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._last)
@@ -289,14 +269,14 @@ class _Clock(TrainerCallback):
         self._tick()
 
 
+@dataclass(frozen=True)
 class _RandomTokens(Dataset[dict[str, torch.Tensor]]):
     """Blocks of random tokens, drawn when they are read."""
 
-    def __init__(self, blocks: int, size: int, vocab_size: int, seed: int) -> None:
-        self.blocks = blocks
-        self.size = size
-        self.vocab_size = vocab_size
-        self.seed = seed
+    blocks: int
+    size: int
+    vocab_size: int
+    seed: int
 
     def __len__(self) -> int:
         return self.blocks
@@ -308,8 +288,7 @@ class _RandomTokens(Dataset[dict[str, torch.Tensor]]):
 
 def _get_backend(device: torch.device) -> ModuleType:
     """Return torch.cuda, torch.mps, torch.cpu, ...: all of them can synchronize."""
-    backend: ModuleType = getattr(torch, device.type)
-    return backend
+    return cast("ModuleType", getattr(torch, device.type))
 
 
 def _count_devices(args: SlopTrainingArguments) -> int:
@@ -326,8 +305,7 @@ def _describe_hardware(args: SlopTrainingArguments, sequence_length: int) -> str
         name = (f"{count} × " if count > 1 else "") + _get_backend(device).get_device_name(device)
     else:
         name = f"{_find_processor()}, {device.type}"
-    dtype = "bfloat16" if args.bf16 else "float32"
-    batch = args.per_device_train_batch_size
+    dtype, batch = "bfloat16" if args.bf16 else "float32", args.per_device_train_batch_size
     return f"{name}, torch {torch.__version__}, {dtype}, batches of {batch} × {sequence_length} tokens"
 
 

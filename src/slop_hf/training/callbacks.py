@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..runs.directory import RunDirectory
 from .ranks import Ranks
@@ -15,21 +15,15 @@ class StageEnd(TrainerCallback):
     """Logs at the last step of each stage, so that its record and its curve end there.
 
     No checkpoint is saved at that step: the stage's directory is written right after it.
-
-    Args:
-        get_end_step: function that returns the global step at which the stage in training ends.
     """
 
     def __init__(self, get_end_step: Callable[[], int]) -> None:
         self.get_end_step = get_end_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> TrainerControl:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.global_step == self.get_end_step():
             control.should_log = True
             control.should_save = False
-        return control
 
 
 class StageCallback(TrainerCallback):
@@ -43,10 +37,4 @@ class StageCallback(TrainerCallback):
     publishes: ClassVar[bool] = False
 
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
-        """Called on all ranks when a finished stage has been written, before the next one is grown from it.
-
-        Args:
-            run: run directory.
-            stage: number of the stage.
-            ranks: processes of the run.
-        """
+        """Called on all ranks when a finished stage has been written, before the next one is grown from it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from transformers.utils import logging
 
@@ -85,11 +85,7 @@ def find_last_good_checkpoint(run: RunDirectory, stage: int, ranks: Ranks) -> Pa
 
 
 def check_stage(run: RunDirectory, stage: int, ranks: Ranks) -> None:
-    """Refuse to continue from a finished stage whose files have changed.
-
-    Raises:
-        RunError: on all ranks.
-    """
+    """Refuse to continue from a finished stage whose files have changed."""
     directory = run.stage_dir(stage)
     if not (directory / CHECKSUM_FILE).exists():  # written by a release without checksums
         return
@@ -108,14 +104,9 @@ def remove_old_checkpoints(run: RunDirectory, stage: int, keep: int | None) -> N
 
 
 def read_resumption(checkpoint: Path) -> Resumption:
-    """Read the `resume.json` of a checkpoint.
-
-    Raises:
-        RunError: if it cannot be read.
-    """
+    """Read the `resume.json` of a checkpoint."""
     path = checkpoint / RESUME_FILE
     try:
-        resumption: Resumption = json.loads(path.read_text())
+        return cast(Resumption, json.loads(path.read_text()))
     except (OSError, ValueError) as caught:
         raise RunError(f"{path} cannot be read ({caught}); resume from another checkpoint") from None
-    return resumption

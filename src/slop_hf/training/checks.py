@@ -24,11 +24,7 @@ _STAGE_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 
 def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: object) -> None:
-    """Refuse a model that is not the schedule's initial model, or whose vocabulary is too small for the tokenizer.
-
-    Raises:
-        RunError: naming both sides.
-    """
+    """Refuse a model that is not the schedule's initial model, or whose vocabulary is too small for the tokenizer."""
     dims = ModelDims.from_config(model.config)
     if dims != schedule.initial:
         raise RunError(
@@ -44,11 +40,7 @@ def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_cla
 
 
 def check_publishing(push_to_hub: bool, callbacks: Iterable[TrainerCallback] | None) -> None:
-    """Refuse `push_to_hub` without a callback that publishes: the trainer itself does not push.
-
-    Raises:
-        RunError: with the callback to attach.
-    """
+    """Refuse `push_to_hub` without a callback that publishes: the trainer itself does not push."""
     if push_to_hub and not any(getattr(callback, "publishes", False) for callback in callbacks or ()):
         raise RunError(
             "push_to_hub needs a callback that publishes finished stages: give callbacks=[PublishCallback(...)] "
@@ -57,11 +49,7 @@ def check_publishing(push_to_hub: bool, callbacks: Iterable[TrainerCallback] | N
 
 
 def check_blocks(dataset: object, model: PreTrainedModel) -> int:
-    """Return the number of tokens per block of the training data.
-
-    Raises:
-        DataError: if the data is not map-style, is empty, or its blocks exceed the model's positions.
-    """
+    """Return the number of tokens per block of the training data, which must be map-style and fit the model."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(f"train_dataset must be map-style (with len and index), got {type(dataset).__name__}")
     if not len(dataset):
@@ -80,11 +68,7 @@ def check_document_mask(dataset: MixedBlocks, model: PreTrainedModel, batch_size
 
     Args:
         dataset: training data; its blocks have `position_ids` if their documents are to be masked.
-        model: initial model.
         batch_sizes: micro-batch size of each stage.
-
-    Raises:
-        RunError: with the setting to change.
     """
     kernel = model.config._attn_implementation
     if "position_ids" in dataset[0] and "flash" in kernel and max(batch_sizes) > 1:
@@ -95,11 +79,7 @@ def check_document_mask(dataset: MixedBlocks, model: PreTrainedModel, batch_size
 
 
 def check_launch(args: TrainingArguments, *, fsdp: bool) -> None:
-    """Refuse launches whose states could not be carried over a growth.
-
-    Raises:
-        RunError: with another way to launch.
-    """
+    """Refuse launches whose states could not be carried over a growth."""
     if fsdp:
         raise RunError("FSDP is not supported; shard with DeepSpeed ZeRO-3 (recipes/accelerate), or launch without")
     if args.n_gpu > 1:
@@ -115,8 +95,6 @@ def describe_space_shortage(plan: RunPlan, directory: Path, checkpoints: int | N
     """Return a warning if a run needs more disk space than is free, else None.
 
     Args:
-        plan: the run.
-        directory: directory of the run.
         checkpoints: checkpoints that a stage keeps; there is one more while it is written.
     """
     sizes = [span.parameters for span in plan.spans]
@@ -131,17 +109,10 @@ def describe_space_shortage(plan: RunPlan, directory: Path, checkpoints: int | N
 
 
 def describe_repeated_data(dataset: MixedBlocks, plan: RunPlan) -> list[str]:
-    """Return a warning for each source that a run reads more than once.
-
-    Args:
-        dataset: training data.
-        plan: the run.
-    """
-    facts, last = plan.facts, plan.spans[-1]
+    """Return a warning for each source that a run reads more than once."""
+    facts, blocks = plan.facts, sum(span.blocks for span in plan.spans)
     warnings = []
-    for consumed in count_consumed_tokens(
-        dataset, facts.data_seed, facts.block_size, 0, last.first_block + last.blocks
-    ):
+    for consumed in count_consumed_tokens(dataset, facts.data_seed, facts.block_size, 0, blocks):
         passes = consumed.end_token / consumed.available_tokens
         if passes > 1:
             source = "the corpus" if consumed.source == ONLY else f"source {consumed.source}"

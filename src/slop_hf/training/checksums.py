@@ -29,9 +29,7 @@ def write_checksums(directory: Path, written: Iterable[str], ranks: Ranks) -> No
     """Write the checksums of a directory's files.
 
     Args:
-        directory: directory that all ranks see.
         written: names of the files that this rank has written; the first rank checks files that no rank names.
-        ranks: processes of the run.
     """
     names = set(written)
     named: set[str] = set().union(*ranks.gather_all(sorted(names)))
@@ -61,9 +59,9 @@ def _compute_checksum(path: Path) -> Checksum:
 def find_corruption(directory: Path, ranks: Ranks, *, is_stage: bool = False) -> str | None:
     """Compare a directory's files with their checksums; return the first difference, the same on all ranks, or None.
 
+    Each rank reads its share of the files.
+
     Args:
-        directory: directory of a checkpoint, or of a finished stage.
-        ranks: processes of the run; each reads its share of the files.
         is_stage: whether the optimizer state may be missing, as in a finished stage.
     """
     try:
@@ -83,4 +81,4 @@ def find_corruption(directory: Path, ranks: Ranks, *, is_stage: bool = False) ->
             fault = f"{name} does not hold what was written"
         if fault is not None:
             break
-    return next((message for message in ranks.gather_all(fault) if message is not None), None)
+    return next(filter(None, ranks.gather_all(fault)), None)

@@ -8,15 +8,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
 from typing_extensions import Self
@@ -149,7 +143,6 @@ class RunConfig(Record, error=RunError):
         """Return the config of the initial model.
 
         Args:
-            dims: its structure.
             vocab_size: size of its vocabulary, unless the run's own settings give one.
             as_described: whether to use the run's settings instead of loading the pretrained model's config.
 
@@ -181,8 +174,6 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     """Return the trainer of a run, after preparing the data and building or loading the initial model.
 
     Args:
-        config: the run.
-        output_dir: run directory.
         scratch: whether to train the schedule's target from random weights with the same FLOPs instead.
         kwargs: further arguments of `SlopTrainer`, such as `callbacks`.
 
@@ -214,8 +205,6 @@ def preview_run(
     `model` nor `data` gives the vocabulary's size, and bf16 is accepted without a device that computes in it.
 
     Args:
-        config: the run.
-        output_dir: run directory.
         scratch: as for `build_trainer`.
         devices: number of devices that would share the work.
 
@@ -273,11 +262,10 @@ def _build_initial_model(
     config: RunConfig, schedule: GrowthSchedule, corpus: Corpus, seed: int, *, scratch: bool
 ) -> PreTrainedModel:
     model_config = config.model_config(schedule.initial, len(corpus.tokenizer))
-    pretrained = config.model.get("pretrained")
-    if pretrained is not None and not scratch:
+    if (pretrained := config.model.get("pretrained")) is not None and not scratch:
         try:
             directory = find_checkpoint_directory(pretrained)
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(directory, dtype="auto"))
+            return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
         except OSError as caught:
             raise RunError(
                 f"model.pretrained {pretrained} cannot be loaded ({get_first_line(caught)}); it must have safetensors"
@@ -290,11 +278,10 @@ def _build_initial_model(
         from . import zero3
 
         return zero3.build_random_model(model_config)
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config))
+    return AutoModelForCausalLM.from_config(model_config)
 
 
 def _refuse_unknown(names: Iterable[str], known: list[str], section: str) -> None:
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise RunError(f"{section}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if unknown := [name for name in names if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise RunError(f"{section}: unknown key {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -13,8 +13,7 @@ from .ranks import Ranks
 class NonFiniteLossGuard:
     """Collects on the device whether a loss was not finite, without waiting for the device until it is asked.
 
-    Args:
-        ranks: processes of the run; a non-finite loss on one of them stops all.
+    A non-finite loss on one rank stops all.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -27,14 +26,11 @@ class NonFiniteLossGuard:
         self._non_finite = non_finite if self._non_finite is None else self._non_finite | non_finite
 
     def check(self, grad_norm: float | torch.Tensor | None, last_good: Path | None) -> None:
-        """Stop if a loss since the last check, or the gradient norm, was not finite.
+        """Raise `DivergedError` on all ranks if a loss since the last check, or the gradient norm, was not finite.
 
         Args:
             grad_norm: norm of this step's gradient; None if it is unknown.
             last_good: checkpoint or stage to resume from; None if nothing was saved.
-
-        Raises:
-            DivergedError: on all ranks.
         """
         fault = None
         if self._non_finite is not None and bool(self._non_finite.any()):
@@ -42,8 +38,7 @@ class NonFiniteLossGuard:
         elif grad_norm is not None and not torch.isfinite(torch.as_tensor(grad_norm)):
             fault = "the gradient norm"
         self._non_finite = None
-        fault = next((name for name in self._ranks.gather_all(fault) if name is not None), None)
-        if fault is not None:
+        if fault := next(filter(None, self._ranks.gather_all(fault)), None):
             state = f"the last good state is {last_good}" if last_good else "nothing was saved before"
             raise DivergedError(
                 f"{fault} is no longer finite; training stopped, and {state}. Lower learning_rate, lengthen the "

@@ -32,9 +32,6 @@ def prepare_launch(args: TrainingArguments) -> None:
 
     Args:
         args: `TrainingArguments` before their `__post_init__`.
-
-    Raises:
-        RunError: for a combination of arguments and launcher that cannot work.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = args.use_cpu or not torch.cuda.is_available()

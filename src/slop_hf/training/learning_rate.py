@@ -37,11 +37,7 @@ def build_stage_scheduler(
     Args:
         args: training arguments: lr_scheduler_type and its kwargs, lr_span, warmup_steps, rewarm_steps.
         optimizer: optimizer of the stage, with the peak learning rate.
-        span: the stage.
         run_steps: steps of all stages together.
-
-    Raises:
-        RunError: for a schedule over the run that depends on more than the step.
     """
     whole_run = args.lr_span == "run"
     steps = run_steps if whole_run else max(span.steps, 1)
@@ -60,25 +56,19 @@ def build_stage_scheduler(
     if not isinstance(scheduler, LambdaLR):
         name = _get_scheduler_name(args)
         raise RunError(f"lr_scheduler_type {name!r} depends on more than the step; use lr_span stage")
-    factors: list[Callable[[int], float]] = [
-        partial(_shift_factor, factor, span.first_step, rewarm or 0) for factor in scheduler.lr_lambdas
-    ]
-    return LambdaLR(optimizer, factors)
+    factors = scheduler.lr_lambdas
+    return LambdaLR(optimizer, [partial(_shift_factor, factor, span.first_step, rewarm or 0) for factor in factors])
 
 
 def check_scheduler(args: SlopTrainingArguments, spans: Sequence[StageSpan]) -> None:
-    """Refuse now a scheduler that could not be built once training begins.
-
-    Raises:
-        RunError: naming its type.
-    """
+    """Refuse now a scheduler that could not be built once training begins."""
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         for span in spans:
             build_stage_scheduler(args, optimizer, span, spans[-1].end_step)
+    except SlopError:
+        raise
     except (TypeError, ValueError) as caught:
-        if isinstance(caught, SlopError):
-            raise
         name = _get_scheduler_name(args)
         raise RunError(f"lr_scheduler_type {name!r}: {caught}; see lr_scheduler_kwargs") from None
 
@@ -96,10 +86,8 @@ def _convert_shares(kwargs: dict[str, Json] | str | None, steps: int) -> dict[st
     """Return a scheduler's arguments with shares of the span converted to steps."""
     if not isinstance(kwargs, dict):
         return kwargs
-    return {
-        name: resolve_steps(value, steps) if name in ("num_decay_steps", "num_stable_steps") and value else value
-        for name, value in kwargs.items()
-    }
+    shares = {name: kwargs[name] for name in ("num_decay_steps", "num_stable_steps") if kwargs.get(name)}
+    return kwargs | {name: resolve_steps(share, steps) for name, share in shares.items()}
 
 
 def restore_scheduler(scheduler: LRScheduler, state: dict[str, Json]) -> None:

@@ -22,9 +22,7 @@ def continue_curves(
     those steps twice.
 
     Args:
-        callbacks: callbacks of the trainer.
         args: arguments of the trainer; a missing `run_name` is set.
-        run: run directory.
         run_id: unique name of the run, the same whenever it is resumed.
         first_step: number of global steps done.
     """

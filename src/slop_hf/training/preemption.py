@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 
 from .ranks import Ranks
 
@@ -20,9 +20,6 @@ class StopOnSignal(TrainerCallback):
 
     The signal reaches the ranks at different moments. At the end of each step they start an all-reduce of whether one
     of them has received it, and read its result a step later, so that no rank waits.
-
-    Args:
-        ranks: processes of the run.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -51,21 +48,15 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> TrainerControl:
-        if self._should_stop():
+    def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
+        received = self._received
+        if self._ranks.count > 1:
+            received = self._finish_reduction()
+            flag = torch.tensor(int(self._received))
+            self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if received:
             self.stopped = True
             control.should_save = control.should_training_stop = True
-        return control
-
-    def _should_stop(self) -> bool:
-        if self._ranks.count == 1:
-            return self._received
-        received = self._finish_reduction()
-        flag = torch.tensor(int(self._received))
-        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return received
 
     def _finish_reduction(self) -> bool:
         """Whether any rank had received the signal a step ago."""

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any, TextIO, TypeAlias
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerState
 from transformers.trainer_utils import has_length
 
 from ..io.serialization import Json
@@ -38,7 +38,6 @@ def format_log_line(stage: str, step: int, steps: int, logs: Mapping[str, Json])
     """Return what a trainer logged as one line.
 
     Args:
-        stage: name of the stage in training.
         step, steps: optimizer steps done, and in the whole run.
         logs: values as `Trainer.log` receives them; unknown names are shown unchanged.
 
@@ -49,9 +48,9 @@ def format_log_line(stage: str, step: int, steps: int, logs: Mapping[str, Json])
     'stage-1-layer  step 120/460  held-out loss 4.1, perplexity 60.34'
     """
     parts = [stage, f"step {step:,}/{steps:,}", *_format_shown(logs, _SHOWN)]
-    others = {key: value for key, value in logs.items() if not _is_hidden(key)}
-    held_out = [key for key in others if key.startswith("eval_")]
-    if held_out:
+    hidden = _HIDDEN | _SHOWN.keys()
+    others = {key: logs[key] for key in logs if key not in hidden and not key.endswith(_HIDDEN_ENDINGS)}
+    if held_out := [key for key in others if key.startswith("eval_")]:
         held_out.sort(key=lambda key: not key.endswith(("loss", "perplexity")))  # these first
         names = [key.removeprefix("eval_").replace("_", " ") for key in held_out]
         values = [f"{name} {_format_value(others.pop(key))}" for name, key in zip(names, held_out, strict=True)]
@@ -61,10 +60,6 @@ def format_log_line(stage: str, step: int, steps: int, logs: Mapping[str, Json])
 
 def _format_shown(logs: Mapping[str, Json], names: Iterable[str]) -> list[str]:
     return [_SHOWN[name](logs[name]) for name in names if logs.get(name) is not None]
-
-
-def _is_hidden(key: str) -> bool:
-    return key in _SHOWN or key in _HIDDEN or key.endswith(_HIDDEN_ENDINGS)
 
 
 def _format_value(value: object) -> str:
@@ -79,7 +74,6 @@ class RunProgress(ProgressCallback):
 
     Args:
         get_span: function that returns the stage in training.
-        spans: all stages.
         file: file that lines and bars are written to; None for standard output and standard error.
     """
 
@@ -101,9 +95,7 @@ class RunProgress(ProgressCallback):
                 bar.close()
         self.prediction_bar = self.training_bar = self.run_bar = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Open a bar for the stage, and before the first stage one for the run."""
         if not state.is_world_process_zero:
             return
@@ -111,33 +103,21 @@ class RunProgress(ProgressCallback):
             self.close()
         span, last = self.get_span(), self.spans[-1]
         if self.run_bar is None:
+            done, _ = span.count_until(state.global_step)
             self.run_bar = self._open_bar(
-                desc="run",
-                total=last.end_token,
-                initial=span.count_until(state.global_step)[0],
-                unit="tokens",
-                unit_scale=True,
-                bar_format=_RUN_BAR,
+                desc="run", total=last.end_token, initial=done, unit="tokens", unit_scale=True, bar_format=_RUN_BAR
             )
         done = state.global_step - span.first_step
         self.training_bar = self._open_bar(desc=span.name, total=span.steps, initial=done, unit="step", leave=False)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Move both bars."""
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.run_bar is not None and self.training_bar is not None:
             span = self.get_span()
             self.run_bar.update(span.count_until(state.global_step)[0] - self.run_bar.n)
             self.training_bar.update(state.global_step - span.first_step - self.training_bar.n)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, eval_dataloader: Any = None, **kwargs: object
     ) -> None:
         """As in `ProgressCallback`, but with a name."""
         if state.is_world_process_zero and self.prediction_bar is None and has_length(eval_dataloader):
@@ -147,25 +127,17 @@ class RunProgress(ProgressCallback):
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Json] | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: Mapping[str, Json] | None, **kwargs: object
     ) -> None:
         """Write a line above the bars, and the new values into the run's bar."""
         if not state.is_world_process_zero or not logs:
             return
         if self.run_bar is not None and "loss" in logs:
             self.run_bar.set_postfix_str(", ".join(_format_shown(logs, _IN_BAR)), refresh=False)  # the line redraws it
-        tqdm.write(
-            format_log_line(self.get_span().name, state.global_step, self.spans[-1].end_step, logs), file=self.file
-        )
+        line = format_log_line(self.get_span().name, state.global_step, self.spans[-1].end_step, logs)
+        tqdm.write(line, file=self.file)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Close the stage's bar, and the run's bar after the last stage or an early stop."""
         if self.training_bar is None:
             return

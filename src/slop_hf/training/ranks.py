@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and the number of processes of the run.
+    """This process and the processes of the run.
 
     Args:
         rank: number of this process.
@@ -44,7 +44,6 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for all ranks."""
         if self.count > 1:
             dist.barrier()
 
@@ -65,11 +64,7 @@ class Ranks:
         return box[0]
 
     def raise_any(self, error: Exception | None) -> None:
-        """Raise an error on every rank if one rank has one: the others would wait for that rank in vain.
-
-        Raises:
-            SlopError: the error of this rank, or of the first failed rank.
-        """
+        """Raise an error on every rank if one rank has one: the others would wait for that rank in vain."""
         errors = self.gather_all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error

@@ -39,11 +39,7 @@ class Position(NamedTuple):
 
 
 def begin_run(run: RunDirectory, plan: RunPlan, ranks: Ranks) -> Position:
-    """Begin a run in an empty directory.
-
-    Raises:
-        RunError: if the directory holds a run.
-    """
+    """Begin a run in a directory without one."""
     with ranks.raise_on_all():
         if ranks.is_first:
             if run.exists:
@@ -60,31 +56,23 @@ def begin_run(run: RunDirectory, plan: RunPlan, ranks: Ranks) -> Position:
 
 
 def resume_run(
-    run: RunDirectory,
-    plan: RunPlan,
-    ranks: Ranks,
-    checkpoint: str | bool = True,
-    growth_init: str | dict[str, str] | None = None,
+    run: RunDirectory, plan: RunPlan, ranks: Ranks, checkpoint: str | bool, growth_init: str | dict[str, str] | None
 ) -> Position:
     """Find the position at which a run stopped; corrupt checkpoints are skipped, and a corrupt stage is refused.
 
+    All ranks return the same position.
+
     Args:
-        run: run directory.
         plan: plan of the trainer; it must match the run's.
-        ranks: processes of the run; all return the same position.
         checkpoint: path of a checkpoint of the stage in training, or True for the last one.
         growth_init: init of stages whose init is not set in the directory's schedule, as after `slop rollback`.
-
-    Raises:
-        RunError: if the directory holds no run, or another one.
     """
     schedule = plan.schedule
     with ranks.raise_on_all():
         if not run.exists:
             raise RunError(f"nothing to resume: {run.path} holds no run; begin one with resume_from_checkpoint=None")
         _check_same_schedule(run, with_inits(run.schedule, growth_init), schedule)
-        begun = RunFacts.load(run)
-        if begun is not None:
+        if (begun := RunFacts.load(run)) is not None:
             begun.check(plan.facts, run)
     stage, finished = ranks.from_first((run.finished_stages, run.is_finished))
     path: Path | None = None

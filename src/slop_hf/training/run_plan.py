@@ -55,22 +55,16 @@ def plan_run(
     vocabulary: str = "",
     begun: RunFacts | None = None,
 ) -> RunPlan:
-    """Lay out a run.
+    """Lay out a run, and refuse arguments that do not fit the schedule or the devices.
 
     Args:
         schedule: growth schedule, with its inits (see `with_inits`).
-        args: training arguments.
         config: config of the initial model.
         block_size: tokens per training block.
-        devices: number of devices that share the work.
         blocks: number of blocks of the training data; 0 if unknown, as in a preview.
         data: fingerprint of the training data; "" if unknown.
         vocabulary: hash of the tokenizer; "" without one.
         begun: facts of the run if it has begun: it keeps its batches on any number of devices.
-
-    Raises:
-        RunError: if the arguments do not fit the schedule or the devices.
-        GrowthError: if a stage cannot be grown.
     """
     stages = len(schedule.structures)
     per_step = count_blocks_per_step(args, block_size, devices, stages)
@@ -93,18 +87,13 @@ def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> G
     """Return the schedule with an init for each stage whose init is not set.
 
     Args:
-        schedule: growth schedule.
         init: one init for all operators, or one per operator, of which a stage takes what its operators need.
-
-    Raises:
-        GrowthError: for an unknown operator or init.
     """
     if init is None:
         return schedule
-    if isinstance(init, dict):
-        for operator in init:
-            get_operator(operator)
-            resolve_inits((operator,), init)
+    for operator in init if isinstance(init, dict) else ():  # refuses unknown ones
+        get_operator(operator)
+        resolve_inits((operator,), init)
     stages = []
     for stage in schedule.stages:
         if stage.init is None:

@@ -23,8 +23,6 @@ class RunTimer:
     of `cost.flops.count_flops_per_token`, so that recomputing activations does not raise it.
 
     Args:
-        spans: stages of the run.
-        devices: number of devices that share the work.
         peak_flops: peak of one device in FLOP/s; None if it is unknown.
         cost_model: device hours on this hardware. Without one, time is taken to be proportional to FLOPs; small stages
             train at fewer FLOP/s, so the estimate of the time left is too long until larger stages are measured.
@@ -62,13 +60,7 @@ class RunTimer:
         self._measured = self._predicted = 0.0
 
     def begin_stage(self, span: StageSpan, global_step: int, seconds: float = 0.0) -> None:
-        """Start measuring in a stage.
-
-        Args:
-            span: the stage.
-            global_step: number of global steps done.
-            seconds: seconds that the stage has trained for before an interruption.
-        """
+        """Start measuring in a stage, which may have trained for some seconds before an interruption."""
         self._span = span
         self._interval_began = self._count_training_seconds()
         self._stage_began = self._interval_began - seconds
@@ -94,14 +86,10 @@ class RunTimer:
 
     @property
     def stage_seconds(self) -> float:
-        """Training seconds of the stage."""
         return self._count_training_seconds() - self._stage_began
 
     def throughput(self, global_step: int) -> dict[str, float]:
         """Return the speed since the stage began or since the last measurement, and begin the next interval.
-
-        Args:
-            global_step: number of global steps done.
 
         Returns:
             `tokens_per_second` of all devices together, and `mfu` (1 is the peak) if the peak is known. Nothing inside
@@ -150,7 +138,6 @@ def find_peak_flops(device: torch.device, *, half: bool, tf32: bool) -> float | 
     """Return the peak of a device in FLOP/s, for the precision in which it multiplies matrices; None if unknown.
 
     Args:
-        device: device in use.
         half: whether matrices are multiplied in bfloat16 or float16.
         tf32: whether float32 matrices are multiplied in TensorFloat-32.
     """

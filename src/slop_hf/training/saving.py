@@ -36,9 +36,6 @@ def write_directory_on_all_ranks(target: Path, ranks: Ranks) -> Iterator[Path]:
 
     If the block fails on any rank, the directory is removed. `io.files.write_directory` is the same for one process;
     here `write_checksums` and `state_io` flush the files, each rank its own.
-
-    Raises:
-        RunError: if not all ranks see the directory.
     """
     temporary = make_temporary_path(target)
     with ranks.raise_on_all():
@@ -69,7 +66,6 @@ class Snapshot:
     Args:
         states: its weights and AdamW's state.
         model: the model, for its config.
-        processing_class: tokenizer, or None.
         trainer_state: state of the trainer, with the log so far.
         max_shard_size: largest file of weights or optimizer state, such as "2GB".
     """
@@ -99,20 +95,10 @@ class Snapshot:
         return written
 
 
-def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> Path:
-    """Write the directory of a finished stage, complete or not at all, and remove the stage's checkpoints.
-
-    Args:
-        run: run directory.
-        record: record of the stage.
-        snapshot: its model.
-
-    Raises:
-        SlopError: on all ranks, for example if the disk is full.
-    """
+def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> None:
+    """Write the directory of a finished stage, complete or not at all, and remove the stage's checkpoints."""
     ranks = snapshot.states.ranks
-    target = run.stage_dir(record.stage)
-    with write_directory_on_all_ranks(target, ranks) as directory:
+    with write_directory_on_all_ranks(run.stage_dir(record.stage), ranks) as directory:
         written = snapshot.write(directory)
         with ranks.raise_on_all():
             if ranks.is_first:
@@ -120,23 +106,16 @@ def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> Pa
         write_checksums(directory, written, ranks)
     if ranks.is_first:
         shutil.rmtree(run.running_dir(record.stage), ignore_errors=True)
-    return target
 
 
 def save_checkpoint(
     run: RunDirectory, stage: int, resumption: Resumption, snapshot: Snapshot, keep: int | None
-) -> Path:
+) -> None:
     """Write a checkpoint inside a stage, complete or not at all; then remove all but the newest `keep`.
 
     Args:
-        run: run directory.
-        stage: number of the stage in training.
         resumption: what else the run needs to resume; the random state of each rank is added.
-        snapshot: its model.
         keep: number of checkpoints to keep; None or 0 for all.
-
-    Raises:
-        SlopError: on all ranks, for example if the disk is full.
     """
     ranks = snapshot.states.ranks
     target = run.running_dir(stage) / f"{CHECKPOINT}{snapshot.trainer_state.global_step}"
@@ -149,7 +128,6 @@ def save_checkpoint(
         write_checksums(directory, written, ranks)
     if ranks.is_first:
         remove_old_checkpoints(run, stage, keep)
-    return target
 
 
 def store_callback_states(trainer: Trainer) -> None:

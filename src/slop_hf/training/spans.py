@@ -48,12 +48,10 @@ class StageSpan:
 
     @property
     def end_step(self) -> int:
-        """The global step at which the stage ends."""
         return self.first_step + self.steps
 
     @property
     def end_token(self) -> int:
-        """The tokens of the run up to the end of the stage."""
         return self.first_token + self.tokens
 
     def count_until(self, global_step: int) -> tuple[int, float]:
@@ -70,13 +68,9 @@ def compute_stage_spans(
     The tokens of a stage are rounded to whole steps; a stage with tokens has at least one step.
 
     Args:
-        schedule: growth schedule with tokens.
         config: config of the initial model.
         block_size: tokens per training block.
         blocks_per_step: blocks per optimizer step of each stage, over all devices and accumulation steps.
-
-    Raises:
-        RunError: if the schedule has no tokens at all.
     """
     if not sum(schedule.tokens):
         raise RunError("the schedule has no tokens to train on; give tokens to its stages, or --tokens to `slop plan`")

@@ -29,14 +29,9 @@ def build_stage_record(
     """Return the record of a finished stage.
 
     Args:
-        span: the stage.
         history: log of the run up to the end of the stage.
         metrics: metrics of the evaluation at its end; empty without held-out data.
-        seconds: seconds of training.
         devices: number of processes that shared the work.
-        growth_seed, growth_noise: seed and noise of the growth at its beginning.
-        data: tokens consumed from each source.
-        facts: facts of the run.
     """
     entries = [entry for entry in history if entry.get("stage") == span.number]
     losses = [entry["loss"] for entry in entries if "loss" in entry]

@@ -50,17 +50,13 @@ def save_states(states: States, config: PreTrainedConfig, directory: Path, max_s
     Weights are named and sharded as transformers does, at the precision of the states: under ZeRO-3 they are the
     float32 masters.
 
+    Errors, such as a full disk, are raised on all ranks.
+
     Args:
-        states: states of the model.
-        config: config of the model.
-        directory: directory to write into; all ranks see it.
         max_shard_size: largest file, such as "2GB".
 
     Returns:
         The names of the files that this rank has written.
-
-    Raises:
-        SlopError: on all ranks, for example if the disk is full.
     """
     architecture = get_architecture(config)
     stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
@@ -89,13 +85,12 @@ def _write_shards(
 ) -> list[str]:
     """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards."""
     ranks = states.ranks
-    share = ranks.select_share(shards)
+    own = ranks.select_share(shards)
     with ranks.raise_on_all():
-        for shard in share:
+        for shard in own:
             create_shard(directory, shard)  # allocates the space: a full disk fails now
-    queues = [
-        [tensor for shard in shards[rank :: ranks.count] for tensor in shard.tensors] for rank in range(ranks.count)
-    ]
+    shares = [shards[rank :: ranks.count] for rank in range(ranks.count)]
+    queues = [[tensor for shard in share for tensor in shard.tensors] for share in shares]
     failed: Exception | None = None
     step = torch.tensor(states.step if states.has_moments() else 0.0, dtype=torch.float32)
     for tensors in zip_longest(*queues):
@@ -114,20 +109,16 @@ def _write_shards(
                 failed = caught
     ranks.raise_any(failed)
     with ranks.raise_on_all():
-        for shard in share:
+        for shard in own:
             flush_shard(directory, shard)
-    return [shard.file for shard in share]
+    return [shard.file for shard in own]
 
 
 def load_states(states: States, reader: GrownStateReader) -> None:
     """Fill a model's weights and AdamW's state from a directory, growing them if the reader grows.
 
-    Args:
-        states: states of the model; all of its parameters are replaced.
-        reader: reader of the directory, the same on all ranks. Without AdamW's state there, AdamW starts afresh.
-
-    Raises:
-        SlopError: on all ranks, if files cannot be read or belong to another model.
+    The reader is the same on all ranks. If it finds no state of AdamW, AdamW starts afresh. Errors are raised on all
+    ranks.
     """
     ranks, names = states.ranks, list(states.shapes)
     if missing := sorted(set(names) ^ reader.names):

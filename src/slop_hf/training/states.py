@@ -1,7 +1,7 @@
 """`States`: weights and AdamW's state, one parameter at a time. `Strategy`: how the ranks hold the model.
 
-This file has the strategy of one process and of DistributedDataParallel, under which every rank holds the whole model.
-The strategy of DeepSpeed ZeRO-3 is in `zero3.py`.
+This file is for one process and for DistributedDataParallel, under which every rank holds the whole model; `zero3.py`
+is for DeepSpeed ZeRO-3.
 """
 
 from __future__ import annotations
@@ -62,13 +62,7 @@ class States(Protocol):
 
 
 class ReplicatedStates:
-    """States of a model that every rank holds whole: in one process, or under DistributedDataParallel.
-
-    Args:
-        model: model in training.
-        optimizer: its AdamW; None for the weights alone.
-        ranks: processes of the run.
-    """
+    """States of a model that every rank holds whole; without an optimizer, the weights alone."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -126,12 +120,14 @@ class ReplicatedStates:
         if key == WEIGHT:
             return parameter
         assert self._optimizer is not None
-        tensor: torch.Tensor = self._optimizer.state[parameter][key]
-        return tensor
+        return cast(torch.Tensor, self._optimizer.state[parameter][key])
 
 
-class Strategy(Protocol):
-    """How the ranks of a launch hold a model: replicated or sharded."""
+class Strategy:
+    """How the ranks of a launch hold a model; by default every rank holds it whole."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
         """Make the settings that a stage needs before its model is prepared."""
@@ -143,41 +139,15 @@ class Strategy(Protocol):
         self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
     ) -> PreTrainedModel:
         """Return a model with uninitialised parameters."""
-
-    def get_states(self, trainer: Trainer) -> States:
-        """Return the states of the model that a trainer has prepared."""
-
-    def release(self, wrapped: torch.nn.Module) -> None:
-        """Free a wrapped model after its stage."""
-
-
-class ReplicatedStrategy:
-    """Every rank holds the whole model.
-
-    Args:
-        ranks: processes of the run.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
-        pass
-
-    def finish_preparation(self, wrapped: torch.nn.Module) -> None:
-        pass
-
-    def build_empty_model(
-        self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
-    ) -> PreTrainedModel:
         with no_init_weights():
-            model = cast(PreTrainedModel, model_class._from_config(config, dtype=dtype))
+            model = model_class._from_config(config, dtype=dtype)
         model.tie_weights()
         return model
 
-    def get_states(self, trainer: Trainer) -> ReplicatedStates:
+    def get_states(self, trainer: Trainer) -> States:
+        """Return the states of the model that a trainer has prepared."""
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         return ReplicatedStates(trainer.model, optimizer, self._ranks)
 
     def release(self, wrapped: torch.nn.Module) -> None:
-        pass
+        """Free a wrapped model after its stage."""

@@ -58,7 +58,7 @@ from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
 from .stage_record import build_stage_record
 from .state_io import load_states
-from .states import ReplicatedStrategy, Strategy
+from .states import Strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -151,7 +151,7 @@ class SlopTrainer(Trainer):
         self.schedule, self.spans = self.plan.schedule, self.plan.spans
         check_document_mask(self.blocks, model, [batches.micro_batch_size for batches in self.plan.batches])
         check_scheduler(args, self.spans)
-        self._strategy: Strategy = ReplicatedStrategy(self.ranks)
+        self._strategy = Strategy(self.ranks)
         if self.is_deepspeed_enabled:
             from . import zero3
 
@@ -190,8 +190,6 @@ class SlopTrainer(Trainer):
             cost_model=None if args.cost_model is None else CostModel.from_yaml(args.cost_model),
         )
 
-    # ---- The run -----------------------------------------------------------------------------------------------
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -221,7 +219,9 @@ class SlopTrainer(Trainer):
             position = begin_run(self.run, self.plan, self.ranks)
         self._warn()
         if self.ranks.is_first:
-            self._continue_curves(position)
+            begun, first_step = RunFacts.load(self.run), position.find_step(self.plan)
+            run_id = begun.run_id if begun is not None and begun.run_id else self.run.path.resolve().name
+            continue_curves(self.callback_handler.callbacks, self.args, self.run, run_id, first_step)
         self.state = TrainerState()
         if position.stage and position.checkpoint is None:
             self.state = TrainerState.load_from_json(str(self.run.stage_dir(position.stage - 1) / STATE_FILE))
@@ -241,11 +241,10 @@ class SlopTrainer(Trainer):
             self._progress.close()
         if position.stage == len(self.spans):  # the run had finished before
             self._release_model()
+            path = self.run.stage_dir(position.stage - 1)
             with hide_progress_bars():
-                final = self._model_class.from_pretrained(
-                    self.run.stage_dir(position.stage - 1), dtype="auto", attn_implementation=self._attention
-                )
-            self._set_model(cast(PreTrainedModel, final))
+                model = self._model_class.from_pretrained(path, dtype="auto", attn_implementation=self._attention)
+            self._set_model(model)
         return output
 
     def _warn(self) -> None:
@@ -258,11 +257,6 @@ class SlopTrainer(Trainer):
             shortage = describe_space_shortage(self.plan, self.run.path, self.args.save_total_limit)
             if shortage:
                 logger.warning(shortage)
-
-    def _continue_curves(self, position: Position) -> None:
-        begun = RunFacts.load(self.run)
-        run_id = begun.run_id if begun is not None and begun.run_id else self.run.path.resolve().name
-        continue_curves(self.callback_handler.callbacks, self.args, self.run, run_id, position.find_step(self.plan))
 
     def _train_stage(self, span: StageSpan, position: Position, ignore_keys: list[str] | None) -> TrainOutput:
         """Train one stage for its tokens, from its beginning or from a checkpoint inside it."""
@@ -314,7 +308,7 @@ class SlopTrainer(Trainer):
             metrics=metrics,
             seconds=seconds,
             devices=self.ranks.count,
-            growth_seed=self._get_growth_seed(span),
+            growth_seed=self.args.growth_seed + span.number,
             growth_noise=self.args.growth_noise,
             data=count_consumed_tokens(self.blocks, facts.data_seed, facts.block_size, span.first_block, span.blocks),
             facts=facts,
@@ -324,9 +318,6 @@ class SlopTrainer(Trainer):
         callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
         for callback in sorted(callbacks, key=lambda callback: callback.publishes):
             callback.on_stage_written(self.run, span.number, self.ranks)
-
-    def _get_growth_seed(self, span: StageSpan) -> int:
-        return self.args.growth_seed + span.number
 
     def _take_snapshot(self) -> Snapshot:
         states = self._strategy.get_states(self)
@@ -338,8 +329,6 @@ class SlopTrainer(Trainer):
             for path in self.run.optimizer_files(number):
                 path.unlink()
 
-    # ---- A model per stage -------------------------------------------------------------------------------------
-
     def _change_model(self, directory: Path, span: StageSpan | None = None) -> None:
         """Replace the model by an empty one, grown if a stage is given; `_reader` will fill it from the directory."""
         assert self.model is not None
@@ -347,8 +336,8 @@ class SlopTrainer(Trainer):
         config = self._model_class.config_class.from_pretrained(directory)
         growth, moments = None, bool(list(directory.glob("optimizer*.safetensors")))
         if span is not None and span.growth is not None:
-            seed, noise = self._get_growth_seed(span), self.args.growth_noise
-            growth = plan_growth(config, span.growth, seed=seed, noise=noise)
+            seed = self.args.growth_seed + span.number
+            growth = plan_growth(config, span.growth, seed=seed, noise=self.args.growth_noise)
             if self.args.carry_optimizer_state and not moments and self.spans[span.number - 1].end_step:
                 logger.warning(f"{directory} no longer has an optimizer state: AdamW starts afresh in {span.name}")
             moments = moments and self.args.carry_optimizer_state
@@ -381,13 +370,10 @@ class SlopTrainer(Trainer):
             logger.info(f"{self._span.name} will be compiled again")
 
     def _set_model(self, model: PreTrainedModel) -> None:
-        """Make `model` the one in training."""
         if self.place_model_on_device:
             self._move_model_to_device(model, self.args.device)
         self.model = self.model_wrapped = model
         self.callback_handler.model = model
-
-    # ---- The beginning of a stage ------------------------------------------------------------------------------
 
     def _init_training_state(
         self,
@@ -416,9 +402,7 @@ class SlopTrainer(Trainer):
         self, max_steps: int, train_dataloader: DataLoader[object], resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, DataLoader[object]]:
         """Fill the prepared model and its fresh optimizer from the directory that they continue from."""
-        prepared: tuple[torch.nn.Module, DataLoader[object]] = super()._prepare_for_training(
-            max_steps, train_dataloader, None
-        )
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._strategy.finish_preparation(self.model_wrapped)
         reader, self._reader = self._reader, None
         if reader is not None:
@@ -432,7 +416,7 @@ class SlopTrainer(Trainer):
             self.evaluate()
         set_seed(self.args.seed + self._span.number)
         self._timer.begin_stage(self._span, self.state.global_step, self._resumption.get("seconds", 0.0))
-        return prepared
+        return cast("tuple[torch.nn.Module, DataLoader[object]]", prepared)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the scheduler of the stage, by `lr_span` and `rewarm_steps`."""
@@ -459,8 +443,6 @@ class SlopTrainer(Trainer):
             self._total_loss_scalar, self._globalstep_last_logged = self._losses["total"], self._losses["logged"]
             self._losses = None
 
-    # ---- Steps -------------------------------------------------------------------------------------------------
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`; also watches for non-finite losses."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -482,7 +464,6 @@ class SlopTrainer(Trainer):
         self._guard.check(None if self.accelerator.scaler else grad_norm, newest[0] if newest else None)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        """Write a checkpoint of the stage in training."""
         self.store_flos()
         store_callback_states(self)
         scaler, number = self.accelerator.scaler, self._span.number
@@ -544,9 +525,8 @@ class SlopTrainer(Trainer):
         tokens, flops = span.count_until(step)
         logs.update({"stage": span.number, "tokens": tokens, "train_flops": flops})
         if "loss" in logs:
-            seconds_left = self._timer.eta(step)
             logs.update(self._timer.throughput(step))
-            if seconds_left is not None:
+            if (seconds_left := self._timer.eta(step)) is not None:
                 logs["seconds_left"] = seconds_left
         for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
             logs[name.removesuffix("loss") + "perplexity"] = compute_perplexity(logs[name])
@@ -577,7 +557,6 @@ class SlopTrainer(Trainer):
         )
 
     def _get_output_dir(self, trial: object) -> str:
-        """Return the directory of the checkpoints of the stage in training."""
         return str(self.run.running_dir(self._span.number))
 
 

@@ -33,7 +33,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from ..errors import RunError
 from ..growth import WEIGHT
 from .ranks import Ranks
-from .states import MOMENT_KEYS, STEP
+from .states import MOMENT_KEYS, STEP, Strategy
 
 if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin
@@ -62,20 +62,15 @@ def prepare_for_cpus() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-class Zero3Strategy:
+class Zero3Strategy(Strategy):
     """Models sharded by DeepSpeed, whose configuration is completed again for each stage.
 
-    transformers replaces "auto" by numbers only once, for the first model.
-
-    Args:
-        plugin: accelerate's plugin.
-        ranks: processes of the run.
-
-    Raises:
-        RunError: for a configuration whose states cannot be carried over a growth.
+    transformers replaces "auto" by numbers only once, for the first model. Configurations whose states could not be
+    carried over a growth are refused.
     """
 
     def __init__(self, plugin: DeepSpeedPlugin, ranks: Ranks) -> None:
+        super().__init__(ranks)
         self._config: dict[str, Any] = plugin.hf_ds_config.config
         zero = self._config.get("zero_optimization", {})
         if zero.get("stage") != 3:
@@ -93,7 +88,6 @@ class Zero3Strategy:
         if "scheduler" in self._config:
             raise RunError("DeepSpeed's `scheduler` does not know the stages; leave it out and set lr_scheduler_type")
         self._auto = [name for name in _BY_HIDDEN_SIZE if zero.get(name) == "auto"]
-        self._ranks = ranks
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
         """Write a stage's batch sizes, and reset to "auto" the entries that depend on the hidden size."""
@@ -130,9 +124,8 @@ class Zero3Strategy:
         root: torch.nn.Module | None = getattr(wrapped, "module", None)
         if root is None:
             return
-        parameter_offload.FWD_MODULE_STACK[:] = [
-            module for module in parameter_offload.FWD_MODULE_STACK if module is not root
-        ]
+        stack = parameter_offload.FWD_MODULE_STACK
+        stack[:] = [module for module in stack if module is not root]
         for method in vars(PartitionedParameterCoordinator).values():
             for cell in getattr(method, "__closure__", None) or ():
                 if hasattr(cell.cell_contents, "cache_clear"):
@@ -149,10 +142,8 @@ class Zero3Strategy:
 def build_random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a sharded model with the random weights that it would have in one process; the first rank draws them.
 
-    `AutoModelForCausalLM.from_config` would draw other weights into sharded parameters.
-
-    Args:
-        config: config of the model. DeepSpeed's configuration comes from the living `TrainingArguments`.
+    `AutoModelForCausalLM.from_config` would draw other weights into sharded parameters. The configuration of DeepSpeed
+    comes from the living `TrainingArguments`.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     whole = dict(model_class(config).named_parameters()) if dist.get_rank() == 0 else {}
@@ -170,27 +161,17 @@ def _build_empty_model(
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings):
         model = model_class(config)
     model.tie_weights()
-    _make_rotary_float32(model)
-    return model
-
-
-def _make_rotary_float32(model: torch.nn.Module) -> None:
-    """Compute the rotary frequencies again: `zero.Init` in bfloat16 leaves them in bfloat16."""
-    for module in model.modules():
+    for module in model.modules():  # `zero.Init` in bfloat16 leaves rotary frequencies in bfloat16
         buffers = dict(module.named_buffers(recurse=False))
         if any("inv_freq" in name for name in buffers):
             fresh: torch.nn.Module = type(module)(module.config)  # built outside of zero.Init
             for name, buffer in fresh.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(buffers[name].device))
+    return model
 
 
 class Zero3States:
-    """`States` of a DeepSpeed engine; `weight` is the float32 master.
-
-    Args:
-        engine: DeepSpeed engine with a stage 3 optimizer.
-        ranks: processes of the run.
-    """
+    """`States` of a DeepSpeed engine with a stage 3 optimizer; `weight` is the float32 master."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, ranks: Ranks) -> None:
         assert isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
@@ -215,14 +196,11 @@ class Zero3States:
 
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
         parameter = self._parameters[name]
-        part = (
-            safe_get_local_fp32_param(parameter) if key == WEIGHT else safe_get_local_optimizer_state(parameter, key)
-        )
-        part = part.to(self.ranks.device).contiguous()
-        is_owner = self.ranks.rank == owner
-        if self.ranks.count == 1:
-            flat = part
-        else:
+        is_weight = key == WEIGHT
+        part = safe_get_local_fp32_param(parameter) if is_weight else safe_get_local_optimizer_state(parameter, key)
+        flat = part = part.to(self.ranks.device).contiguous()
+        if self.ranks.count > 1:
+            is_owner = self.ranks.rank == owner
             parts = [torch.empty_like(part) for _ in range(self.ranks.count)] if is_owner else None
             dist.gather(part, parts, dst=owner)
             if parts is None:
