@@ -23,7 +23,7 @@ from measuring import (
 from rich.table import Table
 
 from slop_hf import ModelDims, grow_checkpoint
-from slop_hf.cost.flops import count_weight_bytes
+from slop_hf.cost.flops import count_parameters
 from slop_hf.growth import plan_growth
 from slop_hf.io.units import format_bytes
 
@@ -43,8 +43,8 @@ def run(context: Context) -> Record:
     """Measure both operators with every init."""
     config = llama_config(SOURCES[context.scale], VOCAB[context.scale], torch.bfloat16)
     plans = {name: plan_growth(config, name, dims) for name, dims in TARGETS[context.scale].items()}
-    source_bytes = count_weight_bytes(SOURCES[context.scale], config, 2)
-    target_bytes = {name: count_weight_bytes(plan.new, config, 2) for name, plan in plans.items()}
+    source_bytes = 2 * count_parameters(SOURCES[context.scale], config)  # in bf16
+    target_bytes = {name: 2 * count_parameters(plan.new, config) for name, plan in plans.items()}
     require_space(context.workdir, source_bytes + max(target_bytes.values()))
     source, target = context.workdir / "source", context.workdir / "target"
     measure_in_process(write_checkpoint, source, config)

@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import LlamaForCausalLM
 
 from slop_hf import ModelDims, grow_model
-from slop_hf.cost.flops import count_parameters, count_weight_bytes
+from slop_hf.cost.flops import count_parameters
 from slop_hf.growth import hide_progress_bars
 from slop_hf.io.units import format_bytes, format_count
 
@@ -57,7 +57,7 @@ def run_size(dims: ModelDims, vocab: int, context: Context) -> Record:
     config = llama_config(dims, vocab, torch.bfloat16)
     new = double_ffn(dims, vocab)
     new_dims = {"intermediate_size": new.intermediate_size}
-    source_bytes, target_bytes = (count_weight_bytes(each, config, 2) for each in (dims, new))
+    source_bytes, target_bytes = (2 * count_parameters(each, config) for each in (dims, new))
     require_space(context.workdir, source_bytes + target_bytes)
     source, target = context.workdir / f"source-{source_bytes}", context.workdir / "target"
     measure_in_process(write_checkpoint, source, config)

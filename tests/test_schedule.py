@@ -2,7 +2,7 @@ import pytest
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, from_scratch
 from slop_hf.errors import ScheduleError
-from slop_hf.operators import operators_between
+from slop_hf.operators import find_operators
 
 A = ModelDims(64, 128, 2, 2)
 B = A.replace(num_hidden_layers=4)
@@ -75,7 +75,7 @@ def test_stages_that_are_not_stages():
 
 
 def test_head_dim_is_an_operator_of_its_own():
-    assert operators_between(A, ModelDims(128, 128, 2, 2)) == ("hidden", "head_dim")
+    assert find_operators(A, ModelDims(128, 128, 2, 2)) == ("hidden", "head_dim")
 
 
 def test_tokens_are_shared_by_the_papers_rule():
