@@ -23,7 +23,6 @@ logger = logging.get_logger(__name__)
 
 RESUME_FILE = "resume.json"
 CHECKPOINT = "checkpoint-"
-CORRUPT = "corrupt-"
 
 
 class LossSums(TypedDict):
@@ -78,7 +77,7 @@ def find_last_good_checkpoint(run: RunDirectory, stage: int, ranks: Ranks) -> Pa
         logger.warning(f"{path} is corrupt: {fault}; going back to the checkpoint before")
         with ranks.raise_on_all():
             if ranks.is_first:  # so that it is neither counted nor in the way of the next one with its name
-                corrupt = path.with_name(f"{CORRUPT}{path.name}")
+                corrupt = path.with_name(f"corrupt-{path.name}")
                 shutil.rmtree(corrupt, ignore_errors=True)
                 path.rename(corrupt)
     return None

@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
-from ..cost.device_peaks import look_up_peak_flops
 from ..cost.hours import CostModel
 from .spans import StageSpan
 
@@ -132,16 +129,3 @@ class RunTimer:
             steps = min(max(global_step - span.first_step, 0), span.steps)
             cost += stage_cost * (steps / max(span.steps, 1))
         return cost
-
-
-def find_peak_flops(device: torch.device, *, half: bool, tf32: bool) -> float | None:
-    """Return the peak of a device in FLOP/s, for the precision in which it multiplies matrices; None if unknown.
-
-    Args:
-        half: whether matrices are multiplied in bfloat16 or float16.
-        tf32: whether float32 matrices are multiplied in TensorFloat-32.
-    """
-    if device.type != "cuda":
-        return None
-    dtype = "bf16" if half else "tf32" if tf32 else "fp32"
-    return look_up_peak_flops(torch.cuda.get_device_name(device), dtype)

@@ -22,6 +22,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..cost.device_peaks import look_up_peak_flops
 from ..cost.hours import CostModel
 from ..data.order import BlockOrder, count_consumed_tokens
 from ..data.packing import Blocks, MixedBlocks
@@ -53,7 +54,7 @@ from .random_state import set_random_state
 from .ranks import Ranks
 from .resuming import Position, begin_run, resume_run
 from .run_plan import plan_run, with_inits
-from .run_timer import RunTimer, find_peak_flops
+from .run_timer import RunTimer
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
 from .stage_record import build_stage_record
@@ -180,13 +181,16 @@ class SlopTrainer(Trainer):
 
     def _build_timer(self) -> RunTimer:
         args = self.args
-        half = args.bf16 or args.fp16 or self._dtype in (torch.bfloat16, torch.float16)
-        tf32 = bool(args.tf32) or torch.backends.cuda.matmul.allow_tf32
-        peak_flops = find_peak_flops(args.device, half=half, tf32=tf32)
+        peak_flops = args.peak_tflops * 1e12 if args.peak_tflops else None
+        if peak_flops is None and args.device.type == "cuda":
+            half = args.bf16 or args.fp16 or self._dtype in (torch.bfloat16, torch.float16)
+            tf32 = args.tf32 or torch.backends.cuda.matmul.allow_tf32
+            dtype = "bf16" if half else "tf32" if tf32 else "fp32"  # in which matrices are multiplied
+            peak_flops = look_up_peak_flops(torch.cuda.get_device_name(args.device), dtype)
         return RunTimer(
             self.spans,
             devices=self.ranks.count,
-            peak_flops=args.peak_tflops * 1e12 if args.peak_tflops else peak_flops,
+            peak_flops=peak_flops,
             cost_model=None if args.cost_model is None else CostModel.from_yaml(args.cost_model),
         )
 
