@@ -222,7 +222,7 @@ def test_stages_are_scored_as_the_config_says(tiny_experiment, tmp_path, monkeyp
         assert end.metrics["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
         assert [one.when for one in grown] == ["after_growth"] * (record.stage > 0)
     none = Experiment.from_yaml(tiny_experiment, overrides={**asked, "run.evaluation.limit": 0})
-    with pytest.raises(EvaluationError, match="seed 0: limit must be a whole number of at least 1, got 0"):
+    with pytest.raises(EvaluationError, match="seed 0: limit must be a whole number, 1 or more, got 0"):
         run_experiment(none, tmp_path / "none")
     assert not list((tmp_path / "none").rglob("stage-*"))
 

@@ -338,7 +338,7 @@ def test_frozen_and_unused_parameters():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda moments: moments.update(state1=torch.ones(2)), "has the state 'state1', which is not AdamW's"),
+        (lambda moments: moments.update(state1=torch.ones(2)), "has the state 'state1', unknown to AdamW"),
         (lambda moments: moments.update(exp_avg=torch.ones(3)), r"has shape \[3\], the model's has \[32\]"),
     ],
 )

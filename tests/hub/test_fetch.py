@@ -191,7 +191,7 @@ def test_a_tag_and_a_commit_are_revisions_too(published, finished, hub, api, tmp
 
 
 def test_a_revision_is_scored_grown_and_trained_on_by_its_address(published, finished, tmp_path, output_of, error_of):
-    run, config = finished
+    run, config = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
     address, asked = f"{REPO}@stage-1-layer", ("--tasks", "perplexity", "--data", config, "--json", "--cache-dir")
     scored = json.loads(output_of("eval", address, *asked, tmp_path / "one"))
     of_run = json.loads(output_of("eval", run, "--stage", 1, *asked, tmp_path / "other"))

@@ -250,7 +250,7 @@ def test_labels_of_many_short_stages_do_not_touch():
 
 
 def test_labels_that_touch_are_found(monkeypatch):
-    monkeypatch.setattr(module, "LABEL_GAP", 0.0)
+    monkeypatch.setattr(module, "END_GAP", 0.0)
     assert ("2  f-h-l", "5  h-f-l") in map(tuple, map(sorted, touching(draw_plan(PLANS))))
 
 
