@@ -11,16 +11,14 @@ import slop_hf
 
 ROOT = Path(slop_hf.__file__).parent
 
-VERBS = frozenset(
-    """
+VERBS = """
     add allocate are assemble begin build calibrate call check choose collect combine compare compute continue
     convert count create darken describe disable discard draw estimate evaluate explain extract fetch find fit
     flush format get grow guard hash hide inherit inspect interpolate is keep label list load locate look make
     mask match measure name open parse plan prepare preview print probe publish rank read redirect remove render
     report reproduce require resolve restore resume rollback round run save score select separate set share
     shorten show split start store sum summarise tabulate to tokenize trace train wait with write
-    """.split()
-)
+"""
 
 #: Registries of functions under the names that users write: module -> why its functions carry them.
 REGISTERED = {
@@ -63,7 +61,7 @@ def find_functions_without_verb(sources: Mapping[str, ast.Module]) -> list[str]:
         if module not in REGISTERED
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-        if node.name.split("_")[0] not in VERBS
+        if node.name.split("_")[0] not in VERBS.split()
     ]
 
 
