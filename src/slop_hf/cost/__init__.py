@@ -1,1 +1,1 @@
-"""What a structure costs: parameters, FLOPs, memory, device hours, loss."""
+"""Costs of a structure: parameters, FLOPs, memory, device hours, and the loss predicted for them."""

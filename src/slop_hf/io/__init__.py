@@ -1,1 +1,1 @@
-"""Files, YAML and JSON, and addresses on the Hub."""
+"""Plumbing that every layer uses: YAML and JSON, atomic writes, retries, units, addresses on the Hub."""

@@ -19,13 +19,13 @@ _generator = random.Random()  # the global generator stays as the training seed 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential backoff with up to 50% jitter, never below the server's Retry-After. Every wait is logged.
+    """Exponential backoff with up to 50% jitter, at least as long as the server's Retry-After. Every wait is logged.
 
     Args:
         attempts: number of attempts in all.
         first_wait: longest wait after the first failure, in seconds; each further one is twice as long.
         longest_wait: upper bound of these waits, in seconds.
-        longest_retry_after: seconds that a server may ask for; it waits no longer if asked for more.
+        longest_retry_after: upper bound of a Retry-After, in seconds; a longer one is cut to it.
     """
 
     attempts: int = 8
