@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
@@ -25,11 +26,18 @@ def test_defaults_follow_heads_and_hidden():
         ((96, 256, True, 6), "num_hidden_layers must be a positive whole number"),
         ((96, 256, 2, 0), "num_attention_heads must be a positive"),
         ((96, 256, 2, 6, -2), "num_key_value_heads must be a positive"),
+        ((96, 256, 2, 6, 6, 16.0), "head_dim must be a positive whole number, got 16.0"),
+        ((96, 256, 2, 6, 6, "16"), "head_dim must be a positive whole number, got '16'"),
     ],
 )
 def test_structures_that_transformers_refuses(sizes, message):
     with pytest.raises(DimsError, match=message):
         ModelDims(*sizes)
+
+
+def test_numpy_integers_become_ints():
+    dims = ModelDims(*np.array([96, 256, 2, 6, 6, 16]))
+    assert dims == ModelDims(96, 256, 2, 6) and {type(size) for size in dims.as_dict().values()} == {int}
 
 
 def test_config_round_trip_keeps_all_else():

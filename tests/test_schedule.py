@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, from_scratch
@@ -56,6 +57,11 @@ def test_faulty_files_are_refused_in_a_line(tmp_path, old, new, message):
     with pytest.raises(ScheduleError, match=message) as caught:
         GrowthSchedule.from_yaml(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numpy_token_counts_are_written():
+    schedule = GrowthSchedule(A, (GrowthStage(("layer",), B, np.int64(1000)),), np.int64(500))
+    assert schedule.to_yaml() == GrowthSchedule(A, (GrowthStage(("layer",), B, 1000),), 500).to_yaml()
 
 
 def test_missing_file(tmp_path):

@@ -100,9 +100,11 @@ class ModelDims(Record, error=DimsError):
     def _check_positive(self, except_for: str = "") -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != except_for and not is_whole_number(value, least=1):
+            if field.name == except_for:
+                continue
+            if not is_whole_number(value, least=1):
                 raise DimsError(f"{field.name} must be a positive whole number, got {value!r}")
-            object.__setattr__(self, field.name, int(value))  # of numpy too: JSON holds none of its integers
+            object.__setattr__(self, field.name, int(value))  # numpy's integers cannot be written as JSON
 
     def __str__(self) -> str:
         text = f"({self.hidden_size}, {self.intermediate_size}, {self.num_hidden_layers}, {self.num_attention_heads}"

@@ -18,14 +18,14 @@ SIZES = st.floats(1e6, 1e12)
 
 
 def measurements(per_flop, per_token, noise=0.0):
-    found = []
+    runs = []
     for number, flops in enumerate((1e8, 5e8, 2e9, 9e9)):
         hours = (per_flop * flops + per_token) * 1e9 * (1 + noise * (-1) ** number)
-        found.append(Measurement(str(number), flops, 1e9, hours))
-    return found
+        runs.append(Measurement(str(number), flops, 1e9, hours))
+    return runs
 
 
-def test_a_fit_finds_the_prices():
+def test_a_fit_finds_the_coefficients():
     cost = CostModel.fit(measurements(3e-18, 2e-10))
     assert (cost.hours_per_flop, cost.hours_per_token) == pytest.approx((3e-18, 2e-10), rel=1e-9)
     assert cost.mean_error == pytest.approx(0, abs=1e-12)
@@ -124,7 +124,7 @@ def test_scores_by_hand():
     planner = SlopPlanner(ModelDims(64, 128, 2, 4), space, objective="loss_per_hour", cost_model=cost)
     schedule = planner.plan(1, tokens=5.5e6)[0]
     flops = [count_flops_per_token(dims, config, 64) for dims in schedule.structures]
-    hours = [(2e-12 * one + 3e-6) * count for one, count in zip(flops, schedule.tokens, strict=True)]
+    hours = [(2e-12 * per_token + 3e-6) * count for per_token, count in zip(flops, schedule.tokens, strict=True)]
     assert schedule.tokens == (2_500_000, 1_000_000, 1_000_000, 1_000_000)
     assert schedule.scores["flops"] == pytest.approx(sum(map(math.prod, zip(flops, schedule.tokens, strict=True))))
     assert schedule.scores["hours"] == pytest.approx(sum(hours))

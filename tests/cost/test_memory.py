@@ -221,8 +221,8 @@ def test_checkpointing_by_hand():
 
 def test_scores_are_kept_in_float32_with_shared_heads_only():
     def growth(dims, precision):
-        one, two = (count_saved_activations(dims, CONFIG, length, precision=precision) for length in (512, 1024))
-        return two / one
+        short, long = (count_saved_activations(dims, CONFIG, length, precision=precision) for length in (512, 1024))
+        return long / short
 
     shared = ModelDims(64, 96, 2, 4, 2)
     assert growth(shared, "fp32") > 3
@@ -239,11 +239,11 @@ def test_arrays_answer_like_single_structures(model_type, precision, checkpointi
     many = estimate_training_memory(DimsArray.of(structures), config, 100, **settings)
     singles = [estimate_training_memory(dims, config, 100, **settings) for dims in structures]
     for name in ("parameters", "gradients", "optimizer", "activations", "total"):
-        assert [getattr(one, name) for one in singles] == list(getattr(many, name))
-        assert all(type(getattr(one, name)) is int for one in singles)
+        assert [getattr(single, name) for single in singles] == list(getattr(many, name))
+        assert all(type(getattr(single, name)) is int for single in singles)
     square = DimsArray.of(structures[:4])[np.arange(4).reshape(2, 2)]
     assert estimate_training_memory(square, config, 100, **settings).total.shape == (2, 2)
-    limit = MemoryLimit(sorted(one.total for one in singles)[2], **settings)
+    limit = MemoryLimit(sorted(single.total for single in singles)[2], **settings)
     fits = limit.fits(DimsArray.of(structures), config, 100)
     assert fits.dtype == bool
     assert list(fits) == [bool(limit.fits(dims, config, 100)) for dims in structures]

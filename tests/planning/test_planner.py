@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from itertools import permutations
 from pathlib import Path
@@ -251,3 +252,11 @@ def test_explain_skips_structures_that_no_model_can_have():
     choices = explain(planner, schedules[0])
     assert [choice.taken.stage for choice in choices] == list(schedules[0].stages)
     assert all(choice.taken.value <= other.value for choice in choices for other in choice.others)
+
+
+def test_explain_refuses_a_growth_that_the_planner_does_not_allow():
+    planner = SlopPlanner(INITIAL, ConfigSpace(targets=[paper_target(2816, 7680, 8)]))
+    schedule = planner.plan(1)[0]
+    limited = dataclasses.replace(planner, mode="joint", stages=3, max_factor=2)
+    with pytest.raises(PlanError, match=r"no schedule of this planner grows \(768, .*\) in stage 1; explain a"):
+        explain(limited, schedule)

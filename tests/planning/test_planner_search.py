@@ -40,8 +40,8 @@ def steps(first, last, multiple, others):
 
 def vertices(target, targets, operators):
     """Every loadable structure on the way to a target, by plain loops."""
-    hiddens = steps(64, target.hidden_size, HIDDEN_MULTIPLE, [one.hidden_size for one in targets])
-    ffns = steps(128, target.intermediate_size, FFN_MULTIPLE, [one.intermediate_size for one in targets])
+    hiddens = steps(64, target.hidden_size, HIDDEN_MULTIPLE, [dims.hidden_size for dims in targets])
+    ffns = steps(128, target.intermediate_size, FFN_MULTIPLE, [dims.intermediate_size for dims in targets])
     layers = range(2, target.num_hidden_layers + 1)
     heads = steps(4, target.num_attention_heads, 1, [])
     structures = set()
@@ -72,10 +72,10 @@ def may_grow(before, after, operators, joint, max_factor, through):
     if max_factor and count_parameters(after, CONFIG) > max_factor * count_parameters(before, CONFIG):
         return False
 
-    def below(one, other):
-        return all(size <= other.as_dict()[name] for name, size in one.as_dict().items())
+    def is_at_most(dims, bound):
+        return all(size <= bound.as_dict()[name] for name, size in dims.as_dict().items())
 
-    return all(below(after, waypoint) or below(waypoint, before) for waypoint in through)
+    return all(is_at_most(after, waypoint) or is_at_most(waypoint, before) for waypoint in through)
 
 
 def value(objective, path, tokens):
@@ -87,9 +87,10 @@ def value(objective, path, tokens):
         )
     flops = [count_flops_per_token(dims, CONFIG, SEQUENCE_LENGTH) for dims in path]
     if objective == "flops":
-        return sum(one * count for one, count in zip(flops, tokens, strict=True))
+        return sum(per_token * count for per_token, count in zip(flops, tokens, strict=True))
     hours = [
-        count * (one * COST.hours_per_flop + COST.hours_per_token) for one, count in zip(flops, tokens, strict=True)
+        count * (per_token * COST.hours_per_flop + COST.hours_per_token)
+        for per_token, count in zip(flops, tokens, strict=True)
     ]
     if objective == "hours":
         return sum(hours)
@@ -123,8 +124,8 @@ def paths_once(target, operators, max_factor, through):
     for order in permutations(operators):
         path = [INITIAL]
         for name in order:
-            own = [name, *(other for other in ("ffn", "mha") if name == "hidden" and other not in operators)]
-            sizes = {field: target.as_dict()[field] for one in own for field in fields[one]}
+            followers = [other for other in ("ffn", "mha") if name == "hidden" and other not in operators]
+            sizes = {field: target.as_dict()[field] for grown in (name, *followers) for field in fields[grown]}
             try:
                 path.append(path[-1].replace(**sizes))
             except ValueError:  # heads that do not divide the hidden size
@@ -163,7 +164,7 @@ def problems(draw):
     if mode == "once":
         stages = len(operators)
     elif mode == "repeated":  # each growing dimension takes at least one stage
-        stages = max([stages, *(len(set(operators) & set(find_operators(INITIAL, one))) for one in targets)])
+        stages = max([stages, *(len(set(operators) & set(find_operators(INITIAL, dims))) for dims in targets)])
     if mode != "once" and OBJECTIVES[objective].compares_stages and draw(st.booleans()):
         stages = None
     price = draw(st.sampled_from([0.0, 1e5])) if OBJECTIVES[objective].compares_stages else 0.0

@@ -76,7 +76,7 @@ def _remove(leftover: Path) -> None:
 
 def flush_to_disk(path: str | os.PathLike[str]) -> None:
     """Wait until the disk holds what was written to a file, or the entries of a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only writable files
     try:
         os.fsync(descriptor)
     finally:

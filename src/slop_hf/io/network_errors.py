@@ -46,8 +46,8 @@ def get_first_line(caught: BaseException) -> str:
     ('no such file', 'KeyError')
     """
     # The text of a Hub error begins with a status line; what happened is in `server_message`.
-    message = str(getattr(caught, "server_message", None) or caught).strip().partition("\n")[0]
-    return message or type(caught).__name__
+    lines = str(getattr(caught, "server_message", None) or caught).strip().splitlines()
+    return lines[0] if lines else type(caught).__name__
 
 
 def summarise_error(caught: BaseException) -> str:

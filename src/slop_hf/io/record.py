@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -83,5 +82,5 @@ class Record:
 
 def _write(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
-        write_text(Path(path), text)
+        write_text(path, text)
     return text

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -93,12 +94,18 @@ def to_plain(value: object) -> Json:
     """Return the value as dicts, lists and scalars, without None and empty fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: to_plain(item) for name, item in items if item is not None and item != () and item != {}}
+        return {name: to_plain(item) for name, item in items if not _is_missing(item)}
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)  # neither YAML nor JSON can hold numpy's integers
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return value
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, (tuple, Mapping)) and not value)
 
 
 def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopError) -> Json:
@@ -187,10 +194,10 @@ def to_json(value: object) -> str:
 
 def list_versions() -> dict[str, str]:
     """Return the versions of the packages that a record depends on."""
-    list_versions = {}
+    versions = {}
     for name in ("slop-hf", "transformers", "torch"):
         try:
-            list_versions[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            list_versions[name] = "not installed"
-    return list_versions
+            versions[name] = "not installed"
+    return versions

@@ -150,7 +150,14 @@ class GrowthGraph:
             steps = list(self._continue(vertex, spent, cost, number, remaining[number]))
             ranked = sorted(steps, key=lambda step: (step[2], step[0]))
             alternatives.append([(after, bound) for after, _, bound in ranked])
-            spent = next(total for after, total, _ in steps if after == following)
+            totals = {after: total for after, total, _ in steps}
+            if following not in totals:
+                before, after = (self.structures.dims.at(end) for end in (vertex, following))
+                raise PlanError(
+                    f"no schedule of this planner grows {before} to {after} in stage {number}; "
+                    "explain a schedule that the planner made"
+                )
+            spent = totals[following]
         return alternatives
 
     def _continue(
