@@ -17,7 +17,7 @@ from ..errors import PlanError
 from ..io.serialization import Json
 from ..io.units import format_bytes, format_count
 from .model_config import build_config, read_structure
-from .options import AsJson, DryRun
+from .options import AsJson
 from .shared import print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def calibrate_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write, for `slop plan --cost-model`.")
     ] = Path("cost_model.yaml"),
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured; measure nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the speed of this hardware: train a few structures for a few steps, and fit a cost model.

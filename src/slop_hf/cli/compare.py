@@ -14,7 +14,7 @@ import slop_hf
 from ..errors import RunError
 from ..io.serialization import Json
 from ..io.units import NOTHING
-from .options import AsJson, Devices, DryRun, Workers, read_changes, read_seeds, split_list
+from .options import AsJson, Devices, Workers, read_changes, read_seeds, split_list
 from .shared import print_json, print_table, show_job_progress
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def compare_command(
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file, too.")] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report finished runs.")] = False,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their FLOPs; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the arms of an experiment at equal budgets, and compare them.

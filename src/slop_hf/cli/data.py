@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..io.files import write_directory
 from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..io.units import NOTHING, format_bytes, format_count, format_duration
-from .options import AsJson, DryRun, read_changes
+from .options import AsJson, read_changes
 from .shared import print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def tokenize_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Directory or Hub id of a tokenizer; replaces the config's.")
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost only; tokenize nothing.")] = False,
     change: _Changes = None,
     as_json: AsJson = False,
 ) -> None:

@@ -18,7 +18,7 @@ from ..io.units import NOTHING
 from ..runs.directory import RunDirectory
 from ..runs.records import AFTER_GROWTH, END_OF_STAGE, EvalRecord
 from .data import read_data
-from .options import AsJson, Changes, DryRun
+from .options import AsJson
 from .shared import is_first_process, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def evaluate_command(
     data: Annotated[
         Path | None, typer.Option(help="For perplexity: YAML file of a run or a mixture; its held-out part is used.")
     ] = None,
-    change: Changes = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value of that file: data.block_size=512")
+    ] = None,
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="For perplexity: text file instead; repeat it for more.")
     ] = None,
@@ -79,7 +81,7 @@ def evaluate_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device, such as cuda:1. Default: a GPU if there is one.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Cache of the scores. Default: in the HF home.")] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be scored; score nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     run = RunDirectory(source)
@@ -188,7 +190,13 @@ def _show_scores(rows: Mapping[str, Sequence[EvalRecord]], tasks: Sequence[str])
     columns = tasks if all(task in metrics for task in tasks) else list(metrics)
     print_table(
         "",
-        ("stage", *(f">{task}" if task == metrics[task] else f">{task}\n{metrics[task]}" for task in columns)),
+        (
+            "stage",
+            *(
+                f">{escape(task)}" if task == metrics[task] else f">{escape(task)}\n{metrics[task]}"
+                for task in columns
+            ),
+        ),
         [
             (escape(label), *(_format_score(*row[task]) if task in row else NOTHING for task in columns))
             for label, row in scores.items()

@@ -17,7 +17,7 @@ from ..io.serialization import read_json
 from ..io.units import format_duration
 from ..operators import find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
-from .options import AsJson, DryRun, split_list
+from .options import AsJson, split_list
 from .shared import print_json
 
 
@@ -56,7 +56,7 @@ def grow_command(
             "--verify", help="Compare both models on a batch; fail if growth should keep the function but does not."
         ),
     ] = False,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the growth and its size; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Grow a saved model into a larger one, without training. Memory holds one tensor at a time, so any size works.

@@ -13,10 +13,9 @@ from ..io.serialization import Json, parse_yaml
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a value of the YAML file: data.block_size=512")
+    list[str] | None, typer.Option("--set", help="Change a value of the YAML file: training.learning_rate=1e-3")
 ]
 Devices = Annotated[str, typer.Option(help="CUDA devices to spread the runs over, such as 0,1,2,3.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it takes; do nothing.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.")]
 Workers = Annotated[int, typer.Option(help="Parallel runs on CPUs; each gets its share of the cores.")]
 

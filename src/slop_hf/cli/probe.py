@@ -15,7 +15,7 @@ import slop_hf
 from ..errors import RunError
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
-from .options import AsJson, Changes, Devices, DryRun, Workers, make_option, read_changes, read_seeds, split_list
+from .options import AsJson, Changes, Devices, Workers, make_option, read_changes, read_seeds, split_list
 from .shared import print_json, print_table, show_job_progress
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def probe_command(
     write_schedule: Annotated[
         Path | None, make_option(_OUTPUT, help="Write the best candidate's schedule to this file, for `slop train`.")
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print trials and their FLOPs; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train each candidate briefly, and rank the candidates by what was measured.

@@ -11,7 +11,7 @@ import slop_hf
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
-from .options import AsJson, DryRun, Run
+from .options import AsJson, Run
 from .shared import print_json
 
 
@@ -25,7 +25,7 @@ def publish_command(
     base_model: Annotated[
         str | None, typer.Option(help="Model on the Hub that the run began with, for the model cards.")
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files and their sizes; upload nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish a run's finished stages on the Hub.

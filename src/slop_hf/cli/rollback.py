@@ -10,7 +10,7 @@ import typer
 from ..runs.directory import SCHEDULE_FILE, RunDirectory
 from ..runs.rollback import plan_rollback
 from ..schedule import GrowthSchedule
-from .options import AsJson, DryRun, Run
+from .options import AsJson, Run
 from .shared import print_json
 
 
@@ -20,7 +20,7 @@ def rollback_command(
         int, typer.Option("--to-stage", help="Stage that becomes the last finished one; 0 is the initial model.")
     ],
     schedule: Annotated[Path | None, typer.Option("--schedule", "-s", help="New schedule of later stages.")] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be moved; move nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Return a run to the end of one of its stages.

@@ -14,7 +14,7 @@ import slop_hf
 from ..cost.memory import MemoryEstimate, estimate_training_memory
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
-from .options import AsJson, Changes, DryRun, read_changes
+from .options import AsJson, Changes, read_changes
 from .shared import is_first_process, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def train_command(
         bool, typer.Option("--resume", help="Resume the run in the output directory, or begin a new one.")
     ] = False,
     change: Changes = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, FLOPs and memory; train nothing.")] = False,
     devices: Annotated[int, typer.Option(help="With --dry-run: number of devices that share the work.")] = 1,
     zero_stage: Annotated[int, typer.Option(help="With --dry-run: ZeRO stage, 0 to 3.")] = 0,
     as_json: AsJson = False,
