@@ -45,6 +45,8 @@ def test_structures_have_names_or_are_spelled_out(read):
         found.get_structure("targte")
     with pytest.raises(DimsError, match="cannot read dims '32,64'"):
         found.get_structure("32,64")
+    with pytest.warns(DeprecationWarning, match="Experiment.structure is now Experiment.get_structure"):
+        assert found.structure("target") == found.get_structure("target")
 
 
 def test_the_reference_is_the_first_from_scratch_or_the_one_named(read):

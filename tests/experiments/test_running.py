@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from slop_hf import RunConfig, RunDirectory
 from slop_hf.errors import EvaluationError, RunError
-from slop_hf.experiments import running
+from slop_hf.experiments import running, write
 from slop_hf.experiments.collect import collect_comparison
 from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.config import Experiment
 from slop_hf.experiments.jobs import add_shared_prefixes, build_jobs
 from slop_hf.experiments.running import run_experiment, train_job
 from slop_hf.experiments.summary_text import summarise_comparison
-from slop_hf.experiments.write import write_comparison
+from slop_hf.experiments.write import compare_arms, write_comparison
 from slop_hf.training.config import build_trainer
 
 
@@ -94,6 +94,19 @@ def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
     assert list(run.curve.flops) == sorted(run.curve.flops) and set(run.curve.stages) == {0, 1, 2, 3}
     assert run.curve.losses[-1] == run.eval_loss
     assert run.curve.seconds[-1] == pytest.approx(run.seconds, abs=0.1)
+    assert max(map(len, (tmp_path / "record.json").read_text().splitlines())) > 100  # each curve is one line
+
+
+def test_earlier_names_still_work_and_say_so(experiment, trained, tmp_path, monkeypatch):
+    jobs, root = trained
+    found = collect_comparison(experiment, jobs, root)
+    with pytest.warns(DeprecationWarning, match="Comparison.of is now Comparison.runs_of"):
+        assert found.of("from-scratch", 0.5) == found.runs_of("from-scratch", 0.5) != []
+    callbacks = []
+    monkeypatch.setattr(write, "run_experiment", lambda *_, on_job_end, **__: callbacks.append(on_job_end))
+    with pytest.warns(DeprecationWarning, match="now compare_arms") as caught:
+        compare_arms(experiment, tmp_path, told=print)
+    assert callbacks == [print] and len(caught) == 1
 
 
 def test_an_interrupted_experiment_resumes(experiment, trained, tmp_path, monkeypatch):

@@ -180,6 +180,13 @@ def test_the_report_comes_back_from_its_file(config, tried, tmp_path):
         ProbeReport.from_json(tmp_path / "bad.json")
 
 
+def test_the_earlier_name_of_on_job_end_still_works_and_says_so(config):
+    with pytest.warns(DeprecationWarning, match="now Probe") as caught:
+        probe = Probe(config, "none", told=print)
+    assert probe == Probe(config, "none", on_job_end=print) and len(caught) == 1
+    assert dataclasses.replace(probe, lag=STEP, share=None).on_job_end is print
+
+
 def test_a_killed_probe_resumes(config, candidates, tried, tmp_path, monkeypatch):
     ended, told = [], []
 

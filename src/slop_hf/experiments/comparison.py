@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..dims import ModelDims
 from ..errors import RunError
+from ..io.files import write_text
 from ..io.record import Record
-from ..io.serialization import Json, hash_json, to_plain
+from ..io.serialization import Json, hash_json, to_json, to_plain
 from ..report.summary import compute_marginal_utility
 from ..runs.records import compute_perplexity
 from ..schedule import GrowthSchedule
+
+#: A list of numbers in indented JSON.
+_NUMBERS = re.compile(r"\[\n\s+([-+.\deE,\s]+?)\n\s+\]")
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,11 @@ class Comparison(Record, error=RunError, if_missing="`slop compare` writes one")
         """Return the finished runs of an arm at one budget, in the order of their seeds."""
         return sorted((run for run in self.runs if (run.arm, run.budget) == (arm, budget)), key=lambda run: run.seed)
 
+    def of(self, arm: str, budget: float = 1.0) -> list[RunResult]:
+        """Return `runs_of`, under its earlier name."""
+        warnings.warn("Comparison.of is now Comparison.runs_of", DeprecationWarning, stacklevel=2)
+        return self.runs_of(arm, budget)
+
     def budgets(self, arm: str) -> list[float]:
         """Return the budgets at which an arm has finished runs, smallest first."""
         return sorted({run.budget for run in self.runs if run.arm == arm})
@@ -174,9 +185,8 @@ class Comparison(Record, error=RunError, if_missing="`slop compare` writes one")
         return hash_json(to_plain(self))
 
     def save(self, path: str | Path) -> Path:
-        """Write the record as JSON, atomically, and return the path."""
-        self.to_json(path)
-        return Path(path)
+        """Write the record as JSON, atomically, with each list of numbers on one line, and return the path."""
+        return write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", to_json(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:

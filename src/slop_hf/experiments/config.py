@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,6 +248,11 @@ class Experiment:
             known = ", ".join(self.sizes.structures)
             raise RunError(f"{self.name}: scale {self.scale} has no structure {name!r} (known: {known})")
         return ModelDims.parse(text)
+
+    def structure(self, name: str) -> ModelDims:
+        """Return `get_structure`, under its earlier name."""
+        warnings.warn("Experiment.structure is now Experiment.get_structure", DeprecationWarning, stacklevel=2)
+        return self.get_structure(name)
 
 
 def _resolve_schedule(arm: ArmConfig, path: Path, budgets: tuple[float, ...]) -> ArmConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,6 +133,7 @@ def compare_arms(
     workers: int = 1,
     on_job_end: JobEndCallback | None = None,
     train: bool = True,
+    told: JobEndCallback | None = None,
 ) -> Comparison:
     """Run all arms of an experiment, and write the comparison with its figures into the experiment's directory.
 
@@ -143,6 +145,7 @@ def compare_arms(
         root: directory of the comparison; runs in it are resumed.
         devices, workers, on_job_end: as in `run_experiment`.
         train: whether to train unfinished runs; otherwise only the finished ones are compared.
+        told: earlier name of `on_job_end`.
 
     Returns:
         The comparison, also written to `root` as `comparison.json` and `comparison.md`.
@@ -150,6 +153,9 @@ def compare_arms(
     Raises:
         SlopError: if some run cannot begin (checked before any training), or if a run fails.
     """
+    if told is not None:
+        warnings.warn("compare_arms(told=…) is now compare_arms(on_job_end=…)", DeprecationWarning, stacklevel=2)
+        on_job_end = told
     if train:
         run_experiment(experiment, root, devices=devices, workers=workers, on_job_end=on_job_end)
     jobs = add_shared_prefixes(build_jobs(experiment))

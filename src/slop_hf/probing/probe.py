@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -70,6 +71,7 @@ class Probe:
             or "loss", loss at the end.
         seeds: seeds; each candidate is tried once per seed.
         devices, workers, on_job_end: as in `run_experiment`.
+        told: earlier name of `on_job_end`.
 
     Raises:
         RunError: if arguments contradict each other or are out of range, or the start does not exist.
@@ -91,8 +93,12 @@ class Probe:
     devices: Sequence[str] = ()
     workers: int = 1
     on_job_end: JobEndCallback | None = None
+    told: InitVar[JobEndCallback | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, told: JobEndCallback | None) -> None:
+        if told is not None:
+            warnings.warn("Probe(told=…) is now Probe(on_job_end=…)", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "on_job_end", told)
         if self.lag is not None and self.share is not None:
             raise RunError("a trial is as long as its lag or as a share of its schedule: give one of them")
         for name in ("lag", "initial_tokens"):
