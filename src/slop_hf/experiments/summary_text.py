@@ -114,9 +114,8 @@ def _describe_saving(comparison: Comparison, others: Sequence[ArmResult]) -> lis
         most = ", the most of all arms" if len(others) > 1 else ""
         sentence = f"{_quote(best.arm)} reaches {goal} with {saved.mean:.1%} fewer FLOPs{seeds}{most}"
     else:
-        sentence = (
-            f"No arm reaches {goal} with fewer FLOPs; {_quote(best.arm)} comes closest, with {-saved.mean:.1%} more"
-        )
+        closest = f"{_quote(best.arm)} comes closest, with {abs(saved.mean):.1%} more"
+        sentence = f"No arm reaches {goal} with fewer FLOPs; {closest}"
     missing = [result.arm for result in others if result.flops_saved is None]
     return [sentence + (f"; not every seed of {_join(missing)} reaches it." if missing else ".")]
 
