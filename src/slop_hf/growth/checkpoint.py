@@ -333,7 +333,7 @@ def _find_twins(growth: GrowthPlan, stored: Mapping[str, StoredTensor]) -> Itera
 
 
 def _count_free_bytes(target: Path) -> int:
-    """Return the free space on the target's disk, after removing the leftovers of a killed run."""
+    """Return the free space on the target's disk; leftovers of a killed run count as free: growth removes them."""
     parent = next(path for path in target.absolute().parents if path.exists())
     leftover = sum(path.stat().st_size for path in make_temporary_path(target).rglob("*") if path.is_file())
     return shutil.disk_usage(parent).free + leftover

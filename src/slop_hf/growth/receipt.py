@@ -87,6 +87,13 @@ class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> GrowthReceipt:
-        """Read the receipt of a grown checkpoint, also if an earlier release wrote it."""
+        """Read the receipt of a grown checkpoint, also if an earlier release wrote it.
+
+        Args:
+            directory: directory of the grown checkpoint.
+
+        Raises:
+            GrowthError: if the directory has no receipt, or a malformed one.
+        """
         path, earlier = (Path(directory) / name for name in (RECEIPT_FILE, _EARLIER_RECEIPT_FILE))
         return cls.from_json(earlier if earlier.exists() and not path.exists() else path)

@@ -330,7 +330,7 @@ def _find_dead_slots(plan: GrowthPlan, live: Mapping[str, torch.Tensor]) -> str:
     """Return the first parameter with a new slot without a live entry; "" if all have one."""
     for p in plan.parameters():
         for dimension, axis in enumerate(p.maps):
-            by_slot = live[p.name].movedim(dimension, 0)[list(axis.new_slots)]
+            by_slot = live[p.name].movedim(dimension, 0)[axis.new_slots]
             if not all(bool(slot.any()) for slot in by_slot):
                 return f"{p.name} (dimension {dimension})"
     return ""
