@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -149,17 +150,17 @@ def test_what_the_tokens_depend_on_makes_another_cache(config: DataConfig, folde
         {"max_documents": None},
         {"format": "lines"},
     )
-    found = [keys(changed(config, **change)) for change in changes]
+    different = [keys(changed(config, **change)) for change in changes]
     (folder / "00.txt").write_text("changed")
-    found.append(keys(config))
+    different.append(keys(config))
     (folder / "new.txt").write_text("more")
-    found.append(keys(config))
-    assert len({source for source, _ in found}) == len({tokenizer for _, tokenizer in found}) == len(found)
+    different.append(keys(config))
+    assert len({source for source, _ in different}) == len({tokenizer for _, tokenizer in different}) == len(different)
     others = [keys(changed(config, **change)) for change in ({"vocab_size": 301}, {"tokenizer_kind": "sentencepiece"})]
-    assert {source for source, _ in others} == {found[-1][0]}
-    assert len({tokenizer for _, tokenizer in others} | {found[-1][1]}) == 3
+    assert {source for source, _ in others} == {different[-1][0]}
+    assert len({tokenizer for _, tokenizer in others} | {different[-1][1]}) == 3
     same = [{"block_size": 99}, {"cache_dir": "elsewhere"}, {"source": (str(folder),)}, {"document_mask": True}]
-    assert {keys(changed(config, **change)) for change in same} == {found[-1]}
+    assert {keys(changed(config, **change)) for change in same} == {different[-1]}
 
 
 def test_the_cache_says_what_it_is(config: DataConfig) -> None:
@@ -311,12 +312,12 @@ def test_nothing_need_be_held_out(config: DataConfig) -> None:
 
 def test_a_given_tokenizer_is_used(config: DataConfig, tmp_path: Path) -> None:
     train_tokenizer(["another text"] * 2, 260).save_pretrained(tmp_path / "given")
-    given = changed(config, tokenizer=str(tmp_path / "given"), vocab_size=5)
-    made = prepare_data(given)
+    config = changed(config, tokenizer=str(tmp_path / "given"), vocab_size=5)
+    made = prepare_data(config)
     assert len(made.tokenizer) == 260
     assert sorted(texts_in(made, "train") + texts_in(made, "held_out")) == sorted(all_texts(config))
     train_tokenizer(["yet another text"] * 2, 261).save_pretrained(tmp_path / "given")
-    assert len(prepare_data(given).tokenizer) == 261
+    assert len(prepare_data(config).tokenizer) == 261
 
 
 def test_wrong_input_is_refused_before_anything_is_written(config: DataConfig) -> None:
@@ -341,7 +342,9 @@ def mixture(folder: Path, tmp_path: Path) -> DataConfig:
 
 
 def test_a_mixture_keeps_its_sources_apart(mixture: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
-    made = prepare_data(mixture)
+    with caplog.at_level(logging.WARNING):
+        made = prepare_data(mixture)
+    assert "no held-out loss for few: the held-out documents have less than a block of 16 tokens" in caplog.text
     assert list(made.sources) == list(made.train.parts) == ["files", "rows", "few"]
     assert made.weights == made.train.weights == pytest.approx({"files": 0.6, "rows": 0.39, "few": 0.01})
     assert made.documents == 111 and len(made.train) == sum(len(one.train) for one in made.sources.values())
@@ -353,11 +356,11 @@ def test_a_mixture_keeps_its_sources_apart(mixture: DataConfig, caplog: pytest.L
 def test_other_weights_take_the_same_tokens(mixture: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same tokenizer no text is read again, but the fingerprint differs."""
     first = prepare_data(mixture)
-    given = changed(mixture, tokenizer=str(tokenizer_of(mixture)))
-    assert prepare_data(given).fingerprint == first.fingerprint
+    config = changed(mixture, tokenizer=str(tokenizer_of(mixture)))
+    assert prepare_data(config).fingerprint == first.fingerprint
     sources = {name: dataclasses.replace(one, weight=1 / 3) for name, one in mixture.sources.items()}
     monkeypatch.setattr("slop_hf.data.sources.DocumentStream.__iter__", lambda self: pytest.fail("texts are read"))
-    other = prepare_data(changed(given, mixture=Mixture(sources)))
+    other = prepare_data(changed(config, mixture=Mixture(sources)))
     assert [folder_of(other, name) for name in sources] == [folder_of(first, name) for name in sources]
     assert other.fingerprint != first.fingerprint
 

@@ -224,8 +224,8 @@ def _warn_of_missing_held_out(config: DataConfig, tokens: Mapping[str, SourceTok
     missing = [name for name, source in tokens.items() if not len(source.held_out)]
     if config.held_out and len(tokens) > 1 and missing:
         logger.warning(
-            f"no block of {config.block_size} tokens is held out of {', '.join(missing)}, so it has no held-out loss; "
-            f"use more of its documents, or a larger share held_out (now {config.held_out:g})"
+            f"no held-out loss for {', '.join(missing)}: the held-out documents have less than a block of "
+            f"{config.block_size} tokens; use more documents, or a larger share held_out (now {config.held_out:g})"
         )
 
 

@@ -102,8 +102,8 @@ def tokenize(
             nbytes += batch.nbytes
             bar.update(batch.nbytes)
             if number % JOURNAL_BATCHES == 0:
-                states = {split: writer.flush() for split, writer in writers.items()}
-                write_text(path, json.dumps({"stream": batch.state, "bytes": nbytes, **states}))
+                flushed = {split: writer.flush() for split, writer in writers.items()}
+                write_text(path, json.dumps({"stream": batch.state, "bytes": nbytes, **flushed}))
 
         _encode(_make_batches(stream, held_out), backend, write)
     path.unlink(missing_ok=True)
