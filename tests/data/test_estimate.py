@@ -40,30 +40,30 @@ def text_bytes(source: SourceEstimate) -> float:
 
 
 def test_a_source_that_is_read_whole_is_counted(mixture: Mixture, tmp_path: Path) -> None:
-    found = estimate(config(mixture, tmp_path))
-    assert [(name, source.documents) for name, source in found.sources.items()] == [("web", 600), ("books", 40)]
-    web = found.sources["web"]
+    estimated = estimate(config(mixture, tmp_path))
+    assert [(name, source.documents) for name, source in estimated.sources.items()] == [("web", 600), ("books", 40)]
+    web = estimated.sources["web"]
     assert text_bytes(web) == pytest.approx(sum(map(len, texts(600, "web"))))
     assert web.disk_bytes == 2 * (web.tokens or 0) and (web.seconds or 0) > 0
-    assert "a bpe of 300 tokens trained on the sample" in found.tokenizer
+    assert "a bpe of 300 tokens trained on the sample" in estimated.tokenizer
 
 
 def test_tokens_are_those_of_the_corpus(mixture: Mixture, tmp_path: Path) -> None:
     """With the same tokenizer; the corpus leaves out what fills no block."""
-    own = config(mixture, tmp_path)
-    prepare_data(own, progress=False).tokenizer.save_pretrained(tmp_path / "tokenizer")
-    given = dataclasses.replace(own, tokenizer=str(tmp_path / "tokenizer"))
-    found, corpus = estimate(given), prepare_data(given, progress=False)
-    assert found.tokenizer == str(tmp_path / "tokenizer")
+    data = config(mixture, tmp_path)
+    prepare_data(data, progress=False).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = dataclasses.replace(data, tokenizer=str(tmp_path / "tokenizer"))
+    estimated, corpus = estimate(data), prepare_data(data, progress=False)
+    assert estimated.tokenizer == str(tmp_path / "tokenizer")
     for name, source in corpus.sources.items():
         tokens = source.train.tokens + source.held_out.tokens
-        assert 0 <= (found.sources[name].tokens or 0) - tokens < 32
+        assert 0 <= (estimated.sources[name].tokens or 0) - tokens < 32
 
 
 def test_a_sample_predicts_the_whole(mixture: Mixture, tmp_path: Path) -> None:
     train_tokenizer(["bytes alone"], 257).save_pretrained(tmp_path / "tokenizer")
-    given = config(mixture, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
-    whole, part = (estimate(given, size).sources for size in (2**22, 2**13))
+    data = config(mixture, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
+    whole, part = (estimate(data, size).sources for size in (2**22, 2**13))
     for name in whole:
         assert text_bytes(part[name]) == pytest.approx(text_bytes(whole[name]), rel=0.03)
         assert part[name].documents == pytest.approx(whole[name].documents, rel=0.03)
@@ -74,50 +74,50 @@ def test_compressed_files_are_counted_as_their_text(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts(500, "zip"))
     for number in range(3):
         (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    found = estimate(DataConfig(str(tmp_path), text_column="body", **SETTINGS), 2**12).sources["corpus"]
-    assert text_bytes(found) == pytest.approx(3 * sum(map(len, texts(500, "zip"))), rel=0.01)
+    estimated = estimate(DataConfig(str(tmp_path), text_column="body", **SETTINGS), 2**12).sources["corpus"]
+    assert text_bytes(estimated) == pytest.approx(3 * sum(map(len, texts(500, "zip"))), rel=0.01)
 
 
 def test_max_documents_bounds_a_source(tmp_path: Path, mixture: Mixture) -> None:
     web = dataclasses.replace(mixture.sources["web"], max_documents=100)
-    found = estimate(config(Mixture({**mixture.sources, "web": web}), tmp_path), 2**13).sources["web"]
-    assert found.documents == 100
+    estimated = estimate(config(Mixture({**mixture.sources, "web": web}), tmp_path), 2**13).sources["web"]
+    assert estimated.documents == 100
 
 
 def test_only_max_documents_bounds_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_documents", lambda source, cache_dir: iter(texts(200, "hub")))
     monkeypatch.setattr(module, "count_local_bytes", lambda source: None)
     sources = {"known": Source("owner/a", 0.5, max_documents=5000), "unknown": Source("owner/b", 0.5)}
-    found = estimate(DataConfig(mixture=Mixture(sources), **SETTINGS), 2**13)
-    known, unknown = found.sources.values()
+    estimated = estimate(DataConfig(mixture=Mixture(sources), **SETTINGS), 2**13)
+    known, unknown = estimated.sources.values()
     assert known.documents == 5000 and text_bytes(known) == pytest.approx(5000 * len(texts(1, "hub")[0]))
     assert unknown.bytes_per_token > 1
     assert {unknown.tokens, unknown.documents, unknown.disk_bytes, unknown.seconds} == {None}
-    training_tokens = found.training_tokens
+    training_tokens = estimated.training_tokens
     weights = {name: source.weight for name, source in sources.items()}
     assert find_first_repeat(training_tokens, weights) == (round((training_tokens["known"] or 0) * 2), "known")
 
 
 def test_the_scarcest_source_ends_first(mixture: Mixture, tmp_path: Path) -> None:
-    found = estimate(config(mixture, tmp_path))
-    repeat = find_first_repeat(found.training_tokens, mixture.weights)
+    estimated = estimate(config(mixture, tmp_path))
+    repeat = find_first_repeat(estimated.training_tokens, mixture.weights)
     assert repeat is not None
     tokens, name = repeat
-    books = found.sources["books"].tokens
+    books = estimated.sources["books"].tokens
     assert name == "books" and books is not None
     assert tokens == pytest.approx(books * 0.75 / 0.2, abs=5)
     assert find_first_repeat({"web": None}, {"web": 1.0}) is None
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_replaced(mixture: Mixture, tmp_path: Path) -> None:
-    found = estimate(config(mixture, tmp_path, tokenizer="owner/name"))
-    assert found.tokenizer.endswith("trained on the sample, as owner/name cannot be loaded")
+    estimated = estimate(config(mixture, tmp_path, tokenizer="owner/name"))
+    assert estimated.tokenizer.endswith("trained on the sample, as owner/name cannot be loaded")
 
 
 def test_a_long_document_is_shortened(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("long " * 100_000)
-    found = estimate(DataConfig(str(tmp_path), **SETTINGS), 2**12).sources["corpus"]
-    assert text_bytes(found) == pytest.approx(500_000, rel=1e-4) and found.documents == 1
+    estimated = estimate(DataConfig(str(tmp_path), **SETTINGS), 2**12).sources["corpus"]
+    assert text_bytes(estimated) == pytest.approx(500_000, rel=1e-4) and estimated.documents == 1
     assert shorten("long " * 100_000) == f"{('long ' * 80).rstrip()} …"
 
 

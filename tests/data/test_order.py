@@ -161,13 +161,13 @@ def test_consumed_tokens_are_counted(mixture, seed, lengths):
     dataset, order, first = mix(*mixture), StreamOrder(*mixture, seed), 0
     ends = dict.fromkeys(dataset.parts, 0)
     for length in lengths:
-        books = count_consumed_tokens(dataset, seed, BLOCK, first, length)
+        records = count_consumed_tokens(dataset, seed, BLOCK, first, length)
         sources, _ = order.locate(np.arange(first, first + length))
-        for number, one in enumerate(books):
-            assert (one.first_token, one.tokens) == (ends[one.source], BLOCK * int((sources == number).sum()))
-            assert (one.available_tokens, one.weight) == (BLOCK * mixture[0][number], mixture[1][number])
-            ends[one.source] = one.end_token
-        assert sum(one.tokens for one in books) == BLOCK * length
+        for number, record in enumerate(records):
+            assert (record.first_token, record.tokens) == (ends[record.source], BLOCK * int((sources == number).sum()))
+            assert (record.available_tokens, record.weight) == (BLOCK * mixture[0][number], mixture[1][number])
+            ends[record.source] = record.end_token
+        assert sum(record.tokens for record in records) == BLOCK * length
         first += length
 
 
@@ -179,5 +179,5 @@ def test_plain_data_is_one_source():
     assert all("labels" in stream[i] for i in range(10)) and len(stream) == 10
     with pytest.raises(IndexError):
         stream[10]
-    (books,) = count_consumed_tokens(rows, 0, 1, 2, 6)
-    assert (books.source, books.first_token, books.end_token, books.available_tokens) == ("corpus", 2, 8, 5)
+    (records,) = count_consumed_tokens(rows, 0, 1, 2, 6)
+    assert (records.source, records.first_token, records.end_token, records.available_tokens) == ("corpus", 2, 8, 5)

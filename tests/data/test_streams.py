@@ -469,7 +469,7 @@ def test_no_row_is_lost_or_doubled_over_a_bad_network(hub: Any) -> None:
         while True:
             for _ in range(dice.randrange(4)):
                 yield dice.choice([ConnectionError("gone"), TimeoutError(), TransportError("no route")])
-            yield from [None] * dice.randrange(2, 9)  # what is loaded gives a row
+            yield from [None] * dice.randrange(2, 9)  # a row after each successful load
 
     hub(faults())
     assert list(DocumentStream(Source("owner/name"))) == TEXTS

@@ -128,7 +128,7 @@ class TestSentencePiece:
     def test_it_loads_without_the_package_and_this_library(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
-        """Beside a Llama's config, too, which names another class of tokenizers."""
+        """Also next to a Llama config, which names another class of tokenizers."""
         tokenizer.save_pretrained(tmp_path)
         LlamaConfig().save_pretrained(tmp_path)
         code = f"""

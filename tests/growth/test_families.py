@@ -286,7 +286,7 @@ def test_sliding_windows_stay_with_their_layers(family):
 
 
 def test_an_inserted_layer_learns_in_new_hidden_slots():
-    """Its closing norms are silent, and its branches write zeros to new slots: one of the two must not be zero."""
+    """The gains of its post-norms are zero, and its branches write zeros to new slots: one of them must not be 0."""
     new = GQA.replace(num_hidden_layers=3, hidden_size=72)
     for init in ("preserving", "copy"):
         inits = {"layer": "preserving", "hidden": init}
@@ -301,7 +301,7 @@ def test_noise_of_copies_sums_to_zero_in_float64():
 
 
 def test_noise_writes_nothing_to_new_hidden_slots():
-    """The rounding of a zero sum would be magnified by every closing norm on its way."""
+    """The rounding of a zero sum would be magnified by every later post-norm."""
     dims, new = ModelDims(2, 17, 3, 1, 1, 4), ModelDims(18, 28, 4, 6, 2, 4)
     inits = {"layer": "preserving", "mha": "copy", "ffn": "copy", "hidden": "preserving"}
     model = build_tiny_model("gemma2", dims, torch.float64)

@@ -177,32 +177,32 @@ def test_old_entries_take_the_moments_of_their_new_gradient(family, dims, tied, 
     if dims == PLAIN and isinstance(new, dict):
         pytest.skip("a smaller share of key/value heads")
     model = random_model(family, dims, tie_word_embeddings=tied)
-    for parameter, found, expected, scale in compared(model, operator, new, init):
+    for parameter, actual, expected, scale in compared(model, operator, new, init):
         # The families compute their norms in float32.
-        assert (found - expected).abs().max() < 2e-5 * scale, parameter.name
+        assert (actual - expected).abs().max() < 2e-5 * scale, parameter.name
 
 
 def test_key_value_heads_shared_out_add_up():
     """Grouped to plain attention: each copy has the gradient of its own queries; the rule holds for their sum."""
     model = random_model("llama", OWN_HEAD)
     new = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    for parameter, found, expected, scale in compared(model, "mha", new, "preserving"):
+    for parameter, actual, expected, scale in compared(model, "mha", new, "preserving"):
         if parameter.row.axes[0] == "key_value":
-            assert (found - expected).abs().max() > 0.1 * scale
-            found, expected = (value.unflatten(0, (2, 2, 6)).sum(1) for value in (found, expected))
-        assert (found - expected).abs().max() < 2e-5 * scale, parameter.name
+            assert (actual - expected).abs().max() > 0.1 * scale
+            actual, expected = (value.unflatten(0, (2, 2, 6)).sum(1) for value in (actual, expected))
+        assert (actual - expected).abs().max() < 2e-5 * scale, parameter.name
 
 
 def test_padding_under_layer_norm_adds_a_constant():
     """LayerNorm takes the mean over new slots too; the other parameters, and whole copies, follow the rule."""
     new = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 10}
     model = random_model("gpt_neox", PLAIN)
-    for parameter, found, expected, scale in compared(model, "hidden", new, "preserving"):
+    for parameter, actual, expected, scale in compared(model, "hidden", new, "preserving"):
         if parameter.is_centred:
             dimension = parameter.row.axes.index("hidden")
-            assert (found - expected).std(dimension).max() < 2e-5 * scale
+            assert (actual - expected).std(dimension).max() < 2e-5 * scale
         else:
-            assert (found - expected).abs().max() < 2e-5 * scale, parameter.name
+            assert (actual - expected).abs().max() < 2e-5 * scale, parameter.name
 
 
 @pytest.mark.parametrize("power", [1, 2])

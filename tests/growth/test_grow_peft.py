@@ -226,8 +226,8 @@ def test_configs_that_name_layers(settings, init, tmp_path):
     plan = plan_growth(model.get_base_model().config, "layer", 7, init=init)
 
     def modules(model):
-        found = model.get_base_model().named_modules()
-        return {name: (module.r, module.scaling) for name, module in found if hasattr(module, "lora_A")}
+        named = model.get_base_model().named_modules()
+        return {name: (module.r, module.scaling) for name, module in named if hasattr(module, "lora_A")}
 
     old, new = modules(model), modules(grown)
     for layer, source in enumerate(plan.layers):

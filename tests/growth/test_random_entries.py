@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from slop_hf.growth import random_entries as draws
+from slop_hf.growth import random_entries
 from slop_hf.growth.random_entries import NormalStream
 
 
@@ -37,7 +37,7 @@ def test_each_parameter_and_seed_has_its_stream():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_strides_and_dtype_change_nothing_but_rounding(dtype, monkeypatch):
-    monkeypatch.setattr(draws, "ENTRIES_PER_CHUNK", 50)
+    monkeypatch.setattr(random_entries, "ENTRIES_PER_CHUNK", 50)
     plain = torch.empty(23, 7)
     NormalStream(0, "a").fill(plain, 1.0, 0.1)
     strided = torch.empty(7, 40, dtype=dtype).T[10:33]
