@@ -125,6 +125,7 @@ def test_train_resume_and_report(config, tmp_path, output_of, error_of):
             "model: unknown key 'tie_word_embedings'; did you mean 'tie_word_embeddings'?",
         ),
         ("model.model_type=nonsense", "model: "),
+        ("model.vocab_size=many", "expected int, got str (value: 'many')"),
         ("data.vocabulary=1", "unknown key 'data.vocabulary'"),
         ("dta.vocab_size=1", "unknown key 'dta'"),
         ("data.source=/no/such/folder", "/no/such/folder"),

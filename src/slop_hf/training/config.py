@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
@@ -166,7 +167,7 @@ class RunConfig(Record, error=RunError):
             return dims.to_config(type(base)(**{"vocab_size": vocab_size, **settings}))
         except SlopError:
             raise
-        except (OSError, ValueError, TypeError, KeyError) as caught:
+        except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
             raise RunError(f"model: {' '.join(str(caught).split())}") from None
 
 
@@ -244,7 +245,7 @@ def find_vocab_size(config: RunConfig) -> int:
     if tokenizer is None:
         return config.data.vocab_size
     if "vocab_size" in config.model and not Path(tokenizer).exists():
-        return int(config.model["vocab_size"])
+        return cast(int, config.model["vocab_size"])  # `model_config` refuses anything else
     return len(load_tokenizer(tokenizer))
 
 
