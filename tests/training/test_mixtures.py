@@ -94,6 +94,18 @@ def test_consumed_tokens_and_losses_by_source(whole):
     assert all("eval_code_perplexity" in entry and entry["stage"] in range(4) for entry in logged)
 
 
+@pytest.mark.parametrize("name", ["corpus", "web"])
+def test_an_only_source_has_no_loss_of_its_own(tmp_path, name):
+    """`Corpus.held_out` names every source; the loss of the only one is `eval_loss`, and is logged once."""
+    data = MixedBlocks({name: packed(tmp_path, "web", TOKENS["web"])}, {name: 1.0})
+    run = trainer(tmp_path / "out", data=data, eval_dataset={name: packed(tmp_path, "held-out", 200, shift=1)})
+    run.train()
+    logged = [entry for entry in RunDirectory(tmp_path / "out").history() if any(key[:5] == "eval_" for key in entry)]
+    assert len(logged) == 7, "at the end of each stage, and after each growth"
+    assert all(name not in key for entry in logged for key in entry)
+    assert all(record.eval_losses == {} and record.eval_loss for record in RunDirectory(tmp_path / "out").records())
+
+
 def test_sources_that_are_read_again_are_reported(whole, tmp_path, caplog):
     trainer(tmp_path / "out", data=mixed(whole), eval_dataset=None)._warn()
     said = [record.getMessage() for record in caplog.records if "passes over it" in record.getMessage()]
