@@ -265,7 +265,7 @@ def build_goals_table(record: Record) -> Table:
     table = Table("goal", "measured", "at most", "met", title="goals")
     for goal in record["goals"]:
         is_size = goal["limit"] > 2**20
-        cells = [format_bytes(goal[key]) if is_size else f"{goal[key]:.2f}" for key in ("value", "limit")]
+        cells = [format_bytes(goal[key]) if is_size else f"{goal[key]:.3g}" for key in ("value", "limit")]
         table.add_row(goal["goal"], *cells, "[green]yes[/green]" if goal["met"] else "[red]no[/red]")
     return table
 
