@@ -28,7 +28,7 @@ def share_tokens(total: float, stages: int, *, initial_share: float = PAPER_INIT
         Whole tokens per stage of training, the initial model's first.
 
     Raises:
-        ScheduleError: if a number is out of range, or there is nobody to train.
+        ScheduleError: if a number is out of range, or nothing would be trained.
 
     >>> share_tokens(65e9, 4)
     [25000000000, 10000000000, 10000000000, 10000000000, 10000000000]
@@ -171,6 +171,9 @@ class GrowthSchedule(Record, error=ScheduleError):
             total: tokens of the whole run.
             initial_share: shares of the initial model, while a growth stage takes one; 0 for an already trained
                 model.
+
+        Raises:
+            ScheduleError: if `total` is not positive or `initial_share` is negative, or if nothing would be trained.
         """
         return self.with_shares(share_tokens(total, len(self.stages), initial_share=initial_share))
 

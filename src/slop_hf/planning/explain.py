@@ -44,6 +44,9 @@ def explain(planner: SlopPlanner, schedule: GrowthSchedule, already_seen: float 
         planner, schedule: planner and one of its schedules; the planner's objective, mode and constraints apply.
         already_seen: tokens that the initial model was trained on before.
 
+    Returns:
+        One `Choice` per growth stage, in the order of the stages.
+
     Raises:
         PlanError: if the planner cannot make such a schedule.
 

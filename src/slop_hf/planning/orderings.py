@@ -80,9 +80,11 @@ def score_orders(corners: DimsTable, paths: IntArray, constraints: PathConstrain
 
 def _build_corners(initial: ModelDims, targets: DimsArray, grown_fields: Sequence[Sequence[str]]) -> DimsArray:
     """Return the structures by bit mask of the grown operators, shape [2^operators, targets]."""
-    masks = np.arange(2 ** len(grown_fields))[:, None]
+    masks = np.arange(2 ** len(grown_fields))
     columns = {}
     for item in fields(DimsArray):
         grows = sum(1 << bit for bit, names in enumerate(grown_fields) if item.name in names)
-        columns[item.name] = np.where(masks & grows, getattr(targets, item.name), getattr(initial, item.name))
+        column = np.full((len(masks), len(targets)), getattr(initial, item.name), dtype=np.int64)
+        column[masks & grows > 0] = getattr(targets, item.name)
+        columns[item.name] = column
     return DimsArray(**columns)
