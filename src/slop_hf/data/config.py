@@ -88,7 +88,7 @@ class Source(Record, error=DataError):
 class Mixture(Record, error=DataError):
     """Several sources, each with its share of the training tokens.
 
-    Read from a file, local places are relative to the working directory, as on the command line.
+    Local places are relative to the working directory, as on the command line, also if a file lists them.
 
     Args:
         sources: sources by name; the names go into logs (`eval_NAME_loss`) and records.

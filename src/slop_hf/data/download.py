@@ -59,7 +59,7 @@ class RemoteFile:
         self._path = folder / hash_json(url)  # a hash gives no signature away
         self._identity_path = self._path.with_suffix(".json")
         if "@" in parts.netloc:
-            raise DataError(f"the URL of {self.name} holds a user or password, never sent: use a signed URL")
+            raise DataError(f"the URL of {self.name} holds a user or password, which is never sent: use a signed URL")
 
     def look_up(self) -> None:
         """Ask the server which file it has, and drop an earlier download of another one."""

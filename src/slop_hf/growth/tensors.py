@@ -137,9 +137,9 @@ def allocate_grown(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Ten
 
 @contextmanager
 def start_worker_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of threads that share the tensors between them, one tensor per thread.
+    """Yield a pool of threads, each of which grows one tensor at a time.
 
-    Torch is limited to one thread within each of them: drawing random numbers cannot use more.
+    Within each of them torch uses a single thread: drawing random numbers cannot use more.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
