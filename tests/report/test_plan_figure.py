@@ -230,23 +230,39 @@ def test_grouped_queries_and_head_dim_get_axes():
     assert [tick.get_text() for tick in same.axes[1].get_xticklabels()] == ["hidden", "ffn", "layers", "heads"]
 
 
-def test_labels_of_many_short_stages_do_not_touch():
+def short_stages(count: int) -> GrowthSchedule:
+    """A schedule of small growths in quick succession, in layers and feed-forward size by turns."""
     structures = [SMALL]
-    for number in range(12):
+    for number in range(count):
         before = structures[-1]
         layers, ffn = before.num_hidden_layers, before.intermediate_size
         change = {"num_hidden_layers": layers + 1} if number % 2 == 0 else {"intermediate_size": ffn + 256}
         structures.append(before.replace(**change))
-    best = path_through(*structures, tokens=[10**10, *[10**7] * 12])
+    return path_through(*structures, tokens=[10**10, *[10**7] * count])
+
+
+def test_labels_of_many_short_stages_do_not_touch():
+    best = short_stages(12)
+    structures = best.structures
     plans = [best, *(path_through(*structures[: 12 - number]) for number in range(10))]
     figure = draw_plan(plans, [(f"arm {number}", ARMS[number % 5][1]) for number in range(8)])
-    assert texts(figure.axes[0], "growth") == [], "the legend has the letters of many stages"
+    assert texts(figure.axes[0], "growth") == ["l", "f"] * 6
     assert len(texts(figure.axes[0], "end")) == module.MAX_LABELS
     assert legends(figure)[1][:3] == ["0 initial", "1 l", "2 f"]
     assert touching(figure) == []
     styles = [module._style_arm(number) for number in range(8)]
     assert [line(figure.axes[0], f"arm-{n}").get_color() for n in range(1, 9)] == [style["color"] for style in styles]
     assert len({style["color"] for style in styles[:5]}) == 5 and len(set(map(str, styles))) == 8
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_letters_of_a_few_short_stages_do_not_touch(count, monkeypatch):
+    plans = [short_stages(count), *PLANS]  # the larger models leave little of the axes to the small growths
+    figure = draw_plan(plans)
+    assert texts(figure.axes[0], "growth") == ["l", "f", "l", "f", "l"][:count]
+    assert touching(figure) == []
+    monkeypatch.setattr(module, "_lift_letters", lambda figure: None)
+    assert ("l", "f") in touching(draw_plan(plans))
 
 
 def test_labels_that_touch_are_found(monkeypatch):

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
-from matplotlib.transforms import offset_copy
+from matplotlib.transforms import Bbox, offset_copy
 
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..dims import ModelConfig, ModelDims
@@ -47,7 +47,7 @@ AXES = {
 _STEPS: Style = {"drawstyle": "steps-pre", "solid_joinstyle": "miter"}
 LOG_RATIO = 4  # largest / smallest parameter count from which the axis is logarithmic
 MAX_LABELS = 8  # schedules labelled at their ends
-MAX_STRUCTURES = 6  # stages whose letters are drawn, and whose structures the legend spells out
+MAX_STRUCTURES = 6  # stages whose structures the legend spells out
 MAX_LETTERS = 56  # of a name in a legend
 FONT_SIZE = 8  # points
 END_GAP = 0.06  # of the height of the axes, between labels at the ends of lines
@@ -117,6 +117,7 @@ def draw_plan(
             figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
         _draw_paths(left, paths[: len(schedules)], paths[len(schedules) :], [name for name, _ in arms], has_tokens)
         _draw_structures(right, schedules)
+        _lift_letters(figure)
         if path is not None:
             with write_file(path) as temporary:
                 figure.savefig(temporary, format=Path(path).suffix[1:].lower())
@@ -189,8 +190,6 @@ def _draw_best(axes: Axes, plan: _Path) -> None:
         line: Style = {"linewidth": BEST_WIDTH, "zorder": 4 + stage / 1000, "gid": f"plan-1-stage-{stage}", **_STEPS}
         axes.plot(plan.edges[ends], plan.parameters[ends], color=colour, solid_capstyle="projecting", **line)
     axes.plot(*plan.end, "o", color=colours[-1], markersize=7, clip_on=False, zorder=5)
-    if len(colours) > MAX_STRUCTURES:
-        return  # the letters would lie on top of each other; the legend of (b) has them
     for number, growth in enumerate(plan.schedule.stages, start=1):
         middle = plan.edges[number], math.sqrt(plan.parameters[number] * plan.parameters[number + 1])
         shape = "circle,pad=0.3" if len(growth.letters) == 1 else "round,pad=0.3,rounding_size=0.7"
@@ -198,6 +197,22 @@ def _draw_best(axes: Axes, plan: _Path) -> None:
         # The l of monospaced letters looks different from a stroke.
         font = {"fontfamily": "monospace", "fontsize": FONT_SIZE, "fontweight": "bold", "color": "white"}
         axes.text(*middle, growth.letters, ha="center", va="center", bbox=box, gid="growth", zorder=6, **font)
+
+
+def _lift_letters(figure: Figure) -> None:
+    """Move the letters of each growth up until they touch none of the growths before it."""
+    figure.draw_without_rendering()  # decides the layout
+    placed: list[Bbox] = []
+    for letters in figure.axes[0].texts:
+        patch = letters.get_bbox_patch()
+        if letters.get_gid() != "growth" or patch is None:
+            continue
+        box, lift = patch.get_window_extent(), 0.0  # pixels
+        for other in sorted(placed, key=lambda other: other.y0):
+            if box.translated(0, lift).overlaps(other):
+                lift = other.y1 + 1 - box.y0
+        placed.append(box.translated(0, lift))
+        letters.set_transform(offset_copy(letters.get_transform(), figure, y=lift / figure.dpi))
 
 
 def _draw_structures(panel: SubFigure, schedules: Sequence[GrowthSchedule]) -> None:
