@@ -139,6 +139,26 @@ def test_an_unreachable_hub_stops_nothing(finished, tmp_path):
     assert f"published to {REPO}: nothing" in summary and summary.count("cannot be reached") == 3
 
 
+def test_stages_are_sent_once_when_the_hub_can_be_reached_again(finished, hub, api, tmp_path, monkeypatch):
+    _, config = finished
+    list_files, is_down = HfApi.list_repo_files, threading.Event()
+    is_down.set()
+
+    def list_if_up(*args, **kwargs):
+        if is_down.is_set():
+            raise ConnectionError("no route to the Hub")
+        return list_files(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "list_repo_files", list_if_up)
+    publishing = PublishCallback(REPO, api=api, retries=QUICK)
+    trainer(config, tmp_path / "run", publishing).train()
+    assert publishing.finish().count("cannot be reached") == 3 and sorted(publishing.failed) == [0, 1, 2]
+    is_down.clear()
+    assert "not published" not in publishing.finish() and not publishing.failed
+    publishing.finish()
+    assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
+
+
 def test_an_error_in_training_is_not_held_up(hub, api, tmp_path):
     publishing = PublishCallback(REPO, api=api, retries=QUICK)
     began = time.monotonic()

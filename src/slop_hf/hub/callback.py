@@ -159,17 +159,18 @@ class PublishCallback(StageCallback):
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 number = min(self._waiting)
+            is_unreachable = False
             try:
                 self.published[number] = publisher.publish(number)
                 self.failed.pop(number, None)
             except Exception as caught:  # whatever it is, training continues
                 self.failed[number] = summarise_error(caught)
                 logger.warning(f"could not publish stage {number}: {self.failed[number]}")
-                if isinstance(caught, HubUnreachable):  # the attempts would fail for the other stages too
-                    with self._changed:
-                        self.failed |= dict.fromkeys(self._waiting, self.failed[number])
-                        self._waiting.clear()
+                is_unreachable = isinstance(caught, HubUnreachable)
             with self._changed:
+                if is_unreachable:  # the attempts would fail for the other stages too
+                    self.failed |= dict.fromkeys(self._waiting, self.failed[number])
+                    self._waiting.clear()
                 self._waiting.discard(number)
                 self._changed.notify_all()
 
