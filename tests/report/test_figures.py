@@ -108,6 +108,8 @@ def test_names_of_growths_in_quick_succession_do_not_touch(make_run, tmp_path, d
     assert 3 <= len(labels) <= 12 and all(label.get_text() == "layer-ffn" for label in labels)
     touching = any(one.intersects_path(other) for one, other in combinations(map(outline, labels), 2))
     assert touching is (gap == 0)
+    title = axes._left_title.get_window_extent()
+    assert not any(outline(label).intersects_bbox(title) for label in labels)
 
 
 @pytest.mark.parametrize("log_x", [False, True])
