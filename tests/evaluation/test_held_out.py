@@ -20,8 +20,8 @@ def losses(model, ids):
 
 
 def reference(model, blocks):
-    found = [loss for block in blocks for loss in losses(model, block["input_ids"])]
-    return math.fsum(found) / len(found)
+    token_losses = [loss for block in blocks for loss in losses(model, block["input_ids"])]
+    return math.fsum(token_losses) / len(token_losses)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_it_is_exact_over_all_tokens(model, two):
 
 
 def test_it_does_not_depend_on_the_batch_size(model, two):
-    found = [measure_perplexity(model, two, batch_size=size).metrics["loss"] for size in (1, 2, 5, 64, "auto")]
-    assert max(found) - min(found) < 1e-6 * found[0]
+    mean_losses = [measure_perplexity(model, two, batch_size=size).metrics["loss"] for size in (1, 2, 5, 64, "auto")]
+    assert max(mean_losses) - min(mean_losses) < 1e-6 * mean_losses[0]
 
 
 def test_auto_halves_the_batch_until_it_fits(model, two, monkeypatch):
@@ -118,26 +118,26 @@ def test_masked_documents_are_predicted_independently(model, corpus, tokenizer):
     record = measure_perplexity(model, held_out, batch_size=3)
     unmasked = measure_perplexity(model, HeldOut.from_corpus(corpus()))
     assert record.metrics["loss"] != pytest.approx(unmasked.metrics["loss"])
-    found = []
+    token_losses = []
     for index in range(len(blocks := held_out.sources["web"])):
         ids = blocks[index]["input_ids"]
         ends = [*(ids == tokenizer.eos_token_id).nonzero().flatten().tolist(), len(ids) - 1]
         begins = [0, *(end + 1 for end in ends[:-1])]
         parts = [ids[begin : end + 1] for begin, end in zip(begins, ends, strict=True)]
-        found += [loss for part in parts if len(part) > 1 for loss in losses(model, part)]
-    assert record.metrics["loss/web"] == pytest.approx(math.fsum(found) / len(found), rel=1e-5)
+        token_losses += [loss for part in parts if len(part) > 1 for loss in losses(model, part)]
+    assert record.metrics["loss/web"] == pytest.approx(math.fsum(token_losses) / len(token_losses), rel=1e-5)
 
 
 def test_other_cuts_and_texts_have_other_fingerprints(corpus, tokenizer, two):
     texts = {"a": TEXTS[0]}
-    found = {
+    fingerprints = {
         HeldOut.from_corpus(corpus()).fingerprint,
         HeldOut.from_corpus(corpus(document_mask=True)).fingerprint,
         two.fingerprint,
         HeldOut.from_texts(texts, tokenizer, 32).fingerprint,
         HeldOut.from_texts(texts, tokenizer, 64).fingerprint,
     }
-    assert len(found) == 5
+    assert len(fingerprints) == 5
 
 
 def test_unmeasurable_text_is_refused(model, tokenizer, tmp_path, model_dir):

@@ -47,12 +47,12 @@ def test_stages_of_a_launch(kind, config, tmp_path, datasets_dir):
     run = RunDirectory(tmp_path / "run")
     for number, record in enumerate(run.records()):
         assert record.devices == 2
-        found = {(one.task, one.when): one.metrics for one in run.evaluations(number)}
-        assert found["perplexity", "end"]["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
-        assert 0 <= found["piqa", "end"]["acc"] <= 1
+        metrics = {(one.task, one.when): one.metrics for one in run.evaluations(number)}
+        assert metrics["perplexity", "end"]["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
+        assert 0 <= metrics["piqa", "end"]["acc"] <= 1
         if number:
             expected = pytest.approx(record.eval_loss_after_growth, rel=1e-5)
-            assert found["perplexity", "after_growth"]["loss"] == expected and ("piqa", "after_growth") in found
+            assert metrics["perplexity", "after_growth"]["loss"] == expected and ("piqa", "after_growth") in metrics
 
 
 def test_processes_share_perplexity_and_refuse_lm_eval_on_cpus(config, tmp_path, datasets_dir, output_of):

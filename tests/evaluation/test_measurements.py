@@ -17,23 +17,23 @@ def load(tmp_path, no_network):
 
 
 def test_perplexity(load, model, model_dir, tokenizer):
-    found = load("perplexity").compute(data=TEXTS, model_id=str(model_dir), block_size=32, batch_size=3)
+    results = load("perplexity").compute(data=TEXTS, model_id=str(model_dir), block_size=32, batch_size=3)
     held_out = HeldOut.from_texts(dict(zip("ab", TEXTS, strict=True)), tokenizer, 32)
     expected = measure_perplexity(model, held_out).metrics
-    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    assert found["perplexities"] == [pytest.approx(expected[f"perplexity/{name}"], rel=1e-6) for name in "ab"]
+    assert results["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert results["perplexities"] == [pytest.approx(expected[f"perplexity/{name}"], rel=1e-6) for name in "ab"]
 
 
 def test_perplexity_of_one_text(load, model_dir):
-    found = load("perplexity").compute(data=TEXTS[:1], model_id=str(model_dir))
-    assert found["perplexities"] == [found["perplexity"]]
+    results = load("perplexity").compute(data=TEXTS[:1], model_id=str(model_dir))
+    assert results["perplexities"] == [results["perplexity"]]
 
 
 def test_marginal_utility(load):
     perplexities, hours = [40.0, 30.0, 32.0, 27.0], [2.0, 4.0, 5.0]
-    found = load("marginal_utility").compute(data=perplexities, hours=hours)
-    assert found == {"marginal_utility": compute_marginal_utility(perplexities, hours)}
+    results = load("marginal_utility").compute(data=perplexities, hours=hours)
+    assert results == {"marginal_utility": compute_marginal_utility(perplexities, hours)}
 
 
 def test_an_unknown_one():

@@ -75,15 +75,15 @@ def test_stages_have_the_losses_that_training_measured(run, settings):
     for number in range(3):
         (run.stage_dir(number) / EVAL_FILE).unlink()
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    found = evaluate_run(run.path, settings(), after_growth=True)
-    assert list(found) == [0, 1, 2]
+    scores = evaluate_run(run.path, settings(), after_growth=True)
+    assert list(scores) == [0, 1, 2]
     for number, record in enumerate(run.records()):
-        assert losses(found[number], "end") == [pytest.approx(record.eval_loss, rel=1e-5)]
+        assert losses(scores[number], "end") == [pytest.approx(record.eval_loss, rel=1e-5)]
         grown = [] if number == 0 else [pytest.approx(record.eval_loss_after_growth, rel=1e-5)]
-        assert losses(found[number], "after_growth") == grown
-        assert run.evaluations(number) == found[number]
-    assert compute_run_utility(run, found) == pytest.approx(summarise(run).marginal_utility, rel=1e-3)
-    assert len({one.weights_hash for records in found.values() for one in records}) == 5
+        assert losses(scores[number], "after_growth") == grown
+        assert run.evaluations(number) == scores[number]
+    assert compute_run_utility(run, scores) == pytest.approx(summarise(run).marginal_utility, rel=1e-3)
+    assert len({one.weights_hash for records in scores.values() for one in records}) == 5
     after = {path for path in run.path.rglob("*") if path.is_file()}
     assert after - set(before) == {run.stage_dir(number) / EVAL_FILE for number in range(3)}
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -174,15 +174,15 @@ def test_a_run_without_tasks_is_not_scored(config):
 
 def test_tasks_of_a_run_and_its_own_held_out_text(config, datasets_dir):
     asked = {"tasks": ["perplexity", "piqa"], "limit": 3, "datasets": str(datasets_dir), "after_growth": True}
-    found = EvaluateStages.of_run(RunConfig.from_yaml(config, {"evaluation": asked}))
-    assert found.after_growth and (found.settings.tasks, found.settings.limit) == (("perplexity", "piqa"), 3)
+    callback = EvaluateStages.of_run(RunConfig.from_yaml(config, {"evaluation": asked}))
+    assert callback.after_growth and (callback.settings.tasks, callback.settings.limit) == (("perplexity", "piqa"), 3)
     held_out = HeldOut.from_corpus(prepare_data(RunConfig.from_yaml(config).data, progress=False))
-    assert found.settings.held_out.fingerprint == held_out.fingerprint
+    assert callback.settings.held_out.fingerprint == held_out.fingerprint
 
 
 def test_perplexity_of_texts_and_tasks_together(run, settings, datasets_dir):
     texts = HeldOut.from_texts({"a": TEXTS[0]}, load_tokenizer(run.stage_dir(0)), 32)
     both = settings(tasks=("perplexity", "piqa"), held_out=texts, datasets=datasets_dir, limit=2)
-    found = evaluate_run(run, both, stages=[2])
-    assert [one.task for one in found[2]] == ["perplexity", "piqa"]
-    assert compute_run_utility(run, found) is None
+    scores = evaluate_run(run, both, stages=[2])
+    assert [one.task for one in scores[2]] == ["perplexity", "piqa"]
+    assert compute_run_utility(run, scores) is None

@@ -44,14 +44,14 @@ def test_a_run_is_published_while_it_trains_over_a_failing_hub(finished, hub, tm
     asked = {"push_to_hub": "true", "hub_model_id": REPO, "hub_token": hub.token, "report_to": "tensorboard"}
     settings = [part for name, value in asked.items() for part in ("--set", f"training.{name}={value}")]
     with caplog.at_level(logging.DEBUG):
-        told = output_of("train", config, "-o", output, *settings)
-    assert f"published to {REPO}: {', '.join(STAGES)}" in told and "not published" not in told
+        printed = output_of("train", config, "-o", output, *settings)
+    assert f"published to {REPO}: {', '.join(STAGES)}" in printed and "not published" not in printed
     assert not any(left for _, _, left in hub.failures)
     assert hub.repos[REPO].private
     assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
     same_weights(run, output)
 
-    said = told + caplog.text + "".join(capfd.readouterr())
+    said = printed + caplog.text + "".join(capfd.readouterr())
     files = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
     sent = [content for one in hub.repos[REPO].commits.values() for content in one.values()]
     assert hub.token not in said and not any(hub.token.encode() in content for content in files + sent)
@@ -66,8 +66,8 @@ def test_scores_of_a_stage_are_published_with_it(finished, hub, tmp_path, output
         "evaluation.after_growth": "true",
     }
     changes = [part for name, value in asked.items() for part in ("--set", f"{name}={value}")]
-    told = output_of("train", config, "-o", tmp_path / "run", *changes)
-    assert f"published to {REPO}: {', '.join(STAGES)}" in told
+    printed = output_of("train", config, "-o", tmp_path / "run", *changes)
+    assert f"published to {REPO}: {', '.join(STAGES)}" in printed
     assert [branch for branch, _ in hub.repos[REPO].messages] == [*STAGES, "main"]
     for number, name in enumerate([*STAGES, "main"]):
         files = hub.repos[REPO].files(name)

@@ -211,15 +211,15 @@ def test_a_revision_is_scored_grown_and_trained_on_by_its_address(published, fin
     card = ModelCard(published.repos["tester/more"].files("main")["README.md"].decode())
     assert card.data.base_model == REPO
 
-    told = error_of("eval", f"{REPO}@stage-9", *asked, tmp_path / "one")
-    assert f"{REPO}@stage-9 is not a directory" in told and "from the Hub: Invalid rev id: stage-9" in told
+    message = error_of("eval", f"{REPO}@stage-9", *asked, tmp_path / "one")
+    assert f"{REPO}@stage-9 is not a directory" in message and "from the Hub: Invalid rev id: stage-9" in message
 
 
 def test_no_pickle_is_fetched_to_begin_with(finished, hub, tmp_path, error_of):
     config = (finished[0] / "stage-0-initial/config.json").read_bytes()
     hub.make("tester/old").commit("main", {"config.json": config, "pytorch_model.bin": b"a pickle"})
-    told = error_of("train", finished[1], "-o", tmp_path / "run", "--set", "model={pretrained: tester/old}")
-    assert "model.pretrained tester/old cannot be loaded" in told and "it must have safetensors" in told
+    message = error_of("train", finished[1], "-o", tmp_path / "run", "--set", "model={pretrained: tester/old}")
+    assert "model.pretrained tester/old cannot be loaded" in message and "it must have safetensors" in message
     assert not any("pytorch_model.bin" in request for request in hub.requests) and not (tmp_path / "run").exists()
 
 

@@ -36,10 +36,10 @@ def publish(run, api, **options):
 
 def test_every_stage_is_a_branch_and_the_last_is_main(finished, hub, api):
     run, _ = finished
-    told = publish(run, api)
+    revisions = publish(run, api)
     repo = hub.repos[REPO]
-    assert [str(one.address) for one in told] == [f"{REPO}@{name}" for name in [*STAGES, "main"]]
-    assert all(one.is_new for one in told) and repo.private
+    assert [str(one.address) for one in revisions] == [f"{REPO}@{name}" for name in [*STAGES, "main"]]
+    assert all(one.is_new for one in revisions) and repo.private
     assert [branch for branch, _ in repo.messages] == [*STAGES, "main"]
     for name in STAGES:
         files = repo.files(name)
@@ -141,8 +141,8 @@ def test_later_results_are_published_by_the_next_call(finished, hub, api, tmp_pa
     scored = {"task": "arc_easy", "metrics": {"acc": 0.25}, "stderr": {"acc": 0.01}, "documents": 100}
     scored["harness"] = "lm-eval 0.4.13"
     (run / STAGES[1] / EVAL_FILE).write_text(json.dumps([scored]))
-    told = publish(run, api)
-    assert [one.is_new for one in told] == [False, True, False, False]
+    revisions = publish(run, api)
+    assert [one.is_new for one in revisions] == [False, True, False, False]
     card = ModelCard(hub.repos[REPO].files(STAGES[1])["README.md"].decode())
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_value, result.source_name) == ("arc_easy", 0.25, "lm-eval 0.4.13")
