@@ -32,9 +32,9 @@ def test_speeds_are_compared(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     publishing = importlib.import_module("publishing")
     training = {"publishing": [20.0, 10.0, 40.0], "alone": [19.0, 12.0, 19.4]}
-    found = publishing.compare_speeds(
+    result = publishing.compare_speeds(
         {"training_seconds": training, "run_seconds": {"publishing": [2.0], "alone": [1.98]}}
     )
-    assert found["pair_ratios"] == {"training_seconds": [0.95, 1.2, 0.485], "run_seconds": [0.99]}
-    assert found["ratios"] == {"training_seconds": 0.95, "run_seconds": 0.99}
-    assert [goal["met"] for goal in found["goals"]] == [False, True]
+    assert result["pair_ratios"] == {"training_seconds": [0.95, 1.2, 0.485], "run_seconds": [0.99]}
+    assert result["ratios"] == {"training_seconds": 0.95, "run_seconds": 0.99}
+    assert [goal["met"] for goal in result["goals"]] == [False, True]

@@ -23,7 +23,7 @@ HIDDEN = FFN.replace(hidden_size=88, num_attention_heads=11, num_key_value_heads
 GROWN = (GrowthStage(("layer",), LAYER), GrowthStage(("ffn",), FFN), GrowthStage(("hidden", "mha"), HIDDEN))
 ONE_STAGE = (GrowthStage(("layer", "ffn", "hidden", "mha"), HIDDEN),)
 
-#: Name, stages of growth, final loss without noise, what is told of it.
+#: Name, stages of growth, final loss without noise, description.
 ARMS: tuple[tuple[str, tuple[GrowthStage, ...], float, str], ...] = (
     ("slop", GROWN, 3.20, "the planner's best"),
     ("from-scratch", (), 3.30, ""),
@@ -93,7 +93,7 @@ def comparison(
     facts: dict[str, Any] = {
         "name": "table2",
         "scale": "nano",
-        "title": "SLOP beside other ways to the same target",
+        "title": "SLOP and other ways to the same target",
         "equal": "flops",
         "budget": FLOPS,
         "arms": {name: about for name, _, _, about in chosen},

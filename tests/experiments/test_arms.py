@@ -41,11 +41,11 @@ def make(tmp_path):
 def schedule_of(make):
     """The schedule of one arm."""
 
-    def found(arm, **scale):
+    def build(arm, **scale):
         experiment = make({"one": arm}, **scale)
         return build_arm_schedule(experiment, experiment.arms["one"])
 
-    return found
+    return build
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def test_arms_choose_among_targets_and_planner_settings(schedule_of, make):
     }
     assert schedule_of({"order": "f-l", "initial": "16,32,2,2", "target": "16,64,3,2"}).sequence == "f-l"
     repeated = {"mode": "repeated", "objective": "flops", "stages": 4}
-    found = schedule_of({"plan": "best", "planner": repeated, "space": {"hidden_multiple": 8, "ffn_multiple": 16}})
-    assert len(found.stages) == 4
+    schedule = schedule_of({"plan": "best", "planner": repeated, "space": {"hidden_multiple": 8, "ffn_multiple": 16}})
+    assert len(schedule.stages) == 4
 
 
 def test_an_arm_may_not_grow(schedule_of, make):
-    found = schedule_of({"plan": "best", "target": "initial"})
-    assert found.stages == () and found.initial == make({"one": {"plan": 1}}).get_structure("initial")
-    assert found.flops(get_model_fields(make({"one": {"plan": 1}}).run), 32) == pytest.approx(FLOPS, rel=1e-4)
+    schedule = schedule_of({"plan": "best", "target": "initial"})
+    assert schedule.stages == () and schedule.initial == make({"one": {"plan": 1}}).get_structure("initial")
+    assert schedule.flops(get_model_fields(make({"one": {"plan": 1}}).run), 32) == pytest.approx(FLOPS, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -105,19 +105,19 @@ def test_a_control_is_one_to_the_planners_best(schedule_of, make, name, scale):
     experiment = make({"one": {"control": name}}, **scale)
     fields = get_model_fields(experiment.run)
     best = schedule_of({"plan": "best"}, **scale)
-    found = schedule_of({"control": name}, **scale)
-    assert found == ARMS[name](ArmRequest(best, fields, 32, experiment.sizes.equal))
-    assert found.target == best.target
+    schedule = schedule_of({"control": name}, **scale)
+    assert schedule == ARMS[name](ArmRequest(best, fields, 32, experiment.sizes.equal))
+    assert schedule.target == best.target
 
 
 def test_a_schedule_is_given_in_place_or_as_a_file(schedule_of, planned, tmp_path):
     given = planned[3].with_shares([30, 10, 20, 20])
     given.to_yaml(tmp_path / "own.yaml")
     in_place = yaml.safe_load(given.to_yaml())
-    found = [schedule_of({"schedule": one}, tokens=TOKENS) for one in ("own.yaml", in_place)]
-    assert found[0] == found[1]
-    assert found[0].structures == given.structures
-    assert found[0].tokens == (375_000, 125_000, 250_000, 250_000)  # its tokens are shares
+    schedules = [schedule_of({"schedule": one}, tokens=TOKENS) for one in ("own.yaml", in_place)]
+    assert schedules[0] == schedules[1]
+    assert schedules[0].structures == given.structures
+    assert schedules[0].tokens == (375_000, 125_000, 250_000, 250_000)  # its tokens are shares
     assert schedule_of({"schedule": in_place, "shares": [1, 1, 1, 1]}, tokens=TOKENS).tokens == (250_000,) * 4
     without = yaml.safe_load(planned[3].to_yaml())
     assert schedule_of({"schedule": without}, tokens=550_000).tokens == (250_000, 100_000, 100_000, 100_000)
@@ -150,10 +150,10 @@ def test_utility_shares_are_the_planners(make):
         arm = {"plan": "worst", "target": target}
         experiment = make({"slop": arm, "shared": arm | {"shares": "utility"}}, tokens=1e9)
         planner = build_planner(experiment, experiment.arms["slop"])
-        paper, found = (build_arm_schedule(experiment, arm) for arm in experiment.arms.values())
+        paper, by_utility = (build_arm_schedule(experiment, arm) for arm in experiment.arms.values())
         best = {one.structures: one.tokens for one in planner.plan(20, tokens=sum(paper.tokens), sharing="utility")}
-        assert found.structures == paper.structures and found.tokens != paper.tokens
-        assert found.tokens == pytest.approx(best[found.structures], abs=1)
+        assert by_utility.structures == paper.structures and by_utility.tokens != paper.tokens
+        assert by_utility.tokens == pytest.approx(best[by_utility.structures], abs=1)
 
 
 def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
@@ -243,7 +243,7 @@ def inits(**operators):
 def shared(make):
     """Number of stages that each run or prefix inherits, by name."""
 
-    def found(arms, **scale):
+    def count_inherited(arms, **scale):
         jobs = add_shared_prefixes(build_jobs(make(arms, **scale)))
         by_directory = {job.directory: job for job in jobs}
         assert len(by_directory) == len(jobs)
@@ -258,7 +258,7 @@ def shared(make):
             job.arm or f"prefix of {length[job.directory]}": length[job.parent] if job.parent else 0 for job in jobs
         }
 
-    return found
+    return count_inherited
 
 
 def begins_with(run, prefix):
@@ -289,8 +289,8 @@ def test_shared_prefixes_may_begin_with_shared_prefixes(shared):
         "ffn": inits(ffn="preserving"),
         "layer": inits(layer="preserving"),
     }
-    found = shared(arms)
-    assert found == {
+    inherited = shared(arms)
+    assert inherited == {
         "prefix of 1": 0,
         "prefix of 2": 1,
         "prefix of 3": 2,

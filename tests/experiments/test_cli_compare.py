@@ -32,8 +32,8 @@ def test_arms_are_run_and_compared(tiny_experiment, output_of, out, tmp_path):
     first = json.loads(output_of("compare", tiny_experiment, "-o", out, "--arm", "slop", "--json"))
     assert [run["arm"] for run in first["runs"]] == ["slop"]
     trained = (out / "runs/slop/x1/seed-0/stage-3-hidden/model.safetensors").stat().st_mtime
-    told = output_of("compare", tiny_experiment, "-o", out, "--record", tmp_path / "tiny.json")
-    assert "from-scratch" in told and "comparison.md" in told
+    text = output_of("compare", tiny_experiment, "-o", out, "--record", tmp_path / "tiny.json")
+    assert "from-scratch" in text and "comparison.md" in text
     assert (out / "runs/slop/x1/seed-0/stage-3-hidden/model.safetensors").stat().st_mtime == trained
     names = {path.name for path in out.iterdir()}
     assert {"comparison.json", "comparison.md"} <= names and any(name.endswith(".png") for name in names)

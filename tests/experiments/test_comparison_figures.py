@@ -55,9 +55,9 @@ def overlapping(figure) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("against", ["flops", "seconds"])
 @pytest.mark.parametrize(("arms", "seeds"), [(8, 3), (2, 1)])
 def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
-    found = comparison(arms, seeds, budgets={"from-scratch": (0.25, 0.5, 1.0)})
+    record = comparison(arms, seeds, budgets={"from-scratch": (0.25, 0.5, 1.0)})
     before = dict(matplotlib.rcParams)
-    path = draw_arm_curves(found, tmp_path / "out" / "loss.png", against=against)
+    path = draw_arm_curves(record, tmp_path / "out" / "loss.png", against=against)
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
     assert all(inked(path, colour) > 50 for colour in drawing.RUN_COLOURS[:arms])
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -67,35 +67,35 @@ def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
 
 
 def test_marks_are_at_the_values_of_the_record(tmp_path, drawn):
-    found = comparison(2, budgets={"from-scratch": (0.5, 1.0)})
-    draw_arm_curves(found, tmp_path / "loss.png")
+    record = comparison(2, budgets={"from-scratch": (0.5, 1.0)})
+    draw_arm_curves(record, tmp_path / "loss.png")
     axes = drawn[0].axes[0]
     marks = {line.get_marker(): line for line in axes.lines if line.get_marker() != "None"}
-    runs = found.runs_of("slop")
+    runs = record.runs_of("slop")
     assert marks["^"].get_xdata() == pytest.approx([FLOPS * part / 4 for part in (1, 2, 3)], rel=1e-3)
     assert marks["^"].get_ydata()[2] == pytest.approx(fmean(run.stages[2].eval_loss for run in runs))
-    ends = [fmean(run.eval_loss for run in found.runs_of("from-scratch", budget)) for budget in (0.5, 1.0)]
+    ends = [fmean(run.eval_loss for run in record.runs_of("from-scratch", budget)) for budget in (0.5, 1.0)]
     assert list(marks["s"].get_ydata()) == pytest.approx(ends)
-    goal = fmean(run.flops for run in found.runs_of("from-scratch"))
-    assert marks["o"].get_xdata()[0] == pytest.approx((1 - compute_flops_saved(found, "slop").mean) * goal, rel=1e-3)
+    goal = fmean(run.flops for run in record.runs_of("from-scratch"))
+    assert marks["o"].get_xdata()[0] == pytest.approx((1 - compute_flops_saved(record, "slop").mean) * goal, rel=1e-3)
     assert list(marks["o"].get_ydata()) == [ends[-1]]
     assert [text.get_text() for text in axes.texts] == ["15% less compute"]
 
 
 def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
-    found = comparison(2, 2)
-    draw_arm_curves(found, tmp_path / "loss.png")
+    record = comparison(2, 2)
+    draw_arm_curves(record, tmp_path / "loss.png")
     curve = drawn[0].axes[0].lines[0]
-    one, two = (run.curve for run in found.runs_of("slop"))
+    one, two = (run.curve for run in record.runs_of("slop"))
     assert list(curve.get_ydata()) == pytest.approx([fmean(pair) for pair in zip(one.losses, two.losses, strict=True)])
 
 
 def test_seeds_with_different_evaluations_share_the_common_ones(tmp_path, drawn):
-    found = comparison(2, 2)
-    first = found.runs[0]
+    record = comparison(2, 2)
+    first = record.runs[0]
     columns = (first.curve.stages, first.curve.flops, first.curve.seconds, first.curve.losses)
     short = replace(first, curve=Curve(*(column[5:] for column in columns)))
-    draw_arm_curves(replace(found, runs=(short, *found.runs[1:])), tmp_path / "loss.png")
+    draw_arm_curves(replace(record, runs=(short, *record.runs[1:])), tmp_path / "loss.png")
     assert len(drawn[0].axes[0].lines[0].get_xdata()) == len(first.curve.flops) - 5
 
 
@@ -124,14 +124,14 @@ def test_an_arm_that_is_slower_claims_no_saving(tmp_path, drawn):
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_final_losses_are_dots(tmp_path, drawn, seeds):
-    found = comparison(8, seeds)
-    path = draw_final_losses(found, tmp_path / "losses.png")
+    record = comparison(8, seeds)
+    path = draw_final_losses(record, tmp_path / "losses.png")
     axes = drawn[0].axes[0]
     rows = [line for line in axes.lines if line.get_marker() == "o"]
     assert [sorted(line.get_xdata()) for line in rows] == [
-        sorted(run.eval_loss for run in found.runs_of(arm)) for arm in found.arms
+        sorted(run.eval_loss for run in record.runs_of(arm)) for arm in record.arms
     ]
-    assert [text.get_text() for text in axes.get_yticklabels()] == list(found.arms)
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(record.arms)
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert legend == ["grown", "not grown", *(["mean of seeds"] if seeds > 1 else []), "mean of from-scratch"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first arm is on top"
@@ -148,7 +148,7 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_a_diverged_arm_does_not_spoil_the_figures(tmp_path):
-    found = comparison(2)
+    record = comparison(2)
     worse = [
         replace(
             run,
@@ -157,16 +157,16 @@ def test_a_diverged_arm_does_not_spoil_the_figures(tmp_path):
         )
         if run.arm == "slop"
         else run
-        for run in found.runs
+        for run in record.runs
     ]
-    assert draw_arm_curves(replace(found, runs=tuple(worse)), tmp_path / "loss.png")
-    assert draw_final_losses(replace(found, runs=tuple(worse)), tmp_path / "losses.png")
+    assert draw_arm_curves(replace(record, runs=tuple(worse)), tmp_path / "loss.png")
+    assert draw_final_losses(replace(record, runs=tuple(worse)), tmp_path / "losses.png")
 
 
 def test_a_figure_names_its_source(tmp_path):
-    found = comparison(2, 1)
-    assert Image.open(draw_arm_curves(found, tmp_path / "loss.png")).info["Source"] == found.fingerprint
-    assert replace(found, title="another").fingerprint != found.fingerprint
+    record = comparison(2, 1)
+    assert Image.open(draw_arm_curves(record, tmp_path / "loss.png")).info["Source"] == record.fingerprint
+    assert replace(record, title="another").fingerprint != record.fingerprint
 
 
 def test_scatter_names_its_points_in_a_legend(tmp_path, drawn):

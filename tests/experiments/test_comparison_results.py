@@ -57,10 +57,10 @@ def scratch(seed, loss, budget=1.0):
 
 def test_the_saving_is_read_at_the_first_evaluation_that_reaches_the_references_loss():
     grown = [(0, 20.0, 5.0), (2, 70.0, 3.1), (2, 80.0, 2.9), (2, 100.0, 2.5)]
-    found = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 3.1, 2.5], curve=grown))
-    saved = compute_flops_saved(found, "slop")
+    record = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 3.1, 2.5], curve=grown))
+    saved = compute_flops_saved(record, "slop")
     assert saved is not None and saved.values == (pytest.approx(0.2),)
-    assert compute_flops_saved(found, "scratch").values == (0.0,)
+    assert compute_flops_saved(record, "scratch").values == (0.0,)
 
 
 def test_a_model_that_has_not_grown_to_its_end_has_not_reached_the_references_loss():
@@ -76,14 +76,14 @@ def test_a_model_that_has_not_grown_to_its_end_has_not_reached_the_references_lo
 
 def test_a_shorter_run_with_its_own_schedule_may_get_there_first():
     short = result("slop", 0, [5.0, 4.0, 2.9], budget=0.5)
-    found = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 4.0, 2.5]), short)
-    assert compute_flops_saved(found, "slop").values == (pytest.approx(0.5),)
+    record = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 4.0, 2.5]), short)
+    assert compute_flops_saved(record, "slop").values == (pytest.approx(0.5),)
 
 
 def test_between_two_budgets_the_ends_lie_on_a_line_over_the_logarithm():
     short, whole = result("slop", 0, [5.0, 4.0, 3.2], budget=0.5), result("slop", 0, [5.0, 4.0, 2.8])
-    found = comparison(scratch(0, 3.0), whole, short)
-    assert compute_flops_saved(found, "slop").values == (pytest.approx(1 - 0.5**0.5),)
+    record = comparison(scratch(0, 3.0), whole, short)
+    assert compute_flops_saved(record, "slop").values == (pytest.approx(1 - 0.5**0.5),)
     assert compute_cost_to_loss([short, whole], 2.8) == pytest.approx(100.0), (
         "an end that was measured counts as it is"
     )
@@ -117,9 +117,9 @@ def test_marginal_utility_is_eq_2():
 
 
 def test_missing_seeds_of_the_reference_leave_the_difference_out():
-    found = comparison(scratch(0, 3.0), result("slop", 0, [5, 4, 2.9]), result("slop", 1, [5, 4, 2.9]))
-    assert compute_arm_results(found)[1].against_reference is None
-    assert compute_flops_saved(found, "slop").values == (pytest.approx(0.0),), "of the seeds that both have"
+    record = comparison(scratch(0, 3.0), result("slop", 0, [5, 4, 2.9]), result("slop", 1, [5, 4, 2.9]))
+    assert compute_arm_results(record)[1].against_reference is None
+    assert compute_flops_saved(record, "slop").values == (pytest.approx(0.0),), "of the seeds that both have"
 
 
 def test_predictions_are_the_planners_and_ranks_are_compared(tmp_path):
@@ -135,30 +135,30 @@ def test_predictions_are_the_planners_and_ranks_are_compared(tmp_path):
         result("lf", 0, [5.0, 4.9], schedule=at_once),
         scratch(0, 3.0),
     ]
-    found = comparison(*runs)
-    names = [one.arm for one in compute_predictions(found)]
+    record = comparison(*runs)
+    names = [one.arm for one in compute_predictions(record)]
     assert names == ["l-f", "f-l", "lf"], "what grows nothing has no utility"
-    one = compute_predictions(found)[0]
+    one = compute_predictions(record)[0]
     fields = {"model_type": "llama", "vocab_size": 300, "tie_word_embeddings": True}
     prices = [float(count_flops_per_token(dims, fields, 16)) for dims in SCHEDULE.structures]
     assert one.flops == pytest.approx(prices[0] * 250 + prices[1] * 100 + prices[2] * 100)
-    agreed = compute_planner_accuracy(found)
-    assert agreed.schedules == 3
-    measured = [p.measured_utility.mean for p in compute_predictions(found)]
-    assert agreed.utility == compute_rank_correlation([p.utility for p in compute_predictions(found)], measured)
+    accuracy = compute_planner_accuracy(record)
+    assert accuracy.schedules == 3
+    measured = [p.measured_utility.mean for p in compute_predictions(record)]
+    assert accuracy.utility == compute_rank_correlation([p.utility for p in compute_predictions(record)], measured)
     assert compute_planner_accuracy(comparison(*runs[:2])) is None
-    rows = tabulate_predictions(found).rows
-    assert [row[0] for row in rows] == [p.arm for p in sorted(compute_predictions(found), key=lambda p: -p.utility)]
-    assert describe_planner_accuracy(found).startswith(
+    rows = tabulate_predictions(record).rows
+    assert [row[0] for row in rows] == [p.arm for p in sorted(compute_predictions(record), key=lambda p: -p.utility)]
+    assert describe_planner_accuracy(record).startswith(
         "Over 3 schedules, Spearman's correlation of predicted and measured"
     )
-    assert draw_utility(found, tmp_path / "utility.png") is not None
+    assert draw_utility(record, tmp_path / "utility.png") is not None
 
 
 def test_one_schedule_by_several_inits_has_no_ranking(tmp_path):
-    found = comparison(*(result(name, 0, [5.0, 4.0, 2.0]) for name in "abc"))
-    assert math.isnan(compute_planner_accuracy(found).utility) and describe_planner_accuracy(found) == ""
-    assert draw_utility(found, tmp_path / "utility.png") is None
+    record = comparison(*(result(name, 0, [5.0, 4.0, 2.0]) for name in "abc"))
+    assert math.isnan(compute_planner_accuracy(record).utility) and describe_planner_accuracy(record) == ""
+    assert draw_utility(record, tmp_path / "utility.png") is None
 
 
 def test_schedules_are_compared_on_the_seeds_that_all_have():

@@ -39,23 +39,23 @@ def printed(table: object, width: int = 120) -> str:
 
 
 def test_a_row_an_arm_and_budget():
-    found = comparison(3, budgets={"from-scratch": (0.25, 1.0)})
-    cells = tabulate_arms(found)
+    record = comparison(3, budgets={"from-scratch": (0.25, 1.0)})
+    cells = tabulate_arms(record)
     assert column(cells, "arm") == ["slop", "from-scratch", "from-scratch", "single-stage"]
     assert column(cells, "budget") == ["×1", "×0.25", "×1", "×1"]
     assert column(cells, "grows") == ["l-f-h", "–", "–", "lfh"]
     assert column(cells, "seeds") == ["3"] * 4
-    slop = compute_arm_results(found)[0]
+    slop = compute_arm_results(record)[0]
     assert column(cells, "held-out loss")[0] == f"{slop.loss.mean:.4f} ± {slop.loss.deviation:.4f}"
     assert column(cells, "loss vs from-scratch")[:3] == [f"{slop.against_reference.mean:+.4f}", "–", "–"]
     assert column(cells, "FLOPs saved")[:3] == ["15.0% (15.0 to 15.0)", "–", "–"]
 
 
 def test_columns_without_content_are_left_out():
-    found = comparison(["from-scratch", "not-grown"], 1, reference=None)
-    found = replace(found, arms=dict.fromkeys(found.arms, ""))
+    record = comparison(["from-scratch", "not-grown"], 1, reference=None)
+    record = replace(record, arms=dict.fromkeys(record.arms, ""))
     measured = ["seeds", "tokens", "FLOPs", "seconds", "held-out loss", "ppl", "loss vs from-scratch"]
-    assert headings(tabulate_arms(found)) == ["arm", *measured]
+    assert headings(tabulate_arms(record)) == ["arm", *measured]
 
 
 def test_the_papers_numbers_have_their_own_columns():
@@ -71,11 +71,11 @@ def test_an_arm_that_never_gets_there_says_so():
 
 
 def test_stages_are_those_of_the_full_budget():
-    found = comparison(2, budgets={"slop": (0.5, 1.0)})
-    cells = tabulate_arm_stages(found)
+    record = comparison(2, budgets={"slop": (0.5, 1.0)})
+    cells = tabulate_arm_stages(record)
     assert column(cells, "stage") == ["0 initial", "1 layer", "2 ffn", "3 hidden", "0 initial"]
     assert column(cells, "arm") == ["slop", "", "", "", "from-scratch"]
-    runs = found.runs_of("slop")
+    runs = record.runs_of("slop")
     after = sum(run.stages[1].eval_loss_after_growth for run in runs) / len(runs)
     assert column(cells, "loss after growth")[:2] == ["–", f"{after:.4f}"]
 
@@ -88,66 +88,66 @@ def test_the_ledger_is_summed():
 
 
 def test_the_terminal_takes_names_as_they_are():
-    found = comparison(2, 1)
-    runs = tuple(replace(run, arm="slop[bold]") if run.arm == "slop" else run for run in found.runs)
-    found = replace(found, arms={"slop[bold]": "", "from-scratch": ""}, runs=runs)
-    assert "slop[bold]" in printed(build_arms_table(found)) and "3 hidden" in printed(
-        build_terminal_table(tabulate_arm_stages(found), "Stages")
+    record = comparison(2, 1)
+    runs = tuple(replace(run, arm="slop[bold]") if run.arm == "slop" else run for run in record.runs)
+    record = replace(record, arms={"slop[bold]": "", "from-scratch": ""}, runs=runs)
+    assert "slop[bold]" in printed(build_arms_table(record)) and "3 hidden" in printed(
+        build_terminal_table(tabulate_arm_stages(record), "Stages")
     )
-    assert "sum" in printed(build_terminal_table(tabulate_ledger(found), "What it cost"))
+    assert "sum" in printed(build_terminal_table(tabulate_ledger(record), "What it cost"))
 
 
 def test_growth_that_paid():
-    told = " ".join(summarise_comparison(comparison()))
+    text = " ".join(summarise_comparison(comparison()))
     assert (
-        "slop has the lowest final loss of 8 arms" in told
-        and "below every other arm beyond the spread of seeds" in told
+        "slop has the lowest final loss of 8 arms" in text
+        and "below every other arm beyond the spread of seeds" in text
     )
-    assert "Growth paid: slop ends 0.1107 below from-scratch, beyond the spread of seeds." in told
+    assert "Growth paid: slop ends 0.1107 below from-scratch, beyond the spread of seeds." in text
     assert (
-        "slop reaches the final loss of from-scratch with 15.0% fewer FLOPs" in told
-        and "not every seed of elle and not-grown reaches it" in told
+        "slop reaches the final loss of from-scratch with 15.0% fewer FLOPs" in text
+        and "not every seed of elle and not-grown reaches it" in text
     )
-    assert "3 seeds per arm" in told and "tokens per parameter of the target (468k)" in told
+    assert "3 seeds per arm" in text and "tokens per parameter of the target (468k)" in text
 
 
 def test_growth_that_did_not_pay():
-    told = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.5})))
-    assert "from-scratch has the lowest final loss of 2 arms" in told
-    assert "Growth did not pay: slop ends" in told and "above from-scratch, beyond the spread of seeds" in told
-    assert "No other arm reaches the final loss of from-scratch with every seed." in told
+    text = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.5})))
+    assert "from-scratch has the lowest final loss of 2 arms" in text
+    assert "Growth did not pay: slop ends" in text and "above from-scratch, beyond the spread of seeds" in text
+    assert "No other arm reaches the final loss of from-scratch with every seed." in text
 
 
 def test_growth_within_the_spread():
-    told = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.302})))
-    assert "It is uncertain whether growth paid: slop ends" in told and "within the spread of seeds" in told
+    text = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.302})))
+    assert "It is uncertain whether growth paid: slop ends" in text and "within the spread of seeds" in text
 
 
 def test_one_seed_proves_nothing():
-    told = " ".join(summarise_comparison(comparison(2, 1)))
-    assert "with one seed, that may be chance" in told and "growth seems to pay" in told and "one seed per arm" in told
-    assert "beyond the spread" not in told
+    text = " ".join(summarise_comparison(comparison(2, 1)))
+    assert "with one seed, that may be chance" in text and "growth seems to pay" in text and "one seed per arm" in text
+    assert "beyond the spread" not in text
 
 
 def test_arms_of_a_study_are_compared_with_its_first_arm():
-    found = comparison(["slop", "single-stage", "copies", "msg"], reference=None)
-    told = " ".join(summarise_comparison(found))
-    assert "Compared with slop, copies, single-stage and msg end higher, beyond the spread of seeds." in told
-    assert "Growth" not in told and "reaches" not in told
+    record = comparison(["slop", "single-stage", "copies", "msg"], reference=None)
+    text = " ".join(summarise_comparison(record))
+    assert "Compared with slop, copies, single-stage and msg end higher, beyond the spread of seeds." in text
+    assert "Growth" not in text and "reaches" not in text
     close = comparison(["slop", "msg"], reference=None, losses={"slop": 3.29})
     assert "All other arms stay within the spread of seeds of slop." in " ".join(summarise_comparison(close))
 
 
 def test_a_smaller_model_that_is_lowest_is_named():
-    told = " ".join(summarise_comparison(comparison(losses={"not-grown": 3.0})))
-    assert "not-grown has the lowest final loss of 8 arms" in told and "Growth paid: slop" in told
+    text = " ".join(summarise_comparison(comparison(losses={"not-grown": 3.0})))
+    assert "not-grown has the lowest final loss of 8 arms" in text and "Growth paid: slop" in text
 
 
 def test_names_with_spaces_are_quoted():
-    found = comparison(2, 1)
-    runs = tuple(replace(run, arm="rate, doubled") if run.arm == "slop" else run for run in found.runs)
-    found = replace(found, arms={"rate, doubled": "", "from-scratch": ""}, runs=runs)
-    assert "“rate, doubled” has the lowest final loss" in summarise_comparison(found)[0]
+    record = comparison(2, 1)
+    runs = tuple(replace(run, arm="rate, doubled") if run.arm == "slop" else run for run in record.runs)
+    record = replace(record, arms={"rate, doubled": "", "from-scratch": ""}, runs=runs)
+    assert "“rate, doubled” has the lowest final loss" in summarise_comparison(record)[0]
 
 
 def test_missing_runs_are_named():
@@ -166,11 +166,11 @@ def test_a_comparison_without_runs():
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
 def test_a_diverged_arm_comes_last(loss):
-    found = comparison(2)
+    record = comparison(2)
     runs = [
         replace(run, stages=(*run.stages[:-1], replace(run.stages[-1], eval_loss=loss))) if run.arm == "slop" else run
-        for run in found.runs
+        for run in record.runs
     ]
-    diverged: Comparison = replace(found, runs=tuple(runs))
+    diverged: Comparison = replace(record, runs=tuple(runs))
     assert "from-scratch has the lowest final loss of 2 arms" in summarise_comparison(diverged)[0]
     assert column(tabulate_arms(diverged), "held-out loss")[0] == "diverged"

@@ -26,27 +26,27 @@ def read(tmp_path):
 
 def test_an_experiment_is_read_from_its_file(read):
     arms = {"slop": {"plan": "best", "seeds": [4]}, "scratch": {"control": "from_scratch", "budgets": [0.5, 1]}}
-    found = read(arms=arms, about="Why", printed={"slop": {"perplexity": 30.61}})
-    assert (found.name, found.scale, found.title, found.about) == ("some", "tiny", "Some", "Why")
-    assert found.arms == {
+    experiment = read(arms=arms, about="Why", printed={"slop": {"perplexity": 30.61}})
+    assert (experiment.name, experiment.scale, experiment.title, experiment.about) == ("some", "tiny", "Some", "Why")
+    assert experiment.arms == {
         "slop": ArmConfig(plan="best", seeds=(4,)),
         "scratch": ArmConfig(control="from_scratch", budgets=(0.5, 1.0)),
     }
-    assert (found.sizes.equal, found.sizes.budget, found.sizes.seeds) == ("flops", 1e9, (0,))
-    assert found.run.data.vocab_size == 300 and found.run.training == {"learning_rate": 1e-3}
-    assert found.printed == {"slop": {"perplexity": 30.61}}
+    assert (experiment.sizes.equal, experiment.sizes.budget, experiment.sizes.seeds) == ("flops", 1e9, (0,))
+    assert experiment.run.data.vocab_size == 300 and experiment.run.training == {"learning_rate": 1e-3}
+    assert experiment.printed == {"slop": {"perplexity": 30.61}}
 
 
 def test_structures_have_names_or_are_spelled_out(read):
-    found = read()
-    assert found.get_structure("target") == ModelDims(32, 64, 3, 4)
-    assert found.get_structure("32,64,3,2,1,32") == ModelDims(32, 64, 3, 2, 1, 32)
+    experiment = read()
+    assert experiment.get_structure("target") == ModelDims(32, 64, 3, 4)
+    assert experiment.get_structure("32,64,3,2,1,32") == ModelDims(32, 64, 3, 2, 1, 32)
     with pytest.raises(RunError, match=r"scale tiny has no structure 'targte' \(known: initial, target\)"):
-        found.get_structure("targte")
+        experiment.get_structure("targte")
     with pytest.raises(DimsError, match="cannot read dims '32,64'"):
-        found.get_structure("32,64")
+        experiment.get_structure("32,64")
     with pytest.warns(DeprecationWarning, match="Experiment.structure is now Experiment.get_structure"):
-        assert found.structure("target") == found.get_structure("target")
+        assert experiment.structure("target") == experiment.get_structure("target")
 
 
 def test_the_reference_is_the_first_from_scratch_or_the_one_named(read):
@@ -92,11 +92,11 @@ def test_a_run_may_be_a_file_and_be_changed_in_places(read, tmp_path):
     for run in ("runs/common.yaml", RUN):
         scales = {"tiny": SCALE | {"run": run} | changes}
         overrides = {"run.data.vocab_size": 500, "run.training.logging_steps": 4, "scales.tiny.flops": 2e9}
-        found = read(scales=scales, overrides=overrides)
-        assert found.run.model == {"model_type": "gpt_neox"}
-        assert found.run.training == {"learning_rate": 1e-3, "warmup_steps": 5, "logging_steps": 4}
-        assert (found.run.data.vocab_size, found.run.data.block_size) == (500, 32)
-        assert found.sizes.budget == 2e9
+        experiment = read(scales=scales, overrides=overrides)
+        assert experiment.run.model == {"model_type": "gpt_neox"}
+        assert experiment.run.training == {"learning_rate": 1e-3, "warmup_steps": 5, "logging_steps": 4}
+        assert (experiment.run.data.vocab_size, experiment.run.data.block_size) == (500, 32)
+        assert experiment.sizes.budget == 2e9
     with pytest.raises(RunError, match=r"common\.yaml: unknown key 'data\.vocab'"):
         read(scales={"tiny": SCALE | {"run": "runs/common.yaml"}}, overrides={"run.data.vocab": 1})
 
@@ -106,8 +106,8 @@ def test_the_path_of_a_schedule_is_relative_to_the_experiment(read, tmp_path):
 
 
 def test_overrides_reach_arms_and_scales(read):
-    found = read(overrides={"scales.tiny.seeds": [1, 2], "arms.slop.training": {"learning_rate": 2e-3}})
-    assert found.sizes.seeds == (1, 2) and found.arms["slop"].training == {"learning_rate": 2e-3}
+    experiment = read(overrides={"scales.tiny.seeds": [1, 2], "arms.slop.training": {"learning_rate": 2e-3}})
+    assert experiment.sizes.seeds == (1, 2) and experiment.arms["slop"].training == {"learning_rate": 2e-3}
     with pytest.raises(RunError, match=r"cannot set title\.x: title is not a section of .*some\.yaml"):
         read(overrides={"title.x": 1})
     with pytest.raises(RunError, match=r"arms\.slop\.sharse"):

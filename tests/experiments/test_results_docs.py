@@ -77,11 +77,11 @@ def test_blocks_are_filled_in_and_the_rest_stays(root, capsys):
         "README.md brought up to date",
         "docs/results.md brought up to date",
     ]
-    found = comparison(2, 2)
+    record = comparison(2, 2)
     text = (root / "docs" / "results.md").read_text()
-    for cells in (tabulate_arms(found), tabulate_arm_stages(found), tabulate_ledger(found)):
+    for cells in (tabulate_arms(record), tabulate_arm_stages(record), tabulate_ledger(record)):
         assert f"-->\n{cells.markdown()}<!-- end -->\n" in text
-    assert " ".join(summarise_comparison(found)) in text.replace("\n", " ") and "stale" not in text
+    assert " ".join(summarise_comparison(record)) in text.replace("\n", " ") and "stale" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 119
     kept = [line for line in PAGE.splitlines() if line != "stale"]
     assert [line for line in text.splitlines() if line in kept] == kept

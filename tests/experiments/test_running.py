@@ -61,18 +61,18 @@ def test_a_shared_prefix_gives_the_weights_of_a_separate_run(experiment, trained
 
 def test_shared_stages_are_counted_once(experiment, trained):
     jobs, root = trained
-    found = collect_comparison(experiment, jobs, root)
-    assert [run.arm for run in found.runs] == ["slop", "preserving", "from-scratch", "from-scratch"]
-    assert not found.missing
-    costs = {cost.what: cost for cost in found.ledger}
+    record = collect_comparison(experiment, jobs, root)
+    assert [run.arm for run in record.runs] == ["slop", "preserving", "from-scratch", "from-scratch"]
+    assert not record.missing
+    costs = {cost.what: cost for cost in record.ledger}
     assert costs.keys() == {"runs", "trunks"} and costs["trunks"].count == 1
-    slop, preserving, half, whole = found.runs
+    slop, preserving, half, whole = record.runs
     shared = sum(stage.flops for stage in slop.stages[:3])
     assert slop.inherited == preserving.inherited == 3
     assert costs["trunks"].flops == pytest.approx(shared)
     paid = slop.flops + preserving.flops + half.flops + whole.flops - shared
     assert costs["trunks"].flops + costs["runs"].flops == pytest.approx(paid)
-    assert sum(cost.tokens for cost in found.ledger) < sum(run.tokens for run in found.runs)
+    assert sum(cost.tokens for cost in record.ledger) < sum(run.tokens for run in record.runs)
 
 
 def test_arms_spend_alike(experiment, trained):
@@ -87,9 +87,9 @@ def test_arms_spend_alike(experiment, trained):
 
 def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
     jobs, root = trained
-    found = collect_comparison(experiment, jobs, root, "a machine")
-    again = Comparison.load(found.save(tmp_path / "record.json"))
-    assert again == found
+    record = collect_comparison(experiment, jobs, root, "a machine")
+    again = Comparison.load(record.save(tmp_path / "record.json"))
+    assert again == record
     run = again.runs[0]
     assert list(run.curve.flops) == sorted(run.curve.flops) and set(run.curve.stages) == {0, 1, 2, 3}
     assert run.curve.losses[-1] == run.eval_loss
@@ -99,9 +99,9 @@ def test_the_record_comes_back_from_its_file(experiment, trained, tmp_path):
 
 def test_earlier_names_still_work_and_say_so(experiment, trained, tmp_path, monkeypatch):
     jobs, root = trained
-    found = collect_comparison(experiment, jobs, root)
+    record = collect_comparison(experiment, jobs, root)
     with pytest.warns(DeprecationWarning, match="Comparison.of is now Comparison.runs_of"):
-        assert found.of("from-scratch", 0.5) == found.runs_of("from-scratch", 0.5) != []
+        assert record.of("from-scratch", 0.5) == record.runs_of("from-scratch", 0.5) != []
     callbacks = []
     monkeypatch.setattr(write, "run_experiment", lambda *_, on_job_end, **__: callbacks.append(on_job_end))
     with pytest.warns(DeprecationWarning, match="now compare_arms") as caught:
@@ -124,10 +124,10 @@ def test_an_interrupted_experiment_resumes(experiment, trained, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         run_experiment(experiment, again)
     assert len(collect_comparison(experiment, jobs, again).missing) == 3
-    told = []
+    reported = []
     monkeypatch.setattr(running, "train_job", train_job)
-    run_experiment(experiment, again, on_job_end=lambda job, done, count: told.append((job.name, done, count)))
-    assert [done for _, done, _ in told] == [3, 4, 5] and told[-1][2] == 5
+    run_experiment(experiment, again, on_job_end=lambda job, done, count: reported.append((job.name, done, count)))
+    assert [done for _, done, _ in reported] == [3, 4, 5] and reported[-1][2] == 5
     assert all(same(weights(root, job), weights(again, job)) for job in jobs)
     run_experiment(experiment, again, on_job_end=lambda *_: pytest.fail("all had finished"))
 
@@ -152,16 +152,16 @@ def test_only_one_process_trains_in_a_directory(experiment, tmp_path):
 
 def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_path):
     jobs, root = trained
-    beside, told = tmp_path / "beside", []
+    parallel, reported = tmp_path / "parallel", []
     more = dataclasses.replace(experiment, arms={**experiment.arms, **wild(experiment)})
-    all_jobs = run_experiment(more, beside, workers=2, on_job_end=lambda job, *_: told.append(job))
-    assert sorted(job.directory for job in told) == sorted(job.directory for job in all_jobs)
+    all_jobs = run_experiment(more, parallel, workers=2, on_job_end=lambda job, *_: reported.append(job))
+    assert sorted(job.directory for job in reported) == sorted(job.directory for job in all_jobs)
     assert len(all_jobs) == len(jobs) + 3
-    assert collect_comparison(more, all_jobs, beside).diverged == ("wild, seed 0", "as wild, seed 0")
+    assert collect_comparison(more, all_jobs, parallel).diverged == ("wild, seed 0", "as wild, seed 0")
     parent = named(jobs, "slop, seed 0").parent
-    places = [job.directory for job in told]
-    assert places.index(parent) < min(places.index(job.directory) for job in jobs if job.parent == parent)
-    assert all(same(weights(root, job), weights(beside, job)) for job in jobs)
+    order = [job.directory for job in reported]
+    assert order.index(parent) < min(order.index(job.directory) for job in jobs if job.parent == parent)
+    assert all(same(weights(root, job), weights(parallel, job)) for job in jobs)
 
 
 def test_a_failed_run_is_named_and_the_runs_in_progress_finish(experiment, tmp_path):
@@ -188,19 +188,19 @@ def wild(experiment):
 
 def test_diverged_runs_are_reported_and_the_others_continue(experiment, tmp_path):
     other = dataclasses.replace(experiment.arms["from-scratch"], budgets=(1.0,))
-    found, told = dataclasses.replace(experiment, arms={**wild(experiment), "from-scratch": other}), []
-    jobs = run_experiment(found, tmp_path, on_job_end=lambda job, *_: told.append(job.name))
-    assert sorted(told) == sorted(job.name for job in jobs) and len(jobs) == 4
-    comparison = collect_comparison(found, jobs, tmp_path)
+    changed, reported = dataclasses.replace(experiment, arms={**wild(experiment), "from-scratch": other}), []
+    jobs = run_experiment(changed, tmp_path, on_job_end=lambda job, *_: reported.append(job.name))
+    assert sorted(reported) == sorted(job.name for job in jobs) and len(jobs) == 4
+    comparison = collect_comparison(changed, jobs, tmp_path)
     assert comparison.diverged == ("wild, seed 0", "as wild, seed 0") and not comparison.missing
     assert [run.arm for run in comparison.runs] == ["from-scratch"]
     assert "2 runs have diverged: wild, seed 0; as wild, seed 0." in summarise_comparison(comparison)
     write_comparison(comparison, tmp_path / "report")
-    run_experiment(found, tmp_path, on_job_end=lambda *_: pytest.fail("all have ended"))
+    run_experiment(changed, tmp_path, on_job_end=lambda *_: pytest.fail("all have ended"))
     (note,) = tmp_path.rglob("diverged.txt")
     assert "no longer finite" in note.read_text()
     note.unlink()
-    assert len(collect_comparison(found, jobs, tmp_path).missing) == 2
+    assert len(collect_comparison(changed, jobs, tmp_path).missing) == 2
 
 
 def test_other_settings_are_refused_for_runs_that_have_begun(experiment, trained):
@@ -227,8 +227,8 @@ def test_each_run_can_be_launched_by_itself(trained):
 def test_stages_are_scored_as_the_config_says(tiny_experiment, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
     asked = {f"run.evaluation.{name}": value for name, value in {"tasks": "perplexity", "after_growth": True}.items()}
-    found = Experiment.from_yaml(tiny_experiment, overrides=asked)
-    jobs = run_experiment(dataclasses.replace(found, arms={"slop": found.arms["slop"]}), tmp_path / "out")
+    changed = Experiment.from_yaml(tiny_experiment, overrides=asked)
+    jobs = run_experiment(dataclasses.replace(changed, arms={"slop": changed.arms["slop"]}), tmp_path / "out")
     run = RunDirectory(tmp_path / "out" / named(jobs, "slop, seed 0").directory)
     for record in run.records():
         *grown, end = run.evaluations(record.stage)

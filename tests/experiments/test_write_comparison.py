@@ -15,16 +15,17 @@ FILES = ["comparison.json", "comparison.md", "loss.png", "losses.png", "seconds.
 
 
 def test_everything_lies_in_the_directory(tmp_path):
-    found = comparison(2, about="Does growth pay?")
-    directory = write_comparison(found, tmp_path / "out")
+    record = comparison(2, about="Does growth pay?")
+    directory = write_comparison(record, tmp_path / "out")
     assert directory == tmp_path / "out" and sorted(file.name for file in directory.iterdir()) == FILES
-    assert Comparison.load(directory / "comparison.json") == found
+    assert Comparison.load(directory / "comparison.json") == record
     text = (directory / "comparison.md").read_text()
-    assert text.startswith("# SLOP beside other ways to the same target · nano\n\nDoes growth pay?\n\n")
+    assert text.startswith("# SLOP and other ways to the same target · nano\n\nDoes growth pay?\n\n")
     assert (
-        " ".join(summarise_comparison(found)) in text and "Run on two CPU cores, slop-hf 0.1.0, torch 2.8.0.\n" in text
+        " ".join(summarise_comparison(record)) in text
+        and "Run on two CPU cores, slop-hf 0.1.0, torch 2.8.0.\n" in text
     )
-    for cells in (tabulate_arms(found), tabulate_arm_stages(found), tabulate_ledger(found)):
+    for cells in (tabulate_arms(record), tabulate_arm_stages(record), tabulate_ledger(record)):
         assert cells.markdown() in text
     assert all((directory / link).is_file() for link in re.findall(r"!\[.*?\]\((.*?)\)", text))
     assert "\n\n\n" not in text and text.endswith(".\n")

@@ -188,7 +188,7 @@ def test_the_earlier_name_of_on_job_end_still_works_and_says_so(config):
 
 
 def test_a_killed_probe_resumes(config, candidates, tried, tmp_path, monkeypatch):
-    ended, told = [], []
+    ended, reported = [], []
 
     def interrupted(job, root):
         if len(ended) == 2:
@@ -196,14 +196,16 @@ def test_a_killed_probe_resumes(config, candidates, tried, tmp_path, monkeypatch
         train_job(job, root)
         ended.append(job.directory)
 
-    probe = Probe(config, tmp_path, share=0.5, by="loss", on_job_end=lambda job, *_: told.append(job.directory))
+    probe = Probe(config, tmp_path, share=0.5, by="loss", on_job_end=lambda job, *_: reported.append(job.directory))
     monkeypatch.setattr(running, "train_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         probe.run(candidates)
-    assert probe.ledger == () and told == ended
+    assert probe.ledger == () and reported == ended
     monkeypatch.setattr(running, "train_job", train_job)
     report = probe.run(candidates)
-    assert told == [job.directory for job in probe.build_jobs(candidates)], "what had finished was not trained again"
+    assert reported == [job.directory for job in probe.build_jobs(candidates)], (
+        "what had finished was not trained again"
+    )
     assert without_seconds(report) == without_seconds(tried.report)
 
 
@@ -244,7 +246,7 @@ def test_a_trial_from_a_stage_equals_the_runs_next_stage(config, finished, tmp_p
     assert report.cost.tokens == 2 * 4 * STEP, "what the run had trained is not paid for again"
     at_growth = {one.name: one.loss_at_growth.mean for one in report.results}
     assert at_growth["preserving"] == pytest.approx(finished.records()[1].eval_loss, abs=1e-4)
-    assert {one.schedule.tokens for one in report.results} == {SCHEDULE.tokens}, "a schedule is told in full"
+    assert {one.schedule.tokens for one in report.results} == {SCHEDULE.tokens}, "schedules are complete"
     assert files == {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")}
 
 

@@ -46,7 +46,7 @@ class Dump(TrainerCallback):
         self.done.add(span.number)
         states = self.trainer._strategy.get_states(self.trainer)
         keys = ["weight"] + (["exp_avg", "exp_avg_sq"] if states.has_moments() else [])
-        found = {f"{key}/{name}": states.gather(name, key, 0) for name in states.shapes for key in keys}
+        tensors = {f"{key}/{name}": states.gather(name, key, 0) for name in states.shapes for key in keys}
         groups = [
             {"lr": group["lr"], "weight_decay": group["weight_decay"], "numbers": numbers}
             for group, numbers in zip(
@@ -64,7 +64,7 @@ class Dump(TrainerCallback):
         (self.directory / f"{span.number}-rank-{args.process_index}.json").write_text(json.dumps(facts))
         if args.process_index == 0:
             save_file(
-                {name: value.clone() for name, value in found.items()}, self.directory / f"{span.number}.safetensors"
+                {name: value.clone() for name, value in tensors.items()}, self.directory / f"{span.number}.safetensors"
             )
 
 
@@ -85,8 +85,8 @@ def held(trainer: Any) -> int:
         return 3 * sum(parameter.numel() for parameter in trainer.model.parameters())
     zero = trainer.deepspeed.optimizer
     moments = [value for state in zero.optimizer.state.values() for name, value in state.items() if name != "step"]
-    kept = [*zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat, *moments]
-    return sum({tensor.data_ptr(): tensor.numel() for tensor in kept}.values())
+    tensors = [*zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat, *moments]
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())
 
 
 class At(TrainerCallback):

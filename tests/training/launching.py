@@ -68,17 +68,17 @@ def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the ranks and their launcher at once; ranks have sessions of their own."""
     with suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
-        for one in [*launcher.children(recursive=True), launcher]:
+        for member in [*launcher.children(recursive=True), launcher]:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                member.kill()
 
 
 def weights(run: Path, stage: str) -> dict[str, Any]:
     """Return the weights of a stage, from one or several files."""
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for path in sorted((run / stage).glob("model*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def largest_difference(one: Path, other: Path, stage: str = "stage-3-hidden") -> float:

@@ -26,10 +26,12 @@ from slop_hf.training.batches import (
 SHORT = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:2]).with_shares([TOKENS // 2] * 3)
 
 
-def settings(**given):
+def settings(**changes):
     """The arguments that batches depend on, at their defaults."""
     defaults = dict.fromkeys(PER_STAGE)
-    return SimpleNamespace(**{**defaults, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **given})
+    return SimpleNamespace(
+        **{**defaults, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **changes}
+    )
 
 
 # ---- Sharing --------------------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def test_another_number_of_values_is_refused(values):
 
 
 @pytest.mark.parametrize(
-    ("given_", "devices", "expected"),
+    ("changes", "devices", "expected"),
     [
         ({}, 1, (4, 4, 4)),
         ({"gradient_accumulation_steps": 3}, 2, (24, 24, 24)),
@@ -85,13 +87,13 @@ def test_another_number_of_values_is_refused(values):
         ({"batch_tokens": [128], "stage_batch_sizes": [8, 4, 2]}, 8, (8, 8, 8)),
     ],
 )
-def test_blocks_of_a_step(given_, devices, expected):
+def test_blocks_of_a_step(changes, devices, expected):
     """Batch sizes are per device; `batch_tokens` counts all devices together."""
-    assert count_blocks_per_step(settings(**given_), BLOCK, devices, 3) == expected
+    assert count_blocks_per_step(settings(**changes), BLOCK, devices, 3) == expected
 
 
 @pytest.mark.parametrize(
-    ("given_", "message"),
+    ("changes", "message"),
     [
         ({"batch_tokens": [40]}, "batch_tokens 40 is not a multiple of the block size 16; take 32"),
         ({"batch_tokens": [64, 64, 7]}, "batch_tokens 7 .*; take 16"),
@@ -100,9 +102,9 @@ def test_blocks_of_a_step(given_, devices, expected):
         ({"stage_batch_sizes": [4, 4, 4, 4]}, "stage_batch_sizes has 4 values, but the run has 3 stages"),
     ],
 )
-def test_what_makes_no_steps_is_refused(given_, message):
+def test_what_makes_no_steps_is_refused(changes, message):
     with pytest.raises(RunError, match=message):
-        count_blocks_per_step(settings(**given_), BLOCK, 1, 3)
+        count_blocks_per_step(settings(**changes), BLOCK, 1, 3)
 
 
 def test_batches_follow_the_number_of_devices():
@@ -189,15 +191,15 @@ def test_a_run_continues_in_smaller_micro_batches(tmp_path):
 
     def train(name, size, stop=None):
         shares, path = Shares(stop), tmp_path / name
-        one = trainer(
+        run = trainer(
             path,
             schedule=SHORT,
             model=small_model(dropout=0.0),
             callbacks=[shares],
             per_device_train_batch_size=size,
         )
-        one.train(resume_from_checkpoint=RunDirectory(path).exists)
-        return one, shares.steps
+        run.train(resume_from_checkpoint=RunDirectory(path).exists)
+        return run, shares.steps
 
     whole, steps = train("whole", BATCH)
     assert steps == [(4, 1)] * 12

@@ -36,20 +36,20 @@ def measured(tmp_path_factory):
 
 def test_every_structure_is_measured_in_the_order_given(measured):
     cost_model, times, _ = measured
-    assert [one.label for one in cost_model.measurements] == [str(dims) for dims in SIZES]
-    for dims, one in zip(SIZES, cost_model.measurements, strict=True):
-        assert one.flops_per_token == count_flops_per_token(dims, CONFIG, LENGTH)
-        assert one.tokens == BATCH * LENGTH and one.hours > 0
+    assert [measurement.label for measurement in cost_model.measurements] == [str(dims) for dims in SIZES]
+    for dims, measurement in zip(SIZES, cost_model.measurements, strict=True):
+        assert measurement.flops_per_token == count_flops_per_token(dims, CONFIG, LENGTH)
+        assert measurement.tokens == BATCH * LENGTH and measurement.hours > 0
     assert cost_model.hours_per_flop > 0 and cost_model.mean_error >= 0
-    assert [one.dims for one in times] == [SIZES[1], SIZES[0], SIZES[2]], "the largest first"
+    assert [step_times.dims for step_times in times] == [SIZES[1], SIZES[0], SIZES[2]], "the largest first"
 
 
 def test_times_leave_the_warm_up_out(measured):
-    for one in measured[1]:
-        assert len(one.seconds) == STEPS and min(one.seconds) > 0
-        assert one.parameters == count_parameters(one.dims, CONFIG)
-        assert one.devices == 1 and one.peak_bytes is None, "torch counts no memory of a CPU"
-        assert one.measurement.hours == pytest.approx(one.seconds_per_step / 3600)
+    for times in measured[1]:
+        assert len(times.seconds) == STEPS and min(times.seconds) > 0
+        assert times.parameters == count_parameters(times.dims, CONFIG)
+        assert times.devices == 1 and times.peak_bytes is None, "torch counts no memory of a CPU"
+        assert times.measurement.hours == pytest.approx(times.seconds_per_step / 3600)
 
 
 def test_the_hardware_is_named(measured):
@@ -74,8 +74,8 @@ def test_a_step_counts_all_of_its_batches(capfd):
     settings = {"warmup_steps": 0, "precision": "bf16", "checkpointing": True, "training": training}
     sizes = [ModelDims(16, 32, 1, 2), ModelDims(128, 256, 4, 4)]
     cost_model = measure(sizes, steps=2, **settings, observe=times.append)
-    assert [len(one.seconds) for one in times] == [2, 2]
-    assert [one.tokens for one in cost_model.measurements] == [2 * BATCH * LENGTH] * 2
+    assert [len(step_times.seconds) for step_times in times] == [2, 2]
+    assert [measurement.tokens for measurement in cost_model.measurements] == [2 * BATCH * LENGTH] * 2
     assert "bfloat16" in cost_model.hardware
     assert capfd.readouterr().out == ""
 
@@ -83,11 +83,11 @@ def test_a_step_counts_all_of_its_batches(capfd):
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "qwen3"])
 def test_other_families(family, monkeypatch):
     """Their special tokens are outside of the vocabulary, and their defaults are not Llama's."""
-    seen = []
-    monkeypatch.setattr(calibration, "_fit", lambda found: seen.extend(found))
+    measured = []
+    monkeypatch.setattr(calibration, "_fit", lambda times: measured.extend(times))
     sizes = [ModelDims(16, 32, 1, 2), ModelDims(32, 64, 2, 2)]
     measure(sizes, {"model_type": family, "vocab_size": 40}, steps=1, warmup_steps=0)
-    assert [one.dims for one in seen] == sizes
+    assert [times.dims for times in measured] == sizes
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,13 @@ def settings(schedule: Path, output: Path, ranks: int) -> dict:
 
 def events(output: Path) -> list[Path]:
     """Return the paths that a run writes, in order: schedule, checkpoints and stages."""
-    found = [output / "schedule.yaml"]
+    paths = [output / "schedule.yaml"]
     for number, name in enumerate(SCHEDULE.stage_names):
         running, first = output / f"{name}.running", number * STEPS
         steps = range(first + 1, first + STEPS)
-        found += [running / f"checkpoint-{step}" for step in steps if step % SAVE_STEPS == 0]
-        found.append(output / name)
-    return found
+        paths += [running / f"checkpoint-{step}" for step in steps if step % SAVE_STEPS == 0]
+        paths.append(output / name)
+    return paths
 
 
 def wait_for(event: int, output: Path, process) -> None:
@@ -97,7 +97,7 @@ def test_twenty_kills(schedule, tmp_path, capfd):
             print(
                 f"\n{number}: killed {killed} with {left}; resumed by {kind} on {ranks}: {difference:.2g}", flush=True
             )
-    same = [one for number, one in enumerate(outcomes) if number not in OTHERS]
+    same = [outcome for number, outcome in enumerate(outcomes) if number not in OTHERS]
     assert all(difference == 0.0 for *_, difference in same), "as many ranks end with the same bits"
     # Another number of ranks draws other dropout masks after the checkpoint, so weights end only close by.
     assert all(difference < 0.1 for *_, difference in outcomes)

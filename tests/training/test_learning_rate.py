@@ -31,13 +31,13 @@ def scheduler(tmp_path, span, **settings):
     return build_stage_scheduler(arguments(tmp_path, **settings), optimizer(), span, RUN_STEPS)
 
 
-def advance(one, steps):
+def advance(lr_scheduler, steps):
     """The learning rate of each of the next steps."""
     rates = []
     for _ in range(steps):
-        rates.append(one.optimizer.param_groups[0]["lr"])
-        one.optimizer.step()
-        one.step()
+        rates.append(lr_scheduler.optimizer.param_groups[0]["lr"])
+        lr_scheduler.optimizer.step()
+        lr_scheduler.step()
     return rates
 
 
@@ -48,8 +48,8 @@ def rates(tmp_path, **settings):
 
 def plain_rates(name, warmup, steps, **kwargs):
     """The learning rate of each step of a plain run."""
-    one = get_scheduler(name, optimizer(), warmup, steps, scheduler_specific_kwargs=kwargs)
-    return advance(one, steps)
+    lr_scheduler = get_scheduler(name, optimizer(), warmup, steps, scheduler_specific_kwargs=kwargs)
+    return advance(lr_scheduler, steps)
 
 
 def cosine(step, warmup, steps):
@@ -85,16 +85,16 @@ def test_grown_stages_may_warm_up_otherwise(tmp_path, rewarm_steps, expected):
 
 @pytest.mark.parametrize("decay", [0.25, 2])
 def test_a_stable_rate_that_decays_at_the_end_of_every_stage(tmp_path, decay):
-    found = rates(tmp_path, **WSD, lr_scheduler_kwargs={"num_decay_steps": decay}, warmup_steps=2)
+    actual = rates(tmp_path, **WSD, lr_scheduler_kwargs={"num_decay_steps": decay}, warmup_steps=2)
     half_way = PEAK / 2  # of a cosine to 0
-    assert found == [close([0, PEAK / 2, PEAK, PEAK, PEAK, PEAK, PEAK, half_way])] * 4
+    assert actual == [close([0, PEAK / 2, PEAK, PEAK, PEAK, PEAK, PEAK, half_way])] * 4
 
 
 def test_steps_that_stay_stable_may_be_a_share_too(tmp_path):
     kwargs = {"num_decay_steps": 0.25, "num_stable_steps": 0.5, "decay_type": "linear", "min_lr_ratio": 0.2}
     with pytest.warns(UserWarning, match="num_stable_steps will be used"):
-        found = rates(tmp_path, **WSD, lr_scheduler_kwargs=kwargs, warmup_steps=1)
-    assert found[1] == close([0.2 * PEAK, *[PEAK] * 5, 0.6 * PEAK, 0.2 * PEAK])
+        actual = rates(tmp_path, **WSD, lr_scheduler_kwargs=kwargs, warmup_steps=1)
+    assert actual[1] == close([0.2 * PEAK, *[PEAK] * 5, 0.6 * PEAK, 0.2 * PEAK])
 
 
 # ---- Over the run ----------------------------------------------------------------------------------------------
@@ -102,29 +102,29 @@ def test_steps_that_stay_stable_may_be_a_share_too(tmp_path):
 
 @pytest.mark.parametrize(("warmup_steps", "expected"), [(0.4, 13), (5, 5)])
 def test_a_cosine_over_the_run_ignores_growths(tmp_path, warmup_steps, expected):
-    found = list(chain(*rates(tmp_path, lr_span="run", warmup_steps=warmup_steps)))
-    assert found == close(plain_rates("cosine_with_min_lr", expected, RUN_STEPS, min_lr_rate=0.1))
-    assert found == close([cosine(step, expected, RUN_STEPS) for step in range(RUN_STEPS)])
+    actual = list(chain(*rates(tmp_path, lr_span="run", warmup_steps=warmup_steps)))
+    assert actual == close(plain_rates("cosine_with_min_lr", expected, RUN_STEPS, min_lr_rate=0.1))
+    assert actual == close([cosine(step, expected, RUN_STEPS) for step in range(RUN_STEPS)])
 
 
 @pytest.mark.parametrize(("rewarm_steps", "ramp"), [(0.25, [0, 1 / 2]), (3, [0, 1 / 3, 2 / 3]), (0, [])])
 def test_growths_may_be_warmed_up_under_a_cosine_over_the_run(tmp_path, rewarm_steps, ramp):
-    found = rates(tmp_path, lr_span="run", warmup_steps=2, rewarm_steps=rewarm_steps)
+    actual = rates(tmp_path, lr_span="run", warmup_steps=2, rewarm_steps=rewarm_steps)
     plain = plain_rates("cosine_with_min_lr", 2, RUN_STEPS, min_lr_rate=0.1)
-    assert found[0] == close(plain[:STEPS])
+    assert actual[0] == close(plain[:STEPS])
     factors = ramp + [1] * (STEPS - len(ramp))
     for span in SPANS[1:]:
         of_stage = plain[span.first_step : span.end_step]
-        assert found[span.number] == close([rate * factor for rate, factor in zip(of_stage, factors, strict=True)])
+        assert actual[span.number] == close([rate * factor for rate, factor in zip(of_stage, factors, strict=True)])
 
 
 @pytest.mark.parametrize("decay", [0.3, 10])
 def test_a_stable_rate_that_decays_at_the_end_of_the_run(tmp_path, decay):
     """Growths fall into the stable part, in which the model is still plastic; only the last stages decay."""
     settings = {"lr_scheduler_kwargs": {"num_decay_steps": decay, "decay_type": "linear"}, "warmup_steps": 4}
-    found = list(chain(*rates(tmp_path, **WSD, **settings, lr_span="run")))
+    actual = list(chain(*rates(tmp_path, **WSD, **settings, lr_span="run")))
     warm, decaying = [PEAK * step / 4 for step in range(4)], [PEAK * (1 - step / 10) for step in range(10)]
-    assert found == close(warm + [PEAK] * 18 + decaying)
+    assert actual == close(warm + [PEAK] * 18 + decaying)
 
 
 def test_a_schedule_that_is_more_than_a_function_of_the_step_cannot_span_the_run(tmp_path):
@@ -148,8 +148,8 @@ def test_schedules_that_cannot_be_made_are_refused_before_anything_is_written(tm
 
 
 def test_another_schedule_does_not_take_the_defaults_arguments(tmp_path):
-    found = rates(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
-    assert found == [close([PEAK * (1 - step / STEPS) for step in range(STEPS)])] * 4
+    actual = rates(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
+    assert actual == [close([PEAK * (1 - step / STEPS) for step in range(STEPS)])] * 4
 
 
 # ---- Over interruptions ----------------------------------------------------------------------------------------
@@ -167,11 +167,11 @@ def test_another_schedule_does_not_take_the_defaults_arguments(tmp_path):
 )
 def test_a_scheduler_resumes_from_its_state(tmp_path, settings, done):
     whole = rates(tmp_path, **settings)[2]
-    one = scheduler(tmp_path, SPANS[2], **settings)
-    advance(one, done)
-    other = scheduler(tmp_path, SPANS[2], **settings)
-    restore_scheduler(other, json.loads(json.dumps(one.state_dict())))
-    assert advance(other, STEPS - done) == whole[done:]
+    interrupted = scheduler(tmp_path, SPANS[2], **settings)
+    advance(interrupted, done)
+    resumed = scheduler(tmp_path, SPANS[2], **settings)
+    restore_scheduler(resumed, json.loads(json.dumps(interrupted.state_dict())))
+    assert advance(resumed, STEPS - done) == whole[done:]
 
 
 def test_a_scheduler_that_follows_the_loss_resumes_from_its_state(tmp_path):
@@ -181,13 +181,13 @@ def test_a_scheduler_that_follows_the_loss_resumes_from_its_state(tmp_path):
     for loss in (3.0, 3.0, 3.0, 3.0):
         one.step(loss)
     restore_scheduler(other, json.loads(json.dumps(one.state_dict())))
-    found = []
+    actual = []
     for either in (one, other):
-        found.append([either.optimizer.param_groups[0]["lr"]])
+        actual.append([either.optimizer.param_groups[0]["lr"]])
         for loss in (3.0, 2.0, 2.5, 2.5):
             either.step(loss)
-            found[-1].append(either.optimizer.param_groups[0]["lr"])
-    assert found[0] == found[1] == [PEAK / 2, PEAK / 4, PEAK / 4, PEAK / 4, PEAK / 8]
+            actual[-1].append(either.optimizer.param_groups[0]["lr"])
+    assert actual[0] == actual[1] == [PEAK / 2, PEAK / 4, PEAK / 4, PEAK / 4, PEAK / 8]
 
 
 def test_an_interrupted_run_has_the_learning_rates_of_the_whole_schedule(tmp_path):
@@ -196,8 +196,8 @@ def test_an_interrupted_run_has_the_learning_rates_of_the_whole_schedule(tmp_pat
     path = tmp_path / "out"
     for step in (3, 8):
         with pytest.raises(KeyboardInterrupt):
-            one = trainer(path, **settings, callbacks=[Interrupt(step)])
-            one.train(resume_from_checkpoint=RunDirectory(path).exists)
+            run = trainer(path, **settings, callbacks=[Interrupt(step)])
+            run.train(resume_from_checkpoint=RunDirectory(path).exists)
     trainer(path, **settings).train(resume_from_checkpoint=True)
     logged = [entry["learning_rate"] for entry in RunDirectory(path).history() if "loss" in entry]
     assert logged == close(plain_rates("cosine_with_min_lr", 2, 12, min_lr_rate=0.1))

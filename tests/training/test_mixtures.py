@@ -48,12 +48,12 @@ def whole(tmp_path_factory):
 
 
 def test_blocks_come_in_the_streams_order(tmp_path):
-    seen = []
+    batches = []
     run = trainer(tmp_path / "out", data=mixed(tmp_path), eval_dataset=None)
     step = run.training_step
 
     def watched(model, inputs, *args, **kwargs):
-        seen.append(inputs["input_ids"].clone())
+        batches.append(inputs["input_ids"].clone())
         return step(model, inputs, *args, **kwargs)
 
     run.training_step = watched
@@ -63,7 +63,7 @@ def test_blocks_come_in_the_streams_order(tmp_path):
     sources, blocks = order.locate(np.arange(4 * STEPS * BATCH))
     parts = list(data.parts.values())
     expected = [parts[source][block]["input_ids"] for source, block in zip(sources, blocks, strict=True)]
-    assert torch.equal(torch.cat(seen), torch.stack(expected))
+    assert torch.equal(torch.cat(batches), torch.stack(expected))
 
 
 def test_an_interrupted_run_reads_the_same_blocks(whole, tmp_path):
@@ -79,15 +79,15 @@ def test_an_interrupted_run_reads_the_same_blocks(whole, tmp_path):
 def test_consumed_tokens_and_losses_by_source(whole):
     records = RunDirectory(whole / "out").records()
     for record in records:
-        assert {one.source: one.weight for one in record.data} == pytest.approx(WEIGHTS)
-        assert sum(one.tokens for one in record.data) == record.tokens == STEPS * BATCH * BLOCK
+        assert {consumed.source: consumed.weight for consumed in record.data} == pytest.approx(WEIGHTS)
+        assert sum(consumed.tokens for consumed in record.data) == record.tokens == STEPS * BATCH * BLOCK
         assert (record.data_fingerprint, record.data_seed) == ("data", 42)
         assert set(record.eval_losses) == {"web", "code"}
         expected = (6 * record.eval_losses["web"] + record.eval_losses["code"]) / 7
         assert record.eval_loss == pytest.approx(expected) and record.perplexity == pytest.approx(math.exp(expected))
         assert record.eval_loss_after_growth is None or record.stage > 0
     for before, after in pairwise(records):
-        assert [one.end_token for one in before.data] == [one.first_token for one in after.data]
+        assert [consumed.end_token for consumed in before.data] == [consumed.first_token for consumed in after.data]
     stored = json.loads((whole / "out" / records[0].name / "stage.json").read_text())
     assert stored["data"][2]["available_tokens"] == 64, "whole blocks only"
     logged = [entry for entry in RunDirectory(whole / "out").history() if "eval_code_loss" in entry]
@@ -108,26 +108,26 @@ def test_an_only_source_has_no_loss_of_its_own(tmp_path, name):
 
 def test_sources_that_are_read_again_are_reported(whole, tmp_path, caplog):
     trainer(tmp_path / "out", data=mixed(whole), eval_dataset=None)._warn()
-    said = [record.getMessage() for record in caplog.records if "passes over it" in record.getMessage()]
-    assert len(said) == 1 and "of source code, which has 64: the run will make 4.2 passes" in said[0]
+    warnings = [record.getMessage() for record in caplog.records if "passes over it" in record.getMessage()]
+    assert len(warnings) == 1 and "of source code, which has 64: the run will make 4.2 passes" in warnings[0]
 
 
 def test_other_data_and_vocabularies_are_refused(whole, tmp_path):
-    one, other = (train_tokenizer(["to be or not to be"] * 2, size) for size in (257, 259))
-    assert isinstance(one, PreTrainedTokenizerFast)
+    tokenizer, other = (train_tokenizer(["to be or not to be"] * 2, size) for size in (257, 259))
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     path = tmp_path / "out"
     model = small_model()
     model.resize_token_embeddings(300)
 
     def again(**settings):
-        run = trainer(path, data=mixed(whole, **settings), model=model, processing_class=one, eval_dataset=None)
+        run = trainer(path, data=mixed(whole, **settings), model=model, processing_class=tokenizer, eval_dataset=None)
         run.train(resume_from_checkpoint=RunDirectory(path).exists)
 
     run = trainer(
         path,
         data=mixed(whole),
         model=model,
-        processing_class=one,
+        processing_class=tokenizer,
         eval_dataset=None,
         callbacks=[Interrupt(STEPS + 1)],
     )
@@ -145,21 +145,21 @@ def test_other_data_and_vocabularies_are_refused(whole, tmp_path):
 def test_documents_are_kept_apart_in_training(whole, tmp_path):
     """A loss is the mean over predictions within documents, whatever else is in the block."""
     run = trainer(tmp_path / "out", data=mixed(whole, eos=EOS), eval_dataset=None, model=small_model(dropout=0.0))
-    model, seen = small_model(dropout=0.0), []
+    model, document_losses = small_model(dropout=0.0), []
     batch = [run.blocks.parts["web"][number] for number in range(BATCH)]
     for row in (example["input_ids"].tolist() for example in batch):
-        ends = [place + 1 for place, token in enumerate(row) if token == EOS] + [len(row)]
+        ends = [index + 1 for index, token in enumerate(row) if token == EOS] + [len(row)]
         for start, end in pairwise(dict.fromkeys([0, *ends])):
             ids = torch.tensor([row[start:end]])
             if ids.shape[1] > 1:
                 logits = model(input_ids=ids).logits[0, :-1]
-                seen.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                document_losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
     tokens = sum(int((example["labels"][1:] != -100).sum()) for example in batch)
     inputs = {name: torch.stack([example[name] for example in batch]) for name in batch[0]}
     model.config.use_cache = False
     with torch.no_grad():
         loss = float(model(**inputs).loss)
-    assert loss == pytest.approx(float(sum(seen).detach()) / tokens, rel=1e-5)
+    assert loss == pytest.approx(float(sum(document_losses).detach()) / tokens, rel=1e-5)
     run.train()
     assert RunDirectory(tmp_path / "out").is_finished
 

@@ -141,9 +141,9 @@ def test_a_full_disk(whole, run, monkeypatch, when):
     with pytest.raises(GrowthError, match=r"No space left on device; free some space"):
         trainer(run.path).train(resume_from_checkpoint=True)
     monkeypatch.undo()
-    kept = [path for path in before if path.exists()]
-    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
-    assert {path.parent.name for path in kept} >= {"stage-0-initial", f"checkpoint-{STEPS + 4}"}
+    remaining = [path for path in before if path.exists()]
+    assert all(path.stat().st_mtime_ns == before[path] for path in remaining)
+    assert {path.parent.name for path in remaining} >= {"stage-0-initial", f"checkpoint-{STEPS + 4}"}
     assert not list(run.path.rglob("*.writing*"))
     trainer(run.path).train(resume_from_checkpoint=True)
     assert same_weights(whole, run.path)
@@ -245,13 +245,13 @@ def test_carried_state_keeps_the_loss(tmp_path):
     history = {}
     for name, schedule in (("grown", grown), ("plain", plain)):
         settings = {"model": small_model(dropout=0.0), "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
-        one = trainer(tmp_path / name, schedule=schedule, warmup_steps=0, learning_rate=1e-3, **settings)
-        one.train()
+        run = trainer(tmp_path / name, schedule=schedule, warmup_steps=0, learning_rate=1e-3, **settings)
+        run.train()
         history[name] = RunDirectory(tmp_path / name).history()
     records = RunDirectory(tmp_path / "grown").records()
     for before, after in pairwise(records):
         assert after.eval_loss_after_growth == pytest.approx(before.eval_loss, abs=1e-5)
-    curve = {name: {entry["step"]: entry["loss"] for entry in one if "loss" in entry} for name, one in history.items()}
+    curve = {name: {entry["step"]: entry["loss"] for entry in log if "loss" in entry} for name, log in history.items()}
     for boundary in (steps, 2 * steps):
         first = boundary + 1
         jumps = {

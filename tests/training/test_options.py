@@ -20,8 +20,8 @@ STEPS = 4
 
 
 def train(path, *, schedule=SHORT, resume=False, **settings):
-    one = trainer(path, schedule=schedule, **settings)
-    one.train(resume_from_checkpoint=resume)
+    run = trainer(path, schedule=schedule, **settings)
+    run.train(resume_from_checkpoint=resume)
     return RunDirectory(path)
 
 
@@ -95,8 +95,8 @@ def test_copies_are_parted_by_the_runs_noise(tmp_path, noise):
 
 
 def test_the_run_holds_the_inits_that_it_grew_by(tmp_path):
-    given = {"layer": "preserving", "ffn": "copy"}
-    run = train(tmp_path / "out", growth_init=given)
+    growth_init = {"layer": "preserving", "ffn": "copy"}
+    run = train(tmp_path / "out", growth_init=growth_init)
     assert inits(run.schedule) == [{"layer": "preserving"}, {"ffn": "copy"}]
     before, *grown = run.records()
     assert [record.init for record in grown] == inits(run.schedule)
@@ -131,7 +131,7 @@ class FirstSteps(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step % STEPS == 0:
-            counted = {float(one["step"]) for one in optimizer.state.values()}
+            counted = {float(moments["step"]) for moments in optimizer.state.values()}
             self.seen.append((len(optimizer.state), counted))
 
 
@@ -216,7 +216,7 @@ def test_one_number_is_one_for_all_stages(tmp_path, name):
 
 
 def test_arguments_from_a_mapping_and_a_file(tmp_path):
-    given = {
+    values = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
         "growth_init": {"layer": "preserving"},
@@ -226,10 +226,10 @@ def test_arguments_from_a_mapping_and_a_file(tmp_path):
         "carry_optimizer_state": False,
     }
     path = tmp_path / "arguments.yaml"
-    path.write_text(yaml.safe_dump(given))
+    path.write_text(yaml.safe_dump(values))
     parser = HfArgumentParser(SlopTrainingArguments)
-    for (args,) in (parser.parse_dict(given), parser.parse_yaml_file(path)):
-        assert {name: getattr(args, name) for name in given} == given
+    for (args,) in (parser.parse_dict(values), parser.parse_yaml_file(path)):
+        assert {name: getattr(args, name) for name in values} == values
 
 
 COMMAND_LINE = [
@@ -293,16 +293,16 @@ def test_a_stage_without_tokens_hands_moments_on(tmp_path):
     schedule = SCHEDULE.with_shares([TOKENS // 2, 0, TOKENS // 2, 0])
     run = train(tmp_path / "out", schedule=schedule, keep_optimizer_states=True)
     assert [record.global_step for record in run.records()] == [4, 4, 8, 8]
-    kept = [load_file(run.optimizer_files(stage)[0]) for stage in range(4)]
-    assert [{float(value) for name, value in state.items() if name[:5] == "step/"} for state in kept] == [
+    states = [load_file(run.optimizer_files(stage)[0]) for stage in range(4)]
+    assert [{float(value) for name, value in state.items() if name[:5] == "step/"} for state in states] == [
         {4.0},
         {4.0},
         {8.0},
         {8.0},
     ]
     name = "exp_avg/model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(kept[1][name.replace("1", "2")], kept[0][name.replace("1", "0")])
-    assert kept[3][name].shape == (48, 32) and kept[3][name].abs().max() > 0
+    assert torch.equal(states[1][name.replace("1", "2")], states[0][name.replace("1", "0")])
+    assert states[3][name].shape == (48, 32) and states[3][name].abs().max() > 0
 
 
 def test_a_stage_without_tokens_is_not_evaluated_after_growth_unasked(tmp_path):
@@ -345,7 +345,7 @@ class Facts(TrainerCallback):
     """Records properties of model and optimizer at the last step of each stage."""
 
     def __init__(self):
-        self.found = []
+        self.stages = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step % STEPS:
@@ -354,10 +354,10 @@ class Facts(TrainerCallback):
         facts = {
             "attention": model.config._attn_implementation,
             "checkpointing": any(getattr(part, "gradient_checkpointing", False) for part in model.modules()),
-            "dtypes": {one.dtype for one in model.parameters()} | moments,
+            "dtypes": {parameter.dtype for parameter in model.parameters()} | moments,
             "fused": bool(optimizer.param_groups[0]["fused"]),
         }
-        self.found.append(facts)
+        self.stages.append(facts)
 
 
 def attention(name):
@@ -382,18 +382,18 @@ def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, setting
     expected = {**usual, **fact}
 
     def run(path, *callbacks, resume=False):
-        given = {"optim": "adamw_torch", **settings()}
-        return train(path, schedule=PAIR, save_steps=2, callbacks=[*callbacks], resume=resume, **given)
+        options = {"optim": "adamw_torch", **settings()}
+        return train(path, schedule=PAIR, save_steps=2, callbacks=[*callbacks], resume=resume, **options)
 
     facts = Facts()
     whole = weights(run(tmp_path / "whole", facts), 1)
-    assert facts.found == [expected] * 2
-    assert {one.dtype for one in whole.values()} == {torch.bfloat16 if "dtypes" in fact else torch.float32}
+    assert facts.stages == [expected] * 2
+    assert {weight.dtype for weight in whole.values()} == {torch.bfloat16 if "dtypes" in fact else torch.float32}
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", Interrupt(STEPS + 3))
     facts = Facts()
     parts = weights(run(tmp_path / "parts", facts, resume=True), 1)
-    assert facts.found == [expected]
+    assert facts.stages == [expected]
     assert same(whole, parts)
 
 

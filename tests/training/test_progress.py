@@ -264,31 +264,31 @@ class StopAt(TrainerCallback):
 
 def shown_run(path, file, **settings):
     """A trainer with these bars instead of transformers' own."""
-    one = trainer(path, disable_tqdm=False, logging_steps=4, **settings)
-    spans = compute_stage_spans(one.schedule, one.model.config, BLOCK, [BATCH] * 4)
-    one.remove_callback(ProgressCallback)
+    run = trainer(path, disable_tqdm=False, logging_steps=4, **settings)
+    spans = compute_stage_spans(run.schedule, run.model.config, BLOCK, [BATCH] * 4)
+    run.remove_callback(ProgressCallback)
 
     def span():
-        step = one.state.global_step
+        step = run.state.global_step
         return next((span for span in spans if step < span.end_step), spans[-1])
 
     shown = RunProgress(span, spans, file=file)
-    one.add_callback(shown)
-    return one, shown
+    run.add_callback(shown)
+    return run, shown
 
 
 def test_a_run_and_its_resumption(tmp_path):
     path = tmp_path / "out"
     file = Terminal()
-    one, shown = shown_run(path, file, callbacks=[StopAt(STEPS + 5)])
+    run, shown = shown_run(path, file, callbacks=[StopAt(STEPS + 5)])
     with pytest.raises(KeyboardInterrupt):
-        one.train()
+        run.train()
     assert shown.run_bar.n == TOKENS + 4 * BLOCK * BATCH, "the interrupted step is not shown as done"
     shown.close()
 
     file = Terminal()
-    one, shown = shown_run(path, file)
-    one.train(resume_from_checkpoint=True)
+    run, shown = shown_run(path, file)
+    run.train(resume_from_checkpoint=True)
     assert shown.run_bar is None and shown.training_bar is None
     text = file.getvalue()
     first, second = text.split("\r")[1:3]

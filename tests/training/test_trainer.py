@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
 
 
 def test_one_axis_of_steps_tokens_and_flops(finished):
-    run, watch, one, output = finished
+    run, watch, staged, output = finished
     assert watch.steps == list(range(1, 4 * STEPS + 1)) and output.global_step == 4 * STEPS
     history = run.history()
     losses = [entry for entry in history if "loss" in entry]
@@ -53,12 +53,12 @@ def test_one_axis_of_steps_tokens_and_flops(finished):
     assert [entry["stage"] for entry in losses] == [(step - 1) // STEPS for step in watch.steps]
     flops = [entry["train_flops"] for entry in losses]
     per_step = [
-        count_flops_per_token(dims, one.model.config, BLOCK) * BLOCK * BATCH
+        count_flops_per_token(dims, staged.model.config, BLOCK) * BLOCK * BATCH
         for dims in SCHEDULE.structures
         for _ in range(STEPS)
     ]
     assert flops == pytest.approx([sum(per_step[: step + 1]) for step in range(4 * STEPS)])
-    assert one.state.total_flos == pytest.approx(flops[-1], rel=1e-6)
+    assert staged.state.total_flos == pytest.approx(flops[-1], rel=1e-6)
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth_in_every_stage(tmp_path):
@@ -102,8 +102,8 @@ def test_records_and_layout(finished):
         assert (record.eval_loss_after_growth is not None) == (number > 0)
     assert records[3].operators == ("hidden", "mha") and records[1].init == {"layer": "stack"}
     assert records[-1].total_flops == pytest.approx(sum(record.flops for record in records))
-    kept = [number for number in range(4) if (run.stage_dir(number) / "optimizer.safetensors").exists()]
-    assert kept == [3], "the optimizer's state stays until the next stage has something to resume from"
+    with_state = [number for number in range(4) if (run.stage_dir(number) / "optimizer.safetensors").exists()]
+    assert with_state == [3], "the optimizer's state stays until the next stage has something to resume from"
 
 
 def test_held_out_loss_is_the_models(finished):
@@ -141,10 +141,10 @@ def test_a_stage_begins_with_the_grown_weights_and_moments(tmp_path):
     first = RunDirectory(tmp_path / "out").stage_dir(0)
     expected = grow_model(AutoModelForCausalLM.from_pretrained(first), "layer", 3, seed=1)
     assert all(torch.equal(freeze.weights[name], value) for name, value in expected.named_parameters())
-    kept = load_file(first / "optimizer.safetensors")
+    saved = load_file(first / "optimizer.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(freeze.moments["exp_avg"], kept[f"exp_avg/{name}"])
-    assert torch.equal(freeze.moments["exp_avg_sq"], kept[f"exp_avg_sq/{name}"])
+    assert torch.equal(freeze.moments["exp_avg"], saved[f"exp_avg/{name}"])
+    assert torch.equal(freeze.moments["exp_avg_sq"], saved[f"exp_avg_sq/{name}"])
     assert freeze.moments["step"] == STEPS
     assert freeze.moments["exp_avg"].abs().max() > 0
 
@@ -162,7 +162,7 @@ def test_moments_can_be_dropped(tmp_path):
 
 
 def test_no_block_comes_twice_in_a_pass(tmp_path):
-    seen = []
+    indices = []
 
     class Spy(torch.utils.data.Dataset):
         def __init__(self, rows):
@@ -172,24 +172,24 @@ def test_no_block_comes_twice_in_a_pass(tmp_path):
             return len(self.rows)
 
         def __getitem__(self, index):
-            seen.append(index)
+            indices.append(index)
             return self.rows[index]
 
     needed = 4 * BATCH * STEPS
     data = Spy(blocks(needed))
     run = trainer(tmp_path / "out", data=data)
-    seen.clear()
+    indices.clear()
     run.train()
-    assert sorted(seen) == list(range(needed)) and seen != sorted(seen)
+    assert sorted(indices) == list(range(needed)) and indices != sorted(indices)
 
 
 def test_more_tokens_than_the_corpus_has_is_a_warning(tmp_path, monkeypatch):
     from slop_hf.training import trainer as module
 
-    said = []
-    monkeypatch.setattr(module.logger, "warning", said.append)
+    warnings = []
+    monkeypatch.setattr(module.logger, "warning", warnings.append)
     trainer(tmp_path / "out", data=blocks(BATCH * STEPS)).train()
-    assert any("will make 4.0 passes over it" in text for text in said)
+    assert any("will make 4.0 passes over it" in text for text in warnings)
 
 
 def test_one_stage_equals_plain_trainer(tmp_path):

@@ -60,11 +60,11 @@ def trainer(
 ) -> SlopTrainer:
     """Return a trainer of the run; settings may include `callbacks`, `eval_dataset` and so on."""
     names = ("callbacks", "eval_dataset", "compute_metrics", "processing_class", "model", "optimizers", "model_init")
-    own = {name: settings.pop(name) for name in names if name in settings}
-    own.setdefault("model", small_model(schedule.initial))
-    own.setdefault("eval_dataset", blocks(8, seed=1))
+    parts = {name: settings.pop(name) for name in names if name in settings}
+    parts.setdefault("model", small_model(schedule.initial))
+    parts.setdefault("eval_dataset", blocks(8, seed=1))
     train = blocks(4 * BATCH * STEPS + 8) if data is None else data
-    return SlopTrainer(args=arguments(output_dir, **settings), schedule=schedule, train_dataset=train, **own)
+    return SlopTrainer(args=arguments(output_dir, **settings), schedule=schedule, train_dataset=train, **parts)
 
 
 class Interrupt(TrainerCallback):
