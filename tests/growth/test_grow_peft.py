@@ -100,6 +100,7 @@ def test_logits_stay(operator, new, init, tied):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     grown = grow_model(model, operator, new, init=init)
     assert isinstance(grown, PeftModel) and type(grown.get_base_model()) is LlamaForCausalLM
+    assert all(value.requires_grad == ("lora_" in name) for name, value in grown.named_parameters())
     assert error(logits(grown), logits(model)) < 1e-6
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

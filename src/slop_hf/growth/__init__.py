@@ -10,7 +10,7 @@ from .adamw import (
 )
 from .checkpoint import CheckpointPlan, find_checkpoint_directory, grow_checkpoint, plan_checkpoint_growth
 from .inits import INITS, resolve_inits
-from .model import build_model, grow_model, grow_weights, hide_progress_bars
+from .model import build_model, carry_requires_grad, grow_model, grow_weights, hide_progress_bars
 from .peft import extract_base_model, grow_adapters, is_peft_model
 from .plan import GrowthPlan, plan_growth
 from .receipt import GrowthProbe, GrowthReceipt
@@ -27,6 +27,7 @@ __all__ = [
     "GrowthProbe",
     "GrowthReceipt",
     "build_model",
+    "carry_requires_grad",
     "extract_base_model",
     "find_checkpoint_directory",
     "grow_adamw_state",

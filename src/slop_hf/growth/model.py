@@ -30,7 +30,8 @@ def grow_model(
 
     Old weights keep their values, in the slots that the axis maps assign to them; new entries are initialised by
     `init` (by default Eq. 15 to 20 of the paper). The result is a stock transformers model with the grown config, the
-    source's dtype, device and training mode, and tied embeddings if the source's are tied. `model` is not changed.
+    source's dtype, device and training mode, and tied embeddings if the source's are tied. A frozen parameter grows
+    into a frozen one. `model` is not changed.
 
     Args:
         model: causal language model of a family in `architectures.ARCHITECTURES`; or a `PeftModel` of such a model
@@ -61,6 +62,7 @@ def grow_model(
     base, weights = extract_base_model(model) if has_adapters else (model, dict(model.named_parameters()))
     plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise)
     grown = build_model(base, plan, grow_weights(weights, plan))
+    carry_requires_grad({name: weight.requires_grad for name, weight in weights.items()}, grown, plan)
     return grow_adapters(model, grown, plan) if has_adapters else grown
 
 
@@ -96,6 +98,30 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, to
     if source.generation_config is not None:
         grown.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     return grown.to(source.device).train(source.training)
+
+
+def carry_requires_grad(is_trainable: Mapping[str, bool], grown: torch.nn.Module, plan: GrowthPlan) -> None:
+    """Freeze each parameter of a grown model if the one that it grows from is frozen, and else train it.
+
+    A new layer is frozen like the layer that it copies.
+
+    Args:
+        is_trainable: `requires_grad` of each parameter of the old model, by name.
+        grown: grown model, changed in place.
+        plan: growth between the two.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> model, plan = LlamaForCausalLM(config), plan_growth(config, "layer", 2)
+    >>> frozen = {parameter.source: parameter.row.kind != "embedding" for parameter in plan.parameters()}
+    >>> carry_requires_grad(frozen, model, plan)
+    >>> [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    ['model.embed_tokens.weight']
+    """
+    flags = {plan.architecture.canonical_name(name): flag for name, flag in is_trainable.items()}
+    for name, parameter in grown.named_parameters():
+        parameter.requires_grad_(flags[plan.find_source(plan.architecture.canonical_name(name))])
 
 
 @contextmanager

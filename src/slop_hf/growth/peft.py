@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import LAYER, Axis, Parameter
+from ..architectures import Axis, Parameter
 from ..errors import GrowthError
 from .axes import AxisMap
 from .plan import GrowthPlan, ParameterPlan
@@ -111,7 +111,7 @@ def grow_adapters(model: PeftModel, grown_base: PreTrainedModel, plan: GrowthPla
         for adapter in others:
             grown.add_adapter(adapter, _build_config(model, adapter, plan))
         for name, parameter in grown.get_base_model().named_parameters():
-            old = sources.get(_find_source_name(name, plan))
+            old = sources.get(plan.find_source(name))
             if old is None:
                 raise GrowthError(f"the adapter's config asks for {name} after growth, which has no source; merge it")
             if match := _ADAPTER.fullmatch(name):
@@ -119,11 +119,11 @@ def grow_adapters(model: PeftModel, grown_base: PreTrainedModel, plan: GrowthPla
         modules = dict(model.get_base_model().named_modules())
         for name, module in grown.get_base_model().named_modules():
             if hasattr(module, "scaling") and hasattr(module, "lora_A"):  # the user may have set it
-                module.scaling.update(modules[_find_source_name(name, plan)].scaling)
+                module.scaling.update(modules[plan.find_source(name)].scaling)
     grown.base_model.set_adapter(model.active_adapters)  # type: ignore[operator]
     grown.active_adapter = model.active_adapter
     for name, parameter in grown.get_base_model().named_parameters():
-        parameter.requires_grad_(sources[_find_source_name(name, plan)].requires_grad)
+        parameter.requires_grad_(sources[plan.find_source(name)].requires_grad)
     return grown.train(model.training)
 
 
@@ -199,23 +199,14 @@ def _names_layers(config: LoraConfig) -> bool:
     return any(map(_LAYER_NUMBER.search, names))
 
 
-def _find_source_name(name: str, plan: GrowthPlan) -> str:
-    """Return the name of the old parameter or module that one of the grown model comes from."""
-    prefix, layer, rest = _split_at_layer(name, plan)
-    return name if layer is None else f"{prefix}{plan.layers[layer]}{rest}"
-
-
 def _find_grown_names(name: str, plan: GrowthPlan) -> list[str]:
     """Return the names of the grown modules that come from an old one."""
-    prefix, layer, rest = _split_at_layer(name, plan)
-    return [name] if layer is None else [f"{prefix}{new}{rest}" for new, old in enumerate(plan.layers) if old == layer]
-
-
-def _split_at_layer(name: str, plan: GrowthPlan) -> tuple[str, int | None, str]:
-    """Split a name into what precedes the number of its layer, the number (None outside of layers) and the rest."""
-    prefix = next(row.name.partition(LAYER)[0] for row in plan.architecture.parameters if row.is_in_layer)
-    match = re.match(rf"{re.escape(prefix)}(\d+)", name)
-    return (prefix, int(match[1]), name[match.end() :]) if match else (prefix, None, "")
+    layer = plan.find_layer(name)
+    if layer is None:
+        return [name]
+    number, rest = layer
+    prefix = name.removesuffix(f"{number}{rest}")
+    return [f"{prefix}{new}{rest}" for new, old in enumerate(plan.layers) if old == number]
 
 
 def _plan_adapter(
@@ -237,7 +228,7 @@ def _plan_adapter(
             f"{match[0]} adapts {module}, which the axis table of {plan.architecture.model_type!r} does not "
             "describe; merge_and_unload the adapter first"
         )
-    base = replace(base, name=match[0], source=_find_source_name(match[0], plan))
+    base = replace(base, name=match[0], source=plan.find_source(match[0]))
     if part == "modules_to_save":
         return base
     row = tied_row or base.row

@@ -8,6 +8,7 @@ while a stage's states are read (`state_reader.py`) execute the same plan, so th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,6 +208,26 @@ class GrowthPlan:
             for layer, source in enumerate(self.layers):
                 name, old = (row.name.replace(LAYER, str(number)) for number in (layer, source))
                 yield self._plan_parameter(row, name, old, is_inserted=layer in self.inserted_layers)
+
+    def find_source(self, name: str) -> str:
+        """Return the name of the old parameter, buffer or module that one of the grown model comes from."""
+        layer = self.find_layer(name)
+        if layer is None:
+            return name
+        number, rest = layer
+        return f"{self._layer_prefix}{self.layers[number]}{rest}"
+
+    def find_layer(self, name: str) -> tuple[int, str] | None:
+        """Return the number of the layer that a parameter, buffer or module belongs to, and the rest of its name.
+
+        None if it belongs to no layer.
+        """
+        match = re.match(rf"{re.escape(self._layer_prefix)}(\d+)", name)
+        return (int(match[1]), name[match.end() :]) if match else None
+
+    @property
+    def _layer_prefix(self) -> str:
+        return next(row.name.partition(LAYER)[0] for row in self.architecture.parameters if row.is_in_layer)
 
     def _plan_parameter(self, row: Parameter, name: str, source: str, *, is_inserted: bool = False) -> ParameterPlan:
         writes_residual = row.kind in ("projection", "embedding", "bias") and any(
