@@ -45,9 +45,9 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
 
 
-def start(kind: str, ranks: int = 1, **settings: Any) -> subprocess.Popen[str]:
-    """Start a launch."""
-    words = [*command(kind, ranks), json.dumps(settings, default=str)]
+def start(kind: str, ranks: int = 1, script: Path = LAUNCHED, **settings: Any) -> subprocess.Popen[str]:
+    """Start a launch of a program with settings."""
+    words = [*command(kind, ranks, script), json.dumps(settings, default=str)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, **pipes)
 

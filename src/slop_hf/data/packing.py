@@ -25,6 +25,8 @@ from ..errors import DataError
 from ..io.files import write_text
 from .config import ONLY
 
+#: Label of tokens not to predict.
+IGNORED = -100
 #: A training example: `input_ids`, and `labels` and `position_ids` if it has them, each int64 of shape [block_size].
 Block: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -196,7 +198,7 @@ def separate_documents(input_ids: torch.Tensor, eos: int) -> dict[str, torch.Ten
     first[..., 1:] = input_ids[..., :-1] == eos
     positions = torch.arange(input_ids.shape[-1]).expand_as(input_ids)
     begins = torch.where(first, positions, 0).cummax(-1).values
-    labels = input_ids.masked_fill(first, -100)
+    labels = input_ids.masked_fill(first, IGNORED)
     return {"input_ids": input_ids, "labels": labels, "position_ids": positions - begins}
 
 

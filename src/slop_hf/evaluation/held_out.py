@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..data import Corpus
-from ..data.packing import Blocks
+from ..data.packing import IGNORED, Blocks
 from ..data.tokenizing import hash_vocabulary
 from ..errors import EvaluationError
 from ..io.serialization import hash_json, list_versions
@@ -24,7 +24,6 @@ from .tasks import PERPLEXITY
 #: Batch sizes that "auto" starts from and halves until one fits. On a CPU it has to fit at once: a process that takes
 #: too much memory there is killed.
 LARGEST_BATCH, LARGEST_BATCH_ON_CPU = 64, 8
-IGNORED = -100  # label of tokens not to predict
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from ..cost.device_peaks import look_up_peak_flops
@@ -33,7 +33,6 @@ from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
-from .batches import find_largest_divisor
 from .callbacks import StageCallback, StageEnd
 from .checkpoints import LossSums, Resumption, list_checkpoints, read_resumption
 from .checks import (
@@ -46,6 +45,7 @@ from .checks import (
     describe_space_shortage,
 )
 from .divergence import NonFiniteLossGuard
+from .held_out_loss import HeldOutLoss
 from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler
 from .loggers import continue_curves
 from .preemption import StopOnSignal
@@ -170,6 +170,7 @@ class SlopTrainer(Trainer):
 
         # Observers.
         self._guard = NonFiniteLossGuard(self.ranks)
+        self._held_out_loss = HeldOutLoss(self.ranks, block_size)
         self._timer = self._build_timer()
         self._stop = StopOnSignal(self.ranks)
         self._progress = RunProgress(lambda: self._span, self.spans)
@@ -497,24 +498,37 @@ class SlopTrainer(Trainer):
         Several data sets, given by name, have one loss each, and `eval_loss` is their mean. If the names are sources
         of the mixture, the mean is weighted by their shares.
 
-        Each loss is the mean over all blocks, on any number of ranks: batches divide the number of blocks, because
-        `Trainer` would fill up incomplete batches with blocks that it has counted already.
+        Each loss is the mean over all predicted tokens, on any number of ranks and for any batch size.
         """
+        with self._timer.exclude():
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        batch_size = self.args.per_device_eval_batch_size
-        single = self.eval_dataset[data] if isinstance(data, str) else data
-        if self.ranks.count > 1 and hasattr(single, "__len__") and not isinstance(single, dict):
-            self.args.per_device_eval_batch_size = find_largest_divisor(len(single), batch_size)
-        try:
-            with self._timer.exclude():
-                metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self.args.per_device_eval_batch_size = batch_size
         if isinstance(data, dict):
             mean = {f"{metric_key_prefix}_loss": self._average_losses(metrics, data, metric_key_prefix)}
             self.log(mean)
             metrics |= mean
         return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with the mean over predicted tokens as its loss."""
+        self._held_out_loss = HeldOutLoss(self.ranks, self.plan.facts.block_size)
+        across_devices, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:  # the loss of a rank's batch is the mean over the rank's own tokens
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = across_devices
+        if (name := f"{metric_key_prefix}_loss") in output.metrics:
+            output.metrics[name] = self._held_out_loss.average(output.metrics[name])
+        return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """As `Trainer.prediction_step`, without labels for rows that only fill up the last batch."""
+        loss, logits, labels = super().prediction_step(
+            model, self._held_out_loss.mask_surplus(inputs), *args, **kwargs
+        )
+        return None if loss is None else self._held_out_loss.weigh(loss), logits, labels
 
     def _average_losses(self, metrics: dict[str, float], names: Iterable[str], prefix: str) -> float:
         weights = {name: self.blocks.weights.get(name, 0.0) for name in names}
