@@ -144,10 +144,10 @@ def test_a_configuration_is_parsed_strictly() -> None:
     config = parse(DataConfig, {"source": ["a", "b"], "held_out": 0}, where="data", error=DataError)
     assert config == DataConfig(("a", "b"), held_out=0.0)
     for data, message in (
-        ({"blocksize": 3}, "data: unknown key 'blocksize' .*known: source, "),
+        ({"blocksize": 3}, r"data: unknown key 'blocksize'; did you mean 'block_size'\?"),
         ({"block_size": 0}, "block_size must be a whole number"),
         ({"mixture": {"sources": {"web": {"source": "a", "weight": 2}}}}, "data: .*weights add up to 2, expected 1"),
-        ({"mixture": {"sources": {"web": {"sauce": "a"}}}}, "unknown key 'mixture.*sauce'"),
+        ({"mixture": {"sources": {"web": {"sauce": "a"}}}}, r"unknown key 'mixture.*sauce'; did you mean 'source'\?"),
         ({"mixture": {"sources": {"a b": {"source": "a"}}}}, "'a b' cannot name a source"),
     ):
         with pytest.raises(DataError, match=message):

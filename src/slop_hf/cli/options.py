@@ -56,4 +56,4 @@ def read_changes(changes: Sequence[str] | None) -> dict[str, Json]:
     for key, equals, _ in pairs:
         if not equals:
             raise RunError(f"--set {key}: expected key=value, such as training.learning_rate=1e-3")
-    return {key: parse_yaml(value) for key, _, value in pairs}
+    return {key: parse_yaml(value, where=f"--set {key}", error=RunError) for key, _, value in pairs}

@@ -6,16 +6,19 @@ pydantic checks types and unknown keys; its errors become one line that names th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from types import UnionType
+from typing import Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -28,8 +31,29 @@ T = TypeVar("T")
 Json: TypeAlias = Any
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `65e9` as a string; token counts are written that way, so read it as a number."""
+    """A loader for files that people write.
+
+    YAML 1.1 reads `65e9` as a string; token counts are written that way, so read it as a number. A key given twice is
+    an error: YAML would silently keep the last one.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
+            if first is not None:
+                where = f"in line {line}" if first == line else f"in lines {first} and {line}"
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice, {where}; keep one of them")
+            lines[key.tag, key.value] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -54,7 +78,7 @@ def parse(cls: type[T], content: Json, *, where: str, error: type[SlopError] = S
     try:
         value: T = _make_adapter(cls).validate_python(content)  # type: ignore[arg-type]
     except ValidationError as caught:
-        faults = [_describe(fault, cls) for fault in _drop_faults_of_paths(caught.errors())]
+        faults = dict.fromkeys(_describe(fault, cls) for fault in _drop_faults_of_paths(caught.errors()))
         raise error(f"{where}: " + "; ".join(faults)) from None
     return value
 
@@ -79,15 +103,62 @@ def _drop_faults_of_paths(faults: Iterable[Mapping[str, Any]]) -> list[dict[str,
     return remaining
 
 
-def _describe(fault: Mapping[str, Any], cls: type) -> str:
+def _describe(fault: Mapping[str, Any], cls: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = ", ".join(field.name for field in dataclasses.fields(cls)) if "." not in path else ""
-        return f"unknown key '{path}'" + (f" (known: {names})" if names else "")
+        *parents, name = fault["loc"]
+        return describe_unknown_key(str(name), _list_fields(cls, parents), path=path)
     if fault["type"].startswith("missing"):
         return f"missing key '{path}'"
-    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("dict_type", "dataclass_type"):
+        message = "expected a section, KEY: VALUE per line"
+    else:
+        message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] != "value_error":  # those of our own name the value
+        message += f", got {_SHORT.repr(fault['input'])}"
     return f"{path}: {message}" if path else message
+
+
+def describe_unknown_key(name: str, known: Iterable[str], *, path: str = "", list_known: bool = True) -> str:
+    """Return the message about a key that a section does not have, with the most similar one that it has.
+
+    Args:
+        name: the unknown key.
+        known: keys of the section.
+        path: dotted key from the top of the file; by default the name.
+        list_known: whether to list the known keys if none of them is similar.
+
+    >>> describe_unknown_key("sauce", ["source", "weight"], path="data.sauce")
+    "unknown key 'data.sauce'; did you mean 'source'?"
+    >>> describe_unknown_key("x", ["source", "weight"])
+    "unknown key 'x' (known: source, weight)"
+    """
+    known = list(known)
+    message = f"unknown key '{path or name}'"
+    if similar := difflib.get_close_matches(name, known, n=1):
+        return f"{message}; did you mean {similar[0]!r}?"
+    return f"{message} (known: {', '.join(known)})" if known and list_known else message
+
+
+def _list_fields(cls: Any, path: Iterable[str | int]) -> list[str]:
+    """Return the fields of the dataclass at a path inside a type, such as `("stages", 0)` of a schedule."""
+    types = [cls]
+    for part in path:
+        types = [child for kind in types for child in _enter(kind, part)]
+    names = (field.name for kind in types if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind))
+    return list(dict.fromkeys(names))
+
+
+def _enter(kind: Any, part: str | int) -> list[Any]:
+    """Return the types that a key or an index of a value of this type may have; a union counts as its members."""
+    if dataclasses.is_dataclass(kind):
+        kinds = [hint] if (hint := get_type_hints(kind).get(str(part))) is not None else []
+    else:
+        kinds = [*get_args(kind)[-1:]]  # of a mapping, the values; of `tuple[X, ...]`, an ellipsis
+        if kinds == [Ellipsis]:
+            kinds = [*get_args(kind)[:1]]
+    members = [get_args(item) if get_origin(item) in (Union, UnionType) else (item,) for item in kinds]
+    return [member for group in members for member in group]
 
 
 def to_plain(value: object) -> Json:
@@ -112,14 +183,9 @@ def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopErro
     """Return the content of a YAML (or JSON) file; numbers such as `65e9` are numbers.
 
     Raises:
-        error: if the file does not exist or is not valid YAML.
+        error: if the file does not exist or is not valid YAML, or a key is given twice.
     """
-    try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except yaml.YAMLError as caught:
-        raise error(f"{path}: not valid YAML ({' '.join(str(caught).split())})") from None
+    return parse_yaml(_read_text(path, error=error), where=str(path), error=error)
 
 
 def read_json(path: str | os.PathLike[str], *, if_missing: str, error: type[SlopError] = SlopError) -> Json:
@@ -133,17 +199,45 @@ def read_json(path: str | os.PathLike[str], *, if_missing: str, error: type[Slop
     Raises:
         error: if the file does not exist or is not valid JSON.
     """
+    text = _read_text(path, if_missing=if_missing, error=error)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
+    except (ValueError, RecursionError) as caught:
+        raise error(f"{path}: not valid JSON ({_summarise(caught)})") from None
+
+
+def parse_yaml(text: str, *, where: str = "YAML", error: type[SlopError] = SlopError) -> Json:
+    """Return the content of a YAML text; numbers such as `65e9` are numbers.
+
+    Args:
+        where: name of the file or argument, for the error message.
+        error: class of error to raise.
+
+    Raises:
+        error: if the text is not valid YAML, or a key is given twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds no Python objects
+    except (yaml.YAMLError, ValueError, RecursionError) as caught:  # a ValueError: a date such as 2020-13-01
+        raise error(f"{where}: not valid YAML ({_summarise(caught)})") from None
+
+
+def _read_text(path: str | os.PathLike[str], *, error: type[SlopError], if_missing: str = "") -> str:
+    """Return the text of a file in UTF-8, or refuse what stands at its place."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise error(f"{path}: no such file; {if_missing}") from None
-    except ValueError as caught:
-        raise error(f"{path}: not valid JSON ({caught})") from None
+        raise error(f"{path}: no such file" + (f"; {if_missing}" if if_missing else "")) from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: not a text file in UTF-8; give another file, or convert this one") from None
+    except OSError as caught:
+        if Path(path).is_dir():
+            raise error(f"{path}: a folder, expected a file; give the path of the file in it") from None
+        raise error(f"{path}: cannot be read ({caught.strerror or caught})") from None
 
 
-def parse_yaml(text: str) -> Json:
-    """Return the content of a YAML text; numbers such as `65e9` are numbers."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds no Python objects
+def _summarise(caught: Exception) -> str:
+    return "nested too deeply" if isinstance(caught, RecursionError) else " ".join(str(caught).split())
 
 
 def set_keys(content: dict[str, Any], overrides: Mapping[str, Any], *, where: str, error: type[SlopError]) -> None:
