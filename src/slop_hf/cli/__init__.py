@@ -22,6 +22,7 @@ from .publish import publish_command
 from .report import report_command
 from .reproduce import reproduce_command
 from .rollback import rollback_command
+from .shared import make_streams_printable
 from .train import train_command
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command("calibrate")(calibrate_command)
 
 def main() -> None:
     """Run the command line; an error of the user is printed as one line on stderr, with exit code 2."""
+    make_streams_printable()
     try:
         app()
     except SlopError as caught:

@@ -18,7 +18,7 @@ from ..io.serialization import Json
 from ..io.units import format_bytes, format_count
 from .model_config import build_config, read_structure
 from .options import AsJson
-from .shared import print_json, print_table, redirect_prints
+from .shared import check_output, print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..training.calibration import StepTimes
@@ -83,8 +83,7 @@ def calibrate_command(
     """
     config = build_config(source, vocab_size, tied=tied)
     sizes = _choose_structures(structures, initial, source, target, destination)
-    if output.is_dir():
-        raise PlanError(f"--output {output} is a directory: give a file, such as {output / 'cost_model.yaml'}")
+    check_output(output, "--output", PlanError)
     if dry_run:
         _show_preview(
             [_describe(dims, config, batch_size, sequence_length) for dims in sizes],

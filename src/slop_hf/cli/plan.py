@@ -25,7 +25,7 @@ from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
 from .model_config import build_config, read_config, read_structure
 from .options import AsJson, make_option, split_list
-from .shared import print_json, print_table
+from .shared import check_output, print_json, print_table
 
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
 
@@ -156,6 +156,12 @@ def plan_command(
 
     `slop plan --from ./small --to ./large/config.json --tokens 20e9 --pretrained --already-seen 300e9 --explain`
     """
+    check_output(output, "--output", PlanError)
+    check_output(plot, "--plot", PlanError)
+    if plot is not None:
+        from ..report.plan_figure import check_suffix, draw_plan  # matplotlib takes a second
+
+        check_suffix(plot)
     memory = None
     if device_memory is not None:
         memory = MemoryLimit(device_memory, zero, devices, micro_batch_size, checkpointing, precision)  # type: ignore[arg-type]
@@ -216,8 +222,6 @@ def plan_command(
     if output is not None:
         best.to_yaml(output)
     if plot is not None:
-        from ..report.plan_figure import draw_plan  # matplotlib takes a second
-
         others = [(arm.name, arm.schedule) for arm in arms[1:]]
         draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot)
     if as_json:

@@ -12,6 +12,7 @@ import slop_hf
 
 from ..runs.directory import RunDirectory
 from .options import AsJson
+from .shared import print_json_text
 
 
 def report_command(
@@ -31,7 +32,7 @@ def report_command(
     """
     directory = slop_hf.write_report(runs, output)
     if as_json:
-        print((directory / "report.json").read_text(encoding="utf-8"), end="")
+        print_json_text((directory / "report.json").read_text(encoding="utf-8"))
         return
     Console().print(slop_hf.build_comparison_table([slop_hf.summarise(RunDirectory(run)) for run in runs]))
     others = sorted(path.name for path in directory.iterdir() if path.suffix in {".md", ".json", ".png"})

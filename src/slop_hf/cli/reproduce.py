@@ -17,7 +17,7 @@ from ..paper import tables as paper
 from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_reproduction_page, format_row
 from ..paper.reproduction import Hours, Product
 from .options import AsJson
-from .shared import print_json, print_table
+from .shared import check_output, print_json, print_table
 
 _PARTS: dict[str, Callable[[], Sequence[Product] | Sequence[Hours]]] = {
     **{f"table{table.number}": partial(reproduction.reproduce_products, table) for table in paper.GROWTH_TABLES},
@@ -38,6 +38,7 @@ def reproduce_command(
     """
     if part != "all" and part not in _PARTS:
         raise PlanError(f"unknown part {part!r}; known: {', '.join(_PARTS)}, all")
+    check_output(output, "--output", PlanError)
     names = list(_PARTS) if part == "all" else [part]
     if output is not None:
         write_text(output, format_reproduction_page())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE
@@ -13,11 +17,19 @@ from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..errors import SlopError
 from ..io.serialization import to_json
 
 if TYPE_CHECKING:
     from ..experiments.jobs import Job
     from ..experiments.running import JobEndCallback
+
+_SPELLING = "slop_hf.spelling"
+#: Spellings of the characters that commands print, for encodings without them.
+_SPELLINGS = {
+    "Π": "Prod", "Σ": "Sum", "Δ": "d", "ρ": "rho", "µ": "u", "→": "->", "×": "x", "…": "...", "–": "-", "—": "-",
+    "−": "-", "·": "*", "²": "^2", "≤": "<=", "≥": ">=", "±": "+-", "≈": "~", "✓": "ok", "“": '"', "”": '"', "’": "'",
+}  # fmt: skip
 
 
 def is_first_process() -> bool:
@@ -30,9 +42,59 @@ def redirect_prints(*, as_json: bool) -> AbstractContextManager[TextIO | None]:
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
+def make_streams_printable() -> None:
+    """Let stdout and stderr print every character: what their encoding lacks is spelled with what it has.
+
+    Under `LC_ALL=C`, or in a Windows console, an encoding may be without Π or →; file names may be in no encoding.
+    """
+    codecs.register_error(_SPELLING, _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_SPELLING)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that an encoding lacks; an error handler of `codecs`."""
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    parts = (
+        _SPELLINGS.get(character) or character.encode("ascii", "backslashreplace").decode("ascii")
+        for character in characters
+    )
+    return "".join(parts), error.end
+
+
 def print_json(value: object) -> None:
     """Print a value, dataclasses included, as indented JSON."""
-    print(to_json(value), end="")
+    print_json_text(to_json(value))
+
+
+def print_json_text(text: str) -> None:
+    """Print JSON text; characters that stdout lacks become JSON's escapes, which are read as the same value."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2) + "\n"
+    print(text, end="")
+
+
+def check_output(path: Path | None, option: str, error: type[SlopError] = SlopError) -> None:
+    """Refuse a path that no file can be written to, before the work that the file is for.
+
+    Args:
+        path: file to write later; None if the option was not given.
+        option: option that names it, for the message.
+        error: class of error to raise.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise error(f"{option} {path} is a directory: give the path of a file in it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
+    if not nearest.is_dir():
+        raise error(f"{option} {path} cannot be written: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise error(f"{option} {path} cannot be written: no permission to write in {nearest}")
 
 
 def print_table(

@@ -102,9 +102,8 @@ def draw_plan(
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['stage (0: the initial model)', '']
     """
-    if path is not None and Path(path).suffix.lower() not in SUFFIXES:
-        suffix = f"ends in {Path(path).suffix!r}" if Path(path).suffix else "has no suffix"
-        raise PlanError(f"cannot draw {path}: it {suffix}; give a path that ends in one of {', '.join(SUFFIXES)}")
+    if path is not None:
+        check_suffix(path)
     if not schedules:
         raise PlanError("no schedules to draw; give at least one, for example from `SlopPlanner.plan`")
     every_schedule = [*schedules, *(schedule for _, schedule in arms)]
@@ -122,6 +121,13 @@ def draw_plan(
             with write_file(path) as temporary:
                 figure.savefig(temporary, format=Path(path).suffix[1:].lower())
     return figure
+
+
+def check_suffix(path: str | Path) -> None:
+    """Refuse a path that does not end in one of `SUFFIXES`."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        suffix = f"ends in {Path(path).suffix!r}" if Path(path).suffix else "has no suffix"
+        raise PlanError(f"cannot draw {path}: it {suffix}; give a path that ends in one of {', '.join(SUFFIXES)}")
 
 
 def _build_path(schedule: GrowthSchedule, config: ModelConfig, sequence_length: int, has_tokens: bool) -> _Path:
