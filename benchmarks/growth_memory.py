@@ -153,14 +153,14 @@ def draw(counts: Sequence[int]) -> list[torch.Tensor]:
 def load_and_grow(source: Path, operator: str, new_dims: dict[str, int]) -> None:
     """Load a model from files and grow it with this library."""
     with hide_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
+        model = LlamaForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     grow_model(model, operator, new_dims)
 
 
 def load_and_resize(source: Path, operator: str, new_dims: dict[str, int]) -> None:
     """Load a model from files and grow it by hand: copy the old weights into a corner of a new model's."""
     with hide_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
+        model = LlamaForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     depth = model.config.num_hidden_layers
     grown = LlamaForCausalLM(plan_growth(model.config, operator, new_dims).config())
     olds = dict(model.named_parameters())

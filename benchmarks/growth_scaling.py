@@ -111,7 +111,7 @@ def measure_inside(function: object, *arguments: object) -> Measurement:
 def load_and_grow(source: Path, new_dims: dict[str, int]) -> float:
     """Load a model, and return the seconds of `grow_model`."""
     with hide_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
+        model = LlamaForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     began = time.perf_counter()
     grown = grow_model(model, OPERATOR, new_dims)
     seconds = time.perf_counter() - began
@@ -122,7 +122,7 @@ def load_and_grow(source: Path, new_dims: dict[str, int]) -> float:
 def copy(source: Path, new_dims: dict[str, int]) -> float:
     """Load and grow a model, and return the seconds of copying its weights."""
     with hide_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
+        model = LlamaForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     grown = [weight.detach() for weight in grow_model(model, OPERATOR, new_dims).parameters()]
     began = time.perf_counter()
     copied = [weight.clone() for weight in grown]

@@ -51,7 +51,7 @@ def llama_config(dims: ModelDims, vocab_size: int, block_size: int, *, tied: boo
 def build_model(config: LlamaConfig) -> PreTrainedModel:
     """Build a model with random weights; under ZeRO-3 it is sharded if the training arguments exist already."""
     set_seed(0)
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def draw_blocks(count: int, block_size: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:

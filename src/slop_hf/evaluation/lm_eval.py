@@ -82,7 +82,13 @@ def build_language_model(
 
     pretrained = str(model) if isinstance(model, Path) else model
     with _contain_side_effects():
-        lm = HFLM(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, device=device)
+        lm = HFLM(
+            pretrained=pretrained,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            device=device,
+            trust_remote_code=False,
+        )
     # lm-eval counts the processes of its own machine, and with a single GPU each process would score everything.
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if processes > 1 and not lm.world_size == processes == on_machine:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..data.tokenizing import hash_vocabulary
 from ..errors import EvaluationError, GrowthError
 from ..growth import find_checkpoint_directory, hash_stored_weights, hash_weights, hide_progress_bars
+from ..io.model_errors import explain_load_error
 from ..io.serialization import Json
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord
@@ -93,6 +94,7 @@ class EvaluatedModel:
             device = str(model.device)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model, self._tokenizer = model, tokenizer
+        self.tokenizer_fault = ""  # why the directory's tokenizer cannot be loaded
 
     @cached_property
     def weights_hash(self) -> str:
@@ -106,7 +108,13 @@ class EvaluatedModel:
         if self.directory is None:
             return cast(PreTrainedModel, self._model)
         with hide_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(self.directory, dtype="auto")
+            try:
+                loaded = AutoModelForCausalLM.from_pretrained(self.directory, dtype="auto", trust_remote_code=False)
+            except (OSError, ValueError, KeyError) as caught:
+                raise EvaluationError(
+                    f"{self.directory} cannot be loaded ({explain_load_error(caught)}); give a checkpoint of a stock "
+                    "transformers model"
+                ) from None
         return cast(PreTrainedModel, loaded.to(self.device))
 
     @cached_property
@@ -114,9 +122,11 @@ class EvaluatedModel:
         if self._tokenizer is not None or self.directory is None:
             return self._tokenizer
         try:
-            return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(self.directory))
-        except (OSError, ValueError, KeyError):
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as caught:
+            self.tokenizer_fault = explain_load_error(caught)
             return None
+        return cast(PreTrainedTokenizerFast, tokenizer)
 
     @cached_property
     def vocabulary(self) -> str:
@@ -194,8 +204,12 @@ class _Scorer:
         subject, tokenizer = self._subject, self._subject.tokenizer
         assert self._manager  # refuses an unknown task before the model is loaded
         if tokenizer is None:
-            place = subject.directory or "a model in memory: give it as `tokenizer`"
-            raise EvaluationError(f"tasks need the model's tokenizer; none was found in {place}")
+            if subject.directory is None:
+                raise EvaluationError(
+                    "tasks need the model's tokenizer, which a model in memory lacks: give `tokenizer`"
+                )
+            fault = subject.tokenizer_fault
+            raise EvaluationError(f"tasks need the model's tokenizer; {subject.directory} has none to load ({fault})")
         processes = self._ranks.count
         if processes > 1 and subject.directory is None:
             raise EvaluationError("several processes can score a directory, not a model in memory: save it first")

@@ -31,6 +31,7 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.files import make_temporary_path, write_directory, write_text
 from ..io.hub_address import Address
+from ..io.model_errors import explain_load_error
 from ..io.network_errors import summarise_error
 from ..io.numbers import require_whole_number
 from ..io.serialization import Json, list_versions
@@ -269,7 +270,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
-        message = f"{directory} is not a checkpoint that transformers can read: {summarise_error(caught)}"
+        message = f"{directory} is not a checkpoint that transformers can read: {explain_load_error(caught)}"
         raise GrowthError(message) from None
 
 

@@ -93,7 +93,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, to
     config._attn_implementation = source.config._attn_implementation
     with hide_progress_bars():
         grown: PreTrainedModel = type(source).from_pretrained(
-            None, config=config, state_dict=weights, dtype=source.dtype
+            None, config=config, state_dict=weights, dtype=source.dtype, trust_remote_code=False
         )
     if source.generation_config is not None:
         grown.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())

@@ -26,7 +26,10 @@ def probe_checkpoints(source: Path, grown: Path, growths: Sequence[GrowthPlan]) 
     After several growths, gradients and copies are skipped: no single plan says which entries are new.
     """
     with hide_progress_bars():
-        before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (source, grown))
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False)
+            for path in (source, grown)
+        )
     return probe_growth(before, after, growths[0] if len(growths) == 1 else None)
 
 

@@ -54,7 +54,9 @@ def build_tiny_model(
     fields |= {"initializer_range": 0.2, "tie_word_embeddings": tied, table.norm_eps: 1e-3, **config}
     with torch.random.fork_rng(devices=[]):
         # Not `.to(dtype)` at the end: it would round the rotary frequencies too, which loading a model does not do.
-        model = AutoModelForCausalLM.from_config(dims.to_config(base, **fields), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(
+            dims.to_config(base, **fields), dtype=dtype, trust_remote_code=False
+        ).eval()
         rows = {row.name: row for row in table.parameters}
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -125,6 +127,8 @@ class _Float64Throughout(TorchFunctionMode):
 
 def _rebuild(model: PreTrainedModel) -> PreTrainedModel:
     """Return the same float64 model with its buffers, such as rotary frequencies, computed again."""
-    rebuilt = AutoModelForCausalLM.from_config(deepcopy(model.config), dtype=torch.float64).eval()
+    rebuilt = AutoModelForCausalLM.from_config(
+        deepcopy(model.config), dtype=torch.float64, trust_remote_code=False
+    ).eval()
     rebuilt.load_state_dict(model.state_dict())
     return rebuilt

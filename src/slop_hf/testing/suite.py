@@ -278,7 +278,9 @@ def _check_reload(case: Case, grown: PreTrainedModel) -> None:
     with tempfile.TemporaryDirectory() as directory, hide_progress_bars():
         grown.save_pretrained(directory)
         attention = grown.config._attn_implementation
-        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=case.dtype, attn_implementation=attention)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=case.dtype, attn_implementation=attention, trust_remote_code=False
+        )
     is_same = torch.equal(compute_logits(grown, tokens), compute_logits(loaded, tokens))
     _require(is_same, case, "logits differ after saving and loading")
     if case.dtype not in TOLERANCE:

@@ -220,7 +220,7 @@ class _Bench:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, None)  # a family's defaults may lie outside of a small vocabulary
         set_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     @contextmanager
     def _explain_out_of_memory(self, dims: ModelDims) -> Iterator[None]:

@@ -23,7 +23,7 @@ from ..dims import ModelDims
 from ..errors import DataError, RunError, SlopError
 from ..growth import find_checkpoint_directory
 from ..io.hub_address import locate
-from ..io.network_errors import get_first_line
+from ..io.model_errors import NEEDS_CODE, explain_load_error
 from ..io.record import Record
 from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..runs.directory import RunDirectory
@@ -155,7 +155,7 @@ class RunConfig(Record, error=RunError):
         pretrained = settings.pop("pretrained", None)
         try:
             if pretrained is not None and not (as_described and settings):
-                config = AutoConfig.from_pretrained(**locate(pretrained))
+                config = _load_config(pretrained)
                 for name, value in settings.items():
                     actual = getattr(config, name, None)
                     if actual != value:
@@ -264,12 +264,13 @@ def _build_initial_model(
 ) -> PreTrainedModel:
     model_config = config.model_config(schedule.initial, len(corpus.tokenizer))
     if (pretrained := config.model.get("pretrained")) is not None and not scratch:
+        directory = find_checkpoint_directory(pretrained)
         try:
-            directory = find_checkpoint_directory(pretrained)
-            return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-        except OSError as caught:
+            return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+        except (OSError, ValueError) as caught:
+            reason = explain_load_error(caught)
             raise RunError(
-                f"model.pretrained {pretrained} cannot be loaded ({get_first_line(caught)}); it must have safetensors"
+                f"model.pretrained {pretrained} cannot be loaded ({reason}); it must have safetensors"
             ) from None
     model_config = schedule.initial.to_config(model_config)  # from scratch, a pretrained model has other dims
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -279,7 +280,16 @@ def _build_initial_model(
         from . import zero3
 
         return zero3.build_random_model(model_config)
-    return AutoModelForCausalLM.from_config(model_config)
+    return AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+
+
+def _load_config(pretrained: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(**locate(pretrained), trust_remote_code=False)
+    except ValueError as caught:
+        if (reason := explain_load_error(caught)) == NEEDS_CODE:
+            raise RunError(f"model.pretrained {pretrained} cannot be loaded: {reason}; give a stock model") from None
+        raise
 
 
 def _refuse_unknown(names: Iterable[str], known: list[str], section: str) -> None:

@@ -248,7 +248,9 @@ class SlopTrainer(Trainer):
             self._release_model()
             path = self.run.stage_dir(position.stage - 1)
             with hide_progress_bars():
-                model = self._model_class.from_pretrained(path, dtype="auto", attn_implementation=self._attention)
+                model = self._model_class.from_pretrained(
+                    path, dtype="auto", attn_implementation=self._attention, trust_remote_code=False
+                )
             self._set_model(model)
         return output
 
@@ -338,7 +340,7 @@ class SlopTrainer(Trainer):
         """Replace the model by an empty one, grown if a stage is given; `_reader` will fill it from the directory."""
         assert self.model is not None
         self._release_model()
-        config = self._model_class.config_class.from_pretrained(directory)
+        config = self._model_class.config_class.from_pretrained(directory, trust_remote_code=False)
         growth, moments = None, bool(list(directory.glob("optimizer*.safetensors")))
         if span is not None and span.growth is not None:
             seed = self.args.growth_seed + span.number
