@@ -206,7 +206,7 @@ class _Scorer:
         if tokenizer is None:
             if subject.directory is None:
                 raise EvaluationError(
-                    "tasks need the model's tokenizer, which a model in memory lacks: give `tokenizer`"
+                    "tasks need the model's tokenizer, which a model in memory lacks: give it as `tokenizer`"
                 )
             fault = subject.tokenizer_fault
             raise EvaluationError(f"tasks need the model's tokenizer; {subject.directory} has none to load ({fault})")
