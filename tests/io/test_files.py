@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slop_hf.io.files import make_temporary_path, write_directory, write_file, write_text
+from slop_hf.errors import RunError
+from slop_hf.io.files import check_output, make_temporary_path, write_directory, write_file, write_text
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
@@ -41,3 +42,27 @@ def test_a_failed_directory_is_removed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), write_directory(tmp_path / "stage"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "is_directory", "message"),
+    [
+        ("folder", False, "-o .*folder is a directory"),
+        ("file", True, "-o .*file is a file: give a directory"),
+        ("file/below", False, "below cannot be written: .*file is not a directory"),
+        ("file/further/below", True, "below cannot be written: .*file is not a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, path, is_directory, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=message):
+        check_output(tmp_path / path, "-o", RunError, is_directory=is_directory)
+
+
+def test_an_output_that_can_be_written_is_accepted_and_not_created(tmp_path):
+    (tmp_path / "file").touch()
+    for path, is_directory in (("file", False), ("new/file", False), (".", True), ("new/folder", True)):
+        check_output(tmp_path / path, is_directory=is_directory)
+    check_output(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

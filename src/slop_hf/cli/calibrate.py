@@ -14,11 +14,12 @@ from ..cost.hours import CostModel
 from ..cost.memory import BYTES_PER_PARAMETER
 from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
+from ..io.files import check_output
 from ..io.serialization import Json
 from ..io.units import format_bytes, format_count
 from .model_config import build_config, read_structure
 from .options import AsJson
-from .shared import check_output, print_json, print_table, redirect_prints
+from .shared import print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..training.calibration import StepTimes

@@ -15,6 +15,7 @@ from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
 from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
+from ..io.files import check_output
 from ..io.units import format_count
 from ..operators import OPERATORS
 from ..paper import tables as paper
@@ -25,7 +26,7 @@ from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
 from .model_config import build_config, read_config, read_structure
 from .options import AsJson, make_option, split_list
-from .shared import check_output, print_json, print_table
+from .shared import print_json, print_table
 
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
 

@@ -10,14 +10,14 @@ from typing import Annotated
 import typer
 
 from ..errors import PlanError
-from ..io.files import write_text
+from ..io.files import check_output, write_text
 from ..io.serialization import to_plain
 from ..paper import reproduction
 from ..paper import tables as paper
 from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_reproduction_page, format_row
 from ..paper.reproduction import Hours, Product
 from .options import AsJson
-from .shared import check_output, print_json, print_table
+from .shared import print_json, print_table
 
 _PARTS: dict[str, Callable[[], Sequence[Product] | Sequence[Hours]]] = {
     **{f"table{table.number}": partial(reproduction.reproduce_products, table) for table in paper.GROWTH_TABLES},

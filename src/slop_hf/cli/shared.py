@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE
@@ -17,7 +16,6 @@ from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import SlopError
 from ..io.serialization import to_json
 
 if TYPE_CHECKING:
@@ -76,25 +74,6 @@ def print_json_text(text: str) -> None:
     except UnicodeEncodeError:
         text = json.dumps(json.loads(text), indent=2) + "\n"
     print(text, end="")
-
-
-def check_output(path: Path | None, option: str, error: type[SlopError] = SlopError) -> None:
-    """Refuse a path that no file can be written to, before the work that the file is for.
-
-    Args:
-        path: file to write later; None if the option was not given.
-        option: option that names it, for the message.
-        error: class of error to raise.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise error(f"{option} {path} is a directory: give the path of a file in it")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
-    if not nearest.is_dir():
-        raise error(f"{option} {path} cannot be written: {nearest} is not a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise error(f"{option} {path} cannot be written: no permission to write in {nearest}")
 
 
 def print_table(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import SlopError
+
 
 def make_temporary_path(target: str | os.PathLike[str]) -> Path:
     """Return the path next to `target` that it is written under until it is complete.
@@ -81,3 +83,37 @@ def flush_to_disk(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_output(
+    path: str | os.PathLike[str] | None,
+    name: str = "",
+    error: type[SlopError] = SlopError,
+    *,
+    is_directory: bool = False,
+) -> None:
+    """Refuse a path that nothing can be written to, before the work that the output is for. Nothing is created.
+
+    Args:
+        path: file or directory to write later; None for no output.
+        name: option or argument that names it, for the message.
+        error: class of error to raise.
+        is_directory: whether a directory will be written, which may exist.
+
+    >>> check_output(".", "--output")
+    Traceback (most recent call last):
+    slop_hf.errors.SlopError: --output . is a directory: give the path of a file in it
+    """
+    if path is None:
+        return
+    path, label = Path(path), f"{name} {path}".strip()
+    if path.is_dir() and not is_directory:
+        raise error(f"{label} is a directory: give the path of a file in it")
+    if path.exists() and is_directory and not path.is_dir():
+        raise error(f"{label} is a file: give a directory")
+    places = [path, *path.absolute().parents] if is_directory else path.absolute().parents
+    nearest = next(place for place in places if place.exists() or place.is_symlink())
+    if not nearest.is_dir():
+        raise error(f"{label} cannot be written: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise error(f"{label} cannot be written: no permission to write in {nearest}")
