@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner, explain
 from slop_hf.cost.flops import count_paper_params, count_parameters
 from slop_hf.errors import PlanError
+from slop_hf.operators import find_operators
 
 PAPER = json.loads((Path(__file__).parent / "paper_products.json").read_text())
 INITIAL = ModelDims(768, 2048, 6, 6)
@@ -224,6 +225,37 @@ def test_bad_spaces(arguments, message):
 def test_impossible_plans(space, operators, message):
     with pytest.raises(PlanError, match=message):
         SlopPlanner(INITIAL, space, operators=operators).plan()
+
+
+GROUPED = {
+    "kv heads that would shrink on the way": (ModelDims(512, 1536, 8, 8), ModelDims(1024, 4096, 16, 16, 8), 2.2),
+    "fewer groups on the way": (ModelDims(768, 2048, 6, 6), ModelDims(4096, 14336, 8, 32, 8), 12),
+    "same query heads": (ModelDims(512, 1536, 8, 8, 2), ModelDims(512, 2048, 8, 8, 4), None),
+    "same query heads of a wider model": (ModelDims(512, 1024, 4, 8, 2), ModelDims(1024, 2048, 4, 8, 8, 128), None),
+}
+
+
+@pytest.mark.parametrize("operators", [("layer", "ffn", "hidden"), ("layer", "ffn", "hidden", "mha")])
+@pytest.mark.parametrize("mode", ["repeated", "joint"])
+@pytest.mark.parametrize(("initial", "target", "max_factor"), GROUPED.values(), ids=GROUPED)
+def test_key_value_heads_never_shrink(initial, target, max_factor, mode, operators):
+    space = ConfigSpace(targets=[target], hidden_multiple=512, ffn_multiple=2048)
+    if initial.hidden_size == target.hidden_size:
+        operators = ("layer", "ffn", "hidden", "mha")
+    stages = 6 if max_factor else len({*find_operators(initial, target)} & {*operators})
+    planner = SlopPlanner(initial, space, operators=operators, mode=mode, stages=stages, max_factor=max_factor)
+    best = planner.plan(1)[0]
+    assert (best.initial, best.target) == (initial, target)
+
+
+def test_a_head_size_does_not_grow_without_the_hidden_size():
+    initial = ModelDims(384, 512, 2, 3)
+    space = ConfigSpace(targets=[initial.replace(num_hidden_layers=3, head_dim=256)])
+    for mode in ("once", "repeated", "joint"):
+        stages = None if mode == "once" else 1
+        operators = ("layer",) if mode == "once" else ("layer", "hidden")
+        with pytest.raises(PlanError, match=r"needs head_dim among the operators"):
+            SlopPlanner(initial, space, operators=operators, mode=mode, stages=stages).plan()
 
 
 def test_bad_requests():

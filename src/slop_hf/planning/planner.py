@@ -20,7 +20,15 @@ from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage
 from .best_paths import GrowthGraph, StageCost, build_grid_edges, check_size, count_edges, round_for_ties
 from .budget import Budget, Sharing, TokenAllocation, share_tokens_by_utility
 from .constraints import PathConstraints, is_at_least
-from .grid import OWN_FIELD, GrowthGrid, build_grid, compute_grid_shape, get_grid_key, list_axis_values
+from .grid import (
+    OWN_FIELD,
+    GrowthGrid,
+    build_grid,
+    compute_grid_shape,
+    find_growing_edges,
+    get_grid_key,
+    list_axis_values,
+)
 from .objectives import OBJECTIVES, Objective, evaluate_objective
 from .orderings import find_best_orders
 from .space import ConfigSpace
@@ -231,6 +239,8 @@ class SlopPlanner:
                 reached &= changed | (self.mode != "once")
             elif name not in self._followers:
                 reached &= ~changed
+            else:
+                reached &= ~changed | changes["hidden"]
         if not reached.any():
             more = f" (and {len(targets) - 1} more targets)" if len(targets) > 1 else ""
             raise PlanError(
@@ -255,7 +265,8 @@ class SlopPlanner:
         idle = [name for name in self.operators if name not in needed]
         if idle and (self.mode == "once" or not needed):
             return f"{', '.join(idle)} would grow nothing; leave it out of the operators"
-        if missing := [name for name in needed if name not in (*self.operators, *self._followers)]:
+        followers = self._followers if "hidden" in needed else ()
+        if missing := [name for name in needed if name not in (*self.operators, *followers)]:
             return f"needs {', '.join(missing)} among the operators"
         return self.space.find_obstacle(target)
 
@@ -300,8 +311,8 @@ class SlopPlanner:
         for _, group in groupby(sorted(targets, key=get_key), get_key):
             goals = list(group)
             few = goals[:_MAX_SEPARATE_GRIDS]
-            separate = sum(count_edges(compute_grid_shape([goal], values), joint) for goal in few)
-            shared = count_edges(compute_grid_shape(goals, values), joint)
+            separate = sum(count_edges(compute_grid_shape(self.initial, [goal], values), joint) for goal in few)
+            shared = count_edges(compute_grid_shape(self.initial, goals, values), joint)
             is_less = len(goals) == len(few) and separate < shared
             for goals_of_grid in [[goal] for goal in goals] if is_less else [goals]:
                 yield self.build_graph(goals_of_grid, values)
@@ -323,10 +334,12 @@ class SlopPlanner:
     ) -> tuple[GrowthGrid, GrowthGraph]:
         """Build the grid to goals, and the graph of all growths on it that the mode and the constraints allow."""
         joint = self.mode == "joint"
-        check_size(compute_grid_shape(goals, values), joint)
+        check_size(compute_grid_shape(self.initial, goals, values), joint)
         grid = build_grid(self.initial, goals, values, self.space.ffn_multiple)
         structures, edges = DimsTable(grid.structures, self._inputs), build_grid_edges(grid.shape, joint)
-        growths = self.constraints.allow_growths(structures.select(edges.origins), structures.select(edges.targets))
+        origins = edges.origins
+        growths = self.constraints.allow_growths(structures.select(origins), structures.select(edges.targets))
+        growths = growths & find_growing_edges(grid, origins, edges.targets)
         # paths begin at the initial structure, checked before: it is enough to look at the end of each edge
         return grid, GrowthGraph(structures, edges, self.space.allows(grid.structures)[edges.targets] & growths)
 
@@ -342,11 +355,17 @@ class SlopPlanner:
         return cost, float(cost(0, initial, initial)[0])
 
     def _explain_no_path(self) -> str:
-        if self.max_factor is not None or self.through:
-            return (
-                "no schedule keeps to max_factor and passes through every structure of `through`; allow more growth "
-                "per stage, more stages, or mode 'repeated' or 'joint'"
-            )
+        limits, remedies = [], []
+        if self.max_factor is not None:
+            limits.append(f"keeps to max_factor {self.max_factor:g}")
+            remedies.append("raise max_factor")
+        if self.through:
+            limits.append("passes through every structure of `through`")
+        if limits:
+            remedies.append("use mode 'repeated' or 'joint'" if self.mode == "once" else "allow more stages")
+            if self.mode != "once" and "mha" in self._followers:
+                remedies.append("give the heads stages of their own ('mha' among the operators)")
+            return f"no schedule {' and '.join(limits)}: {', or '.join(remedies)}"
         if self.mode != "once" and self.stages is not None:
             return (
                 f"no schedule of {self.stages} stages leads to a target: use more (each operator needs one, unless "
