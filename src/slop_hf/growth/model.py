@@ -12,6 +12,8 @@ from transformers.utils import logging
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..schedule import GrowthStage
+from .buffers import carry_buffers, check_buffers, list_persistent_buffers
+from .growable import check_weights, require_growable
 from .peft import extract_base_model, grow_adapters, is_peft_model
 from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth
 from .tensors import grow_parameter, start_worker_threads
@@ -30,8 +32,8 @@ def grow_model(
 
     Old weights keep their values, in the slots that the axis maps assign to them; new entries are initialised by
     `init` (by default Eq. 15 to 20 of the paper). The result is a stock transformers model with the grown config, the
-    source's dtype, device and training mode, and tied embeddings if the source's are tied. A frozen parameter grows
-    into a frozen one. `model` is not changed.
+    source's device and training mode, and tied embeddings if the source's are tied. Each parameter keeps its dtype,
+    and a frozen one grows into a frozen one. `model` is not changed.
 
     Args:
         model: causal language model of a family in `architectures.ARCHITECTURES`; or a `PeftModel` of such a model
@@ -47,7 +49,7 @@ def grow_model(
 
     Raises:
         GrowthError: for an unknown operator or init, if a dimension would shrink or nothing would grow, or if the
-            model has other parameters than its family's table.
+            model is not a plain causal language model in memory with the parameters of its family's table.
         DimsError: for a structure that transformers could not reload.
         ArchitectureError: for a family without a table.
 
@@ -59,8 +61,11 @@ def grow_model(
     (96, torch.Size([32, 96]))
     """
     has_adapters = is_peft_model(model)
+    if not has_adapters:
+        require_growable(model)
     base, weights = extract_base_model(model) if has_adapters else (model, dict(model.named_parameters()))
     plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise)
+    check_buffers(base, plan)
     grown = build_model(base, plan, grow_weights(weights, plan))
     carry_requires_grad({name: weight.requires_grad for name, weight in weights.items()}, grown, plan)
     return grow_adapters(model, grown, plan) if has_adapters else grown
@@ -70,31 +75,41 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
     """Return the grown weights by name; the old ones are not changed and share no storage with them.
 
     Raises:
-        GrowthError: if the names of the weights differ from the family's table.
+        GrowthError: if the weights are not those that the plan grows, or not plain floating point.
     """
     weights = {plan.architecture.canonical_name(name): tensor for name, tensor in weights.items()}
+    check_weights(weights, plan)
     parameters = list(plan.parameters())
-    expected = {parameter.source for parameter in parameters}
-    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
-    if missing or unexpected:
-        fault = f"has no {missing[0]}" if missing else f"has a parameter {unexpected[0]}"
-        raise GrowthError(
-            f"the model {fault}, unlike the axis table of {plan.architecture.model_type!r}; "
-            "merge adapters and undo quantisation before growing"
-        )
     with start_worker_threads(torch.get_num_threads()) as pool:
         grown = list(pool.map(lambda parameter: grow_parameter(weights[parameter.source], parameter), parameters))
     return {parameter.name: tensor for parameter, tensor in zip(parameters, grown, strict=True)}
 
 
-def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """Return a stock model of the plan's new dims that holds `weights` themselves, not a copy."""
     config = plan.config()
     config._attn_implementation = source.config._attn_implementation
+    state_dict = {**weights, **list_persistent_buffers(source, plan)}
+    kind, dtype = type(source), source.dtype
     with hide_progress_bars():
-        grown: PreTrainedModel = type(source).from_pretrained(
-            None, config=config, state_dict=weights, dtype=source.dtype, trust_remote_code=False
+        grown: PreTrainedModel
+        grown, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
+    if strays := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+        raise GrowthError(f"{kind.__name__} does not take {strays[0]}, which it has; grow a model of a stock class")
+    # How names were converted on loading decides those on saving. Nothing was loaded here: the family's are right.
+    vars(grown).pop("_weight_conversions", None)
+    for name, parameter in grown.named_parameters():
+        weight = weights[plan.architecture.canonical_name(name)]
+        if parameter.dtype != weight.dtype:  # `from_pretrained` gives all of them the same one
+            parameter.data = weight
+    carry_buffers(source, grown, plan)
     if source.generation_config is not None:
         grown.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     return grown.to(source.device).train(source.training)

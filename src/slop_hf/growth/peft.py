@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ..architectures import Axis, Parameter
 from ..errors import GrowthError
 from .axes import AxisMap
+from .growable import require_growable
 from .plan import GrowthPlan, ParameterPlan
 from .tensors import grow_parameter
 
@@ -143,8 +144,7 @@ def _check_supported(model: object) -> None:
         if refused := [field for field in _UNSUPPORTED_FIELDS if getattr(config, field, None)]:
             raise GrowthError(f"adapter {name!r} uses {refused[0]}, which cannot grow; merge_and_unload it first")
     base: PreTrainedModel = model.get_base_model()
-    if getattr(base, "is_quantized", False):
-        raise GrowthError("the base model is quantised; load it in full precision to grow it")
+    require_growable(base)
     tied = base.config.tie_word_embeddings
     ends = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
     for name, module in base.named_modules():
@@ -177,7 +177,7 @@ def _build_config(model: PeftModel, adapter: str, plan: GrowthPlan) -> LoraConfi
     ranks, alphas = {}, {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in module.r:
-            for grown in _find_grown_names(name, plan):
+            for grown in plan.find_grown(name):
                 ranks[grown], alphas[grown] = module.r[adapter], module.lora_alpha[adapter]
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.target_modules = set(ranks)
@@ -197,16 +197,6 @@ def _names_layers(config: LoraConfig) -> bool:
     lists = (config.target_modules, config.exclude_modules, config.rank_pattern, config.alpha_pattern)
     names = [*(name for names in lists for name in names or ()), *(config.modules_to_save or ())]
     return any(map(_LAYER_NUMBER.search, names))
-
-
-def _find_grown_names(name: str, plan: GrowthPlan) -> list[str]:
-    """Return the names of the grown modules that come from an old one."""
-    layer = plan.find_layer(name)
-    if layer is None:
-        return [name]
-    number, rest = layer
-    prefix = name.removesuffix(f"{number}{rest}")
-    return [f"{prefix}{new}{rest}" for new, old in enumerate(plan.layers) if old == number]
 
 
 def _plan_adapter(

@@ -211,23 +211,21 @@ class GrowthPlan:
 
     def find_source(self, name: str) -> str:
         """Return the name of the old parameter, buffer or module that one of the grown model comes from."""
-        layer = self.find_layer(name)
+        prefix, layer, rest = self._split_at_layer(name)
+        return name if layer is None else f"{prefix}{self.layers[layer]}{rest}"
+
+    def find_grown(self, name: str) -> list[str]:
+        """Return the names of the grown parameters, buffers or modules that come from an old one."""
+        prefix, layer, rest = self._split_at_layer(name)
         if layer is None:
-            return name
-        number, rest = layer
-        return f"{self._layer_prefix}{self.layers[number]}{rest}"
+            return [name]
+        return [f"{prefix}{new}{rest}" for new, old in enumerate(self.layers) if old == layer]
 
-    def find_layer(self, name: str) -> tuple[int, str] | None:
-        """Return the number of the layer that a parameter, buffer or module belongs to, and the rest of its name.
-
-        None if it belongs to no layer.
-        """
-        match = re.match(rf"{re.escape(self._layer_prefix)}(\d+)", name)
-        return (int(match[1]), name[match.end() :]) if match else None
-
-    @property
-    def _layer_prefix(self) -> str:
-        return next(row.name.partition(LAYER)[0] for row in self.architecture.parameters if row.is_in_layer)
+    def _split_at_layer(self, name: str) -> tuple[str, int | None, str]:
+        """Split a name into what precedes the number of its layer, the number (None: no layer) and the rest."""
+        prefix = next(row.name.partition(LAYER)[0] for row in self.architecture.parameters if row.is_in_layer)
+        match = re.match(rf"{re.escape(prefix)}(\d+)", name)
+        return (prefix, int(match[1]), name[match.end() :]) if match else (prefix, None, "")
 
     def _plan_parameter(self, row: Parameter, name: str, source: str, *, is_inserted: bool = False) -> ParameterPlan:
         writes_residual = row.kind in ("projection", "embedding", "bias") and any(
