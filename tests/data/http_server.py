@@ -19,12 +19,20 @@ class FileServer:
             the body; a whole number is the status to answer with.
         ranges: whether the server supports the header Range.
         chunked: whether to send bodies in chunks, without their length.
+        headers: headers by name of the file, which replace the usual ones.
     """
 
     def __init__(
-        self, files: dict[str, bytes], faults: Iterable[Any] = (), *, ranges: bool = True, chunked: bool = False
+        self,
+        files: dict[str, bytes],
+        faults: Iterable[Any] = (),
+        *,
+        ranges: bool = True,
+        chunked: bool = False,
+        headers: dict[str, dict[str, str]] | None = None,
     ) -> None:
         self.files, self.faults, self.ranges, self.chunked = files, iter(faults), ranges, chunked
+        self.headers = headers or {}
         self.requests: list[tuple[str, str | None]] = []  # (name, Range) per request
         self._lock = threading.Lock()
 
@@ -74,10 +82,14 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, status: int, body: bytes, headers: dict[str, str], share: float | None = None) -> None:
             self.send_response(status)
+            headers = {**headers, **server.headers.get(self.path[1:], {})}
             chunked = server.chunked and status in (200, 206)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))))
+            if "Content-Length" not in headers:
+                self.send_header(
+                    *(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body))))
+                )
             self.end_headers()
             sent = body if share is None else body[: int(share * len(body))]
             if chunked and body:

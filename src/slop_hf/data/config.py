@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
 from ..errors import DataError
+from ..io.network_errors import hide_secrets
 from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
 
@@ -68,6 +70,8 @@ class Source(Record, error=DataError):
                 f"source must name a corpus or a list of them, got {self.source!r}: "
                 f"give {STDLIB!r}, a local path, a URL, or a Hub dataset as owner/name or owner/name:config"
             )
+        for place in self.places:
+            _check_url(place)
         for name in ("split", "text_column"):
             if not getattr(self, name):
                 raise DataError(f"{name} must not be empty; the default is {getattr(type(self), name)!r}")
@@ -200,6 +204,31 @@ class DataConfig(Record, error=DataError):
     def weights(self) -> dict[str, float]:
         """The shares of the sources, which add up to 1."""
         return _normalize_weights(self.sources)
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is the URL of a file.
+
+    >>> is_url("https://example.org/a.jsonl"), is_url("owner/name")
+    (True, False)
+    """
+    return place.lower().startswith(("http://", "https://"))
+
+
+def _check_url(place: str) -> None:
+    """Refuse a URL whose host or port cannot be read."""
+    if not is_url(place):
+        return
+    try:
+        parts = urlsplit(place)
+        is_valid = bool(parts.hostname) and parts.port != 0  # reading the port checks it
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise DataError(
+            f"source {hide_secrets(place)!r} is a malformed URL: expected http(s)://host[:port]/path, with an IPv6 "
+            "address in brackets"
+        )
 
 
 def _normalize_weights(sources: Mapping[str, Source]) -> dict[str, float]:

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -28,6 +28,7 @@ from ..io.files import write_directory
 from ..io.record import Record
 from ..io.serialization import Json, hash_json, to_plain
 from .config import STDLIB, DataConfig, Source, find_cache
+from .locking import lock_cache
 from .packing import MixedBlocks, PackedDataset
 from .sources import DocumentStream, discard_downloads, list_local_files, list_place_names, read_documents
 from .tokenizer import load_tokenizer, train_tokenizer
@@ -200,10 +201,9 @@ def _tokenize(source: _CachedSource, config: DataConfig, tokenizer: PreTrainedTo
     discard_downloads(source.source, config.cache_dir)
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> AbstractContextManager[None]:
     """Let one process at a time make a folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(f".{folder.name}.lock"))
+    return lock_cache(folder.with_name(f".{folder.name}.lock"))
 
 
 def _load_tokens(source: _CachedSource, config: DataConfig, eos: int) -> SourceTokens:

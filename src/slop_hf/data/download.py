@@ -11,19 +11,19 @@ import math
 import re
 import urllib.request
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
-
 from ..errors import DataError
 from ..io.files import write_text
 from ..io.network_errors import find_status, is_transient, summarise_error
 from ..io.retry import Retries, RetryPolicy
 from ..io.serialization import hash_json, read_json, to_json
+from .locking import lock_cache
 
 T = TypeVar("T")
 
@@ -31,6 +31,8 @@ RETRY_POLICY = RetryPolicy()  # for URLs and Hub datasets; it counts failures in
 TIMEOUT = 60.0  # seconds without a byte
 PIECE_BYTES = 16 * 2**20  # per request
 _BUFFER_BYTES = 2**18
+_PAGE_TYPES = ("text/html", "application/xhtml+xml")
+_PAGE_SUFFIXES = (".html", ".htm", ".xhtml")
 
 #: What a server's file is recognised by: size, ETag and Last-Modified; None if the server does not send it.
 FileIdentity: TypeAlias = dict[str, int | str | None]
@@ -48,13 +50,15 @@ class RemoteFile:
     """A file at a URL, readable despite dropped connections and interrupted programs, after `look_up`.
 
     Its bytes are appended to a file in the cache, a piece at a time, when they are first read. A later reader uses the
-    downloaded bytes if the server still has the same file.
+    downloaded bytes if the server still has the same file. A web page is refused unless `accepts_pages` is set or the
+    name of the file is a page's: servers answer with one if a file has moved, or needs a login.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, *, accepts_pages: bool = False) -> None:
         parts = urlsplit(url)
         self.url, self.name = url, hide_query(url)
         self.filename = unquote(parts.path).rpartition("/")[2]
+        self._accepts_pages = accepts_pages or Path(self.filename.lower()).suffix in _PAGE_SUFFIXES
         self.identity: FileIdentity = {}
         self._path = folder / hash_json(url)  # a hash gives no signature away
         self._identity_path = self._path.with_suffix(".json")
@@ -100,12 +104,13 @@ class RemoteFile:
         while True:
             try:
                 return request()
-            except (OSError, HTTPException) as caught:
+            except (OSError, HTTPException, UnicodeError) as caught:  # a host or path outside of ASCII
                 if isinstance(caught, HTTPError):
                     caught.close()
                 if not is_transient(caught):
                     # The message of InvalidURL may hold a part of a password.
-                    reason = "the URL is malformed" if isinstance(caught, InvalidURL) else summarise_error(caught)
+                    is_malformed = isinstance(caught, (InvalidURL, UnicodeError))
+                    reason = "the URL is malformed" if is_malformed else summarise_error(caught)
                     remedy = _REMEDIES.get(find_status(caught) or 0, "open the URL in a browser, and correct it")
                     raise DataError(f"cannot read {self.name} ({reason}): {remedy}") from None
                 if self._count_bytes() > reached:
@@ -115,7 +120,15 @@ class RemoteFile:
 
     def _ask_for_identity(self) -> FileIdentity:
         with self._send() as response:
-            return _read_headers(response)[1]
+            identity = _read_headers(response)[1]
+            if not self._accepts_pages and _is_page(response):
+                if response.read1(_BUFFER_BYTES).lstrip().startswith(b"<"):
+                    raise DataError(
+                        f"{self.name} is a web page ({response.headers['Content-Type']}), not a file of texts: give "
+                        "the address of the file itself, or set format to text to train on the page"
+                    )
+                self._accepts_pages = True  # a file that the server calls a page
+            return identity
 
     def _append_piece(self) -> bool:
         """Download the next piece; return False at the end of the file."""
@@ -135,6 +148,8 @@ class RemoteFile:
                 seen = self.identity
                 first, self.identity = _read_headers(response)
                 self.expect(seen)
+                if not self._accepts_pages and response.status == 200 and _is_page(response):
+                    raise ConnectionError("the server sent a web page instead of the file")
                 if first not in (0, start):
                     raise ConnectionError("the server sent another part of the file than requested")
                 # A server that knows no ranges sends the whole file again.
@@ -157,10 +172,9 @@ class RemoteFile:
     def _count_bytes(self) -> int:
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def _lock(self) -> FileLock:
+    def _lock(self) -> AbstractContextManager[None]:
         """Let one process at a time append to the download."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self._path.with_suffix(".lock"))
+        return lock_cache(self._path.with_suffix(".lock"))
 
 
 class _DownloadReader(io.RawIOBase):
@@ -207,6 +221,10 @@ def _read_headers(response: HTTPResponse) -> tuple[int, FileIdentity]:
             raise ConnectionError(f"the server sent a part without its offset (Content-Range {extent!r})")
         first, size = int(match[1]), int(match[2]) if match[2] else None
     return first, {"size": size, **{name: response.headers[name] for name in ("ETag", "Last-Modified")}}
+
+
+def _is_page(response: HTTPResponse) -> bool:
+    return response.headers.get_content_type() in _PAGE_TYPES
 
 
 def _is_same(one: FileIdentity, other: FileIdentity, surely: bool = False) -> bool:

@@ -6,6 +6,7 @@ A reader yields (text, cursor) pairs and can start from any cursor; cursors are 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -14,20 +15,29 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, Protocol, TypeAlias
 
 from ..errors import DataError
 from ..io.network_errors import summarise_error
 from ..io.serialization import Json
+from ..io.units import format_bytes
 from .config import Format
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import RowGroupMetaData
+
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-_SKIP_BYTES = 2**20  # read at once on the way to an offset in a compressed file
-_PARQUET_ROWS = 1024  # rows decoded at once
+_PIECE_BYTES = 2**20  # read at once from a file of one document, and on the way to an offset in a compressed file
+_PARQUET_ROWS = 1024  # rows decoded at once, fewer if they are long
+_PARQUET_BYTES = 2**26
+#: Size of the largest document, uncompressed. A small compressed file can hold any amount of text, and tokenizing
+#: takes about 40 bytes of memory per byte of a document.
+LARGEST_DOCUMENT_BYTES = 2**28
 
 #: The position after a text, in a form that depends on the format; None is the beginning.
 Cursor: TypeAlias = Json
-Texts: TypeAlias = Iterator[tuple[str, Cursor]]
+#: Texts, each with the cursor after it; None stands for a file that is not UTF-8 text.
+Texts: TypeAlias = Iterator[tuple[str | None, Cursor]]
 
 
 class File(Protocol):
@@ -89,14 +99,15 @@ def is_wrapped(name: str) -> bool:
 
 
 def read_texts(file: File, format: Format, column: str, start: Cursor = None) -> Texts:
-    """Yield the texts of a file, each with the cursor after it; a text may be blank.
+    """Yield the texts of a file, each with the cursor after it; a text may be blank, and None is a binary file.
 
     Args:
         column: column with the text, in JSON lines and Parquet.
         start: cursor to start from; None, the beginning.
 
     Raises:
-        DataError: for a truncated or damaged file, a malformed line, and a missing column or one without text.
+        DataError: for a truncated or damaged file, a malformed line, a document of more than
+            `LARGEST_DOCUMENT_BYTES`, and a missing column or one without text.
     """
     try:
         yield from _READERS[format](file, column, start)
@@ -122,19 +133,39 @@ def get_text(row: Mapping[str, Json], column: str, where: str, text_columns: Col
         text_columns = text_columns or [name for name, value in row.items() if isinstance(value, str)]
         kind, others = type(text).__name__, ", ".join(text_columns) or "none"
         raise DataError(f"column {column!r} of {where} holds {kind}, expected text; columns with text: {others}")
+    if text is not None and len(text) > LARGEST_DOCUMENT_BYTES:
+        _refuse_size(f"a row of {where}")
     return text or ""
 
 
 def _read_whole(file: File, column: str, start: Cursor) -> Texts:
-    """Yield a file as a document with its line ends; "" for a binary file (git's sign: a NUL byte)."""
+    """Yield a file as a document with its line ends; None for a binary file or another encoding than UTF-8."""
     if start is None:
         with _open(file, 0) as stream:
-            content = stream.read()
+            yield _read_text(stream, file.name), True
+
+
+def _read_text(stream: BinaryIO, name: str) -> str | None:
+    """Read UTF-8 text to its end; None if it is none, or has a NUL byte (git's sign of a binary file)."""
+    decoder, parts, nbytes = codecs.getincrementaldecoder("utf-8")(), [], 0
+    while True:
+        piece = stream.read(_PIECE_BYTES)
+        nbytes += len(piece)
+        if b"\0" in piece:
+            return None
         try:
-            text = "" if b"\0" in content else content.decode("utf-8")
+            parts.append(decoder.decode(piece, final=not piece))
         except UnicodeDecodeError:
-            text = ""
-        yield text, True
+            return None
+        if not piece:
+            return "".join(parts)
+        if nbytes > LARGEST_DOCUMENT_BYTES:
+            _refuse_size(name, "split it, or set format to lines (one document per line) or jsonl if it holds several")
+
+
+def _refuse_size(what: str, remedy: str = "shorten it, or split it into several documents") -> NoReturn:
+    limit = format_bytes(LARGEST_DOCUMENT_BYTES)
+    raise DataError(f"{what} is a document of more than {limit} of text, the largest allowed: {remedy}")
 
 
 def _read_lines(file: File, column: str, start: Cursor) -> Texts:
@@ -175,8 +206,10 @@ def _read_raw_lines(file: File, start: Cursor) -> Iterator[tuple[bytes, tuple[in
     """Yield lines, each with the cursor (its number, the offset after it), both in the uncompressed content."""
     number, offset = start or (0, 0)
     with _open(file, offset) as stream:
-        for line in stream:
+        while line := stream.readline(LARGEST_DOCUMENT_BYTES + 1):
             number, offset = number + 1, offset + len(line)
+            if len(line) > LARGEST_DOCUMENT_BYTES:
+                _refuse_size(f"line {number} of {file.name}")
             yield line, (number, offset)
 
 
@@ -190,12 +223,19 @@ def _read_parquet(file: File, column: str, start: Cursor) -> Texts:
         text_columns = [name for name, kind in kinds.items() if types.is_string(kind) or types.is_large_string(kind)]
         _check_column(column, kinds, file.name)
         for number in range(group, table.num_row_groups):
-            row = 0
-            for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[number], columns=[column]):
+            row, rows_at_once = 0, _choose_batch(table.metadata.row_group(number), column)
+            for batch in table.iter_batches(rows_at_once, row_groups=[number], columns=[column]):
                 first = min(max(skipped - row, 0), len(batch)) if number == group else 0
                 for rows_read, value in enumerate(batch.column(0)[first:].to_pylist(), row + first + 1):
                     yield get_text({column: value}, column, file.name, text_columns), (number, rows_read)
                 row += len(batch)
+
+
+def _choose_batch(group: RowGroupMetaData, column: str) -> int:
+    """Return the number of rows to decode at once: fewer than usual if the texts of the row group are long."""
+    columns = map(group.column, range(group.num_columns))
+    nbytes = sum(one.total_uncompressed_size for one in columns if one.path_in_schema == column)
+    return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES * group.num_rows // max(nbytes, 1)))
 
 
 _READERS: dict[Format, Callable[[File, str, Cursor], Texts]] = {
@@ -221,7 +261,7 @@ def _open(file: File, offset: int) -> Iterator[BinaryIO]:
         return
     with file.open() as compressed, opener(compressed) as stream:
         while offset:
-            skipped = len(stream.read(min(offset, _SKIP_BYTES)))
+            skipped = len(stream.read(min(offset, _PIECE_BYTES)))
             if not skipped:
                 raise EOFError("it ends before the offset to resume at")
             offset -= skipped

@@ -6,10 +6,12 @@ text. No torch here.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -20,12 +22,14 @@ from ..errors import DataError
 from ..io.network_errors import is_transient, summarise_error
 from ..io.retry import Retries
 from . import download
-from .config import STDLIB, Format, Source, find_cache
+from .config import STDLIB, Format, Source, find_cache, is_url
 from .download import RemoteFile
 from .formats import Cursor, File, LocalFile, Texts, find_format, get_text, read_texts
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
@@ -109,7 +113,7 @@ def discard_downloads(source: Source, cache_dir: str | None) -> None:
     """Delete the downloads of a source from the cache."""
     for place in source.places:
         if is_url(place):
-            _open_url(place, cache_dir).discard()
+            _open_url(place, cache_dir, source).discard()
 
 
 def list_local_files(place: str) -> dict[str, Path] | None:
@@ -145,15 +149,6 @@ def count_local_bytes(source: Source) -> int | None:
     return sum(path.stat().st_size for files in places for path in (files or {}).values())
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is the URL of a file.
-
-    >>> is_url("https://example.org/a.jsonl"), is_url("owner/name")
-    (True, False)
-    """
-    return place.lower().startswith(("http://", "https://"))
-
-
 def list_place_names(source: Source) -> list[str]:
     """Return the places of a source, URLs without their query, which may hold a signature."""
     return [download.hide_query(place) if is_url(place) else place for place in source.places]
@@ -175,13 +170,13 @@ def _make_place(place: str, source: Source, cache_dir: str | None) -> _Files | _
     if files is not None:
         return _Files(place, {name: LocalFile(path) for name, path in files.items()}, source)
     if is_url(place):
-        file = _open_url(place, cache_dir)
+        file = _open_url(place, cache_dir, source)
         return _Files(file.name, {file.filename: file}, source)
     return _HubDataset(place, source)
 
 
-def _open_url(url: str, cache_dir: str | None) -> RemoteFile:
-    return RemoteFile(url, find_cache(cache_dir) / "downloads")
+def _open_url(url: str, cache_dir: str | None, source: Source) -> RemoteFile:
+    return RemoteFile(url, find_cache(cache_dir) / "downloads", accepts_pages=source.format == "text")
 
 
 class _Files:
@@ -200,6 +195,7 @@ class _Files:
 
     def read(self, start: Cursor) -> Texts:
         """Yield texts; a cursor is [name of a file, its identity, cursor in it]."""
+        skipped: list[str] = []
         first_name, identity, first_cursor = start or ("", None, None)
         if start and first_name not in self.files:
             raise DataError(f"{self.name} no longer has the file {first_name!r}, which the state needs: bring it back")
@@ -210,10 +206,23 @@ class _Files:
                 file.expect(identity)
             cursor = first_cursor if name == first_name else None
             for text, behind in read_texts(file, self._find_format(name), self.source.text_column, cursor):
+                if text is None:
+                    skipped.append(name)
                 yield text, [name, file.identity, behind]
+        if skipped and len(self.files) > len(skipped):  # without any text, an error follows
+            _warn_of_skipped(self.name, tuple(skipped), len(self.files))
 
     def _find_format(self, name: str) -> Format:
         return self.source.format or find_format(name)
+
+
+@cache  # once per process: a source is read for its tokenizer, and again for its tokens
+def _warn_of_skipped(place: str, names: tuple[str, ...], count: int) -> None:
+    shown = ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])])
+    logger.warning(
+        f"{place}: {len(names)} of {count} files are left out, as they are not UTF-8 text ({shown}); "
+        "convert texts in other encodings, for example with iconv"
+    )
 
 
 class _HubDataset:

@@ -56,7 +56,16 @@ def summarise_error(caught: BaseException) -> str:
     >>> summarise_error(OSError("403 for https://me:pw@host/a?Signature=xyz with Bearer abc"))
     '403 for https://host/a with Bearer ...'
     """
-    line = re.sub(r"\b(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\")]*", r"\1\2", get_first_line(caught))
+    return hide_secrets(get_first_line(caught))
+
+
+def hide_secrets(text: str) -> str:
+    """Return a text without the passwords and queries of its URLs, and without tokens.
+
+    >>> hide_secrets("https://me:pw@host/a?Signature=xyz")
+    'https://host/a'
+    """
+    line = re.sub(r"\b(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\")]*", r"\1\2", text)
     return re.sub(r"(?i)\b(bearer|basic)\s+\S+|\bhf_\w+", lambda match: f"{match[1] or 'hf_'} ...", line)
 
 
