@@ -47,7 +47,7 @@ def read_adamw_state(optimizer, model):
 def load_adamw_state(optimizer, model, state):
     """Put a state into a fresh AdamW, as a stage's training does."""
     states = ReplicatedStates(model, optimizer, Ranks())
-    states.make_moments(float(next(iter(state.values()))["step"]))
+    states.make_moments({name: float(entries["step"]) for name, entries in state.items()})
     for name, entries in state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             states.put(name, key, entries[key], 0)
@@ -353,6 +353,20 @@ def test_other_optimizers_and_shards_are_refused(spoil, message):
         grow_adamw_state(state, plan_growth(model.config, "ffn", 80))
 
 
+@pytest.mark.parametrize("growth", [("layer", 4), ("hidden", 64)])
+def test_parameters_without_a_state_get_none(growth, tmp_path):
+    """Frozen ones, or ones that had no gradient yet, and their copies: by name and on disk."""
+    model, optimizer = trained()
+    state, plan = read_adamw_state(optimizer, model), plan_growth(model.config, *growth)
+    whole = grow_adamw_state(state, plan)
+    frozen = {name for name in state if "embed" in name or "layers.1." in name}
+    part = {name: entries for name, entries in state.items() if name not in frozen}
+    expected = {one.name: whole[one.name] for one in plan.parameters() if one.source not in frozen}
+    assert same(grow_adamw_state(part, plan), expected)
+    source = save_adamw_state(part, tmp_path / "source.safetensors")
+    assert same(load_adamw_file(grow_optimizer_file(source, tmp_path, plan)), expected)
+
+
 def same(one, other):
     pairs = [(one[name][key], other[name][key]) for name in one for key in one[name]]
     return {name: set(one[name]) for name in one} == {name: set(other[name]) for name in other} and all(
@@ -403,9 +417,10 @@ def test_files_are_complete_or_absent(tmp_path):
     save_adamw_state({**state, "lm_head.weight": {"exp_avg": torch.ones(3)}}, source)
     with pytest.raises(GrowthError, match=r"a moment of lm_head.weight has shape"):
         grow_optimizer_file(source, target, plan)
-    save_adamw_state({name: value for name, value in state.items() if name != "lm_head.weight"}, source)
-    with pytest.raises(GrowthError, match=r"optimizer.safetensors has no lm_head.weight"):
+    save_adamw_state({}, source)
+    with pytest.raises(GrowthError, match=r"optimizer.safetensors holds no state; grow the state of an AdamW"):
         grow_optimizer_file(source, target, plan)
+    save_adamw_state(state, source)
     source.write_bytes(source.read_bytes()[:-10])
     with pytest.raises(GrowthError, match="truncated or corrupt"):
         grow_optimizer_file(source, target, plan)

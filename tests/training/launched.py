@@ -6,6 +6,7 @@ Settings, as JSON:
     batch: per_device_train_batch_size
     schedule: schedule file, instead of `training_runs.SCHEDULE`
     dropout: attention dropout, default 0
+    frozen: parts of the names of parameters to freeze
     dump: a directory for the states that each stage begins with, and how many numbers of them each rank holds
     at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "fill"}, on the rank `on` (default: all)
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from training_runs import SCHEDULE, small_model, trainer
+from training_runs import SCHEDULE, freeze, small_model, trainer
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory
@@ -45,8 +46,11 @@ class Dump(TrainerCallback):
             return
         self.done.add(span.number)
         states = self.trainer._strategy.get_states(self.trainer)
-        keys = ["weight"] + (["exp_avg", "exp_avg_sq"] if states.has_moments() else [])
-        tensors = {f"{key}/{name}": states.gather(name, key, 0) for name in states.shapes for key in keys}
+        steps = states.count_steps()
+        entries = [(name, key) for name in states.shapes for key in ("weight", "exp_avg", "exp_avg_sq")]
+        tensors = {
+            f"{key}/{name}": states.gather(name, key, 0) for name, key in entries if key == "weight" or name in steps
+        }
         groups = [
             {"lr": group["lr"], "weight_decay": group["weight_decay"], "numbers": numbers}
             for group, numbers in zip(
@@ -57,7 +61,7 @@ class Dump(TrainerCallback):
         alive = sum(engine() is not None for engine in self.engines)
         facts = {
             "alive": alive,
-            "step": states.step if states.has_moments() else None,
+            "step": max(steps.values(), default=None),
             "groups": groups,
             "held": held(self.trainer),
         }
@@ -113,6 +117,7 @@ def main(settings: dict[str, Any]) -> None:
     output = Path(settings["output"])
     schedule = SCHEDULE if "schedule" not in settings else GrowthSchedule.from_yaml(settings["schedule"])
     model = small_model(schedule.initial, dropout=settings.get("dropout", 0.0))
+    freeze(model, settings.get("frozen", []))
     callbacks: list[Any] = [At(settings.get("at", {}), settings.get("on"))]
     if "dump" in settings:
         callbacks.append(Dump(Path(settings["dump"])))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from launching import largest_difference, launch, weights
 from safetensors.torch import load_file
-from training_runs import BATCH, SCHEDULE, STEPS, small_model, trainer
+from training_runs import BATCH, SCHEDULE, STEPS, freeze, small_model, trainer
 from transformers import AutoModelForCausalLM
 
 from slop_hf import RunDirectory, grow_model
@@ -128,15 +128,45 @@ def test_interrupted_under_zero3_and_finished_in_one_process(alone, tmp_path):
     assert largest_difference(path, alone) < TOLERANCE
 
 
+#: Parts of the names of frozen parameters: a matrix that is sharded, and norms, which every rank keeps whole.
+FROZEN = ["embed_tokens", "layers.1.mlp.up_proj", "layers.0.input_layernorm"]
+
+
+@pytest.fixture(scope="module")
+def partly_frozen(tmp_path_factory):
+    """A run with frozen parameters in one process."""
+    path = tmp_path_factory.mktemp("frozen") / "out"
+    trainer(path, model=freeze(small_model(dropout=0.0), FROZEN), **SETTINGS, keep_optimizer_states=True).train()
+    return path
+
+
+def check_frozen(run, partly_frozen):
+    """Every stage agrees with one process, and the growth of frozen weights to the last bit."""
+    for stage in SCHEDULE.stage_names:
+        assert largest_difference(partly_frozen, run, stage) < TOLERANCE
+        ours, others = weights(run, stage), weights(partly_frozen, stage)
+        trained = load_adamw_file(partly_frozen / stage)
+        assert len(trained) < len(ours) and all(ours[name].equal(others[name]) for name in ours.keys() - trained)
+    assert load_adamw_file(run / stage).keys() == trained.keys()
+
+
+def test_frozen_parameters_under_ddp(partly_frozen, tmp_path):
+    path = tmp_path / "out"
+    ended = launch("ddp", 2, output=path, batch=BATCH // 2, frozen=FROZEN, arguments=SETTINGS)
+    assert ended.code == 0, ended.text[-4000:]
+    check_frozen(path, partly_frozen)
+
+
 @pytest.mark.deepspeed
-def test_terminated_under_zero3_and_finished_on_one_rank(alone, tmp_path):
-    """SIGTERM to one rank: all save at the same step, and the launch ends well."""
+def test_terminated_under_zero3_and_finished_on_one_rank(partly_frozen, tmp_path):
+    """SIGTERM to one rank: all save at the same step, and the launch ends well; with frozen parameters."""
     path, stop = tmp_path / "out", 2 * STEPS + 3
-    begun = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, arguments=SETTINGS)
+    settings = {"frozen": FROZEN, "arguments": SETTINGS}
+    begun = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, **settings)
     assert begun.code == 0, begun.text[-4000:]
     assert "resume to continue" in begun.text
     names = {one.name for one in RunDirectory(path).running_dir(2).iterdir()}
     assert f"checkpoint-{stop + 1}" in names, "a step later, when all ranks know"
-    ended = launch("zero3", 1, output=path, batch=BATCH, arguments=SETTINGS)
+    ended = launch("zero3", 1, output=path, batch=BATCH, **settings)
     assert ended.code == 0, ended.text[-4000:]
-    assert largest_difference(path, alone) < TOLERANCE
+    check_frozen(path, partly_frozen)

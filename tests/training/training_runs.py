@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def small_model(dims: ModelDims = SCHEDULE.initial, dropout: float = 0.1) -> Lla
         vocab_size=40, max_position_embeddings=BLOCK, tie_word_embeddings=True, attention_dropout=dropout
     )
     return LlamaForCausalLM(dims.to_config(config))
+
+
+def freeze(model: torch.nn.Module, parts: Sequence[str]) -> torch.nn.Module:
+    """Freeze the parameters of a model with one of the parts in their names, train the others, and return it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in parts))
+    return model
 
 
 def arguments(output_dir: Path, **settings: Any) -> SlopTrainingArguments:

@@ -69,7 +69,8 @@ def grow_adamw_state(
     same rule is used.
 
     Args:
-        state: for each parameter, `exp_avg` and `exp_avg_sq` of its shape, and the scalar `step`.
+        state: for each parameter, `exp_avg` and `exp_avg_sq` of its shape, and the scalar `step`. Parameters without
+            a state, such as frozen ones, get none.
         plan: growth, as decided by `plan_growth`.
         step: "keep" continues to count. New entries then start with `exp_avg` 0 and with the mean of the parameter's
             old `exp_avg_sq`: under a large `step`, a second moment of 0 has no bias correction left, and Adam's first
@@ -78,7 +79,7 @@ def grow_adamw_state(
             are damped by sqrt(1 - beta2^t) / (1 - beta1^t), for about 1 / (1 - beta2) steps.
 
     Raises:
-        GrowthError: if a parameter has no state, or the state is not AdamW's, or it belongs to another model.
+        GrowthError: if no parameter has a state, or the state is not AdamW's, or it belongs to another model.
 
     >>> from slop_hf.growth import plan_growth
     >>> plan = plan_growth({"model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4,
@@ -89,7 +90,7 @@ def grow_adamw_state(
     (tensor([1., 1., 1., 1., 0., 0.]), tensor(9.))
     """
     _check_step(step)
-    check_names(state, plan, "the optimizer state")
+    check_state_names(state, plan, "the optimizer state")
     without_gradient = find_parameters_without_gradient(plan)
     return {
         parameter.name: {
@@ -97,6 +98,7 @@ def grow_adamw_state(
             for key, value in state[parameter.source].items()
         }
         for parameter in plan.parameters()
+        if parameter.source in state
     }
 
 
@@ -242,12 +244,12 @@ def grow_optimizer_file(
     if target.exists():
         raise GrowthError(f"{target} exists already; choose another target, nothing is overwritten")
     stored = read_state_headers(source)
-    check_names(stored, plan, str(source))
+    check_state_names(stored, plan, str(source))
     without_gradient = find_parameters_without_gradient(plan)
     entries = {
         f"{key}/{parameter.name}": (key, entry, parameter)
         for parameter in plan.parameters()
-        for key, entry in stored[parameter.source].items()
+        for key, entry in stored.get(parameter.source, {}).items()
     }
     layout = {
         name: (entry.dtype, entry.shape if key == "step" else p.new_shape) for name, (key, entry, p) in entries.items()
@@ -345,10 +347,10 @@ def _check_step(step: str) -> None:
         raise GrowthError(f"step must be one of {', '.join(get_args(StepPolicy))}, got {step!r}")
 
 
-def check_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:
-    """Raise unless the states in the file or directory `origin` belong to the parameters being grown."""
+def check_state_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:
+    """Raise unless `origin` holds states, and only of parameters being grown; frozen ones have none."""
     expected, names = {parameter.source for parameter in plan.parameters()}, set(names)
-    if missing := sorted(expected - names):
-        raise GrowthError(f"{origin} has no {missing[0]}; grow the state of an AdamW that has taken a step")
+    if not names:
+        raise GrowthError(f"{origin} holds no state; grow the state of an AdamW that has taken a step")
     if unexpected := sorted(names - expected):
         raise GrowthError(f"{origin} has {unexpected[0]}, unlike the model being grown; pass the state of this model")

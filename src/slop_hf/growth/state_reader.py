@@ -8,7 +8,8 @@ import torch
 
 from ..architectures import get_architecture
 from ..dims import ModelConfig
-from .adamw import check_names, find_parameters_without_gradient, grow_entry, read_state_headers
+from ..errors import GrowthError
+from .adamw import check_state_names, find_parameters_without_gradient, grow_entry, read_state_headers
 from .plan import GrowthPlan
 from .safetensors_io import FLOATS, StoredTensor, read_checkpoint_headers, read_tensor
 from .tensors import ThreadMemory, grow_parameter
@@ -46,19 +47,23 @@ class GrownStateReader:
         self._plans = {} if plan is None else {parameter.name: parameter for parameter in plan.parameters()}
         self._without_gradient = set() if plan is None else find_parameters_without_gradient(plan)
         if plan is not None:
-            check_names(self._weights, plan, str(directory))
+            if differing := sorted(set(self._weights) ^ {parameter.source for parameter in self._plans.values()}):
+                raise GrowthError(
+                    f"the weights in {directory} differ from the model being grown, as in {differing[0]}"
+                )
             if moments:
-                check_names(self._moments, plan, str(directory))
+                check_state_names(self._moments, plan, str(directory))
 
     @property
     def names(self) -> set[str]:
         return set(self._plans or self._weights)
 
-    @property
-    def step(self) -> float | None:
-        """Number of steps that AdamW has counted; None without AdamW state."""
-        steps = [entries["step"] for entries in self._moments.values() if "step" in entries]
-        return float(read_tensor(steps[0])) if steps else None
+    def read_steps(self) -> dict[str, float]:
+        """Return the number of steps that AdamW has counted for each parameter with a state; frozen ones have none."""
+        steps = {name: float(read_tensor(entries["step"])) for name, entries in self._moments.items()}
+        if not self._plans:
+            return steps
+        return {name: steps[plan.source] for name, plan in self._plans.items() if plan.source in steps}
 
     def allocate(self, name: str, key: str) -> torch.Tensor:
         """Return an uninitialised tensor for the result of `read`."""

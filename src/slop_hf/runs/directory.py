@@ -154,6 +154,7 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
         run_id: name of the run for experiment trackers; "" until it has begun.
         data: fingerprint of the data and its mixture; "" for data without one.
         vocabulary: hash of the tokenizer; "" without one.
+        frozen: names of the initial model's frozen parameters.
     """
 
     file_name = "run.json"
@@ -165,6 +166,7 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
     run_id: str = ""
     data: str = ""
     vocabulary: str = ""
+    frozen: tuple[str, ...] = ()
 
     def batches(self, stages: int) -> tuple[int, ...]:
         """Return `blocks_per_step` for a schedule of `stages` stages; stages new to the run take the last value."""
@@ -187,4 +189,10 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
             raise RunError(
                 f"{run.path} was begun with other documents, or other weights of its mixture; "
                 "resume with the same data, or choose another output directory"
+            )
+        if differing := sorted(set(self.frozen) ^ set(given.frozen)):
+            begun, now = ("frozen", "trained") if differing[0] in self.frozen else ("trained", "frozen")
+            raise RunError(
+                f"{run.path} was begun with {differing[0]} {begun}, not {now}; "
+                "set requires_grad of each parameter as it was, or choose another output directory"
             )

@@ -45,7 +45,7 @@ AHEAD_BYTES = 2**28
 
 
 def save_states(states: States, config: PreTrainedConfig, directory: Path, max_shard_size: int | str) -> list[str]:
-    """Write a model's weights, and AdamW's state if it has one, all ranks together.
+    """Write a model's weights, and AdamW's state of the parameters that have one, all ranks together.
 
     Weights are named and sharded as transformers does, at the precision of the states: under ZeRO-3 they are the
     float32 masters.
@@ -62,18 +62,18 @@ def save_states(states: States, config: PreTrainedConfig, directory: Path, max_s
     stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
     sources: dict[str, tuple[str, str]] = {}
     layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
-    has_moments = states.has_moments()
+    steps = states.count_steps()
     for name, shape in states.shapes.items():
         weight = stored.get(name, name)
         sources[weight] = name, WEIGHT
         layouts["model"][weight] = DTYPE_NAMES[states.get_dtype(name, WEIGHT)], shape
-        for key in (*MOMENT_KEYS, STEP) if has_moments else ():
+        for key in (*MOMENT_KEYS, STEP) if name in steps else ():
             sources[f"{key}/{name}"] = name, key
             dtype = torch.float32 if key == STEP else states.get_dtype(name, key)
             layouts["optimizer"][f"{key}/{name}"] = DTYPE_NAMES[dtype], () if key == STEP else shape
     weights = plan_shards(layouts["model"], max_shard_size)
-    shards = [*weights, *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if has_moments else ())]
-    written = _write_shards(states, directory, shards, sources)
+    shards = [*weights, *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if steps else ())]
+    written = _write_shards(states, directory, shards, sources, steps)
     if len(weights) > 1 and states.ranks.is_first:
         write_text(directory / INDEX_FILE, format_index(weights))
         written.append(INDEX_FILE)
@@ -81,7 +81,11 @@ def save_states(states: States, config: PreTrainedConfig, directory: Path, max_s
 
 
 def _write_shards(
-    states: States, directory: Path, shards: list[Shard], sources: Mapping[str, tuple[str, str]]
+    states: States,
+    directory: Path,
+    shards: list[Shard],
+    sources: Mapping[str, tuple[str, str]],
+    steps: Mapping[str, float],
 ) -> list[str]:
     """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards."""
     ranks = states.ranks
@@ -92,19 +96,18 @@ def _write_shards(
     shares = [shards[rank :: ranks.count] for rank in range(ranks.count)]
     queues = [[tensor for shard in share for tensor in shard.tensors] for share in shares]
     failed: Exception | None = None
-    step = torch.tensor(states.step if states.has_moments() else 0.0, dtype=torch.float32)
     for tensors in zip_longest(*queues):
         job: tuple[StoredTensor, torch.Tensor] | None = None
         for owner, tensor in enumerate(tensors):
             if tensor is None:
                 continue
             name, key = sources[tensor.name]
-            value = step if key == STEP else states.gather(name, key, owner)
+            value = torch.tensor(steps[name]) if key == STEP else states.gather(name, key, owner)
             if owner == ranks.rank and value is not None:
                 job = tensor, value
         if job is not None and failed is None:
             try:
-                write_tensor(directory, *job)
+                write_tensor(directory, job[0], job[1].cpu())  # once all have gathered: ranks copy at the same time
             except SlopError as caught:  # continue: the other ranks wait for the rest
                 failed = caught
     ranks.raise_any(failed)
@@ -117,17 +120,18 @@ def _write_shards(
 def load_states(states: States, reader: GrownStateReader) -> None:
     """Fill a model's weights and AdamW's state from a directory, growing them if the reader grows.
 
-    The reader is the same on all ranks. If it finds no state of AdamW, AdamW starts afresh. Errors are raised on all
-    ranks.
+    The reader is the same on all ranks. Parameters whose state it does not find start afresh. Errors are raised on
+    all ranks.
     """
     ranks, names = states.ranks, list(states.shapes)
     if missing := sorted(set(names) ^ reader.names):
         raise GrowthError(f"the model's parameters and the stored ones differ, as in {missing[0]}")
-    step = reader.step
-    keys = (WEIGHT, *MOMENT_KEYS) if step is not None else (WEIGHT,)
-    if step is not None:
-        states.make_moments(step)
-    entries = [(name, key) for name in names for key in keys]
+    with ranks.raise_on_all():
+        steps = reader.read_steps()
+    if steps:
+        states.make_moments(steps)
+    stored = steps.keys() & states.count_steps().keys()
+    entries = [(name, key) for name in names for key in ((WEIGHT, *MOMENT_KEYS) if name in stored else (WEIGHT,))]
     failed: Exception | None = None
     with start_worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
         futures = _read_ahead(pool, reader, ranks.select_share(entries), states.shapes)

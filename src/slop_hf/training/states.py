@@ -41,18 +41,17 @@ class States(Protocol):
     def get_dtype(self, name: str, key: str) -> torch.dtype:
         """Return the dtype of a weight or a moment, as it is kept at its most precise."""
 
-    def has_moments(self) -> bool:
-        """Whether AdamW has a state; before its first step it has not."""
+    def count_steps(self) -> dict[str, float]:
+        """Return the number of steps that AdamW has counted for each parameter with a state.
 
-    @property
-    def step(self) -> float:
-        """The number of steps that AdamW has counted."""
+        A parameter has none if it is frozen, or has had no gradient yet.
+        """
 
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
-        """Return a weight or a moment on the CPU of its owner; None on other ranks."""
+        """Return a weight or a moment on the owner's device; None on other ranks."""
 
-    def make_moments(self, step: float) -> None:
-        """Give a fresh AdamW moments of 0 and a step; `put` then fills in the moments."""
+    def make_moments(self, steps: Mapping[str, float]) -> None:
+        """Give a fresh AdamW moments of 0, and steps by parameter, but nothing to frozen ones; `put` fills them in."""
 
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
         """Replace a weight or a moment by the owner's value."""
@@ -76,28 +75,28 @@ class ReplicatedStates:
     def get_dtype(self, name: str, key: str) -> torch.dtype:
         return self._get_tensor(name, key).dtype
 
-    def has_moments(self) -> bool:
-        return self._optimizer is not None and any(MOMENT_KEYS[0] in state for state in self._optimizer.state.values())
-
-    @property
-    def step(self) -> float:
-        assert self._optimizer is not None
-        return max(float(state[STEP]) for state in self._optimizer.state.values() if state)
+    def count_steps(self) -> dict[str, float]:
+        state = {} if self._optimizer is None else self._optimizer.state
+        entries = {name: state[parameter] for name, parameter in self._parameters.items() if parameter in state}
+        return {name: float(entry[STEP]) for name, entry in entries.items() if {STEP, *MOMENT_KEYS} <= entry.keys()}
 
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
-        return self._get_tensor(name, key).detach().cpu() if self.ranks.rank == owner else None
+        return self._get_tensor(name, key).detach() if self.ranks.rank == owner else None
 
-    def make_moments(self, step: float) -> None:
+    def make_moments(self, steps: Mapping[str, float]) -> None:
         assert self._optimizer is not None
-        for group in self._optimizer.param_groups:
+        groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name, step in steps.items():
+            parameter = self._parameters[name]
+            if (group := groups.get(parameter)) is None:
+                continue
             # AdamW keeps its step on the parameter's device for kernels that read it there, else on the CPU.
             on_device = group.get("fused") or group.get("capturable")
-            for parameter in group["params"]:
-                device = parameter.device if on_device else torch.device("cpu")
-                self._optimizer.state[parameter] = {
-                    STEP: torch.tensor(step, dtype=torch.float32, device=device),
-                    **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENT_KEYS},
-                }
+            device = parameter.device if on_device else torch.device("cpu")
+            self._optimizer.state[parameter] = {
+                STEP: torch.tensor(step, dtype=torch.float32, device=device),
+                **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENT_KEYS},
+            }
 
     @torch.no_grad()
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +46,7 @@ from .checks import (
     describe_space_shortage,
 )
 from .divergence import NonFiniteLossGuard
+from .freezing import find_frozen, freeze_parameters, list_frozen_of_stages
 from .held_out_loss import HeldOutLoss
 from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler
 from .loggers import continue_curves
@@ -75,6 +77,8 @@ class SlopTrainer(Trainer):
     It is a `transformers.Trainer`: callbacks, `report_to`, `compute_metrics` and `processing_class` work as they do
     there; `on_train_begin` and `on_train_end` are called once per stage. `state.global_step`, the log history and the
     `tokens` and `train_flops` of every log entry count over the whole run; `stage` is the stage of the entry.
+    Parameters that are frozen (`requires_grad` False) when training begins stay frozen, and so do copies of frozen
+    layers.
 
     It runs in one process, in several processes that each hold the model (DistributedDataParallel), or under DeepSpeed
     ZeRO-3. No rank ever holds a whole sharded model: at a boundary, states pass through the stage's files one
@@ -161,6 +165,8 @@ class SlopTrainer(Trainer):
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
 
+        self._frozen: list[frozenset[str]] = []  # frozen parameters of each stage, once training begins
+
         # The stage in training.
         self._span: StageSpan = self.spans[0]
         self._reader: GrownStateReader | None = None  # source of the states of the next model
@@ -218,6 +224,7 @@ class SlopTrainer(Trainer):
             raise RunError("hyper-parameter search over a staged run is not supported; search with plain Trainer")
         # The first rank decides: ranks that look for a run at different moments may see different things.
         resume_from_checkpoint = self.ranks.from_first(resume_from_checkpoint)
+        self._list_frozen()
         if resume_from_checkpoint:
             position = resume_run(self.run, self.plan, self.ranks, resume_from_checkpoint, self.args.growth_init)
         else:
@@ -251,8 +258,16 @@ class SlopTrainer(Trainer):
                 model = self._model_class.from_pretrained(
                     path, dtype="auto", attn_implementation=self._attention, trust_remote_code=False
                 )
+            freeze_parameters(model, self._frozen[-1])
             self._set_model(model)
         return output
+
+    def _list_frozen(self) -> None:
+        """Take the frozen parameters from the initial model, which may have been changed up to now."""
+        if not self._frozen:
+            frozen = find_frozen(self.model)
+            self.plan = replace(self.plan, facts=replace(self.plan.facts, frozen=frozen))
+            self._frozen = list_frozen_of_stages(frozen, self.spans, self.model.config)
 
     def _warn(self) -> None:
         """Log what the user may not have intended."""
@@ -356,6 +371,7 @@ class SlopTrainer(Trainer):
         model = self._strategy.build_empty_model(self._model_class, config, self._dtype)
         if self._generation_config is not None:
             model.generation_config = type(self._generation_config).from_dict(self._generation_config.to_dict())
+        freeze_parameters(model, self._frozen[self._span.number])
         self._set_model(model)
 
     def _release_model(self) -> None:

@@ -171,14 +171,24 @@ def _build_empty_model(
 
 
 class Zero3States:
-    """`States` of a DeepSpeed engine with a stage 3 optimizer; `weight` is the float32 master."""
+    """`States` of a DeepSpeed engine with a stage 3 optimizer; `weight` is the float32 master.
+
+    Frozen parameters have no master: their weight is the parameter itself, as float32.
+    """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, ranks: Ranks) -> None:
         assert isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
         self.ranks = ranks
         self._zero = engine.optimizer
         self._adamw = engine.optimizer.optimizer
-        self._parameters = dict(engine.module.named_parameters())
+        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        #: The trained parameters of each group; a callback may have frozen more of them since.
+        self._groups = [
+            [names[id(parameter)] for parameter in group if parameter.requires_grad]
+            for group in self._zero.fp16_groups
+        ]
+        self._trained = {name for group in self._groups for name in group}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -187,31 +197,36 @@ class Zero3States:
     def get_dtype(self, name: str, key: str) -> torch.dtype:
         return torch.float32
 
-    def has_moments(self) -> bool:
-        return any(MOMENT_KEYS[0] in state for state in self._adamw.state.values())
+    def count_steps(self) -> dict[str, float]:
+        """As in `States`; DeepSpeed counts in common for all parameters of a group, with or without a gradient."""
+        steps: dict[str, float] = {}
+        for names, flat in zip(self._groups, self._zero.fp32_partitioned_groups_flat, strict=True):
+            state = self._adamw.state.get(flat, {})
+            if {STEP, *MOMENT_KEYS} <= state.keys():
+                steps |= dict.fromkeys(names, float(state[STEP]))
+        return steps
 
-    @property
-    def step(self) -> float:
-        return max(float(state[STEP]) for state in self._adamw.state.values() if STEP in state)
-
+    @torch.no_grad()
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
         parameter = self._parameters[name]
-        is_weight = key == WEIGHT
-        part = safe_get_local_fp32_param(parameter) if is_weight else safe_get_local_optimizer_state(parameter, key)
-        flat = part = part.to(self.ranks.device).contiguous()
+        if key != WEIGHT:
+            part = safe_get_local_optimizer_state(parameter, key)
+        else:
+            part = safe_get_local_fp32_param(parameter) if name in self._trained else parameter.ds_tensor
+        flat = part = part.detach().flatten().to(self.ranks.device, torch.float32)
         if self.ranks.count > 1:
-            is_owner = self.ranks.rank == owner
-            parts = [torch.empty_like(part) for _ in range(self.ranks.count)] if is_owner else None
-            dist.gather(part, parts, dst=owner)
-            if parts is None:
+            # All ranks gather, by the connections of training: to a different owner each time, every rank would have
+            # to connect to every other one.
+            flat = part.new_empty(part.numel() * self.ranks.count)
+            dist.all_gather_into_tensor(flat, part)
+            if self.ranks.rank != owner:
                 return None
-            flat = torch.cat(parts)
         shape = parameter.ds_shape
-        return flat[: math.prod(shape)].view(shape).cpu()
+        return flat[: math.prod(shape)].view(shape)
 
-    def make_moments(self, step: float) -> None:
+    def make_moments(self, steps: Mapping[str, float]) -> None:
         # torch counts in a tensor (on the parameters' device for fused kernels), DeepSpeed's own optimizers in an int.
-        in_tensors = isinstance(self._adamw, torch.optim.AdamW)
+        in_tensors, step = isinstance(self._adamw, torch.optim.AdamW), max(steps.values())
         for flat in self._zero.fp32_partitioned_groups_flat:
             counter = torch.tensor(step, dtype=torch.float32, device=flat.device) if in_tensors else int(step)
             self._adamw.state[flat] = {STEP: counter, **{key: torch.zeros_like(flat) for key in MOMENT_KEYS}}
@@ -220,22 +235,19 @@ class Zero3States:
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
         parameter = self._parameters[name]
         size = parameter.ds_tensor.numel()
-        parts = None
+        flat = torch.empty(size * self.ranks.count, dtype=torch.float32, device=self.ranks.device)
         if value is not None:
-            flat = value.to(self.ranks.device, torch.float32).flatten()
-            if missing := size * self.ranks.count - flat.numel():
-                flat = torch.nn.functional.pad(flat, (0, missing))
-            parts = list(flat.split(size))
-        if self.ranks.count == 1:
-            assert parts is not None
-            part = parts[0]
-        else:
-            part = torch.empty(size, dtype=torch.float32, device=self.ranks.device)
-            dist.scatter(part, parts, src=owner)
-        if key == WEIGHT:
+            flat[: value.numel()] = value.flatten()
+            flat[value.numel() :] = 0  # the padding
+        if self.ranks.count > 1:
+            dist.broadcast(flat, src=owner)  # by the connections of training, as in `gather`
+        part = flat[size * self.ranks.rank :][:size]
+        if key != WEIGHT:
+            safe_set_local_optimizer_state(parameter, part, key)
+        elif name in self._trained:
             safe_set_local_fp32_param(parameter, part)
         else:
-            safe_set_local_optimizer_state(parameter, part, key)
+            parameter.ds_tensor.copy_(part.view_as(parameter.ds_tensor))
 
     @torch.no_grad()
     def finish(self) -> None:
