@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 import yaml
@@ -60,6 +61,24 @@ def error_of(slop):
         return err
 
     return error
+
+
+@pytest.fixture
+def another_writer():
+    """Hold the lock of a directory, as process 1 of the machine "elsewhere" would."""
+    from slop_hf.runs.lock import DirectoryLock, Process
+
+    @contextmanager
+    def write(directory):
+        lock = DirectoryLock(directory)
+        lock.acquire()
+        lock.name_writers("training", [Process("elsewhere", 1, 0.0)])
+        try:
+            yield
+        finally:
+            lock.release()
+
+    return write
 
 
 @pytest.fixture

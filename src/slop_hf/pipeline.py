@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .hub.callback import PublishCallback
 from .hub.fetch import FetchedStage, continue_from, fetch_stage
 from .io.hub_address import Address
 from .runs.directory import RunDirectory
+from .runs.lock import require_unlocked
 from .schedule import GrowthSchedule
 from .training.config import RunConfig, build_trainer
 
@@ -61,6 +63,8 @@ def train_run(
         SlopError: if the run cannot begin (checked before training), or if its loss diverges.
     """
     directory = RunDirectory(output_dir)
+    if int(os.environ.get("RANK", "0")) == 0:  # the first rank of a launch locks the directory before the others
+        require_unlocked(output_dir)
     is_resumed = resume and directory.exists  # before the first process creates it
     stage = fetch_stage(from_stage) if isinstance(from_stage, str) else from_stage
     config = config.with_schedule(schedule) if stage is None else continue_from(config, stage, schedule)

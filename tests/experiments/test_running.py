@@ -5,7 +5,6 @@ import json
 import shutil
 
 import pytest
-from filelock import FileLock
 from safetensors.torch import load_file
 
 from slop_hf import RunConfig, RunDirectory
@@ -142,10 +141,9 @@ def test_a_signal_to_stop_is_one_for_the_whole_experiment(experiment, tmp_path, 
     assert len(begun) == 1
 
 
-def test_only_one_process_trains_in_a_directory(experiment, tmp_path):
+def test_only_one_process_trains_in_a_directory(experiment, another_writer, tmp_path):
     root = tmp_path / "out"
-    root.mkdir()
-    with FileLock(root / ".training.lock"), pytest.raises(RunError, match="another process trains the runs in"):
+    with another_writer(root), pytest.raises(RunError, match=r"is in use .training since .*process 1 on elsewhere"):
         run_experiment(experiment, root)
     assert not list(root.rglob("stage-*"))
 

@@ -9,6 +9,7 @@ import pytest
 from slop_hf.dims import ModelDims
 from slop_hf.errors import RunError
 from slop_hf.runs.directory import RunDirectory, RunFacts
+from slop_hf.runs.lock import LOCK_DIRECTORY
 from slop_hf.runs.rollback import plan_rollback
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 
@@ -50,7 +51,7 @@ def content(path):
 
 
 def names(path):
-    return sorted(item.name for item in path.iterdir())
+    return sorted(item.name for item in path.iterdir() if item.name != LOCK_DIRECTORY)
 
 
 # ---- What moves ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Settings, as JSON:
     dropout: attention dropout, default 0
     frozen: parts of the names of parameters to freeze
     dump: a directory for the states that each stage begins with, and how many numbers of them each rank holds
-    at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "fill"}, on the rank `on` (default: all)
+    at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "hang"}, on the rank `on` (default: all)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ class At(TrainerCallback):
             return
         if event == "interrupt":
             os._exit(1)  # like a kill: nothing is cleaned up
+        elif event == "hang":
+            Path(args.output_dir, f"hanging-{args.process_index}").touch()
+            time.sleep(600)
         elif event == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
         elif event == "nan":

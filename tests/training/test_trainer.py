@@ -84,6 +84,7 @@ def test_paper_recipe_is_the_default(tmp_path):
 def test_records_and_layout(finished):
     run, watch, *_ = finished
     assert sorted(path.name for path in run.path.iterdir()) == [
+        ".lock",
         "run.json",
         "schedule.yaml",
         *sorted(SCHEDULE.stage_names),

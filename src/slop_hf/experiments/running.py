@@ -11,7 +11,6 @@ from multiprocessing import Queue, get_context
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..data import prepare_data
 from ..errors import DivergedError, RunError, SlopError
@@ -21,6 +20,7 @@ from ..io.serialization import parse_yaml, read_yaml, to_yaml
 from ..pipeline import train_run
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
+from ..runs.lock import lock_directory
 from ..training.config import preview_run
 from .config import Experiment
 from .jobs import (
@@ -99,14 +99,7 @@ def run_jobs(
         if on_job_end is not None:
             on_job_end(job, count, len(jobs))
 
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(root / ".training.lock").acquire(timeout=0)
-    except Timeout:  # both processes would write into the same checkpoints
-        raise RunError(
-            f"another process trains the runs in {root}; wait for it, or choose another directory"
-        ) from None
-    with lock:
+    with lock_directory(root, "training runs"):
         for job in jobs:
             write_text(job.sibling_file(root, CONFIG_FILE), to_yaml(job.config))
         if waiting:

@@ -29,7 +29,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..cost.flops import count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
-from ..io.files import make_temporary_path, write_directory, write_text
+from ..io.files import list_abandoned, write_directory, write_text
 from ..io.hub_address import Address
 from ..io.model_errors import explain_load_error
 from ..io.network_errors import summarise_error
@@ -336,7 +336,8 @@ def _find_twins(growth: GrowthPlan, stored: Mapping[str, StoredTensor]) -> Itera
 def _count_free_bytes(target: Path) -> int:
     """Return the free space on the target's disk; leftovers of a killed run count as free: growth removes them."""
     parent = next(path for path in target.absolute().parents if path.exists())
-    leftover = sum(path.stat().st_size for path in make_temporary_path(target).rglob("*") if path.is_file())
+    files = [file for path in list_abandoned(target) for file in path.rglob("*")]
+    leftover = sum(file.stat().st_size for file in files if file.is_file())
     return shutil.disk_usage(parent).free + leftover
 
 
@@ -364,7 +365,7 @@ def grow_checkpoint(
     Safetensors to safetensors, one tensor at a time: it needs the memory of the largest tensor, before and after
     growth, and at least half a GiB. The weights are equal to the result of `grow_model`, bit for bit, each in the
     dtype in which it is stored. The directory is complete or absent; the next run removes what a killed run has left
-    (`.NAME.writing`).
+    (`.NAME.….writing`).
 
     Args:
         source: local directory, or Hub id[@revision].

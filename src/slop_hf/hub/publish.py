@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ..errors import HubError
 from ..io.hub_address import Address
 from ..io.retry import RetryPolicy
 from ..runs.directory import RunDirectory
+from ..runs.lock import lock_directory
 from .access import call_hub
 from .lineage import EARLIER_LINEAGE_FILE, LINEAGE_FILE, Lineage
 from .revision import Revision, plan_revision
@@ -120,6 +123,13 @@ class Publisher:
 
     def publish(self, number: int) -> tuple[Published, ...]:
         self.run.select_stages([number])  # before a repository is created for nothing
+        # Training removes an old stage's optimizer state, and a rollback moves stages. Nobody writes where this user
+        # must not write, as far as we can tell.
+        locked = lock_directory(self.run.path, "publishing") if os.access(self.run.path, os.W_OK) else nullcontext()
+        with locked:
+            return self._publish(number)
+
+    def _publish(self, number: int) -> tuple[Published, ...]:
         self.open()
         revision = plan_revision(self.run, number, self.repo_id, base_model=self._base_model)
         return tuple(self._write(revision, branch) for branch in revision.branches)

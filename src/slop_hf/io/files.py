@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from ..errors import SlopError
+
+WRITING = ".writing"
+_WRITER = re.compile(rf"\..+-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}")
 
 
 def make_temporary_path(target: str | os.PathLike[str]) -> Path:
-    """Return the path next to `target` that it is written under until it is complete.
+    """Return a path next to `target` to write it under until it is complete.
 
-    >>> make_temporary_path("runs/report.md").as_posix()
-    'runs/.report.md.writing'
+    The name says which process writes, and no other call returns it: processes that write the same target do not meet,
+    and nobody can have put a link in its way.
+
+    >>> make_temporary_path("runs/report.md").as_posix()  # doctest: +SKIP
+    'runs/.report.md.node-1-4711-9f86d081.writing'
     """
     target = Path(target)
-    return target.with_name(f".{target.name}.writing")
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
+
+
+def list_abandoned(target: str | os.PathLike[str]) -> list[Path]:
+    """Return the temporary paths of `target` whose writers on this host have ended, as after SIGKILL."""
+    target = Path(target)
+    earlier = f".{target.name}{WRITING}"  # the name that earlier releases gave
+    paths = target.parent.glob(f".{glob.escape(target.name)}.*{WRITING[1:]}")
+    return [path for path in paths if path.name == earlier or _is_abandoned(path)]
+
+
+def remove_abandoned(directory: str | os.PathLike[str]) -> None:
+    """Remove the temporary paths in a directory, and below it, whose writers on this host have ended."""
+    for path in sorted(Path(directory).rglob(f".*{WRITING}")):  # parents before children
+        if _is_abandoned(path):
+            _remove(path)
+
+
+def _is_abandoned(path: Path) -> bool:
+    writer = _WRITER.fullmatch(path.name)
+    if writer is None:
+        return True  # of an earlier release
+    return f".{socket.gethostname()}-{writer[1]}-" in path.name and not psutil.pid_exists(int(writer[1]))
 
 
 @contextmanager
@@ -29,8 +63,9 @@ def write_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in list_abandoned(target):
+        _remove(leftover)
     temporary = make_temporary_path(target)
-    _remove(temporary)
     try:
         yield temporary
         flush_to_disk(temporary)
@@ -54,8 +89,9 @@ def write_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     Every file is flushed to disk before the rename. If the block fails, the directory is removed.
     """
     target = Path(target)
+    for leftover in list_abandoned(target):
+        _remove(leftover)
     temporary = make_temporary_path(target)
-    _remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -69,7 +105,7 @@ def write_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _remove(leftover: Path) -> None:
-    """Remove the file or the directory that a killed process left, if there is one."""
+    """Remove a file, a link or a directory; another process may do the same."""
     if leftover.is_dir() and not leftover.is_symlink():
         shutil.rmtree(leftover, ignore_errors=True)
     else:

@@ -8,6 +8,7 @@
       stage-1-layer/ ...                  the same for each stage
       stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
       report/                             tables and figures
+      .lock/                              the processes that write into the directory (`runs.lock`)
 
 A stage's directory is complete or absent: it is written under a temporary name and renamed. It keeps
 `optimizer.safetensors` until the next stage has a checkpoint to resume from.

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import RunError
 from ..schedule import GrowthSchedule
 from .directory import SCHEDULE_FILE, RunDirectory
+from .lock import lock_directory
 
 ASIDE = "rolled-back"
 
@@ -33,13 +34,18 @@ class Rollback:
     schedule: GrowthSchedule | None = None
 
     def apply(self) -> None:
-        """Move the files, later stages first, so that a run killed in between can still be resumed."""
-        self.aside.mkdir(parents=True)
-        for path in self.moved:
-            path.rename(self.aside / path.name)
-        if self.schedule is not None:
-            (self.aside / SCHEDULE_FILE).write_bytes((self.run / SCHEDULE_FILE).read_bytes())
-            self.schedule.to_yaml(self.run / SCHEDULE_FILE)
+        """Move the files, later stages first, so that a run killed in between can still be resumed.
+
+        Raises:
+            RunError: if another process writes into the run's directory.
+        """
+        with lock_directory(self.run, "rolling back"):
+            self.aside.mkdir(parents=True)
+            for path in self.moved:
+                path.rename(self.aside / path.name)
+            if self.schedule is not None:
+                (self.aside / SCHEDULE_FILE).write_bytes((self.run / SCHEDULE_FILE).read_bytes())
+                self.schedule.to_yaml(self.run / SCHEDULE_FILE)
 
 
 def plan_rollback(run: RunDirectory, stage: int, schedule: GrowthSchedule | None = None) -> Rollback:

@@ -37,10 +37,9 @@ def write_directory_on_all_ranks(target: Path, ranks: Ranks) -> Iterator[Path]:
     If the block fails on any rank, the directory is removed. `io.files.write_directory` is the same for one process;
     here `write_checksums` and `state_io` flush the files, each rank its own.
     """
-    temporary = make_temporary_path(target)
+    temporary = ranks.from_first(make_temporary_path(target))
     with ranks.raise_on_all():
         if ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     try:
         with ranks.raise_on_all():

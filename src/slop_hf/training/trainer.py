@@ -55,6 +55,7 @@ from .progress import RunProgress
 from .random_state import set_random_state
 from .ranks import Ranks
 from .resuming import Position, begin_run, resume_run
+from .run_lock import lock_on_all_ranks
 from .run_plan import plan_run, with_inits
 from .run_timer import RunTimer
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
@@ -222,6 +223,12 @@ class SlopTrainer(Trainer):
         """
         if trial is not None:
             raise RunError("hyper-parameter search over a staged run is not supported; search with plain Trainer")
+        with lock_on_all_ranks(self.run.path, "training", self.ranks):
+            return self._train_stages(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _train_stages(
+        self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         # The first rank decides: ranks that look for a run at different moments may see different things.
         resume_from_checkpoint = self.ranks.from_first(resume_from_checkpoint)
         self._list_frozen()
