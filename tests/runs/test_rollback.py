@@ -41,12 +41,12 @@ def write_run(path, *, finished=4, running=None, facts=(4, 4, 2, 2)):
 
 
 def content(path):
-    """Return the text of every file below a directory, without rolled-back ones."""
+    """Return the text of every file below a directory, without rolled-back ones and the lock."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return {
         f"{file.relative_to(path)}": file.read_text()
         for file in files
-        if "rolled-back" not in file.relative_to(path).parts
+        if file.relative_to(path).parts[0] not in ("rolled-back", LOCK_DIRECTORY)
     }
 
 
