@@ -233,3 +233,23 @@ assert not status, status
 
 def test_a_published_config_is_read_without_heavy_libraries() -> None:
     assert loaded_by("import slop_hf.hub.access", HEAVY) == set()
+
+
+def find_reached(sources: Sources, start: str) -> set[str]:
+    """The modules that are loaded with one, itself included."""
+    graph, reached, waiting = edges(sources), set[str](), [start]
+    while waiting:
+        if (module := waiting.pop()) not in reached:
+            reached.add(module)
+            waiting.extend(graph[module])
+    return reached
+
+
+def test_training_loads_no_figures() -> None:
+    """They take a second in every process of a run."""
+    sources = sources_under(ROOT)
+    reached = find_reached(sources, f"{PACKAGE}.pipeline")
+    assert f"{PACKAGE}.report.tables" in reached
+    assert [
+        name for name in sorted(reached) if "import matplotlib" in sources[name] or "from matplotlib" in sources[name]
+    ] == []

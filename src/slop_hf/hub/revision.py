@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from .. import report
 from ..errors import HubError
 from ..growth import hash_stored_weights
 from ..io.hub_address import MAIN
-from ..report.figures import draw_run_losses
 from ..runs.directory import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.snapshot import RunSnapshot
 from ..training.checksums import CHECKSUM_FILE, find_corruption
@@ -73,7 +73,7 @@ def plan_revision(
     base_model = base_model or (origin.parent.repo if origin is not None else None)
     card = render_card(lineage, repo_id, base_model=base_model, has_tokenizer=bool(_TOKENIZER & files.keys()))
     with tempfile.TemporaryDirectory() as directory:
-        figure = draw_run_losses([snapshot], Path(directory) / FIGURE_FILE).read_bytes()
+        figure = report.draw_run_losses([snapshot], Path(directory) / FIGURE_FILE).read_bytes()
     made = {LINEAGE_FILE: lineage.to_json().encode(), CARD_FILE: card.encode(), FIGURE_FILE: figure}
     is_last = number == len(run.schedule.stages)
     return Revision((lineage.revision, *([MAIN] if is_last else [])), lineage, {**files, **made})

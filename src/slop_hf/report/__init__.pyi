@@ -1,0 +1,14 @@
+from .comparisons import compute_time_correlation as compute_time_correlation
+from .comparisons import draw_heads as draw_heads
+from .comparisons import draw_radar as draw_radar
+from .comparisons import draw_time_correlation as draw_time_correlation
+from .figures import draw_run_losses as draw_run_losses
+from .figures import draw_run_paths as draw_run_paths
+from .summary import RunSummary as RunSummary
+from .summary import compute_marginal_utility as compute_marginal_utility
+from .summary import name_runs as name_runs
+from .summary import summarise as summarise
+from .tables import build_comparison_table as build_comparison_table
+from .tables import tabulate_runs as tabulate_runs
+from .tables import tabulate_stages as tabulate_stages
+from .write import write_report as write_report
