@@ -34,7 +34,7 @@ def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "logging_steps": 2,
             "eval_strategy": "steps",
             "eval_steps": 4,
-            "save_steps": 3,
+            "save_steps": 20,
         },
     }
     scale = {"run": run, "structures": {"initial": "16,32,2,2", "target": "32,64,3,4"}, "flops": 3e8, "seeds": [0]}

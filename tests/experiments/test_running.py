@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors.torch import load_file
@@ -162,17 +164,32 @@ def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_pa
     assert all(same(weights(root, job), weights(parallel, job)) for job in jobs)
 
 
-def test_a_failed_run_is_named_and_the_runs_in_progress_finish(experiment, tmp_path):
-    root = tmp_path / "out"
-    jobs = jobs_of(experiment)
-    scratch = named(jobs, "from-scratch ×0.5, seed 0")
-    (root / scratch.directory).parent.mkdir(parents=True)
-    (root / scratch.directory).write_text("in the way")
-    with pytest.raises(RunError, match=r"from-scratch ×0\.5, seed 0 failed .*; see .*log\.txt, and run the same"):
-        run_experiment(experiment, root, workers=2)
-    assert not [
-        name for name in collect_comparison(experiment, jobs, root).missing if name.startswith("shared prefix")
-    ]
+class ThreadPool(ThreadPoolExecutor):
+    """The pool of `running`, with threads: nothing has to be imported again."""
+
+    def __init__(self, workers, context, initializer, arguments):
+        super().__init__(workers)
+
+
+def test_a_failed_run_is_named_and_the_runs_in_progress_finish(experiment, tmp_path, monkeypatch):
+    failed, begun, ended = threading.Event(), [], []
+    scratch = named(jobs_of(experiment), "from-scratch ×0.5, seed 0")
+
+    def train(job, root):
+        begun.append(job.name)
+        if job == scratch:
+            failed.set()
+            raise FileExistsError("in the way")
+        assert failed.wait(60)
+
+    monkeypatch.setattr(running, "ProcessPoolExecutor", ThreadPool)
+    monkeypatch.setattr(running, "train_job", train)
+    with pytest.raises(
+        RunError, match=r"×0\.5, seed 0 failed \(FileE.* in the way\); see .*log\.txt, and run"
+    ):
+        run_experiment(experiment, tmp_path, workers=2, on_job_end=lambda job, *_: ended.append(job.name))
+    (in_progress,) = ended
+    assert begun == [in_progress, scratch.name] and in_progress.startswith("shared prefix")
 
 
 def wild(experiment):

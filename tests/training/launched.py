@@ -13,6 +13,7 @@ Settings, as JSON:
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,7 @@ class At(TrainerCallback):
 
 
 def main(settings: dict[str, Any]) -> None:
+    gc.freeze()  # each stage collects garbage; that takes a second if the imported modules are searched too
     output = Path(settings["output"])
     schedule = SCHEDULE if "schedule" not in settings else GrowthSchedule.from_yaml(settings["schedule"])
     model = small_model(schedule.initial, dropout=settings.get("dropout", 0.0))

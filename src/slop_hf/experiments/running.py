@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -227,6 +228,7 @@ def _run_in_parallel(jobs: Sequence[Job], root: Path, devices: list[str], report
 
 def _claim_device(free: Queue[str], threads: int) -> None:
     """In a new worker, take one of the devices, or limit torch's threads; torch looks for devices on first use."""
+    gc.freeze()  # each stage collects garbage; that takes a second if the imported modules are searched too
     device = free.get()
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
