@@ -184,9 +184,7 @@ def test_a_failed_run_is_named_and_the_runs_in_progress_finish(experiment, tmp_p
 
     monkeypatch.setattr(running, "ProcessPoolExecutor", ThreadPool)
     monkeypatch.setattr(running, "train_job", train)
-    with pytest.raises(
-        RunError, match=r"×0\.5, seed 0 failed \(FileE.* in the way\); see .*log\.txt, and run"
-    ):
+    with pytest.raises(RunError, match=r"×0\.5, seed 0 failed \(FileE.* in the way\); see .*log\.txt, and run"):
         run_experiment(experiment, tmp_path, workers=2, on_job_end=lambda job, *_: ended.append(job.name))
     (in_progress,) = ended
     assert begun == [in_progress, scratch.name] and in_progress.startswith("shared prefix")
