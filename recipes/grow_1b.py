@@ -13,8 +13,7 @@ from pathlib import Path
 
 from slop_hf import RunConfig, SlopError, train_run
 from slop_hf.cli.options import read_changes
-from slop_hf.cli.shared import redirect_prints
-from slop_hf.cli.train import show_outcome, show_preview
+from slop_hf.cli.train import show_end, show_preview
 from slop_hf.training.launch import guard_exit
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -43,9 +42,8 @@ def run(options: argparse.Namespace) -> None:
         devices, zero_stage = options.devices, options.zero_stage
         show_preview(config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
         return
-    with guard_exit(), redirect_prints(as_json=as_json):
+    with guard_exit(), show_end(output, as_json=as_json):
         train_run(config, output, scratch=scratch, resume=options.resume, report=print)
-    show_outcome(output, as_json=as_json)
 
 
 def main() -> None:

@@ -37,6 +37,19 @@ class RunError(SlopError):
     """A training run that cannot start or resume, or a directory that is not a run."""
 
 
+class OtherRankError(RunError):
+    """The failure of another process of a launch, which gives the reason itself.
+
+    Args:
+        rank: rank of the process that failed.
+        reason: its error, in one line.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} failed: {reason}")
+        self.rank = rank
+
+
 class DivergedError(RunError):
     """A run whose loss or gradients are no longer finite."""
 

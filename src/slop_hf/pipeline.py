@@ -36,7 +36,8 @@ def train_run(
 
     Each stage is scored when it has finished if the config has a section `evaluation`, and is then published with its
     scores if `training.push_to_hub` is true. If scoring or publishing fails, a message says so and training continues.
-    SIGTERM stops a run early, with its state saved: `run.is_finished` says whether stages are missing.
+    SIGTERM stops a run early, with its state saved: `run.is_finished` says whether stages are missing. Ctrl-C does the
+    same, and then raises `KeyboardInterrupt`, without waiting for uploads; the resumed run sends them.
 
     Under a launcher such as torchrun or `accelerate launch`, every process makes the same call.
 

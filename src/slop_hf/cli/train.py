@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,8 +51,8 @@ def train_command(
 ) -> None:
     """Train a model through a growth schedule.
 
-    Each stage ends as a stock transformers checkpoint: `RUN/stage-1-layer` and so on. If a run is killed, `--resume`
-    continues it; it ends with the same weights as a run without interruption.
+    Each stage ends as a stock transformers checkpoint: `RUN/stage-1-layer` and so on. Ctrl-C saves the state and
+    stops. `--resume` continues a stopped or killed run; it ends with the same weights as a run without interruption.
 
     `--from` takes the model and the tokenizer of a published stage, and the rest of its schedule unless you give
     another one. `--set training.push_to_hub=true` publishes each stage when it has finished.
@@ -67,11 +71,10 @@ def train_command(
         return
     from ..training.launch import guard_exit  # with torch, which `slop --help` does without
 
-    with guard_exit(), redirect_prints(as_json=as_json):
+    with guard_exit(), show_end(output, as_json=as_json, command=["slop", *sys.argv[1:]]):
         slop_hf.train_run(
             run_config, output, schedule=new_schedule, from_stage=stage, scratch=scratch, resume=resume, report=print
         )
-    show_outcome(output, as_json=as_json)
 
 
 def show_preview(
@@ -121,20 +124,42 @@ def show_preview(
     print(f"({settings}, {precision}{more})")
 
 
-def show_outcome(output: Path, *, as_json: bool = False) -> None:
-    """Print, on the first process, the records of a run's finished stages as JSON, or one line about them."""
+@contextmanager
+def show_end(output: Path, *, as_json: bool = False, command: Sequence[str] = ()) -> Iterator[None]:
+    """Train in the block; then print, on the first process, where the run stands, also after Ctrl-C.
+
+    This is one line about its finished stages, or their records as JSON, and how to resume a run that was stopped.
+
+    Args:
+        command: the words of this command, if it can be repeated as it is, for the command that resumes the run.
+    """
+    try:
+        with redirect_prints(as_json=as_json):
+            yield
+    except KeyboardInterrupt:
+        _show_outcome(output, as_json, command)
+        raise
+    _show_outcome(output, as_json, command)
+
+
+def _show_outcome(output: Path, as_json: bool, command: Sequence[str]) -> None:
+    run = RunDirectory(output)
     if not is_first_process():
         return
-    records = RunDirectory(output).records()
+    records = run.records() if run.exists else []
     if as_json:
         print("[" + ",\n".join(record.to_json().rstrip() for record in records) + "]")
-        return
-    if not records:
+    elif records:
+        last = records[-1]
+        quality = f", perplexity {last.perplexity:.2f}" if last.perplexity else ""
+        print(f"{output}: {len(records)} stages, {last.total_tokens:,} tokens, {last.total_flops:.3g} FLOPs{quality}")
+    else:
         print(f"{output}: no stage has finished yet")
-        return
-    last = records[-1]
-    quality = f", perplexity {last.perplexity:.2f}" if last.perplexity else ""
-    print(f"{output}: {len(records)} stages, {last.total_tokens:,} tokens, {last.total_flops:.3g} FLOPs{quality}")
+    if not (run.exists and run.is_finished):
+        words = [*command, *([] if "--resume" in command else ["--resume"])]
+        is_repeatable = command and int(os.environ.get("WORLD_SIZE", "1")) == 1
+        how = shlex.join(words) if is_repeatable else "run the same command again, with --resume"
+        print(f"to continue: {how}", file=sys.stderr if as_json else sys.stdout)
 
 
 def _estimate_memory(

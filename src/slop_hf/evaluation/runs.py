@@ -63,9 +63,10 @@ def evaluate_run(
 class EvaluateStages(StageCallback):
     """Scores each stage of a run when it has finished, and on request each grown model before it is trained.
 
-    The first rank scores, from the stage's directory, and the others wait: raise `ddp_timeout` if that takes longer
-    than half an hour. Its device holds the model in training and the scored one at once, unless the settings have
-    `device="cpu"`. A failure does not stop the run: it is logged, and `slop eval` can score the stage later.
+    The first rank scores, from the stage's directory, and the others wait for it as long as it takes. Its device holds
+    the model in training and the scored one at once, unless the settings have `device="cpu"`. A failure does not stop
+    the run: it is logged, and `slop eval` can score the stage later. If the process is killed, the resumed run scores
+    the stage again, as far as its scores are not in the cache of results.
 
     Works in one process, under DistributedDataParallel and under ZeRO-3, and leaves the model in training unchanged.
 
@@ -98,8 +99,7 @@ class EvaluateStages(StageCallback):
         except Exception as caught:  # whatever it is, a training run of days is worth more
             remedy = f"`slop eval {run.path} --stage {stage}` can do it later"
             logger.warning(f"stage {stage} was not evaluated ({caught}); {remedy}")
-        finally:
-            ranks.wait()
+        ranks.wait_without_timeout(f"to score stage {stage}")
 
 
 def check_evaluation(config: RunConfig) -> None:

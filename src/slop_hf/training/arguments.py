@@ -105,6 +105,8 @@ class SlopTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         prepare_launch(self)
         super().__post_init__()
+        if self.device.type == "cpu":  # `use_cpu` does the same; pages are pinned for copies to a GPU
+            self.dataloader_pin_memory = False
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         for name in PER_STAGE:

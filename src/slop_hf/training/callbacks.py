@@ -29,12 +29,24 @@ class StageEnd(TrainerCallback):
 class StageCallback(TrainerCallback):
     """A callback with one more event: a stage has been written.
 
+    Every finished stage of a run is reported to every callback, in order, and once, however often the run is stopped
+    or killed in between: the stage's directory notes which callbacks have returned (`callbacks.json`). Stages that a
+    callback missed are reported when the run is resumed, before training continues. They include all stages that
+    finished before the callback was first attached. Stages written by a release without these notes count as reported.
+
+    If the process dies during a call, or after it and before its end is noted, the resumed run makes the call again,
+    with `is_repeated` set. Therefore a call should either do its work in one step, or first look for what is there.
+
+    The notes know a callback by the name of its class; several of the same class are told apart by their order.
+
     Args:
         publishes: whether the callback uploads stages. Such callbacks are called after the others, whose results they
             upload too, in whatever order they were attached.
+        is_repeated: during a call, whether an earlier call for the same stage was begun, and may have done its work.
     """
 
     publishes: ClassVar[bool] = False
+    is_repeated: bool = False
 
     def on_stage_written(self, run: RunDirectory, stage: int, ranks: Ranks) -> None:
         """Called on all ranks when a finished stage has been written, before the next one is grown from it."""

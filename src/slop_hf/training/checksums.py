@@ -64,21 +64,28 @@ def find_corruption(directory: Path, ranks: Ranks, *, is_stage: bool = False) ->
     Args:
         is_stage: whether the optimizer state may be missing, as in a finished stage.
     """
-    try:
-        files: dict[str, Checksum] = json.loads((directory / CHECKSUM_FILE).read_text())["files"]
-    except FileNotFoundError:
-        return f"it has no {CHECKSUM_FILE}"
-    except (ValueError, KeyError, TypeError, OSError) as caught:
-        return f"{CHECKSUM_FILE} cannot be read ({type(caught).__name__})"
-    fault: str | None = None
-    for name in ranks.select_share(sorted(files)):
-        path = directory / name
-        if not path.is_file():
-            fault = None if is_stage and name.startswith(OPTIMIZER_STEM) else f"{name} is missing"
-        elif path.stat().st_size != files[name]["bytes"]:
-            fault = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
-        elif _compute_checksum(path) != files[name]:
-            fault = f"{name} does not hold what was written"
-        if fault is not None:
-            break
+    fault, files = ranks.from_first(_read_checksums(directory) if ranks.is_first else (None, {}))
+    if fault is not None:
+        return fault
+    with ranks.raise_on_all():
+        for name in ranks.select_share(sorted(files)):
+            path = directory / name
+            if not path.is_file():
+                fault = None if is_stage and name.startswith(OPTIMIZER_STEM) else f"{name} is missing"
+            elif path.stat().st_size != files[name]["bytes"]:
+                fault = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
+            elif _compute_checksum(path) != files[name]:
+                fault = f"{name} does not hold what was written"
+            if fault is not None:
+                break
     return next(filter(None, ranks.gather_all(fault)), None)
+
+
+def _read_checksums(directory: Path) -> tuple[str | None, dict[str, Checksum]]:
+    """Return why the checksums cannot be read, or None, and the checksums by file."""
+    try:
+        return None, json.loads((directory / CHECKSUM_FILE).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {CHECKSUM_FILE}", {}
+    except (ValueError, KeyError, TypeError, OSError) as caught:
+        return f"{CHECKSUM_FILE} cannot be read ({type(caught).__name__})", {}

@@ -30,6 +30,7 @@ from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import PER_STAGE, keep_last_stage
+from .ranks import Ranks
 from .run_plan import plan_run, with_inits
 from .spans import StageSpan
 from .trainer import SlopTrainer
@@ -183,8 +184,7 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     """
     args = config.arguments(output_dir)
     schedule = _read_schedule(config, args, scratch=scratch)
-    with args.main_process_first(local=False, desc="preparing the data"):
-        corpus = prepare_data(config.data)
+    corpus = _prepare_data_in_turn(config.data, Ranks.from_args(args))
     model = _build_initial_model(config, schedule, corpus, args.seed, scratch=scratch)
     return SlopTrainer(
         model,
@@ -195,6 +195,25 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
         processing_class=corpus.tokenizer,
         **kwargs,
     )
+
+
+def _prepare_data_in_turn(config: DataConfig, ranks: Ranks) -> Corpus:
+    """Prepare the data on the first rank; then the others read the cache, or fill the one of their machine.
+
+    An empty cache may take hours to fill, so the ranks wait for each other without a timeout.
+    """
+    corpus: Corpus | None = None
+    error: Exception | None = None
+    for is_my_turn in (ranks.is_first, not ranks.is_first):
+        if is_my_turn:
+            try:
+                corpus = prepare_data(config)
+            except Exception as caught:
+                error = caught
+        ranks.wait_without_timeout("to prepare the data")
+        ranks.raise_any(error)
+    assert corpus is not None
+    return corpus
 
 
 def preview_run(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +16,19 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import str_to_bool
 
-from ..errors import RunError
+from ..errors import OtherRankError, RunError, SlopError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 #: Seconds to wait for gloo's threads on a busy machine; groups held by DeepSpeed cannot be waited for.
 GLOO_SECONDS = 0.5
+#: Seconds that a process of a launch has to exit after an error.
+EXIT_SECONDS = 10.0
+#: Exit codes after an error in one line, if another process has ended, and after Ctrl-C (128 + SIGINT, as in shells).
+ERROR_CODE, LOST_CODE, INTERRUPTED_CODE = 2, 1, 130
+#: What gloo and NCCL say if another process has ended.
+_LOST_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def prepare_launch(args: TrainingArguments) -> None:
@@ -62,18 +70,69 @@ def prepare_launch(args: TrainingArguments) -> None:
 
 @contextmanager
 def guard_exit() -> Iterator[None]:
-    """Run the body of a launched program; then close the process group before Python exits.
+    """Run the body of a launched program so that its processes end together, soon and with one message.
 
-    gloo's threads free the tensors of a finished message a moment later, under Python's lock. If Python is already
-    exiting then, the program aborts although all its work is done.
+    After Ctrl-C the program exits with code 130, without a traceback. If one of several processes fails, it says why
+    and exits; the others exit silently, or say that they lost their connection to it. A process that has not exited
+    `EXIT_SECONDS` later is killed: its threads may be waiting for other processes.
+
+    The process group is closed before Python exits: gloo's threads free the tensors of a finished message a moment
+    later, under Python's lock. If Python is already exiting then, the program aborts although all its work is done.
     """
     try:
         yield
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            gc.collect()
-            dist.destroy_process_group()
-            time.sleep(GLOO_SECONDS)
+    except BaseException as caught:
+        code, message = _find_exit(caught)
+        _limit_exit()
+        if message:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        if code is None:
+            raise
+        if code != LOST_CODE:  # otherwise there may be messages that nobody will receive
+            _close_group()
+        sys.exit(code)
+    _close_group()
+
+
+def _find_exit(caught: BaseException) -> tuple[int | None, str]:
+    """Return the exit code after an error, and its message; no code if the error is to be raised as it is."""
+    if isinstance(caught, KeyboardInterrupt):
+        return INTERRUPTED_CODE, ""
+    if not is_launched():
+        return None, ""
+    if isinstance(caught, OtherRankError):
+        return ERROR_CODE, str(caught) if _speaks_for_other_machine(caught.rank) else ""
+    if isinstance(caught, SlopError):
+        return ERROR_CODE, str(caught)
+    if any(text in str(caught) for text in _LOST_CONNECTIONS):
+        return LOST_CODE, f"rank {os.environ['RANK']} lost its connection to a rank that has ended"
+    return None, ""
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several of a launch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _speaks_for_other_machine(failed: int) -> bool:
+    """Whether the failed rank's message appears on another machine, and this is the first process of this one."""
+    local_rank, rank = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("RANK", "0"))
+    first = rank - local_rank
+    return local_rank == 0 and not first <= failed < first + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _close_group() -> None:
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+        time.sleep(GLOO_SECONDS)
+
+
+def _limit_exit() -> None:
+    """Let the process live only `EXIT_SECONDS` longer if it is one of several."""
+    if is_launched():
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for the tracebacks that it prints
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=nowhere)
 
 
 @contextmanager

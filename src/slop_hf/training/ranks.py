@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,13 +11,21 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from transformers.utils import logging
 
-from ..errors import RunError, SlopError
+from ..errors import OtherRankError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+logger = logging.get_logger(__name__)
+
 T = TypeVar("T")
+
+#: Longest pause between two looks at whether the other ranks have come, and time between two lines about it.
+_POLL_SECONDS, _LINE_SECONDS = 1.0, 60.0
+_waits = itertools.count()  # the same on all ranks: they all wait in the same order
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,26 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
+    def wait_without_timeout(self, purpose: str) -> None:
+        """Wait for all ranks as long as it takes, where a collective would fail after half an hour.
+
+        Args:
+            purpose: what they are waited for, such as "to tokenize the data", for a line each minute.
+        """
+        if self.count == 1:
+            return
+        store, key = _get_default_store(), f"slop-hf/wait-{next(_waits)}"
+        store.add(key, 1)
+        began = time.monotonic()
+        pause, lines = 0.01, 1
+        while (arrived := store.add(key, 0)) < self.count:
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
+            if time.monotonic() - began > lines * _LINE_SECONDS:
+                if self.rank < 2:  # the first rank, or the next one if the first is the one that works
+                    logger.warning(f"rank {self.rank} waits for {self.count - arrived} ranks {purpose} ({lines} min)")
+                lines += 1
+
     def gather_all(self, value: T) -> list[T]:
         """Return a small value of every rank, in the order of the ranks."""
         if self.count == 1:
@@ -68,9 +98,9 @@ class Ranks:
         errors = self.gather_all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        for rank, message in enumerate(errors):
-            if message is not None:
-                raise RunError(f"rank {rank} failed: {message}")
+        for rank, reason in enumerate(errors):
+            if reason is not None:
+                raise OtherRankError(rank, reason)
 
     @contextmanager
     def raise_on_all(self) -> Iterator[None]:
@@ -78,7 +108,7 @@ class Ranks:
         error: Exception | None = None
         try:
             yield
-        except (SlopError, OSError) as caught:
+        except Exception as caught:  # whatever it is: the others would wait for this rank until the timeout
             error = caught
         self.raise_any(error)
 

@@ -23,6 +23,7 @@ from .checkpoints import CHECKPOINT, RESUME_FILE, Resumption, remove_old_checkpo
 from .checksums import write_checksums
 from .random_state import get_random_state
 from .ranks import Ranks
+from .stage_reports import write_first_notes
 from .state_io import save_states
 from .states import States
 
@@ -103,6 +104,9 @@ def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> No
             if ranks.is_first:
                 record.to_json(directory / RECORD_FILE)
         write_checksums(directory, written, ranks)
+        with ranks.raise_on_all():
+            if ranks.is_first:
+                write_first_notes(directory)  # after the checksums, because the notes change
     if ranks.is_first:
         shutil.rmtree(run.running_dir(record.stage), ignore_errors=True)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..architectures import get_architecture
-from ..errors import GrowthError, SlopError
+from ..errors import GrowthError
 from ..growth import WEIGHT, GrownStateReader
 from ..growth.safetensors_io import (
     DTYPE_NAMES,
@@ -108,7 +108,7 @@ def _write_shards(
         if job is not None and failed is None:
             try:
                 write_tensor(directory, job[0], job[1].cpu())  # once all have gathered: ranks copy at the same time
-            except SlopError as caught:  # continue: the other ranks wait for the rest
+            except Exception as caught:  # continue: the other ranks wait for the rest
                 failed = caught
     ranks.raise_any(failed)
     with ranks.raise_on_all():
@@ -141,7 +141,7 @@ def load_states(states: States, reader: GrownStateReader) -> None:
             if owner == ranks.rank:
                 try:
                     value = next(futures).result()
-                except (SlopError, OSError) as caught:
+                except Exception as caught:
                     failed = failed or caught
                     value = torch.zeros(states.shapes[name])  # the other ranks wait for a tensor
             states.put(name, key, value, owner)

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerControl,
     TrainerState,
     default_data_collator,
     set_seed,
@@ -34,7 +35,7 @@ from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW, SlopTrainingArguments
-from .callbacks import StageCallback, StageEnd
+from .callbacks import StageEnd
 from .checkpoints import LossSums, Resumption, list_checkpoints, read_resumption
 from .checks import (
     check_blocks,
@@ -49,6 +50,7 @@ from .divergence import NonFiniteLossGuard
 from .freezing import find_frozen, freeze_parameters, list_frozen_of_stages
 from .held_out_loss import HeldOutLoss
 from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler
+from .leftovers import remove_leftovers
 from .loggers import continue_curves
 from .preemption import StopOnSignal
 from .progress import RunProgress
@@ -61,6 +63,7 @@ from .run_timer import RunTimer
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
 from .stage_record import build_stage_record
+from .stage_reports import report_stages
 from .state_io import load_states
 from .states import Strategy
 
@@ -70,6 +73,10 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
 logger = logging.get_logger(__name__)
+
+
+class _Stopped(Exception):
+    """A callback asked to stop before the first step of a stage."""
 
 
 class SlopTrainer(Trainer):
@@ -84,8 +91,10 @@ class SlopTrainer(Trainer):
     It runs in one process, in several processes that each hold the model (DistributedDataParallel), or under DeepSpeed
     ZeRO-3. No rank ever holds a whole sharded model: at a boundary, states pass through the stage's files one
     parameter at a time. `runs.directory.RunDirectory` describes the files. Checkpoints inside a stage follow
-    `save_steps`, and can be resumed from with another number of processes. After SIGTERM the trainer saves a
-    checkpoint and stops.
+    `save_steps`, and can be resumed from with another number of processes.
+
+    After SIGTERM or Ctrl-C the trainer saves a checkpoint and stops. It does the same if a callback sets
+    `control.should_training_stop`; after the last step of a stage, the stage is finished instead.
 
     It overrides private methods of `Trainer` (`_init_training_state`, `_prepare_for_training`, `_save_checkpoint`,
     `_load_rng_state`, `_maybe_log_save_evaluate`); `tests/training` fails if a release of transformers changes them.
@@ -104,6 +113,7 @@ class SlopTrainer(Trainer):
 
     # Attributes of `Trainer`, whose types mypy does not read.
     args: SlopTrainingArguments
+    control: TrainerControl
     model: Any
     model_wrapped: Any
     lr_scheduler: Any
@@ -174,6 +184,8 @@ class SlopTrainer(Trainer):
         self._resumption: Resumption = {}  # content of the checkpoint from which the stage resumes
         self._losses: LossSums | None = None  # its sums of losses, until they are restored
         self._first_step = 0  # first step of this call of `Trainer.train`, which may begin at a checkpoint
+        self._saved_step = -1  # step of the newest checkpoint of this call
+        self._newest_evaluation: tuple[int, dict[str, float]] = (-1, {})  # step and metrics, of this call
 
         # Observers.
         self._guard = NonFiniteLossGuard(self.ranks)
@@ -220,6 +232,8 @@ class SlopTrainer(Trainer):
         Raises:
             RunError: if `output_dir` holds another run, or no run to resume.
             DivergedError: if the loss is no longer finite.
+            KeyboardInterrupt: after Ctrl-C, when the state has been saved, so that the program does not continue with
+                an unfinished run.
         """
         if trial is not None:
             raise RunError("hyper-parameter search over a staged run is not supported; search with plain Trainer")
@@ -247,18 +261,24 @@ class SlopTrainer(Trainer):
         output = TrainOutput(self.state.global_step, float("nan"), {})
         try:
             with self._stop.watch_signals():
+                remove_leftovers(self.run, self.ranks, keep_optimizer_states=self.args.keep_optimizer_states)
+                report_stages(self.run, self.callback_handler.callbacks, self.ranks)
                 for span in self.spans[position.stage :]:
                     self._span = span
                     output = self._train_stage(span, position, ignore_keys_for_eval)
                     if self.state.global_step == span.end_step:
                         self._finish_stage(span)
-                    step, end_step = self.state.global_step, self.plan.end_step
-                    if (self._stop.stopped or step < span.end_step) and step < end_step:
-                        logger.warning(f"stopped at step {step} of {end_step}, in {span.name}; resume to continue")
+                    if self._is_stopped(span):
                         break
         finally:
             self._progress.close()
+        if self._stop.is_interrupted:
+            raise KeyboardInterrupt(f"{self.run.path} was stopped; train(resume_from_checkpoint=True) continues it")
         if position.stage == len(self.spans):  # the run had finished before
+            if self.ranks.is_first:
+                logger.warning(
+                    f"{self.run.path} is finished: its {len(self.spans)} stages had all been trained before"
+                )
             self._release_model()
             path = self.run.stage_dir(position.stage - 1)
             with hide_progress_bars():
@@ -275,6 +295,19 @@ class SlopTrainer(Trainer):
             frozen = find_frozen(self.model)
             self.plan = replace(self.plan, facts=replace(self.plan.facts, frozen=frozen))
             self._frozen = list_frozen_of_stages(frozen, self.spans, self.model.config)
+
+    def _is_stopped(self, span: StageSpan) -> bool:
+        """Whether a signal or a callback stops the run in a stage or after it; logged."""
+        step, end_step = self.state.global_step, self.plan.end_step
+        where = f"in {span.name}, with its state saved" if step > span.first_step else f"before {span.name}"
+        if step == span.end_step:
+            asked = self.control.should_training_stop and step < end_step  # at the last step, by Trainer itself
+            if not self._stop.agree(asked) or span is self.spans[-1]:
+                return False
+            where = f"after {span.name}"
+        if self.ranks.is_first:
+            logger.warning(f"stopped at step {step} of {end_step}, {where}; resume to continue")
+        return True
 
     def _warn(self) -> None:
         """Log what the user may not have intended."""
@@ -309,9 +342,12 @@ class SlopTrainer(Trainer):
         dataset = self.train_dataset
         self._set_arguments(changes)
         self.train_dataset = BlockOrder(self.blocks, span.first_block, blocks, self.plan.facts.data_seed)
+        self._saved_step, self._newest_evaluation = -1, (-1, {})
         try:
             path = None if checkpoint is None else str(checkpoint)
             return super().train(resume_from_checkpoint=path, ignore_keys_for_eval=ignore_keys)
+        except _Stopped:
+            return TrainOutput(self.state.global_step, float("nan"), {})
         finally:
             self.train_dataset = dataset
             self._set_arguments(arguments)
@@ -326,7 +362,10 @@ class SlopTrainer(Trainer):
         self._check_loss()
         seconds = self._timer.stage_seconds
         history = list(self.state.log_history)
-        metrics = self.evaluate() if self.eval_dataset is not None and self.args.eval_before_growth else {}
+        metrics = {}
+        if self.eval_dataset is not None and self.args.eval_before_growth:
+            step, newest = self._newest_evaluation
+            metrics = newest if step == span.end_step else self.evaluate()
         if EVAL_LOSS in metrics:  # the last step may have been the one that diverged
             self._guard.watch(torch.tensor(metrics[EVAL_LOSS]))
             self._check_loss()
@@ -344,9 +383,7 @@ class SlopTrainer(Trainer):
         )
         save_stage(self.run, record, self._take_snapshot())
         self._drop_optimizer_state(span.number - 1)
-        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StageCallback)]
-        for callback in sorted(callbacks, key=lambda callback: callback.publishes):
-            callback.on_stage_written(self.run, span.number, self.ranks)
+        report_stages(self.run, self.callback_handler.callbacks, self.ranks)
 
     def _take_snapshot(self) -> Snapshot:
         states = self._strategy.get_states(self)
@@ -423,6 +460,7 @@ class SlopTrainer(Trainer):
             self.state.total_flos = before.total_flos
             self.state.num_input_tokens_seen = before.num_input_tokens_seen
             self.state.log_history = list(before.log_history)
+            self.state.best_metric, self.state.best_global_step = before.best_metric, before.best_global_step
         self.state.max_steps = self.plan.end_step
         self._first_step = self.state.global_step
         done = self._first_step - self._span.first_step
@@ -444,6 +482,8 @@ class SlopTrainer(Trainer):
                 self.accelerator.scaler.load_state_dict(scaler)
         elif self._span.growth is not None and self.eval_dataset is not None and self.args.eval_after_growth:
             self.evaluate()
+            if self.control.should_training_stop and self._span.steps:  # `Trainer` would forget it as it begins
+                raise _Stopped
         set_seed(self.args.seed + self._span.number)
         self._timer.begin_stage(self._span, self.state.global_step, self._resumption.get("seconds", 0.0))
         return cast("tuple[torch.nn.Module, DataLoader[object]]", prepared)
@@ -486,6 +526,17 @@ class SlopTrainer(Trainer):
         if self.control.should_log or self.control.should_save:
             self._check_loss(grad_norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        step = self.state.global_step
+        if self.control.should_training_stop and step < self._span.end_step and step != self._saved_step:
+            self._check_loss(grad_norm)
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; at the end of a stage, its evaluation need not be repeated for the record."""
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        self._newest_evaluation = self.state.global_step, metrics
+        return metrics
 
     def _check_loss(self, grad_norm: float | torch.Tensor | None = None) -> None:
         number = self._span.number
@@ -494,6 +545,10 @@ class SlopTrainer(Trainer):
         self._guard.check(None if self.accelerator.scaler else grad_norm, newest[0] if newest else None)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """Write a checkpoint unless there is one of this step, as after a stop at a step that saves anyway."""
+        if self._saved_step == self.state.global_step:
+            return
+        self._saved_step = self.state.global_step
         self.store_flos()
         store_callback_states(self)
         scaler, number = self.accelerator.scaler, self._span.number
