@@ -93,3 +93,9 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def losses(path):
     return [(entry["step"], entry["loss"]) for entry in RunDirectory(path).history() if "loss" in entry]
+
+
+def weights_of_last_stage(run: RunDirectory) -> torch.Tensor:
+    """Return all weights of the last finished stage in one vector."""
+    path = run.stage_dir(run.finished_stages - 1) / "model.safetensors"
+    return torch.cat([weight.flatten() for _, weight in sorted(load_file(path).items())])

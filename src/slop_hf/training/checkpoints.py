@@ -96,10 +96,14 @@ def check_stage(run: RunDirectory, stage: int, ranks: Ranks) -> None:
 def remove_old_checkpoints(run: RunDirectory, stage: int, keep: int | None) -> None:
     """Remove all but the newest `keep` checkpoints of a stage; None or 0 keeps all."""
     for path in list_checkpoints(run, stage)[keep:] if keep else ():
-        # Renamed first: half a checkpoint must not look like a whole one.
-        removing = path.with_name(f".{path.name}.removing")
-        path.rename(removing)
-        shutil.rmtree(removing, ignore_errors=True)
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; it is renamed first, because half of one must not look like a whole one."""
+    removing = path.with_name(f".{path.name}.removing")
+    path.rename(removing)
+    shutil.rmtree(removing, ignore_errors=True)
 
 
 def read_resumption(checkpoint: Path) -> Resumption:

@@ -19,7 +19,7 @@ from ..io.files import flush_to_disk, make_temporary_path, write_text
 from ..io.serialization import Json
 from ..runs.directory import RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.records import StageRecord
-from .checkpoints import CHECKPOINT, RESUME_FILE, Resumption, remove_old_checkpoints
+from .checkpoints import CHECKPOINT, RESUME_FILE, Resumption, remove_checkpoint, remove_old_checkpoints
 from .checksums import write_checksums
 from .random_state import get_random_state
 from .ranks import Ranks
@@ -129,6 +129,9 @@ def save_checkpoint(
             if ranks.is_first:
                 write_text(directory / RESUME_FILE, json.dumps({**resumption, "random": random_states}))
         write_checksums(directory, written, ranks)
+        with ranks.raise_on_all():
+            if ranks.is_first and target.exists():  # of the run before it was resumed from an earlier checkpoint
+                remove_checkpoint(target)
     if ranks.is_first:
         remove_old_checkpoints(run, stage, keep)
 
