@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -144,6 +145,28 @@ def test_train_refuses_before_it_begins(config, tmp_path, change, message, outpu
     else:
         assert message in error_of(*arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_resume(config, tmp_path, slop, output_of, monkeypatch, caplog):
+    from slop_hf.training.preemption import StopOnSignal
+
+    count = StopOnSignal.on_step_end
+
+    def press(stop, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        count(stop, args, state, control, **kwargs)
+
+    run, before = tmp_path / "a run", signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patched:
+        patched.setattr(StopOnSignal, "on_step_end", press)
+        code, out, err = slop("train", config, "-o", run)
+    signal.signal(signal.SIGINT, before)
+    assert code == 130 and "Traceback" not in err
+    assert f"{run}: no stage has finished yet\nto continue: slop train {config} -o '{run}' --resume\n" in out
+    assert "3 stages" in output_of("train", config, "-o", run, "--resume")
+    assert "to continue" not in output_of("train", config, "-o", run, "--resume")
+    assert f"{run} is finished" in caplog.text
 
 
 def test_train_config_that_is_not_there(tmp_path, error_of):

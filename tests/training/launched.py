@@ -8,7 +8,9 @@ Settings, as JSON:
     dropout: attention dropout, default 0
     frozen: parts of the names of parameters to freeze
     dump: a directory for the states that each stage begins with, and how many numbers of them each rank holds
-    at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "hang"}, on the rank `on` (default: all)
+    at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "hang"}, on the rank `on` (default: all); also
+        "ctrl-c", "raise" (an error of another kind in the next step) and "raise in save" (in the next save)
+    record: a file for the reports of stages: a line with the stage, and whether the call is repeated
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import SlopError
+from slop_hf.training import checksums
+from slop_hf.training.callbacks import StageCallback
 from slop_hf.training.launch import guard_exit
 
 
@@ -95,6 +99,23 @@ def held(trainer: Any) -> int:
     return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())
 
 
+class Record(StageCallback):
+    """Writes down its calls, and takes long enough to be killed in the middle of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_stage_written(self, run, stage, ranks):
+        if ranks.is_first:
+            with self.path.open("a") as file:
+                file.write(f"{stage} {self.is_repeated}\n")
+            time.sleep(0.05)
+
+
+def raise_key_error(*args: Any, **kwargs: Any) -> Any:
+    raise KeyError("a key that is not there")
+
+
 class At(TrainerCallback):
     """Triggers an event after a step, on one rank or all."""
 
@@ -113,6 +134,12 @@ class At(TrainerCallback):
             time.sleep(600)
         elif event == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
+        elif event == "ctrl-c":
+            os.kill(os.getpid(), signal.SIGINT)
+        elif event == "raise":
+            self.trainer.training_step = raise_key_error
+        elif event == "raise in save":
+            checksums._compute_checksum = raise_key_error
         elif event == "nan":
             step = self.trainer.compute_loss
             self.trainer.compute_loss = lambda *args, **kwargs: step(*args, **kwargs) * float("nan")
@@ -127,6 +154,8 @@ def main(settings: dict[str, Any]) -> None:
     callbacks: list[Any] = [At(settings.get("at", {}), settings.get("on"))]
     if "dump" in settings:
         callbacks.append(Dump(Path(settings["dump"])))
+    if "record" in settings:
+        callbacks.append(Record(Path(settings["record"])))
     arguments = {"use_cpu": False, **settings.get("arguments", {})}  # as in recipes
     batch = settings.get("batch", 4)
     run = trainer(
@@ -136,6 +165,16 @@ def main(settings: dict[str, Any]) -> None:
         callback.trainer = run
     torch.manual_seed(0)
     run.train(resume_from_checkpoint=RunDirectory(output).exists)
+
+
+def run_rank(environment: dict[str, str], settings: dict[str, Any], log: str) -> None:
+    """Run one rank of a launch in this process, which has nothing else to do."""
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    with guard_exit():
+        main(settings)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import launched
 import psutil
 from safetensors.torch import load_file
 
@@ -86,3 +91,74 @@ def largest_difference(one: Path, other: Path, stage: str = "stage-3-hidden") ->
     a, b = weights(one, stage), weights(other, stage)
     assert a.keys() == b.keys() and a
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+class ForkedLaunch:
+    """A launch whose ranks are forked from a process that has imported everything: they begin in a tenth of the time.
+
+    It has no launcher: if one rank fails, the others are not told.
+    """
+
+    _context = get_context("forkserver")
+    _context.set_forkserver_preload(["launched", "slop_hf.training.zero3"])
+
+    def __init__(self, kind: str, ranks: int = 1, **settings: Any) -> None:
+        self._log = Path(f"{settings['output']}.log")
+        words = json.loads(json.dumps(settings, default=str))
+        self._processes = [
+            self._context.Process(target=launched.run_rank, args=(one, words, str(self._log)))
+            for one in _list_environments(kind, ranks)
+        ]
+        for process in self._processes:
+            process.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether all ranks live."""
+        return all(process.is_alive() for process in self._processes)
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether a rank has been killed."""
+        return any(process.exitcode == -signal.SIGKILL for process in self._processes)
+
+    @property
+    def text(self) -> str:
+        """The end of what the ranks of all launches into this directory have printed."""
+        return self._log.read_text()[-4000:]
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks at once."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def wait(self, seconds: float = 120) -> int:
+        """Return the largest exit code when all ranks have ended."""
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        if any(process.is_alive() for process in self._processes):
+            self.kill()
+            raise AssertionError(f"the launch hangs:\n{self.text}")
+        return max(abs(process.exitcode or 0) for process in self._processes)
+
+
+def _list_environments(kind: str, ranks: int) -> list[dict[str, str]]:
+    """Return what a launcher sets for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if kind == "plain":
+        return [{}]
+    if kind == "zero3":
+        shared |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+            "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": ROOT / "recipes" / "accelerate" / "zero3.json",
+        }
+    each = ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))
+    return [{name: str(value) for name, value in one.items()} for one in each]

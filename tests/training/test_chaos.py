@@ -6,18 +6,22 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import kill, largest_difference, launch, start
+from launching import ForkedLaunch, largest_difference
 from training_runs import BLOCK, SCHEDULE
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.io.serialization import to_plain
 
+pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
+
 BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
 STEPS = 15
 SAVE_STEPS = 4
-RUNS = 20
-#: Launches that resume a killed run with other than its two ranks, by number of the run.
-OTHERS = {4: ("zero3", 3), 9: ("zero3", 1), 14: ("plain", 1), 19: ("ddp", 2)}
+RUNS = 5
+#: Kills of each run: at any event, and within two seconds of the end of a stage.
+KILLS, KILLS_AT_ENDS = 4, 2
+#: Launches of the last run after its kills; the other runs keep two ranks.
+OTHERS = [("zero3", 3), ("zero3", 1), ("plain", 1), ("ddp", 2), ("zero3", 2), ("zero3", 3)]
 SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": SAVE_STEPS}, "dropout": 0.1}
 
 
@@ -34,8 +38,9 @@ def schedule(tmp_path_factory):
     return path
 
 
-def settings(schedule: Path, output: Path, ranks: int) -> dict:
-    return {**SETTINGS, "schedule": schedule, "output": output, "batch": BLOCKS_PER_STEP // ranks}
+def start(kind: str, ranks: int, schedule: Path, output: Path) -> ForkedLaunch:
+    own = {"schedule": schedule, "output": output, "batch": BLOCKS_PER_STEP // ranks}
+    return ForkedLaunch(kind, ranks, **SETTINGS, **own, record=output.with_suffix(".calls"))
 
 
 def events(output: Path) -> list[Path]:
@@ -49,13 +54,26 @@ def events(output: Path) -> list[Path]:
     return paths
 
 
-def wait_for(event: int, output: Path, process) -> None:
+def wait_for(event: int, output: Path, launch: ForkedLaunch) -> None:
     """Wait for an event or a later one, since old checkpoints are removed."""
-    while process.poll() is None and not any(path.exists() for path in events(output)[event:]):
-        time.sleep(0.01)
+    while launch.is_alive and not any(path.exists() for path in events(output)[event:]):
+        time.sleep(0.005)
 
 
-def where(output: Path) -> str:
+def choose_moments(dice: random.Random, output: Path, seconds: float) -> list[tuple[int, float]]:
+    """Choose the kills of a run, in order: events, and seconds to wait after each.
+
+    A stage's last steps take less time than its boundary, so its end is approached from the last checkpoint, and from
+    the moment at which its directory appears.
+    """
+    paths = events(output)
+    ends = [number for number, path in enumerate(paths) if path.parent == output and number]
+    near = [(end - dice.randrange(2), min(2.0, 4 * seconds) * dice.random() ** 3) for end in dice.sample(ends, k=2)]
+    others = dice.sample(range(len(paths) - 1), k=KILLS)
+    return sorted([*near, *((event, seconds * dice.random() ** 8) for event in others)])
+
+
+def describe(output: Path) -> str:
     """Describe where a run was killed, from the files that it left."""
     run = RunDirectory(output)
     if not run.exists:
@@ -65,40 +83,50 @@ def where(output: Path) -> str:
     return f"{run.finished_stages} stages finished, {sorted(steps)}" + (f", writing {writing}" if writing else "")
 
 
-@pytest.mark.slow
-@pytest.mark.deepspeed
-def test_twenty_kills(schedule, tmp_path, capfd):
+def read_calls(output: Path) -> dict[str, list[str]]:
+    """Return, for each stage, whether each call of a callback was a repeated one."""
+    calls: dict[str, list[str]] = {}
+    for line in output.with_suffix(".calls").read_text().splitlines():
+        stage, is_repeated = line.split()
+        calls.setdefault(stage, []).append(is_repeated)
+    return calls
+
+
+def test_thirty_kills(schedule, tmp_path, capfd):
     pytest.importorskip("deepspeed")
     whole = tmp_path / "whole"
-    process = start("zero3", 2, **settings(schedule, whole, 2))
-    wait_for(0, whole, process)
+    launch = start("zero3", 2, schedule, whole)
+    wait_for(0, whole, launch)
     began = time.perf_counter()
-    wait_for(len(events(whole)) - 1, whole, process)
+    wait_for(len(events(whole)) - 1, whole, launch)
     between = (time.perf_counter() - began) / (len(events(whole)) - 1)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text[-4000:]
-    dice = random.Random(0)
-    outcomes = []
+    assert launch.wait() == 0, launch.text
+    dice, kills = random.Random(0), 0
     for number in range(RUNS):
         output = tmp_path / f"killed-{number}"
-        process = start("zero3", 2, **settings(schedule, output, 2))
-        wait_for(dice.randrange(len(events(output)) - 1), output, process)
-        time.sleep(between * dice.random() ** 8)  # often at once: a stage's steps take less time than its boundary
-        killed = process.poll() is None
-        kill(process)
-        process.communicate()
-        left = where(output)
-        kind, ranks = OTHERS.get(number, ("zero3", 2))
-        ended = launch(kind, ranks, **settings(schedule, output, ranks))
-        assert ended.code == 0, f"run {number}, killed with {left}:\n{ended.text[-4000:]}"
+        others = iter(OTHERS if number == RUNS - 1 else [])
+        for event, seconds in choose_moments(dice, output, between):
+            kind, ranks = next(others, ("zero3", 2))
+            launch = start(kind, ranks, schedule, output)
+            wait_for(event, output, launch)
+            time.sleep(seconds)
+            kills += launch.is_alive
+            launch.kill()
+            assert launch.is_killed or launch.wait() == 0, launch.text
+            with capfd.disabled():
+                print(f"\n{number}: {kind} on {ranks}, {describe(output)}", end="", flush=True)
+        launch = start("zero3", 2, schedule, output)
+        assert launch.wait() == 0, f"{describe(output)}\n{launch.text}"
+
         difference = largest_difference(whole, output)
-        outcomes.append((killed, left, kind, ranks, difference))
-        with capfd.disabled():
-            print(
-                f"\n{number}: killed {killed} with {left}; resumed by {kind} on {ranks}: {difference:.2g}", flush=True
-            )
-    same = [outcome for number, outcome in enumerate(outcomes) if number not in OTHERS]
-    assert all(difference == 0.0 for *_, difference in same), "as many ranks end with the same bits"
-    # Another number of ranks draws other dropout masks after the checkpoint, so weights end only close by.
-    assert all(difference < 0.1 for *_, difference in outcomes)
-    assert sum(killed for killed, *_ in outcomes) >= 15
+        # Another number of ranks draws other dropout masks after the checkpoint, so weights end only close by.
+        assert difference < 0.1 if number == RUNS - 1 else difference == 0.0, "as many ranks end with the same bits"
+        names = {path.name for path in output.iterdir()} - {".lock"}
+        assert names == {"schedule.yaml", "run.json", *SCHEDULE.stage_names}, "nothing is left over"
+        assert not list(output.rglob(".*ing"))
+        run = RunDirectory(output)
+        assert [bool(run.optimizer_files(stage)) for stage in range(4)] == [False, False, False, True]
+        calls = read_calls(output)
+        assert list(calls) == ["0", "1", "2", "3"]
+        assert all(set(repeated[1:]) <= {"True"} for repeated in calls.values()), calls
+    assert kills >= 25

@@ -74,7 +74,8 @@ class Ranks:
             pause = min(2 * pause, _POLL_SECONDS)
             if time.monotonic() - began > lines * _LINE_SECONDS:
                 if self.rank < 2:  # the first rank, or the next one if the first is the one that works
-                    logger.warning(f"rank {self.rank} waits for {self.count - arrived} ranks {purpose} ({lines} min)")
+                    ready = f"{arrived} of {self.count} are ready"
+                    logger.warning(f"rank {self.rank} waits for others {purpose}: {ready} ({lines} min so far)")
                 lines += 1
 
     def gather_all(self, value: T) -> list[T]:

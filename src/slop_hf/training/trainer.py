@@ -343,6 +343,7 @@ class SlopTrainer(Trainer):
         self._set_arguments(changes)
         self.train_dataset = BlockOrder(self.blocks, span.first_block, blocks, self.plan.facts.data_seed)
         self._saved_step, self._newest_evaluation = -1, (-1, {})
+        self.control.should_training_stop = False  # as `Trainer` does, but only after the evaluation of a grown model
         try:
             path = None if checkpoint is None else str(checkpoint)
             return super().train(resume_from_checkpoint=path, ignore_keys_for_eval=ignore_keys)
