@@ -3,7 +3,7 @@
     output_dir/
       schedule.yaml                       the growth schedule
       run.json                            the facts that must not change when the run is resumed
-      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json;
+      stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json, callbacks.json;
                                           evaluations.json once it has been evaluated
       stage-1-layer/ ...                  the same for each stage
       stage-2-ffn.running/checkpoint-N/   Trainer's checkpoints of the stage in training
