@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl
 from .ranks import Ranks
 
 #: What a process has received; if the ranks received different signals, the larger value counts.
-NOTHING, TERMINATED, INTERRUPTED = range(3)
+_NOTHING, _TERMINATED, _INTERRUPTED = range(3)
 
 _ANSWER = b"\nStopping at the end of this step, with the state saved; press Ctrl-C again to stop at once.\n"
 
@@ -33,21 +33,21 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.received = NOTHING  # by any rank; the same on all ranks
+        self.received = _NOTHING  # by any rank; the same on all ranks
         self._ranks = ranks
-        self._received_here = NOTHING
+        self._received_here = _NOTHING
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
     @property
     def is_interrupted(self) -> bool:
         """Whether Ctrl-C was pressed, also after the last step, when there is nothing left to stop."""
-        return INTERRUPTED in (self.received, self._received_here)
+        return _INTERRUPTED in (self.received, self._received_here)
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
         """Only take note of the signals inside the block, which trains all stages."""
-        self.received = self._received_here = NOTHING
+        self.received = self._received_here = _NOTHING
         if self._ranks.count > 1:
             self._group = dist.new_group(backend="gloo")
         before = {}
@@ -66,10 +66,10 @@ class StopOnSignal(TrainerCallback):
                     signal.signal(number, handler)
 
     def _note_termination(self, number: int, frame: FrameType | None) -> None:
-        self._received_here = max(self._received_here, TERMINATED)
+        self._received_here = max(self._received_here, _TERMINATED)
 
     def _note_interruption(self, handler: signal._HANDLER) -> None:
-        self._received_here = INTERRUPTED
+        self._received_here = _INTERRUPTED
         signal.signal(signal.SIGINT, handler if self._ranks.count == 1 else signal.SIG_DFL)
         if self._ranks.is_first:
             with suppress(OSError):  # a program without stderr
@@ -95,7 +95,7 @@ class StopOnSignal(TrainerCallback):
     def _finish_reduction(self) -> int:
         """Return what any rank had received a step ago."""
         if self._pending is None:
-            return NOTHING
+            return _NOTHING
         flag, work = self._pending
         self._pending = None
         work.wait()
