@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..io.files import remove_abandoned
 from ..runs.directory import RunDirectory
 from .ranks import Ranks
 
@@ -22,6 +23,7 @@ def remove_leftovers(run: RunDirectory, ranks: Ranks, *, keep_optimizer_states: 
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
+            remove_abandoned(run.path)
 
 
 def _list_leftovers(run: RunDirectory, keep_optimizer_states: bool) -> Iterator[Path]:
