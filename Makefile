@@ -28,8 +28,8 @@ check: $(VENV)/.dev  ## lint, format check and type check
 results: $(VENV)/.runtime  ## rebuild the results in README.md and docs/ from benchmarks/results
 	$(BIN)/python benchmarks/results.py
 
-slow: $(VENV)/.dev  ## run the tests that take minutes
-	$(PYTEST) -m slow $(ARGS)
+slow: $(VENV)/.dev  ## run the tests that take minutes, and more examples of random ones
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis" $(ARGS)
 
 constraints: $(VENV)/.dev  ## pin the newest versions in constraints.txt
 	$(PIP) install uv

@@ -1,15 +1,13 @@
 """The training benchmark runs and leaves records with right ratios; what it measures at this size means nothing."""
 
+import functools
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPT = BENCHMARKS / "training.py"
 
 
 @pytest.fixture
@@ -19,12 +17,16 @@ def module(monkeypatch):
     return importlib.import_module
 
 
-def record(tmp_path, part):
+@pytest.fixture
+def record(module, tmp_path):
+    return functools.partial(run, module("training"), tmp_path)
+
+
+def run(training, tmp_path, part):
+    """Return the record of a part; timed processes are started by it, as by its users."""
     output, workdir = tmp_path / "results/training.json", tmp_path / "work"
     workdir.mkdir(exist_ok=True)
-    command = [sys.executable, SCRIPT, part, "--scale", "tiny", "--output", output, "--workdir", workdir]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    training.main([part, "--scale", "tiny", "--output", str(output), "--workdir", str(workdir)])
     assert list(workdir.iterdir()) == [], "what it wrote is removed"
     text = output.read_text()
     assert str(tmp_path) not in text and str(BENCHMARKS) not in text, "a record names no path of the machine"
@@ -39,15 +41,15 @@ def record(tmp_path, part):
     return result
 
 
-def test_steps(tmp_path):
-    result = record(tmp_path, "steps")
+def test_steps(record):
+    result = record("steps")
     assert set(result["median_seconds"]) == {"SlopTrainer", "Trainer"}
     assert len(result["ratios"]["steps_per_second"]) == result["repetitions"] == 1
     assert result["goals"][0]["value"] == pytest.approx(1 / result["ratio"])
 
 
-def test_boundary(tmp_path):
-    result = record(tmp_path, "boundary")
+def test_boundary(record):
+    result = record("boundary")
     (case,) = result["cases"]
     medians = case["median_seconds"]
     assert case["ratio"] == pytest.approx(medians["boundary"] / (medians["save_file"] + medians["load_file"]))
@@ -61,9 +63,9 @@ def test_boundary(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
-def test_memory(tmp_path):
+def test_memory(record):
     pytest.importorskip("deepspeed")
-    result = record(tmp_path, "memory")
+    result = record("memory")
     assert [case["allocator"] for case in result["cases"]] == ["as it comes", "gives back"]
     for case in result["cases"]:
         one, ranks = case["peak_bytes"].values()
