@@ -16,10 +16,11 @@ SCHEDULE = GrowthSchedule(ModelDims(16, 32, 2, 2), STAGES, 100)
 
 @pytest.fixture
 def run(tmp_path):
-    """The directory of a finished run, without what stages hold."""
+    """The directory of a finished run, without the content of its stages."""
     path = tmp_path / "run"
     for name in SCHEDULE.stage_names:
         (path / name).mkdir(parents=True)
+        (path / name / "stage.json").touch()
     SCHEDULE.to_yaml(path / "schedule.yaml")
     return path
 

@@ -34,7 +34,7 @@ def write_run(path, *, finished=4, running=None, facts=(4, 4, 2, 2)):
         RunFacts(16, 100, facts, data_seed=7, run_id="run-1").save(run)
     for name in SCHEDULE.stage_names[:finished]:
         (path / name).mkdir()
-        (path / name / "content").write_text(name)
+        (path / name / "stage.json").write_text(name)
     if running is not None:
         (run.running_dir(running) / "checkpoint-3").mkdir(parents=True)
     return run
@@ -68,7 +68,7 @@ def test_later_stages_move_aside_and_the_rest_stays(tmp_path):
     assert names(run.path) == ["rolled-back", "run.json", "schedule.yaml", "stage-0-initial", "stage-1-layer"]
     assert RunDirectory(run.path).finished_stages == 2
     assert names(plan.aside) == ["stage-2-ffn", "stage-3-hidden.running"]
-    assert (plan.aside / "stage-2-ffn" / "content").read_text() == "stage-2-ffn"
+    assert (plan.aside / "stage-2-ffn" / "stage.json").read_text() == "stage-2-ffn"
     assert content(run.path).items() <= before.items()
 
 

@@ -199,9 +199,9 @@ def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
             {"stage_learning_rates": [1e-3, 0.0]},
             r"stage_learning_rates must be positive numbers, .* got \[0.001, 0.0\]",
         ),
-        ({"growth_noise": -0.1}, "growth_noise must not be negative, got -0.1"),
-        ({"rewarm_steps": -0.1}, "rewarm_steps must not be negative, got -0.1"),
-        ({"peak_tflops": -1}, "peak_tflops must not be negative, got -1"),
+        ({"growth_noise": -0.1}, "growth_noise must be a number, at least 0, got -0.1"),
+        ({"rewarm_steps": -0.1}, "rewarm_steps must be a number, at least 0, got -0.1"),
+        ({"peak_tflops": -1}, "peak_tflops must be a number, at least 0, got -1"),
         ({"optim": "sgd"}, "optim 'sgd' keeps a state that cannot be grown .*; set carry_optimizer_state to false"),
     ],
 )

@@ -87,6 +87,7 @@ def test_records_and_layout(finished):
         ".lock",
         "run.json",
         "schedule.yaml",
+        "settings.json",
         *sorted(SCHEDULE.stage_names),
     ]
     assert run.schedule == SCHEDULE and run.is_finished

@@ -68,6 +68,7 @@ def trainer(
 ) -> SlopTrainer:
     """Return a trainer of the run; settings may include `callbacks`, `eval_dataset` and so on."""
     names = ("callbacks", "eval_dataset", "compute_metrics", "processing_class", "model", "optimizers", "model_init")
+    names = (*names, "optimizer_cls_and_kwargs")
     parts = {name: settings.pop(name) for name in names if name in settings}
     parts.setdefault("model", small_model(schedule.initial))
     parts.setdefault("eval_dataset", blocks(8, seed=1))

@@ -177,17 +177,20 @@ def read_data(path: Path, changes: list[str] | None) -> DataConfig:
         SlopError: if a key or a value is wrong, with the name of the file and the key.
     """
     from ..data import DataConfig  # with torch, which `slop --help` does without
+    from ..data.config import find_places
 
     content = read_yaml(path, error=DataError)
     overrides = read_changes(changes)
     if not isinstance(content, dict) or "sources" not in content:
         return slop_hf.RunConfig.from_yaml(path, overrides=overrides).data
+    find_places(content, path.parent)
     described: dict[str, Json] = {"mixture": content}
     within = {
         key.removeprefix("data.") if key.startswith("data.") else f"mixture.{key}": value
         for key, value in overrides.items()
     }
     set_keys(described, within, where=str(path), error=DataError)
+    find_places(described, path.parent, working_first=True)
     return parse(DataConfig, described, where=str(path), error=DataError)
 
 

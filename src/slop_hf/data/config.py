@@ -16,11 +16,14 @@ from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
+from typing_extensions import Self
 
 from ..errors import DataError
+from ..io.files import find_near
 from ..io.network_errors import hide_secrets
 from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
+from ..io.serialization import Json, read_yaml
 
 STDLIB = "python-stdlib"
 SMALLEST_VOCAB = 257  # a token per byte, and the end of text
@@ -92,8 +95,6 @@ class Source(Record, error=DataError):
 class Mixture(Record, error=DataError):
     """Several sources, each with its share of the training tokens.
 
-    Local places are relative to the working directory, as on the command line, also if a file lists them.
-
     Args:
         sources: sources by name; the names go into logs (`eval_NAME_loss`) and records.
 
@@ -106,6 +107,17 @@ class Mixture(Record, error=DataError):
     """
 
     sources: dict[str, Source]
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a mixture from a YAML file; a relative place is next to the file, or else in the working directory.
+
+        Raises:
+            DataError: if the file does not exist or does not hold a mixture.
+        """
+        content = read_yaml(path, error=DataError)
+        find_places(content, Path(path).parent)
+        return cls.from_plain({} if content is None else content, str(path))
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -229,6 +241,26 @@ def _check_url(place: str) -> None:
             f"source {hide_secrets(place)!r} is a malformed URL: expected http(s)://host[:port]/path, with an IPv6 "
             "address in brackets"
         )
+
+
+def find_places(content: Json, folder: str | os.PathLike[str], *, working_first: bool = False) -> None:
+    """Replace the paths in the content of a file about data, or of a part of it, as `find_near` does, in place."""
+    if not isinstance(content, dict):
+        return
+    for key in ("source", "mixture", "tokenizer"):
+        value = content.get(key)
+        if isinstance(value, str) and value != STDLIB:
+            content[key] = find_near(value, folder, working_first=working_first)
+        elif isinstance(value, list):
+            content[key] = [
+                find_near(place, folder, working_first=working_first) if isinstance(place, str) else place
+                for place in value
+            ]
+        else:
+            find_places(value, folder, working_first=working_first)
+    sources = content.get("sources")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        find_places(source, folder, working_first=working_first)
 
 
 def _normalize_weights(sources: Mapping[str, Source]) -> dict[str, float]:

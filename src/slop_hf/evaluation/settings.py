@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import EvaluationError
-from ..io.numbers import is_whole_number, require_whole_number
 from ..training.config import EvalOptions
 from .held_out import HeldOut
 from .tasks import PAPER, PERPLEXITY, list_task_names
@@ -40,15 +38,7 @@ class EvalSettings(EvalOptions):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", list_task_names(self.tasks))
-        if self.limit is not None:
-            require_whole_number(self.limit, "limit", error=EvaluationError)
-        if self.num_fewshot is not None:
-            require_whole_number(self.num_fewshot, "num_fewshot", least=0, error=EvaluationError)
-        if self.batch_size != "auto" and not is_whole_number(self.batch_size, least=1):
-            raise EvaluationError(f"batch_size must be 'auto', or a whole number, 1 or more, got {self.batch_size!r}")
-        for name, value in self.directories.items():
-            if not value.is_dir():
-                raise EvaluationError(f"{name} {value}: no such directory")
+        super().__post_init__()
         if PERPLEXITY in self.tasks and self.held_out is None:
             raise EvaluationError(
                 f"{PERPLEXITY} needs text to be measured on: give held-out data (on the command line, "
@@ -60,12 +50,6 @@ class EvalSettings(EvalOptions):
         """Return the settings with the options of a run's section `evaluation`."""
         shared = {option.name: getattr(options, option.name) for option in fields(EvalOptions)}
         return cls(**shared, held_out=held_out)
-
-    @property
-    def directories(self) -> Mapping[str, Path]:
-        """The given ones of `include_path` and `datasets`, as absolute paths."""
-        directories = {"include_path": self.include_path, "datasets": self.datasets}
-        return {name: Path(value).expanduser().absolute() for name, value in directories.items() if value is not None}
 
     @property
     def lm_eval_tasks(self) -> tuple[str, ...]:

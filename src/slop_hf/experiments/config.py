@@ -15,7 +15,7 @@ from ..dims import ModelDims
 from ..errors import RunError
 from ..io.numbers import is_whole_number
 from ..io.record import Record
-from ..io.serialization import Json, parse, read_yaml, set_keys
+from ..io.serialization import Json, read_yaml, set_keys
 from ..operators import OPERATORS
 from ..schedule import GrowthSchedule
 from ..training.config import RunConfig
@@ -267,7 +267,4 @@ def _read_run(sizes: ScaleConfig, path: Path, overrides: Mapping[str, Json]) -> 
     changes |= {f"training.{key}": value for key, value in sizes.training.items()} | dict(overrides)
     if isinstance(sizes.run, str):
         return RunConfig.from_yaml(path.parent / sizes.run, changes)
-    where = f"{path}: run"
-    content = copy.deepcopy(sizes.run)
-    set_keys(content, changes, where=where, error=RunError)
-    return parse(RunConfig, content, where=where, error=RunError)
+    return RunConfig.from_content(copy.deepcopy(sizes.run), changes, where=f"{path}: run", folder=path.parent)

@@ -55,6 +55,24 @@ def _is_abandoned(path: Path) -> bool:
     return f".{socket.gethostname()}-{writer[1]}-" in path.name and not psutil.pid_exists(int(writer[1]))
 
 
+def find_near(path: str, folder: str | os.PathLike[str], *, working_first: bool = False) -> str:
+    """Return a path that a file in `folder` names: next to that file if it exists there, else as it is.
+
+    As it is, a relative path belongs to the working directory. Names that are no paths, such as URLs and ids on the
+    Hub, come back as they are.
+
+    Args:
+        working_first: whether the working directory comes first, as for what was typed on the command line.
+
+    >>> find_near("owner/name", "runs")
+    'owner/name'
+    """
+    near = Path(folder, path)
+    if not path or near == Path(path) or (working_first and os.path.exists(path)) or not os.path.exists(near):
+        return path
+    return str(near)
+
+
 @contextmanager
 def write_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write a file under; rename it to `target` when the block ends without an error.

@@ -133,11 +133,20 @@ def describe_unknown_key(name: str, known: Iterable[str], *, path: str = "", lis
     >>> describe_unknown_key("x", ["source", "weight"])
     "unknown key 'x' (known: source, weight)"
     """
+    return f"unknown key '{path or name}'" + describe_alternatives(name, known, list_all=list_known)
+
+
+def describe_alternatives(name: str, known: Iterable[str], *, list_all: bool = True) -> str:
+    """Return the end of a message about an unknown name: the most similar known one, or else all of them.
+
+    >>> describe_alternatives("lama", ["llama", "mistral"]), describe_alternatives("x", ["llama", "mistral"])
+    ("; did you mean 'llama'?", ' (known: llama, mistral)')
+    """
     known = list(known)
-    message = f"unknown key '{path or name}'"
-    if similar := difflib.get_close_matches(name, known, n=1):
-        return f"{message}; did you mean {similar[0]!r}?"
-    return f"{message} (known: {', '.join(known)})" if known and list_known else message
+    begun = [other for other in known if len(name) > 2 and other.startswith(name)]
+    if similar := begun or difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {similar[0]!r}?"
+    return f" (known: {', '.join(known)})" if known and list_all else ""
 
 
 def _list_fields(cls: Any, path: Iterable[str | int]) -> list[str]:

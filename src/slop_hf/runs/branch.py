@@ -10,10 +10,13 @@ from dataclasses import replace
 from ..io.files import write_directory
 from ..schedule import GrowthSchedule
 from .directory import SCHEDULE_FILE, RunDirectory, RunFacts
+from .settings import RunSettings
 
 
 def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *, name: str) -> None:
     """Begin a run with finished stages of another run; files are hard-linked if the disk supports it.
+
+    Its seeds, its optimizer and the arguments of its growths are those that it is then trained with.
 
     Args:
         schedule: schedule of the new run; its stages that `source` has finished are taken over.
@@ -25,7 +28,10 @@ def inherit(source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *
         for _, stage in zip(schedule.stage_names, finished, strict=False):
             shutil.copytree(source.path / stage, temporary / stage, copy_function=_link)
         if facts is not None:
-            replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").save(RunDirectory(temporary))
+            facts = replace(facts, run_id=f"{name}-{secrets.token_hex(3)}").forget_choices()
+            facts.save(RunDirectory(temporary))
+        if (settings := RunSettings.load(source)) is not None:
+            settings.save(RunDirectory(temporary))
         schedule.to_yaml(temporary / SCHEDULE_FILE)
 
 

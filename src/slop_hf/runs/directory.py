@@ -3,6 +3,7 @@
     output_dir/
       schedule.yaml                       the growth schedule
       run.json                            the facts that must not change when the run is resumed
+      settings.json                       the settings that may change, with the steps from which they hold
       stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json, callbacks.json;
                                           evaluations.json once it has been evaluated
       stage-1-layer/ ...                  the same for each stage
@@ -17,7 +18,7 @@ A stage's directory is complete or absent: it is written under a temporary name 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -75,23 +76,47 @@ class RunDirectory:
         return self.path / f"{self.schedule.stage_name(number)}.running"
 
     @property
-    def finished_stages(self) -> int:
-        """Number of finished stages, the initial one included; they come first and without a gap."""
+    def whole_stages(self) -> int:
+        """Number of finished stages before the first one that is missing, whatever comes after it."""
         names = self.schedule.stage_names
-        return next((n for n, name in enumerate(names) if not (self.path / name).is_dir()), len(names))
+        return next((n for n, name in enumerate(names) if not (self.path / name / RECORD_FILE).is_file()), len(names))
+
+    @property
+    def finished_stages(self) -> int:
+        """Number of finished stages, the initial one included; they come first and without a gap.
+
+        Raises:
+            RunError: if the directory of a stage is not whole, or is missing although there are later ones.
+        """
+        count, names = self.whole_stages, self.schedule.stage_names
+        if count == len(names):
+            return count
+        missing, back = self.path / names[count], f"`slop rollback {self.path} --to-stage {count - 1}`"
+        later = [path for n in range(count + 1, len(names)) for path in (self.stage_dir(n), self.running_dir(n))]
+        if present := next((path.name for path in later if path.is_dir()), None):
+            remedy = f"or {back} and train from there" if count else "or begin another run"
+            raise RunError(
+                f"{missing} is missing or not whole, but {present} is there; restore it from a copy, {remedy}"
+            )
+        if missing.exists():
+            raise RunError(f"{missing} is not a finished stage: it has no {RECORD_FILE}; move it away")
+        return count
 
     @property
     def is_finished(self) -> bool:
         """Whether every stage has finished."""
         return self.finished_stages == len(self.schedule.structures)
 
-    def select_stages(self, numbers: Sequence[int] | None = None) -> Sequence[int]:
+    def select_stages(self, numbers: Sequence[int] | None = None, *, allow_gap: bool = False) -> Sequence[int]:
         """Return the given stage numbers, or the numbers of all finished stages.
+
+        Args:
+            allow_gap: whether stages before a missing one may be selected although there are later ones.
 
         Raises:
             RunError: if there is no run, no stage has finished, or one of the given stages has not.
         """
-        finished = self.finished_stages
+        finished = self.whole_stages if allow_gap else self.finished_stages
         if not finished:
             raise RunError(f"{self.path} has no finished stage yet: let `slop train` finish its first one")
         numbers = range(finished) if numbers is None else numbers
@@ -145,7 +170,10 @@ class RunFile(Record):
 
 @dataclass(frozen=True)
 class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
-    """Facts that must not change when a run is resumed: with others it would see other data. Stored as `run.json`.
+    """Facts that must not change when a run is resumed: with others it would be another run. Stored as `run.json`.
+
+    Those of a run that an earlier release began, or that continues another run, may be unknown; they are completed
+    when it is resumed.
 
     Args:
         block_size: tokens per training block.
@@ -156,6 +184,14 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
         data: fingerprint of the data and its mixture; "" for data without one.
         vocabulary: hash of the tokenizer; "" without one.
         frozen: names of the initial model's frozen parameters.
+        sample: hash of a sample of the blocks, for data without a fingerprint.
+        seed: seed of the initial weights and of dropout.
+        growth_seed, growth_noise: arguments of all growths; None if unknown.
+        growth_init: init of stages that have none in the schedule; None for the default, or if unknown.
+        carry_optimizer_state: whether AdamW's moments grow with the weights; None if unknown.
+        optimizer: name of the optimizer; "adamw" for all kinds with AdamW's state.
+        dtype: type of the weights that the optimizer updates.
+        model: settings of the initial model's config that growth does not change.
     """
 
     file_name = "run.json"
@@ -168,6 +204,20 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
     data: str = ""
     vocabulary: str = ""
     frozen: tuple[str, ...] = ()
+    sample: str = ""
+    seed: int | None = None
+    growth_seed: int | None = None
+    growth_noise: float | None = None
+    growth_init: dict[str, str] | str | None = None
+    carry_optimizer_state: bool | None = None
+    optimizer: str = ""
+    dtype: str = ""
+    model: dict[str, Json] = field(default_factory=dict)
+
+    @property
+    def knows_growth(self) -> bool:
+        """Whether the arguments of growth are known."""
+        return self.growth_seed is not None
 
     def batches(self, stages: int) -> tuple[int, ...]:
         """Return `blocks_per_step` for a schedule of `stages` stages; stages new to the run take the last value."""
@@ -180,13 +230,20 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
                 f"{run.path} was begun with another tokenizer, and a vocabulary cannot change between stages; "
                 f"resume with the tokenizer in {run.stage_dir(0)} (`tokenizer` in the data), or begin another run"
             )
-        for name in ("block_size", "blocks", "data_seed"):
-            if getattr(self, name) != getattr(given, name):
+        for name, remedy in _REMEDIES.items():
+            before, now = getattr(self, name), getattr(given, name)
+            if before not in (None, "") and now not in (None, "") and before != now:
+                begun = f"{run.path} was begun with {name} {before}, not {now}"
+                raise RunError(f"{begun}; {remedy}, or choose another output directory")
+        for name, before in self.model.items():
+            if not _agree(before, given.model.get(name, before)):
                 raise RunError(
-                    f"{run.path} was begun with {name} {getattr(self, name)}, not {getattr(given, name)}; "
-                    "resume with the same data and seeds, or choose another output directory"
+                    f"{run.path} was begun with a model whose {name} is {before}, not {given.model[name]}; "
+                    "resume with the same model settings, or choose another output directory"
                 )
-        if self.data and given.data and self.data != given.data:
+        if (self.data and given.data and self.data != given.data) or (
+            self.sample and given.sample and self.sample != given.sample
+        ):
             raise RunError(
                 f"{run.path} was begun with other documents, or other weights of its mixture; "
                 "resume with the same data, or choose another output directory"
@@ -197,3 +254,40 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
                 f"{run.path} was begun with {differing[0]} {begun}, not {now}; "
                 "set requires_grad of each parameter as it was, or choose another output directory"
             )
+
+    def forget_choices(self) -> RunFacts:
+        """Return the facts of another run on the same data, which has its own seeds, growths and optimizer."""
+        return replace(
+            self,
+            seed=None,
+            growth_seed=None,
+            growth_noise=None,
+            growth_init=None,
+            carry_optimizer_state=None,
+            optimizer="",
+        )
+
+    def complete(self, given: RunFacts) -> RunFacts:
+        """Return the facts with those of a resumption for the unknown ones."""
+        unknown = {name for name in _COMPLETED if getattr(self, name) in (None, "", {})}
+        if not self.knows_growth:
+            unknown.add("growth_init")
+        return replace(self, **{name: getattr(given, name) for name in unknown})
+
+
+def _agree(before: Json, now: Json) -> bool:
+    """Whether settings are equal, in what both have: another release of transformers may know more of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_agree(value, now.get(name, value)) for name, value in before.items())
+    return bool(before == now)
+
+
+#: Facts that a resumption must share, with what to do about others.
+_REMEDIES = {
+    **dict.fromkeys(("block_size", "blocks", "data_seed"), "resume with the same data and seeds"),
+    **dict.fromkeys(("seed", "growth_seed", "growth_noise"), "resume with the same value"),
+    "carry_optimizer_state": "resume with the same value",
+    "optimizer": "resume with the same optimizer",
+    "dtype": "resume with weights of the same type",
+}
+_COMPLETED = ("sample", "seed", "growth_seed", "growth_noise", "carry_optimizer_state", "optimizer", "dtype", "model")

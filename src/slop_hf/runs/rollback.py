@@ -53,7 +53,7 @@ def plan_rollback(run: RunDirectory, stage: int, schedule: GrowthSchedule | None
 
     `schedule` replaces the run's after this stage; up to it, the two must be equal.
     """
-    run.select_stages([stage])
+    run.select_stages([stage], allow_gap=True)  # a gap is what one may roll back from
     names = run.schedule.stage_names
     later = [run.path / name for name in names[stage + 1 :]]
     paths = [path for name in reversed(later) for path in (name.with_name(f"{name.name}.running"), name)]

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from ..cost.hours import CostModel
 from ..errors import RunError
 from ..growth.plan import DEFAULT_NOISE
-from ..io.serialization import Json
+from ..growth.safetensors_io import plan_shards
+from ..io.numbers import is_finite_number, is_whole_number
+from ..io.serialization import Json, describe_alternatives
 from .batches import PER_STAGE
 from .launch import prepare_launch
 
 #: Optimizers whose state is AdamW's two moments and a step per parameter.
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
+#: Name of all optimizers with that state, in the facts of a run.
+ADAMW_STATE = "adamw"
 LR_SPANS = ("stage", "run")
+#: Whole numbers, with the smallest one allowed.
+_WHOLE_NUMBERS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "save_total_limit": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "growth_seed": None,
+}
+#: Numbers from 0 on, with what they must be below.
+_NUMBERS = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 1.0),
+    **dict.fromkeys(("warmup_steps", "rewarm_steps", "logging_steps", "eval_steps", "save_steps"), math.inf),
+    **dict.fromkeys(("growth_noise", "peak_tflops", "neftune_noise_alpha"), math.inf),
+}
+_NEVER_LISTED = ("flyte",)  # by transformers, among the available trackers
+_LARGEST_SEED = 2**31 - 1  # stages and steps are added to it, and numpy's seeds end at 2**32
 
 
 @dataclass
@@ -103,6 +132,7 @@ class SlopTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "growth_init"]
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         prepare_launch(self)
         super().__post_init__()
         if self.device.type == "cpu":  # `use_cpu` does the same; pages are pinned for copies to a GPU
@@ -113,12 +143,44 @@ class SlopTrainingArguments(TrainingArguments):
             if isinstance(getattr(self, name), (int, float)):
                 setattr(self, name, [getattr(self, name)])
         self._refuse_meaningless()
+        self._check_files_and_packages()
         optim = getattr(self.optim, "value", self.optim)
         if self.carry_optimizer_state and optim not in ADAMW:
             raise RunError(
                 f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
                 "set carry_optimizer_state to false to start it afresh in every stage"
             )
+
+    def _check_numbers(self) -> None:
+        for name, least in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not is_whole_number(value, least):
+                bound = "" if least is None else f" of at least {least}"
+                raise RunError(f"{name} must be a whole number{bound}, got {value!r}")
+        for name in ("seed", "data_seed"):
+            if (getattr(self, name) or 0) > _LARGEST_SEED:
+                raise RunError(f"{name} must be at most {_LARGEST_SEED}, got {getattr(self, name)}")
+        for name, limit in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not (is_finite_number(value, least=0) and value < limit):
+                bound = "" if math.isinf(limit) else f" and below {limit:g}"
+                raise RunError(f"{name} must be a number, at least 0{bound}, got {value!r}")
+
+    def _check_files_and_packages(self) -> None:
+        """Refuse now what the trainer would miss only once the data are ready."""
+        available = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise RunError(f"report_to {name!r} is unknown{describe_alternatives(name, INTEGRATION_TO_CALLBACK)}")
+            if name not in (*available, *_NEVER_LISTED):
+                raise RunError(
+                    f"report_to {name!r} is not installed here; install its package, or leave report_to out"
+                )
+        if self.cost_model is not None:
+            CostModel.from_yaml(self.cost_model)
+        plan_shards({}, self.max_shard_size)
+        if self.growth_init == "":
+            raise RunError("growth_init is empty; name an init such as 'preserving', or leave it out")
 
     def _refuse_meaningless(self) -> None:
         if self.max_steps > 0 or self.num_train_epochs != 1.0:
@@ -142,8 +204,41 @@ class SlopTrainingArguments(TrainingArguments):
             raise RunError(f"lr_span must be one of {', '.join(LR_SPANS)}, got {self.lr_span!r}")
         for name in PER_STAGE:
             numbers = getattr(self, name)
-            if numbers is not None and (not numbers or min(numbers) <= 0):
+            if numbers is not None and not (numbers and all(map(_is_positive, numbers))):
                 raise RunError(f"{name} must be positive numbers, one for all stages or one per stage, got {numbers}")
-        for name in ("rewarm_steps", "peak_tflops", "growth_noise"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise RunError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.resume_from_checkpoint is not None:
+            raise RunError(
+                "resume_from_checkpoint is no argument of a run: resume with `slop train --resume`, or in Python with "
+                "train(resume_from_checkpoint=True)"
+            )
+
+
+def name_optimizer(
+    args: SlopTrainingArguments, custom: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
+) -> str:
+    """Return the name of the optimizer in the facts of a run; refuse arguments that it would not follow.
+
+    Args:
+        custom: `Trainer`'s argument `optimizer_cls_and_kwargs`.
+    """
+    if custom is None:
+        optim = str(getattr(args.optim, "value", args.optim))
+        return ADAMW_STATE if optim in ADAMW else optim
+    optimizer, settings = custom
+    if args.stage_learning_rates is not None:
+        raise RunError(
+            "stage_learning_rates has no effect on optimizer_cls_and_kwargs, whose own lr holds in every stage; "
+            "choose the optimizer with `optim`, or leave stage_learning_rates out"
+        )
+    if optimizer is torch.optim.AdamW and not settings.get("amsgrad"):
+        return ADAMW_STATE
+    if args.carry_optimizer_state:
+        raise RunError(
+            f"{optimizer.__name__} keeps a state that cannot be grown; set carry_optimizer_state to false to start it "
+            "afresh in every stage"
+        )
+    return optimizer.__name__
+
+
+def _is_positive(number: object) -> bool:
+    return is_finite_number(number, least=0) and number != 0

@@ -6,7 +6,7 @@ A checkpoint holds the files of a finished stage (a stock model, AdamW's state, 
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import TypedDict, cast
@@ -14,7 +14,7 @@ from typing import TypedDict, cast
 from transformers.utils import logging
 
 from ..errors import RunError
-from ..io.serialization import Json
+from ..io.serialization import Json, read_json
 from ..runs.directory import RunDirectory
 from .checksums import CHECKSUM_FILE, find_corruption
 from .ranks import Ranks
@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 RESUME_FILE = "resume.json"
 CHECKPOINT = "checkpoint-"
+_NAME = re.compile(rf"{CHECKPOINT}([0-9]+)")
 
 
 class LossSums(TypedDict):
@@ -39,10 +40,25 @@ class LossSums(TypedDict):
     pending: list[float]
 
 
+class GrowthFacts(TypedDict):
+    """The growth at the beginning of a stage, as it happened.
+
+    Keys:
+        init: init of each operator.
+        seed: seed of the entries drawn at random.
+        noise: noise on copies, as a fraction of `initializer_range`.
+    """
+
+    init: dict[str, str]
+    seed: int
+    noise: float
+
+
 class Resumption(TypedDict, total=False):
     """Content of `resume.json`.
 
     Keys:
+        growth: the growth that the stage began with; None without one.
         seconds: seconds that the stage has trained for.
         scheduler: state of the learning-rate scheduler.
         scaler: state of the loss scaler; None without one.
@@ -50,6 +66,7 @@ class Resumption(TypedDict, total=False):
         random: state of the random number generators of each rank.
     """
 
+    growth: GrowthFacts | None
     seconds: float
     scheduler: dict[str, Json]
     scaler: dict[str, Json] | None
@@ -58,8 +75,9 @@ class Resumption(TypedDict, total=False):
 
 
 def list_checkpoints(run: RunDirectory, stage: int) -> list[Path]:
-    """Return the checkpoints of a stage in training, newest first."""
-    paths = [path for path in run.running_dir(stage).glob(f"{CHECKPOINT}*") if path.is_dir()]
+    """Return the checkpoints of a stage in training, newest first; copies under other names are not among them."""
+    paths = [path for path in run.running_dir(stage).glob(f"{CHECKPOINT}*") if _NAME.fullmatch(path.name)]
+    paths = [path for path in paths if path.is_dir()]
     return sorted(paths, key=parse_step, reverse=True)
 
 
@@ -108,8 +126,5 @@ def remove_checkpoint(path: Path) -> None:
 
 def read_resumption(checkpoint: Path) -> Resumption:
     """Read the `resume.json` of a checkpoint."""
-    path = checkpoint / RESUME_FILE
-    try:
-        return cast(Resumption, json.loads(path.read_text()))
-    except (OSError, ValueError) as caught:
-        raise RunError(f"{path} cannot be read ({caught}); resume from another checkpoint") from None
+    content = read_json(checkpoint / RESUME_FILE, if_missing="resume from another checkpoint", error=RunError)
+    return cast(Resumption, content)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..data.config import ONLY
 from ..data.order import count_consumed_tokens
 from ..data.packing import MixedBlocks
 from ..dims import ModelDims
 from ..errors import DataError, RunError
+from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..schedule import GrowthSchedule
-from .run_plan import RunPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+    from .run_plan import RunPlan
+
 #: Bytes per parameter in float32: a finished stage, and a checkpoint, which adds AdamW's two moments.
 _STAGE_BYTES, _CHECKPOINT_BYTES = 4, 12
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: object) -> None:
@@ -37,6 +43,24 @@ def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_cla
             f"the tokenizer has {entries} entries, more than the model's vocabulary of {model.config.vocab_size}; "
             "use a model or a tokenizer that fits the other"
         )
+
+
+def check_precision(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Refuse weights in half precision where float32 is promised: small updates would be rounded away.
+
+    Frozen weights may be of any precision. Under DeepSpeed, which keeps float32 masters, this is not to be called.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    half = [dtype for dtype in HALF_PRECISION if dtype in dtypes]
+    if not half or (
+        torch.float16 not in half and not (args.bf16 or args.fp16)
+    ):  # all in bfloat16, as it was asked for
+        return
+    name = str(half[0]).removeprefix("torch.")
+    raise RunError(
+        f"the model's weights are {name}: mixed precision needs float32 weights to update; load the model with "
+        "dtype=torch.float32, or call model.float()"
+    )
 
 
 def check_publishing(push_to_hub: bool, callbacks: Iterable[TrainerCallback] | None) -> None:
@@ -89,6 +113,38 @@ def check_launch(args: TrainingArguments, *, fsdp: bool) -> None:
         )
     if args.save_on_each_node:
         raise RunError("save_on_each_node would scatter a run over the nodes; put output_dir on a shared disk")
+
+
+def check_deepspeed_config(config: Mapping[str, Json]) -> None:
+    """Refuse configurations of DeepSpeed whose states could not be read, or not exactly, for a growth."""
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage") != 3:
+        raise RunError(
+            f'DeepSpeed\'s ZeRO stage {zero.get("stage", 0)} is not supported: set "stage": 3, or launch without '
+            "DeepSpeed"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if (zero.get(part) or {}).get("device") == "nvme":
+            raise RunError(f"{part} to nvme is not supported: states could not be read for a growth; use cpu")
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio != 1:
+        raise RunError(
+            f"offload_optimizer with ratio {ratio} is not supported: its states lie in two places; leave it out"
+        )
+    if zero.get("zero_hpz_partition_size", 1) != 1 or zero.get("mics_shard_size", -1) != -1:
+        raise RunError("hpZ and MiCS are not supported; leave zero_hpz_partition_size and mics_shard_size out")
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(name):
+            raise RunError(f"{name} is not supported: a growth would read rounded weights; leave it out")
+    if zero.get("zenflow"):
+        raise RunError("zenflow is not supported: it updates weights behind the step; leave it out")
+    if (config.get("fp16") or {}).get("enabled") is True:
+        raise RunError("fp16 under DeepSpeed is not supported: its loss scale would be lost at a growth; use bf16")
+    for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if (config.get("bf16") or {}).get(name):
+            raise RunError(f"{name} is not supported: growth and AdamW need float32 masters; leave it out")
+    if "scheduler" in config:
+        raise RunError("DeepSpeed's `scheduler` does not know the stages; leave it out and set lr_scheduler_type")
 
 
 def describe_space_shortage(plan: RunPlan, directory: Path, checkpoints: int | None) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,28 +12,48 @@ from typing import Any, cast, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.activations import ACT2FN
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available
 from typing_extensions import Self
 
+from ..architectures import ARCHITECTURES
 from ..baselines import from_scratch
 from ..data import Corpus, DataConfig, load_tokenizer, prepare_data, read_documents
+from ..data.config import STDLIB, find_places
 from ..data.sources import list_local_files
 from ..dims import ModelDims
-from ..errors import DataError, RunError, SlopError
+from ..errors import DataError, EvaluationError, RunError, SlopError
 from ..growth import find_checkpoint_directory
-from ..io.hub_address import locate
+from ..io.files import check_output, find_near
+from ..io.hub_address import Address, locate
 from ..io.model_errors import NEEDS_CODE, explain_load_error
+from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
-from ..io.serialization import Json, parse, read_yaml, set_keys
+from ..io.serialization import Json, describe_alternatives, describe_unknown_key, parse, read_yaml, set_keys
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import PER_STAGE, keep_last_stage
+from .checks import HALF_PRECISION
+from .learning_rate import check_scheduler
 from .ranks import Ranks
 from .run_plan import plan_run, with_inits
 from .spans import StageSpan
 from .trainer import SlopTrainer
+
+DEFAULT_FAMILY = "llama"
+#: Keys that may be paths of existing files, by section; those of the data are in `data.config`.
+_PATHS = {
+    "": ("schedule",),
+    "model": ("pretrained",),
+    "training": ("cost_model", "deepspeed"),
+    "evaluation": ("include_path", "datasets"),
+}
+_DTYPES = ("float32", "float64")
+#: The message of transformers' enumerations.
+_UNKNOWN_CHOICE = re.compile(r"(.+) is not a valid \w+, please select one of \[(.+)\]")
+_QUOTED = re.compile(r"'([^']+)'")
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,23 @@ class EvalOptions:
     device: str | None = None
     include_path: str | Path | None = None
     datasets: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            require_whole_number(self.limit, "limit", error=EvaluationError)
+        if self.num_fewshot is not None:
+            require_whole_number(self.num_fewshot, "num_fewshot", least=0, error=EvaluationError)
+        if self.batch_size != "auto" and not is_whole_number(self.batch_size, least=1):
+            raise EvaluationError(f"batch_size must be 'auto', or a whole number, 1 or more, got {self.batch_size!r}")
+        for name, value in self.directories.items():
+            if not value.is_dir():
+                raise EvaluationError(f"{name} {value}: no such directory")
+
+    @property
+    def directories(self) -> Mapping[str, Path]:
+        """The given ones of `include_path` and `datasets`, as absolute paths."""
+        directories = {"include_path": self.include_path, "datasets": self.datasets}
+        return {name: Path(value).expanduser().absolute() for name, value in directories.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -85,24 +122,46 @@ class RunConfig(Record, error=RunError):
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Mapping[str, Json] | None = None) -> Self:
         """Read a run from a YAML file.
 
+        A relative path in it belongs to something next to the file, or else in the working directory.
+
         Args:
-            path: the file; if its `schedule` or `mixture` is a path, that path is relative to the file.
-            overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`.
+            path: the file.
+            overrides: values by dotted key, such as `{"training.learning_rate": 1e-3}`. Their relative paths are
+                looked for in the working directory first.
 
         Raises:
             RunError: naming the file and the faulty key.
         """
-        content = read_yaml(path, error=RunError) or {}
+        content = read_yaml(path, error=RunError)
+        if content is None:
+            content = {}
+        return cls.from_content(content, overrides or {}, where=str(path), folder=Path(path).parent)
+
+    @classmethod
+    def from_content(cls, content: Json, overrides: Mapping[str, Json], *, where: str, folder: Path) -> Self:
+        """Build a run from the content of a file, or of a section of one, as `from_yaml` does.
+
+        Args:
+            content: content of the file, which is changed.
+            overrides: as for `from_yaml`.
+            where: name of the file, for error messages.
+            folder: folder of the file.
+
+        Raises:
+            RunError: naming the file and the faulty key.
+        """
         if not isinstance(content, dict):
-            raise RunError(f"{path}: expected a mapping with keys such as schedule, model, data and training")
-        set_keys(content, overrides or {}, where=str(path), error=RunError)
-        folder = Path(path).parent
-        if isinstance(content.get("schedule"), str):
-            content["schedule"] = str(folder / content["schedule"])
+            raise RunError(f"{where}: expected a mapping with keys such as schedule, model, data and training")
+        _find_files(content, folder)
+        set_keys(content, overrides, where=where, error=RunError)
+        _find_files(content, folder, working_first=True)
         data = content.get("data")
-        if isinstance(data, dict) and isinstance(data.get("mixture"), str):
-            data["mixture"] = str(folder / data["mixture"])
-        return cls.from_plain(content, str(path))
+        if data is None or (isinstance(data, dict) and not data.keys() & {"source", "mixture"}):
+            raise RunError(
+                f"{where}: it names no training data; give data.source ({STDLIB}, a local file or folder, a URL or a "
+                "Hub dataset) or data.mixture"
+            )
+        return cls.from_plain(content, where)
 
     def with_schedule(self, schedule: GrowthSchedule | str | None) -> RunConfig:
         """Return the run with another schedule; None changes nothing."""
@@ -120,26 +179,36 @@ class RunConfig(Record, error=RunError):
             )
         return GrowthSchedule.from_yaml(self.schedule) if isinstance(self.schedule, str) else self.schedule
 
+    def parse_training(self) -> dict[str, Json]:
+        """Return the section `training` with the types of `SlopTrainingArguments`.
+
+        Raises:
+            RunError: for an unknown argument, or a value of another type.
+        """
+        names = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
+        _refuse_unknown(self.training, names, "training")
+        if "output_dir" in self.training:
+            raise RunError("training.output_dir: `slop train -o DIR` names the run directory; leave this key out")
+        hints = get_type_hints(SlopTrainingArguments)
+        for_all = {key: [self.training[key]] for key in PER_STAGE if isinstance(self.training.get(key), (int, float))}
+        return {
+            key: parse(hints[key], value, where=f"training.{key}", error=RunError)
+            for key, value in {**self.training, **for_all}.items()
+        }
+
     def arguments(self, output_dir: str | Path) -> SlopTrainingArguments:
         """Return the training arguments.
 
         Raises:
             RunError: for an unknown argument, or an invalid value.
         """
-        names = [item.name for item in dataclasses.fields(SlopTrainingArguments) if item.init]
-        _refuse_unknown(self.training, names, "training")
-        hints = get_type_hints(SlopTrainingArguments)
-        for_all = {key: [self.training[key]] for key in PER_STAGE if isinstance(self.training.get(key), (int, float))}
-        values = {
-            key: parse(hints[key], value, where=f"training.{key}", error=RunError)
-            for key, value in {**self.training, **for_all}.items()
-        }
+        values = self.parse_training()
         try:
             return SlopTrainingArguments(**{"report_to": "none", **values, "output_dir": str(output_dir)})
-        except SlopError:
-            raise
+        except SlopError as caught:
+            raise type(caught)(f"training: {caught}") from None
         except (ValueError, TypeError) as caught:
-            raise RunError(f"training: {' '.join(str(caught).split())}") from None
+            raise RunError(_describe_unknown_choice(caught, values) or f"training: {_summarise(caught)}") from None
 
     def model_config(self, dims: ModelDims, vocab_size: int, *, as_described: bool = False) -> PreTrainedConfig:
         """Return the config of the initial model.
@@ -154,6 +223,7 @@ class RunConfig(Record, error=RunError):
         """
         settings = dict(self.model)
         pretrained = settings.pop("pretrained", None)
+        _check_model_settings(pretrained, settings)
         try:
             if pretrained is not None and not (as_described and settings):
                 config = _load_config(pretrained)
@@ -162,14 +232,13 @@ class RunConfig(Record, error=RunError):
                     if actual != value:
                         raise RunError(f"model.{name} is {value}, but {pretrained} has {actual}; leave it out")
                 return config
-            family = settings.pop("model_type", "llama")
-            base = AutoConfig.for_model(family)
+            base = AutoConfig.for_model(settings.pop("model_type", DEFAULT_FAMILY))
             _refuse_unknown(settings, [*base.to_dict(), "rope_theta"], "model")
             return dims.to_config(type(base)(**{"vocab_size": vocab_size, **settings}))
         except SlopError:
             raise
         except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
-            raise RunError(f"model: {' '.join(str(caught).split())}") from None
+            raise RunError(f"model: {_summarise(caught)}") from None
 
 
 def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = False, **kwargs: Any) -> SlopTrainer:
@@ -184,6 +253,8 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     """
     args = config.arguments(output_dir)
     schedule = _read_schedule(config, args, scratch=scratch)
+    check_output(output_dir, "run directory", RunError, is_directory=True)
+    _preview_model(config, schedule, scratch=scratch)
     corpus = _prepare_data_in_turn(config.data, Ranks.from_args(args))
     model = _build_initial_model(config, schedule, corpus, args.seed, scratch=scratch)
     return SlopTrainer(
@@ -231,6 +302,8 @@ def preview_run(
     Raises:
         SlopError: if the run cannot be trained, as far as that can be seen without reading the whole corpus.
     """
+    config.parse_training()
+    check_output(output_dir, "run directory", RunError, is_directory=True)
     training = dict(config.training)
     if not is_torch_bf16_gpu_available():
         for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them without such a device
@@ -242,6 +315,14 @@ def preview_run(
     for source in config.data.sources.values():
         if local := tuple(place for place in source.places if list_local_files(place) is not None):
             next(read_documents(dataclasses.replace(source, source=local)))  # refuses missing and empty places
+    model_config = _preview_model(config, schedule, scratch=scratch)
+    plan = plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=devices)
+    check_scheduler(args, plan.spans)
+    return plan.spans
+
+
+def _preview_model(config: RunConfig, schedule: GrowthSchedule, *, scratch: bool) -> PreTrainedConfig:
+    """Return the config of the initial model as the run describes it; refuse one that does not fit the schedule."""
     model_config = config.model_config(schedule.initial, find_vocab_size(config), as_described=True)
     if scratch:
         model_config = schedule.initial.to_config(model_config)
@@ -255,7 +336,7 @@ def preview_run(
             f"block_size {config.data.block_size} is above the model's max_position_embeddings "
             f"{model_config.max_position_embeddings}; use shorter blocks"
         )
-    return plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=devices).spans
+    return model_config
 
 
 def find_vocab_size(config: RunConfig) -> int:
@@ -271,6 +352,12 @@ def find_vocab_size(config: RunConfig) -> int:
 def _read_schedule(config: RunConfig, args: SlopTrainingArguments, *, scratch: bool) -> GrowthSchedule:
     """Return the run's schedule; from scratch, a schedule of the target alone, with the last stage's arguments."""
     schedule = config.read_schedule()
+    for name, size in schedule.initial.as_dict().items():
+        if config.model.get(name, size) != size:
+            raise RunError(
+                f"model.{name} is {config.model[name]!r}, but the schedule decides on sizes, and begins with {size}; "
+                f"leave model.{name} out"
+            )
     if not scratch:
         return schedule
     keep_last_stage(args)
@@ -285,7 +372,10 @@ def _build_initial_model(
     if (pretrained := config.model.get("pretrained")) is not None and not scratch:
         directory = find_checkpoint_directory(pretrained)
         try:
-            return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+            # DeepSpeed keeps float32 masters; without it, half of AdamW's small updates would be rounded away.
+            is_half = model.dtype in HALF_PRECISION and not is_deepspeed_zero3_enabled()
+            return model.float() if is_half else model
         except (OSError, ValueError) as caught:
             reason = explain_load_error(caught)
             raise RunError(
@@ -311,7 +401,58 @@ def _load_config(pretrained: str) -> PreTrainedConfig:
         raise
 
 
-def _refuse_unknown(names: Iterable[str], known: list[str], section: str) -> None:
+def _find_files(content: dict[str, Json], folder: Path, *, working_first: bool = False) -> None:
+    """Replace relative paths in the content of a run's file as `find_near` does, in place."""
+    find_places(content.get("data"), folder, working_first=working_first)
+    for section, names in _PATHS.items():
+        values: Json = content.get(section) if section else content
+        for name in names if isinstance(values, dict) else ():
+            if isinstance(values.get(name), str):
+                values[name] = find_near(values[name], folder, working_first=working_first)
+
+
+def _check_model_settings(pretrained: Json, settings: Mapping[str, Json]) -> None:
+    """Refuse families without an axis table, and values that transformers would accept and training would not."""
+    family = settings.get("model_type", DEFAULT_FAMILY)
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        known = describe_alternatives(str(family), ARCHITECTURES)
+        raise RunError(f"model.model_type {family!r} cannot be grown{known}")
+    for name in ("vocab_size", "max_position_embeddings"):
+        if name in settings and not is_whole_number(settings[name], 1):
+            raise RunError(f"model.{name} must be a whole number of at least 1, got {settings[name]!r}")
+    for name, value in settings.items():
+        if name.endswith("_dropout") and not (is_finite_number(value, 0) and value < 1):
+            raise RunError(f"model.{name} must be a number from 0 on and below 1, got {value!r}")
+    if pretrained is None and (dtype := settings.get("dtype")) not in (None, *_DTYPES):
+        raise RunError(
+            f"model.dtype must be {' or '.join(_DTYPES)}, got {dtype!r}: AdamW's small updates need precise "
+            "weights; for faster arithmetic set training.bf16"
+        )
+    activation = settings.get("hidden_act")
+    if activation is not None and activation not in ACT2FN:
+        raise RunError(f"model.hidden_act {activation!r} is unknown{describe_alternatives(str(activation), ACT2FN)}")
+    if pretrained is None:
+        return
+    if not isinstance(pretrained, str) or not pretrained:
+        raise RunError(f"model.pretrained must be a model directory or a Hub id[@revision], got {pretrained!r}")
+    if not Path(pretrained).exists() and Address.find(pretrained) is None:
+        raise RunError(f"model.pretrained {pretrained}: no such directory, and not a Hub id; correct the path")
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], section: str) -> None:
+    known = list(known)
     if unknown := [name for name in names if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise RunError(f"{section}: unknown key {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise RunError(f"{section}: {describe_unknown_key(str(unknown[0]), known, list_known=False)}")
+
+
+def _describe_unknown_choice(caught: Exception, values: Mapping[str, Json]) -> str | None:
+    """Return a message that names the argument, if transformers does not know its value; it lists all it knows."""
+    if (match := _UNKNOWN_CHOICE.fullmatch(str(caught))) is None:
+        return None
+    value, known = match[1], _QUOTED.findall(match[2])
+    name = next((name for name in values if str(values[name]) == value), "")
+    return f"training.{name}: {value!r} is unknown{describe_alternatives(value, known)}"
+
+
+def _summarise(caught: Exception) -> str:
+    return " ".join(str(caught).split())

@@ -91,7 +91,18 @@ def _convert_shares(kwargs: dict[str, Json] | str | None, steps: int) -> dict[st
 
 
 def restore_scheduler(scheduler: LRScheduler, state: dict[str, Json]) -> None:
-    """Restore a scheduler from its `state_dict`, and with it the learning rates of its optimizer."""
-    scheduler.load_state_dict(state)
+    """Restore a scheduler from a `state_dict`, and with it the learning rates of its optimizer.
+
+    A schedule that depends on the step alone keeps its own peaks and continues at the step, so that a resumption may
+    change them.
+    """
+    if isinstance(scheduler, LambdaLR):
+        step = int(state["last_epoch"])
+        scheduler.last_epoch = step
+        scheduler._step_count = step + 1
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler._last_lr = rates
+    elif "lr_lambdas" not in state:  # else the run was on another kind of schedule, and a fresh one begins
+        scheduler.load_state_dict(state)
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from transformers.utils import logging
 
-from ..dims import ModelConfig
+from ..dims import ModelConfig, ModelDims
 from ..growth import plan_growth, resolve_inits
+from ..io.serialization import Json
 from ..operators import get_operator
 from ..runs.directory import RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import Batches, count_blocks_per_step, resolve_per_stage, share_batches
+from .settings import describe_settings
 from .spans import StageSpan, compute_stage_spans
 
 logger = logging.get_logger(__name__)
+
+#: Entries of a config that say nothing about the function of the model, or that the tokenizer decides on.
+_INCIDENTAL = {
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "output_hidden_states", "output_attentions", "return_dict"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class RunPlan:
         spans: position of each stage on the axes of steps, blocks, tokens and FLOPs.
         batches: batch of one device in each stage.
         rates: peak learning rate of each stage.
+        settings: settings that may change when the run is resumed (see `training.settings`).
     """
 
     schedule: GrowthSchedule
@@ -36,6 +48,7 @@ class RunPlan:
     spans: tuple[StageSpan, ...]
     batches: tuple[Batches, ...]
     rates: tuple[float, ...]
+    settings: dict[str, Json] = field(default_factory=dict)
 
     @property
     def end_step(self) -> int:
@@ -53,6 +66,9 @@ def plan_run(
     blocks: int = 0,
     data: str = "",
     vocabulary: str = "",
+    sample: str = "",
+    optimizer: str = "",
+    dtype: str = "",
     begun: RunFacts | None = None,
 ) -> RunPlan:
     """Lay out a run, and refuse arguments that do not fit the schedule or the devices.
@@ -63,7 +79,7 @@ def plan_run(
         block_size: tokens per training block.
         blocks: number of blocks of the training data; 0 if unknown, as in a preview.
         data: fingerprint of the training data; "" if unknown.
-        vocabulary: hash of the tokenizer; "" without one.
+        vocabulary, sample, optimizer, dtype: as in `RunFacts`; "" if unknown.
         begun: facts of the run if it has begun: it keeps its batches on any number of devices.
     """
     stages = len(schedule.structures)
@@ -76,11 +92,36 @@ def plan_run(
     batches = share_batches(args, per_step, devices)
     rates = resolve_per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
     seed = args.seed if args.data_seed is None else args.data_seed
-    facts = RunFacts(block_size, blocks, tuple(per_step), seed, data=data, vocabulary=vocabulary)
+    facts = RunFacts(
+        block_size=block_size,
+        blocks=blocks,
+        blocks_per_step=tuple(per_step),
+        data_seed=seed,
+        data=data,
+        vocabulary=vocabulary,
+        sample=sample,
+        seed=args.seed,
+        growth_seed=args.growth_seed,
+        growth_noise=args.growth_noise,
+        growth_init=args.growth_init,
+        carry_optimizer_state=args.carry_optimizer_state,
+        optimizer=optimizer,
+        dtype=dtype,
+        model=_describe_model(config),
+    )
     for before, span in pairwise(spans):
         if span.growth is not None:  # refuse now what the boundary would refuse after hours
             plan_growth(before.dims.to_config(config), span.growth)
-    return RunPlan(schedule, facts, spans, batches, rates)
+    return RunPlan(schedule, facts, spans, batches, rates, describe_settings(args, batches, devices))
+
+
+def _describe_model(config: ModelConfig) -> dict[str, Json]:
+    """Return the settings of a model's config that growth does not change, as JSON gives them back."""
+    content = config if isinstance(config, Mapping) else config.to_dict()
+    grown = {*ModelDims.__dataclass_fields__, "layer_types"}
+    kept = {name: value for name, value in content.items() if name not in grown | _INCIDENTAL and name[0] != "_"}
+    plain: dict[str, Json] = json.loads(json.dumps(kept, default=str))
+    return plain
 
 
 def with_inits(schedule: GrowthSchedule, init: str | dict[str, str] | None) -> GrowthSchedule:

@@ -9,6 +9,8 @@ from ..growth import resolve_inits
 from ..io.serialization import Json, list_versions
 from ..runs.directory import RunFacts
 from ..runs.records import EVAL_LOSS, ConsumedTokens, StageRecord, compute_perplexity
+from .arguments import SlopTrainingArguments
+from .checkpoints import GrowthFacts
 from .spans import StageSpan
 
 _SOURCE_LOSS = re.compile("eval_.+_loss")
@@ -21,8 +23,7 @@ def build_stage_record(
     metrics: Mapping[str, float],
     seconds: float,
     devices: int,
-    growth_seed: int,
-    growth_noise: float,
+    growth: GrowthFacts | None,
     data: tuple[ConsumedTokens, ...],
     facts: RunFacts,
 ) -> StageRecord:
@@ -32,6 +33,7 @@ def build_stage_record(
         history: log of the run up to the end of the stage.
         metrics: metrics of the evaluation at its end; empty without held-out data.
         devices: number of processes that shared the work.
+        growth: the growth that the stage began with, whatever the arguments now say; None without one.
     """
     entries = [entry for entry in history if entry.get("stage") == span.number]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
@@ -60,11 +62,19 @@ def build_stage_record(
         data=data,
         data_fingerprint=facts.data,
         data_seed=facts.data_seed,
-        init=resolve_inits(span.growth.operators, span.growth.init) if span.growth else {},
-        growth_seed=growth_seed if span.growth else None,
-        growth_noise=growth_noise if span.growth else None,
+        init=growth["init"] if growth else {},
+        growth_seed=growth["seed"] if growth else None,
+        growth_noise=growth["noise"] if growth else None,
         versions=list_versions(),
     )
+
+
+def describe_growth(span: StageSpan, args: SlopTrainingArguments) -> GrowthFacts | None:
+    """Return the growth that a stage begins with under the given arguments; None for the initial model."""
+    if span.growth is None:
+        return None
+    inits = resolve_inits(span.growth.operators, span.growth.init)
+    return {"init": inits, "seed": args.growth_seed + span.number, "noise": args.growth_noise}
 
 
 def select_source_losses(metrics: Mapping[str, float]) -> dict[str, float]:

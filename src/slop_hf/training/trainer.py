@@ -27,21 +27,22 @@ from transformers.utils import logging
 from ..cost.device_peaks import look_up_peak_flops
 from ..cost.hours import CostModel
 from ..data.order import BlockOrder, count_consumed_tokens
-from ..data.packing import Blocks, MixedBlocks
+from ..data.packing import Blocks, MixedBlocks, hash_sample
 from ..data.tokenizing import hash_vocabulary
 from ..errors import RunError
 from ..growth import GrownStateReader, hide_progress_bars, plan_growth
 from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
-from .arguments import ADAMW, SlopTrainingArguments
+from .arguments import ADAMW_STATE, SlopTrainingArguments, name_optimizer
 from .callbacks import StageEnd
-from .checkpoints import LossSums, Resumption, list_checkpoints, read_resumption
+from .checkpoints import GrowthFacts, LossSums, Resumption, list_checkpoints, read_resumption
 from .checks import (
     check_blocks,
     check_document_mask,
     check_launch,
     check_model,
+    check_precision,
     check_publishing,
     describe_repeated_data,
     describe_space_shortage,
@@ -62,7 +63,7 @@ from .run_plan import plan_run, with_inits
 from .run_timer import RunTimer
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
-from .stage_record import build_stage_record
+from .stage_record import build_stage_record, describe_growth
 from .stage_reports import report_stages
 from .state_io import load_states
 from .states import Strategy
@@ -148,6 +149,8 @@ class SlopTrainer(Trainer):
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         check_launch(args, fsdp=self.is_fsdp_enabled)
+        if not self.is_deepspeed_enabled:
+            check_precision(model, args)
 
         # The run.
         self.run = RunDirectory(args.output_dir)
@@ -162,6 +165,10 @@ class SlopTrainer(Trainer):
             blocks=len(self.blocks),
             data=self.blocks.fingerprint,
             vocabulary=hash_vocabulary(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else "",
+            sample="" if self.blocks.fingerprint else hash_sample(self.blocks),
+            optimizer=name_optimizer(args, self.optimizer_cls_and_kwargs),
+            # DeepSpeed updates float32 masters, whatever the weights are.
+            dtype=str(torch.float32 if self.is_deepspeed_enabled else model.dtype).removeprefix("torch."),
             begun=self.ranks.from_first(RunFacts.load(self.run)),
         )
         self.schedule, self.spans = self.plan.schedule, self.plan.spans
@@ -182,6 +189,7 @@ class SlopTrainer(Trainer):
         self._span: StageSpan = self.spans[0]
         self._reader: GrownStateReader | None = None  # source of the states of the next model
         self._resumption: Resumption = {}  # content of the checkpoint from which the stage resumes
+        self._growth: GrowthFacts | None = None  # the growth that it began with
         self._losses: LossSums | None = None  # its sums of losses, until they are restored
         self._first_step = 0  # first step of this call of `Trainer.train`, which may begin at a checkpoint
         self._saved_step = -1  # step of the newest checkpoint of this call
@@ -311,8 +319,8 @@ class SlopTrainer(Trainer):
 
     def _warn(self) -> None:
         """Log what the user may not have intended."""
-        if (optim := getattr(self.args.optim, "value", self.args.optim)) not in ADAMW:
-            logger.warning(f"checkpoints keep only AdamW's state: a resumed run starts with a fresh {optim}")
+        if (optimizer := self.plan.facts.optimizer) != ADAMW_STATE:
+            logger.warning(f"checkpoints keep only AdamW's state: a resumed run starts with a fresh {optimizer}")
         for warning in describe_repeated_data(self.blocks, self.plan):
             logger.warning(warning)
         if self.ranks.is_first:
@@ -325,6 +333,7 @@ class SlopTrainer(Trainer):
         checkpoint = position.checkpoint if span.number == position.stage else None
         batches = self.plan.batches[span.number]
         self._resumption = {} if checkpoint is None else read_resumption(checkpoint)
+        self._growth = self._resumption.get("growth") or describe_growth(span, self.args)
         if checkpoint is not None:
             self._change_model(checkpoint)
         elif span.growth is not None:
@@ -377,8 +386,7 @@ class SlopTrainer(Trainer):
             metrics=metrics,
             seconds=seconds,
             devices=self.ranks.count,
-            growth_seed=self.args.growth_seed + span.number,
-            growth_noise=self.args.growth_noise,
+            growth=self._growth,
             data=count_consumed_tokens(self.blocks, facts.data_seed, facts.block_size, span.first_block, span.blocks),
             facts=facts,
         )
@@ -554,6 +562,7 @@ class SlopTrainer(Trainer):
         store_callback_states(self)
         scaler, number = self.accelerator.scaler, self._span.number
         resumption: Resumption = {
+            "growth": self._growth,
             "seconds": self._timer.stage_seconds,
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),

@@ -30,8 +30,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import deepspeed_config
 
-from ..errors import RunError
 from ..growth import WEIGHT
+from .checks import check_deepspeed_config
 from .ranks import Ranks
 from .states import MOMENT_KEYS, STEP, Strategy
 
@@ -72,22 +72,8 @@ class Zero3Strategy(Strategy):
     def __init__(self, plugin: DeepSpeedPlugin, ranks: Ranks) -> None:
         super().__init__(ranks)
         self._config: dict[str, Any] = plugin.hf_ds_config.config
-        zero = self._config.get("zero_optimization", {})
-        if zero.get("stage") != 3:
-            raise RunError(
-                f'DeepSpeed\'s ZeRO stage {zero.get("stage", 0)} is not supported: set "stage": 3, or launch without '
-                "DeepSpeed"
-            )
-        for part in ("offload_optimizer", "offload_param"):
-            if zero.get(part, {}).get("device") == "nvme":
-                raise RunError(f"{part} to nvme is not supported: states could not be read for a growth; use cpu")
-        if zero.get("zero_hpz_partition_size", 1) != 1 or zero.get("mics_shard_size", -1) != -1:
-            raise RunError("hpZ and MiCS are not supported; leave zero_hpz_partition_size and mics_shard_size out")
-        if self._config.get("fp16", {}).get("enabled") is True:
-            raise RunError("fp16 under DeepSpeed is not supported: its loss scale would be lost at a growth; use bf16")
-        if "scheduler" in self._config:
-            raise RunError("DeepSpeed's `scheduler` does not know the stages; leave it out and set lr_scheduler_type")
-        self._auto = [name for name in _BY_HIDDEN_SIZE if zero.get(name) == "auto"]
+        check_deepspeed_config(self._config)
+        self._auto = [name for name in _BY_HIDDEN_SIZE if self._config["zero_optimization"].get(name) == "auto"]
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
         """Write a stage's batch sizes, and reset to "auto" the entries that depend on the hidden size."""
