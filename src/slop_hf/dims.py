@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ModelConfig: TypeAlias = "PreTrainedConfig | Mapping[str, Any]"
 #: One integer per structure, shape (structures,).
 IntArray: TypeAlias = npt.NDArray[np.int64]
+#: The largest size of a dimension; costs of structures are products of a few sizes, and have to be numbers.
+LARGEST_SIZE = 2**31 - 1
 #: An int for one structure, an array for many.
 Size = TypeVar("Size", int, IntArray)
 Size_co = TypeVar("Size_co", int, IntArray, covariant=True)
@@ -104,6 +106,8 @@ class ModelDims(Record, error=DimsError):
                 continue
             if not is_whole_number(value, least=1):
                 raise DimsError(f"{field.name} must be a positive whole number, got {value!r}")
+            if value > LARGEST_SIZE:
+                raise DimsError(f"{field.name} must be at most {LARGEST_SIZE:,}, got {int(value):.4g}")
             object.__setattr__(self, field.name, int(value))  # numpy's integers cannot be written as JSON
 
     def __str__(self) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from .architectures import read_setting
 from .cost.flops import DEFAULT_CONFIG, count_flops_per_token
 from .dims import ModelConfig, ModelDims
 from .errors import GrowthError, ScheduleError
-from .io.numbers import is_finite_number, require_whole_number
+from .io.numbers import is_finite_number, is_positive_number, require_whole_number
 from .io.record import Record
 from .operators import OPERATORS, find_operators, get_operator
 
 #: Tokens of the initial model per token of a growth stage: the paper trains on 25B and 10B (section 4.1).
 PAPER_INITIAL_SHARE = 2.5
+
+#: More stages than any two structures have steps between them that are worth a stage.
+MOST_STAGES = 100_000
 
 
 def share_tokens(total: float, stages: int, *, initial_share: float = PAPER_INITIAL_SHARE) -> list[int]:
@@ -33,7 +37,8 @@ def share_tokens(total: float, stages: int, *, initial_share: float = PAPER_INIT
     >>> share_tokens(65e9, 4)
     [25000000000, 10000000000, 10000000000, 10000000000, 10000000000]
     """
-    if not (is_finite_number(total) and total > 0 and is_finite_number(initial_share, least=0)):
+    require_whole_number(stages, "stages", least=0, most=MOST_STAGES, error=ScheduleError)
+    if not (is_positive_number(total) and is_finite_number(initial_share, least=0)):
         raise ScheduleError(f"tokens must be positive and shares not negative, got {total} and {initial_share}")
     parts = stages + initial_share
     if not parts:
@@ -65,6 +70,12 @@ class GrowthStage(Record, error=ScheduleError):
     init: str | dict[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.operators, str):
+            raise ScheduleError(
+                f"operators must be a tuple of names, got {self.operators!r}: give ({self.operators!r},)"
+            )
+        if not isinstance(self.dims, ModelDims):
+            raise ScheduleError(f"dims of a stage must be a ModelDims, got {self.dims!r}")
         if not self.operators:
             raise ScheduleError(f"a stage needs at least one operator of {', '.join(OPERATORS)}")
         for name in self.operators:
@@ -99,6 +110,7 @@ class GrowthSchedule(Record, error=ScheduleError):
         stages: growth stages, in order.
         initial_tokens: tokens to train on before the first growth; 0 for an already trained model.
         scores: score of the schedule by each objective (smaller is better), if a planner made it.
+        vocab_size, tie_word_embeddings: settings of the models that the schedule was planned for; None for any.
 
     Raises:
         ScheduleError: if a stage does not follow from the one before.
@@ -114,11 +126,19 @@ class GrowthSchedule(Record, error=ScheduleError):
     stages: tuple[GrowthStage, ...] = ()
     initial_tokens: int = 0
     scores: dict[str, float] = field(default_factory=dict, compare=False)
+    vocab_size: int | None = field(default=None, compare=False)
+    tie_word_embeddings: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         require_whole_number(self.initial_tokens, "initial_tokens", least=0, error=ScheduleError)
+        if self.vocab_size is not None:
+            require_whole_number(self.vocab_size, "vocab_size", error=ScheduleError)
+        if not isinstance(self.initial, ModelDims):
+            raise ScheduleError(f"initial must be a ModelDims, got {self.initial!r}")
         before = self.initial
         for number, stage in enumerate(self.stages, start=1):
+            if not isinstance(stage, GrowthStage):
+                raise ScheduleError(f"stages must be a tuple of GrowthStage, got {stage!r} in it")
             try:
                 needed = find_operators(before, stage.dims)
             except GrowthError as caught:
@@ -163,6 +183,29 @@ class GrowthSchedule(Record, error=ScheduleError):
         """Training FLOPs of all stages (see `cost.flops.count_flops_per_token`)."""
         pairs = zip(self.structures, self.tokens, strict=True)
         return float(sum(count_flops_per_token(dims, config, sequence_length) * tokens for dims, tokens in pairs))
+
+    def find_mismatch(self, config: ModelConfig) -> str | None:
+        """Explain why a model is not the one that the schedule was planned for, with the remedy; None if it is.
+
+        >>> schedule = GrowthSchedule(ModelDims(64, 128, 2, 2), vocab_size=300)
+        >>> schedule.find_mismatch({"vocab_size": 300}), schedule.find_mismatch({"vocab_size": 400})[:59]
+        (None, 'the schedule was planned for a vocabulary of 300, the model ')
+        """
+        size, tied = read_setting(config, "vocab_size"), bool(read_setting(config, "tie_word_embeddings", False))
+        if self.vocab_size not in (None, size):
+            return (
+                f"the schedule was planned for a vocabulary of {self.vocab_size}, the model has {size}: plan with "
+                f"`slop plan --vocab-size {size}`, take a model with {self.vocab_size}, or remove vocab_size from the "
+                "schedule"
+            )
+        if self.tie_word_embeddings not in (None, tied):
+            kinds = ("untied", "tied")
+            return (
+                f"the schedule was planned for {kinds[not tied]} embeddings, the model's are {kinds[tied]}: plan "
+                f"{'with' if tied else 'without'} `--tied`, set model.tie_word_embeddings to {str(not tied).lower()}, "
+                "or remove tie_word_embeddings from the schedule"
+            )
+        return None
 
     def with_tokens(self, total: float, *, initial_share: float = PAPER_INITIAL_SHARE) -> GrowthSchedule:
         """Return the schedule with `total` tokens, split by the paper's rule (section 4.1).

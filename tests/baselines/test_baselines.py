@@ -207,7 +207,7 @@ def test_elle_has_as_many_stages_as_the_plan():
         "(2176, 5888, 8, 17)",
         "(2816, 7680, 8, 22)",
     ]
-    with pytest.raises(PlanError, match="stages must be 1 or more, got 0"):
+    with pytest.raises(PlanError, match="stages must be a whole number, 1 or more, got 0"):
         build(elle, paper_plan(), stages=0)
 
 

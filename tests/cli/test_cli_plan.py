@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import LlamaConfig
 
-from slop_hf import GrowthSchedule, ModelDims
+from slop_hf import GrowthSchedule, ModelDims, SlopPlanner
+from slop_hf.cli.shared import announce_if_slow
 from slop_hf.cost.hours import CostModel
 
 START = ["plan", "--initial", "768,2048,6,6"]
@@ -115,6 +119,83 @@ def test_plan_answers_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert figure.read_text().lstrip().startswith("<?xml")
+
+
+def test_no_verdict_on_tokens_that_teach_nothing(output_of):
+    tiny = [*PAPER, "--tokens", "1,1,1,1"]
+    text = " ".join(output_of(*tiny).split())
+    assert "No verdict on growth" in text and "ln(vocabulary) = 10.37" in text and "1258" not in text
+    answer = json.loads(output_of(*tiny, "--json"))
+    assert answer["favours_growth"] is None and not any("loss" in arm for arm in answer["arms"])
+    small = output_of("plan", "--initial", "64,128,2,4", "--target", "128,256,4,8", "--tokens", "1e9")
+    assert "It is a guess: the law was fitted to models of 44M to 16B parameters" in " ".join(small.split())
+    assert "a guess" not in output_of(*PAPER, "--tokens", "65e9")
+
+
+def test_remarks_on_plans_that_could_mislead(output_of):
+    start = [*START, "--target", "2816,7680,8,22"]
+    passed = output_of(*start, "--tokens", "2e9", "--sharing", "utility", "--pretrained", "--no-arms")
+    assert "Stages without tokens: 3." in passed and "--sharing paper trains every stage" in " ".join(passed.split())
+    assert "without tokens" not in output_of(*start, "--tokens", "2e9")
+    mha = ["plan", "--initial", "768,2048,6,6", "--target", "1536,4096,32,12", "--operators", "layer,ffn,hidden,mha"]
+    assert "without heads" in output_of(*mha)
+    assert "without heads" not in output_of(*mha, "--tokens", "2e9", "--objective", "flops")
+
+
+@pytest.mark.parametrize(
+    ("options", "remembered"),
+    [
+        ([], {}),
+        (["--tied"], {"tie_word_embeddings": True}),
+        (["--vocab-size", "300"], {"vocab_size": 300}),
+        (["--from", "model"], {"vocab_size": 100, "tie_word_embeddings": True}),
+    ],
+)
+def test_a_schedule_names_the_model_that_it_was_planned_for(tmp_path, monkeypatch, output_of, options, remembered):
+    monkeypatch.chdir(tmp_path)
+    LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                tie_word_embeddings=True).save_pretrained("model")  # fmt: skip
+    start = [] if "--from" in options else ["--initial", "64,128,2,4"]
+    output_of("plan", *start, "--target", "128,256,4,8", *options, "-o", "plan.yaml")
+    keys = yaml.safe_load(Path("plan.yaml").read_text())
+    assert {name: keys[name] for name in ("vocab_size", "tie_word_embeddings") if name in keys} == remembered
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--vocab-size", "400"],
+            "planned for a vocabulary of 400, the model has 300: plan with `slop plan --vocab-size",
+        ),
+        (
+            ["--tied", "--vocab-size", "300"],
+            "planned for tied embeddings, the model's are untied: plan without `--tied`",
+        ),
+    ],
+)
+def test_another_model_than_the_planned_one_is_refused(tmp_path, config, output_of, error_of, options, message):
+    plan, model = tmp_path / "plan.yaml", tmp_path / "model"
+    common = ["plan", "--initial", "16,32,2,2", "--target", "32,48,3,4", "--tokens", "4e3", "-o", plan]
+    output_of(*common, *options)
+    train = ["train", config, "--schedule", plan, "-o", tmp_path / "out", "--set", "model.tie_word_embeddings=false"]
+    assert message in error_of(*train, "--dry-run")
+    ModelDims(16, 32, 2, 2).to_config(LlamaConfig(vocab_size=300)).save_pretrained(model)
+    assert message in error_of("grow", model, "--schedule", plan, "-o", tmp_path / "grown", "--dry-run")
+    output_of(*common, "--vocab-size", "300")
+    output_of(*train, "--dry-run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slow_search_says_so_once(monkeypatch, slop):
+    """Outside a terminal too."""
+    monkeypatch.setattr("slop_hf.cli.plan.announce_if_slow", partial(announce_if_slow, seconds=0.0))
+    real = SlopPlanner.plan
+    monkeypatch.setattr(
+        SlopPlanner, "plan", lambda *args, **more: (threading.Event().wait(0.2), real(*args, **more))[1]
+    )
+    code, _, err = slop(*PAPER)
+    assert code == 0 and err.count("still searching") == 1
 
 
 def test_plan_says_what_is_better_than_growth(output_of):

@@ -202,8 +202,8 @@ def test_bad_planners(arguments, message):
         ({"target_params": float("nan")}, "must be a positive number"),
         ({"target_params": 1e9, "tolerance": 1.5}, "tolerance must be a share"),
         ({"target_params": 1e9, "min_layers": 9, "max_layers": 8}, "bounds contradict: min_layers 9 and max_layers 8"),
-        ({"target_params": 1e9, "min_aspect": 0}, "bounds contradict"),
-        ({"target_params": 1e9, "hidden_multiple": 0}, "hidden_multiple must be at least 1"),
+        ({"target_params": 1e9, "min_aspect": 0}, "min_aspect must be a positive number, got 0"),
+        ({"target_params": 1e9, "hidden_multiple": 0}, "hidden_multiple must be a whole number, 1 or more, got 0"),
         ({"target_params": 1e9, "count": "some"}, "'model' or 'paper'"),
     ],
 )
@@ -262,7 +262,7 @@ def test_bad_requests():
     planner = SlopPlanner(INITIAL, ConfigSpace(target_params=1e9), objective="flops")
     with pytest.raises(PlanError, match="needs a token budget"):
         planner.plan()
-    with pytest.raises(PlanError, match="top_k must be at least 1"):
+    with pytest.raises(PlanError, match="top_k must be a whole number, 1 or more"):
         planner.plan(0, tokens=1e9)
 
 

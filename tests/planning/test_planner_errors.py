@@ -48,7 +48,10 @@ CASES = {
         "bounds contradict: min_ffn",
     ),
     "bounds leave nothing": (dict(space={"target_params": 1e9, "max_hidden": 800}), "loosen the bounds"),
-    "negative bound": (dict(space={"target_params": 1e9, "min_heads": -1}), "min_heads must be at least 1, got -1"),
+    "negative bound": (
+        dict(space={"target_params": 1e9, "min_heads": -1}),
+        "min_heads must be a whole number, 1 or more, got -1",
+    ),
     "odd mode of heads": (dict(space={"target_params": 1e9, "heads": "many"}), "heads must be 'follow' or 'fixed'"),
     "vocabulary not shared": (dict(space={"target_params": 1e9, "tensor_parallel": 7}), "pad it to 32004"),
     "initial not shared": (
@@ -71,8 +74,11 @@ CASES = {
     "missing operator": (dict(operators=("layer", "ffn")), "needs mha, hidden among the operators"),
     "idle operator": (dict(operators=("layer", "ffn", "hidden", "head_dim")), "head_dim would grow nothing"),
     "other number of stages": (dict(stages=5), "mode 'once' has one stage for each of 3 operators, got stages=5"),
-    "no stages": (dict(mode="joint", stages=0), "stages must be at least 1, got 0"),
-    "no most stages": (dict(mode="joint", max_stages=0, objective="flops"), "max_stages must be at least 1"),
+    "no stages": (dict(mode="joint", stages=0), "stages must be a whole number, 1 or more, got 0"),
+    "no most stages": (
+        dict(mode="joint", max_stages=0, objective="flops"),
+        "max_stages must be a whole number, 1 or more",
+    ),
     "product of a free number of stages": (
         dict(mode="repeated"),
         "cannot choose the number of stages: .* depend on the unit .*; give stages, or use objective flops or hours",
@@ -108,7 +114,7 @@ CASES = {
         "are too many to search .*; take coarser multiples",
     ),
     # tokens, hours and memory
-    "no schedules asked for": (dict(request={"top_k": 0}), "top_k must be at least 1, got 0"),
+    "no schedules asked for": (dict(request={"top_k": 0}), "top_k must be a whole number, 1 or more, got 0"),
     "flops without tokens": (dict(objective="flops"), "objective 'flops' needs a token budget: give tokens"),
     "negative tokens": (dict(request={"tokens": -1.0}), "tokens must be positive numbers, got -1.0"),
     "NaN tokens": (dict(request={"tokens": NAN}), "tokens must be positive numbers, got nan"),

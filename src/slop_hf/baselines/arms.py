@@ -10,7 +10,8 @@ from ..architectures import get_architecture
 from ..cost.flops import DEFAULT_CONFIG
 from ..dims import ModelConfig
 from ..errors import PlanError
-from ..schedule import GrowthSchedule
+from ..io.numbers import require_whole_number
+from ..schedule import MOST_STAGES, GrowthSchedule
 from .equal_budget import ArmRequest, BudgetKind
 from .intermediate_dims import interpolate_dims
 
@@ -47,7 +48,8 @@ def from_scratch(
 
 def _train_target(request: ArmRequest) -> GrowthSchedule:
     target = request.schedule.target
-    return GrowthSchedule(target, initial_tokens=round(request.total / request.cost_per_token(target)))
+    tokens = round(request.total / request.cost_per_token(target))
+    return replace(request.schedule, initial=target, stages=(), initial_tokens=tokens, scores={})
 
 
 def single_stage(request: ArmRequest) -> GrowthSchedule:
@@ -152,8 +154,7 @@ def elle(request: ArmRequest, *, stages: int | None = None) -> GrowthSchedule:
     """
     plan = request.schedule
     count = max(len(plan.stages), 1) if stages is None else stages
-    if count < 1:
-        raise PlanError(f"stages must be 1 or more, got {stages}; to grow in none, compare with from_scratch")
+    require_whole_number(count, "stages", most=MOST_STAGES, error=PlanError)
     structures = [plan.initial]
     for number in range(1, count):
         structures.append(interpolate_dims(structures[-1], plan.initial, plan.target, number, count))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..architectures import read_setting
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
 from ..dims import ModelConfig
+from ..errors import PlanError
+from ..io.numbers import is_finite_number
 from ..schedule import GrowthSchedule
 from .arms import ARMS, FROM_RANDOM
 from .equal_budget import ArmRequest
@@ -23,7 +27,8 @@ class Arm:
     Args:
         name: "plan", or a name in `ARMS`.
         hours: device hours; None without a cost model.
-        loss: final loss by the scaling law; None if the tokens seen by the initial model are unknown.
+        loss: final loss by the scaling law; None if it cannot say, because the tokens seen by the initial model are
+            unknown, or because it predicts more than `compute_chance_loss`.
     """
 
     name: str
@@ -57,6 +62,7 @@ def compare_at_equal_flops(
 
     Raises:
         ScheduleError: if the plan has no tokens.
+        PlanError: for a negative `already_seen`.
 
     >>> from slop_hf import GrowthStage, ModelDims
     >>> small, large = ModelDims(256, 768, 4, 4), ModelDims(512, 1536, 16, 8)
@@ -65,6 +71,8 @@ def compare_at_equal_flops(
     >>> [arm.name for arm in arms]
     ['plan', 'from_scratch', 'single_stage', 'copies', 'msg', 'elle', 'stacking']
     """
+    if not is_finite_number(already_seen, least=0):
+        raise PlanError(f"already_seen must be a number, 0 or more, got {already_seen}")
     request = ArmRequest(schedule, config, sequence_length)
     schedules = {_PLAN: schedule, **{name: build(request) for name, build in ARMS.items()}}
     arms = []
@@ -73,11 +81,21 @@ def compare_at_equal_flops(
         if name in FROM_RANDOM or schedule.initial_tokens or already_seen:
             params = [count_parameters(dims, config) for dims in arm.structures]
             seen = 0.0 if name in FROM_RANDOM else already_seen
-            loss = (law or ScalingLaw()).staged_losses(params, arm.tokens, seen)[-1]
+            predicted = (law or ScalingLaw()).staged_losses(params, arm.tokens, seen)[-1]
+            loss = predicted if predicted < compute_chance_loss(config) else None
         costs = [float(count_flops_per_token(dims, config, sequence_length)) for dims in arm.structures]
         hours = None if cost_model is None else float(sum(map(cost_model.hours, costs, arm.tokens)))
         arms.append(Arm(name, arm, arm.flops(config, sequence_length), sum(arm.tokens), hours, loss))
     return arms
+
+
+def compute_chance_loss(config: ModelConfig = DEFAULT_CONFIG) -> float:
+    """Return the loss of a model that has learnt nothing, ln(vocab_size): no model trains to more.
+
+    >>> round(compute_chance_loss(), 2)
+    10.37
+    """
+    return math.log(read_setting(config, "vocab_size"))
 
 
 def is_growth_favoured(arms: Sequence[Arm]) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Literal, TypeAlias
@@ -40,6 +40,8 @@ class ArmRequest:
     budget: BudgetKind = "flops"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, GrowthSchedule):
+            raise PlanError(f"schedule must be a GrowthSchedule, got {self.schedule!r}")
         if self.budget not in ("flops", "tokens"):
             raise PlanError(f"unknown budget {self.budget!r}; arms spend as many 'flops' or 'tokens' as the plan")
         if not any(self.schedule.tokens):
@@ -96,4 +98,6 @@ class ArmRequest:
             operators = find_operators(before, after)
             named = {name: inits[name] for name in operators if name in inits}
             stages.append(GrowthStage(operators, after, tokens, named or None))
-        return GrowthSchedule(path[0], tuple(stages), first)
+        return replace(
+            self.schedule, initial=path[0], stages=tuple(stages), initial_tokens=first, scores={}
+        )  # keeps the model that the plan is for

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cost.flops import count_flops_per_token, count_parameters
-from ..cost.hours import CostModel
+from ..cost.hours import CostModel, check_calibration
 from ..cost.memory import BYTES_PER_PARAMETER
 from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
@@ -85,6 +85,15 @@ def calibrate_command(
     config = build_config(source, vocab_size, tied=tied)
     sizes = _choose_structures(structures, initial, source, target, destination)
     check_output(output, "--output", PlanError)
+    settings = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "precision": precision,
+        "seed": seed,
+    }
+    check_calibration(sizes, config, **settings)  # type: ignore[arg-type]
     if dry_run:
         _show_preview(
             [_describe(dims, config, batch_size, sequence_length) for dims in sizes],
@@ -99,13 +108,8 @@ def calibrate_command(
         cost_model = calibrate(
             sizes,
             config,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            steps=steps,
-            warmup_steps=warmup_steps,
-            precision=precision,  # type: ignore[arg-type]
+            **settings,  # type: ignore[arg-type]
             checkpointing=checkpointing,
-            seed=seed,
             training={"use_cpu": cpu},
             progress=True,
             observe=times.append,
@@ -180,6 +184,7 @@ def _show_preview(rows: Sequence[dict[str, Json]], title: str, *, as_json: bool)
         title,
         ("structure", ">parameters", ">FLOPs per step"),
         [(row["structure"], f"{row['parameters']:,}", f"{row['flops_per_step']:.3g}") for row in rows],
+        wraps=("structure",),
         caption=f"largest training state: {format_bytes(state)}, without activations",
     )
 
@@ -218,6 +223,7 @@ def _show_result(cost_model: CostModel, times: Sequence[StepTimes], output: Path
             )
             for row in rows
         ],
+        wraps=("structure",),
         caption=cost_model.hardware,
     )
     rate = 1 / (cost_model.hours_per_flop * 3600)

@@ -70,8 +70,9 @@ def grow_command(
     sizes = {field.name: size for field, size in zip(fields, new, strict=True) if size is not None}
     directory = slop_hf.find_checkpoint_directory(source)
     missing = f"{directory} is not a model directory"
-    old = ModelDims.from_config(read_json(directory / "config.json", if_missing=missing, error=GrowthError))
-    stages = _read_stages(schedule, old, sizes, init) if schedule else [_build_stage(directory, old, sizes, init)]
+    config = read_json(directory / "config.json", if_missing=missing, error=GrowthError)
+    old = ModelDims.from_config(config)
+    stages = _read_stages(schedule, config, sizes, init) if schedule else [_build_stage(directory, old, sizes, init)]
     settings: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
     settings |= {} if noise is None else {"noise": noise}
     if dry_run:
@@ -104,13 +105,17 @@ def _build_stage(directory: Path, old: ModelDims, sizes: dict[str, int], init: s
     return GrowthStage(operators, new, init=_read_inits(init))
 
 
-def _read_stages(path: Path, old: ModelDims, sizes: Mapping[str, int], init: str | None) -> Sequence[GrowthStage]:
+def _read_stages(
+    path: Path, config: Mapping[str, Any], sizes: Mapping[str, int], init: str | None
+) -> Sequence[GrowthStage]:
     """Read the growths of a schedule; refuse other sizes and inits next to it."""
     if sizes or init:
         raise GrowthError(f"{path} has its own sizes and inits: give either --schedule, or new sizes and --init")
     schedule = GrowthSchedule.from_yaml(path)
-    if schedule.initial != old:
+    if schedule.initial != (old := ModelDims.from_config(config)):
         raise GrowthError(f"{path} begins with {schedule.initial}, but the model has {old}")
+    if mismatch := schedule.find_mismatch(config):
+        raise GrowthError(f"{path}: {mismatch}")
     if not schedule.stages:
         raise GrowthError(f"{path} has no stages: nothing to grow")
     return schedule.stages

@@ -58,6 +58,6 @@ def read_structure(which: str, text: str | None, source: str | None, *options: s
 def build_config(source: str | None, vocab_size: int | None, *, tied: bool) -> ModelConfig:
     """Build the model config that `--from`, `--vocab-size` and `--tied` describe; by default a Llama's."""
     config = dict(DEFAULT_CONFIG) if source is None else read_config(source, "--from")[1]
-    config |= {"vocab_size": vocab_size} if vocab_size else {}
+    config |= {"vocab_size": vocab_size} if vocab_size is not None else {}
     config |= {"tie_word_embeddings": True} if tied else {}
     return config

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
 
+from ..architectures import read_setting
 from ..baselines import Arm, compare_at_equal_flops, is_growth_favoured
+from ..baselines.comparison import compute_chance_loss
 from ..cost.flops import count_parameters
 from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
+from ..cost.scaling_law import FITTED_PARAMS
 from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
 from ..io.files import check_output
-from ..io.units import format_count
+from ..io.units import format_count, format_significant
 from ..operators import OPERATORS
 from ..paper import tables as paper
 from ..planning.explain import Choice, explain
@@ -26,8 +30,9 @@ from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
 from .model_config import build_config, read_config, read_structure
 from .options import AsJson, make_option, split_list
-from .shared import print_json, print_table
+from .shared import announce_if_slow, print_json, print_table
 
+_SLOW = "still searching; a coarser --hidden-multiple or --ffn-multiple, fewer --stages or --mode once is faster"
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
 
 
@@ -139,6 +144,9 @@ def plan_command(
     with_choices: Annotated[
         bool, make_option(_OUTPUT, "--explain", help="Show the alternatives to each growth of schedule 1.")
     ] = False,
+    wide: Annotated[
+        bool, make_option(_OUTPUT, "--wide", help="List every objective of each schedule, not only the one ranked by.")
+    ] = False,
     plot: Annotated[Path | None, make_option(_OUTPUT, help="Draw the schedules to a .png, .svg or .pdf file.")] = None,
     output: Annotated[
         Path | None, make_option(_OUTPUT, "--output", "-o", help="Write schedule 1 to this file, for `slop train`.")
@@ -163,9 +171,9 @@ def plan_command(
         from ..report.plan_figure import check_suffix, draw_plan  # matplotlib takes a second
 
         check_suffix(plot)
-    memory = None
-    if device_memory is not None:
-        memory = MemoryLimit(device_memory, zero, devices, micro_batch_size, checkpointing, precision)  # type: ignore[arg-type]
+    # Without a limit, the other settings have no effect; they are checked all the same.
+    room = 1.0 if device_memory is None else device_memory
+    memory = MemoryLimit(room, zero, devices, micro_batch_size, checkpointing, precision)  # type: ignore[arg-type]
     start = read_structure("initial", initial, source, "--initial", "--from")
     space = ConfigSpace(
         targets=[*map(ModelDims.parse, target or ()), *([read_config(destination, "--to")[0]] if destination else [])],
@@ -190,7 +198,7 @@ def plan_command(
         heads=heads,  # type: ignore[arg-type]
         kv_heads=kv_heads,
         tensor_parallel=tensor_parallel,
-        memory=memory,
+        memory=None if device_memory is None else memory,
     )
     planner = SlopPlanner(
         start,
@@ -205,21 +213,28 @@ def plan_command(
         max_factor=max_factor,
         through=[ModelDims.parse(text) for text in through or ()],
     )
-    schedules = planner.plan(
-        top_k,
-        tokens=_read_tokens(tokens),
-        initial_share=0.0 if pretrained else PAPER_INITIAL_SHARE,
-        already_seen=already_seen,
-        sharing=sharing,  # type: ignore[arg-type]
-    )
-    best, config = schedules[0], space.config
+    with announce_if_slow(_SLOW):
+        schedules = planner.plan(
+            top_k,
+            tokens=_read_tokens(tokens),
+            initial_share=0.0 if pretrained else PAPER_INITIAL_SHARE,
+            already_seen=already_seen,
+            sharing=sharing,  # type: ignore[arg-type]
+        )
+    config = space.config
+    # Only what the user said: another vocabulary than the default one is no mistake.
+    is_given = {"vocab_size": vocab_size is not None, "tie_word_embeddings": tied}
+    planned_for = {name: read_setting(config, name) for name in is_given if is_given[name] or source is not None}
+    schedules = [replace(schedule, **planned_for) for schedule in schedules]
+    best = schedules[0]
     arms, choices = list[Arm](), list[Choice]()
     if with_arms and tokens is not None:
         arms = compare_at_equal_flops(
             best, config, sequence_length, planner.cost_model, planner.law, already_seen=already_seen
         )
     if with_choices:
-        choices = explain(planner, best, already_seen)
+        with announce_if_slow(_SLOW):
+            choices = explain(planner, best, already_seen)
     if output is not None:
         best.to_yaml(output)
     if plot is not None:
@@ -231,14 +246,17 @@ def plan_command(
         print_json({"objective": objective, **results})
         return
     console = Console()
-    _show_schedules(schedules, config, objective)
+    _show_schedules(schedules, config, objective, wide=wide)
     steps = zip(best.structures, map(_format_tokens, best.tokens), strict=True)
-    console.print("1: " + " → ".join(f"{dims} {count}".strip() for dims, count in steps), highlight=False)
+    path = "1: " + " → ".join(f"{dims} {count}".strip() for dims, count in steps)
+    console.print(path if len(path) <= console.width else path.replace(" → ", "\n   → "), highlight=False)
+    for remark in _list_remarks(best, objective, sharing):
+        console.print(remark, highlight=False)
     if choices:
         _show_choices(choices, OBJECTIVES[objective])
     if arms:
         _show_arms(arms)
-        console.print(_judge_growth(arms), highlight=False)
+        console.print(_judge_growth(arms, config), highlight=False)
     if output is not None:
         print(f"schedule 1 written to {output}")
     if plot is not None:
@@ -266,23 +284,52 @@ def _read_ratios(text: str) -> tuple[Fraction, ...]:
     return ratios
 
 
-def _show_schedules(schedules: Sequence[GrowthSchedule], config: ModelConfig, objective: str) -> None:
-    initial = schedules[0].initial
+def _show_schedules(schedules: Sequence[GrowthSchedule], config: ModelConfig, objective: str, *, wide: bool) -> None:
+    initial, scores = schedules[0].initial, schedules[0].scores
+    # Whatever ranks the schedules, and what they cost.
+    shown = [name for name in scores if wide or name in (objective, "flops", "hours")]
+    caption = f"target: (hidden, ffn, layers, heads); ranked by {objective}, best first"
     print_table(
         f"Growth from {initial}, {format_count(count_parameters(initial, config))} parameters",
-        (">", "order", "target", ">params", *(f">{OBJECTIVES[name].title}" for name in schedules[0].scores)),
+        (">", "order", "target", ">params", *(f">{OBJECTIVES[name].title}" for name in shown)),
         [
             (
                 str(rank),
                 schedule.sequence,
                 str(schedule.target),
                 format_count(count_parameters(schedule.target, config)),
-                *(f"{value:.3g}" for value in schedule.scores.values()),
+                *(_format_score(name, schedule.scores[name]) for name in shown),
             )
             for rank, schedule in enumerate(schedules, start=1)
         ],
-        caption=f"target: (hidden, ffn, layers, heads); ranked by {objective}, best first",
+        wraps=("target",),
+        caption=caption if len(shown) == len(scores) else f"{caption}; --wide lists every objective",
     )
+
+
+def _format_score(objective: str, value: float) -> str:
+    return _format_hours(value) if objective == "hours" else f"{value:.3g}"
+
+
+def _format_hours(hours: float | None) -> str:
+    return format_significant(hours) if hours is None or hours >= 0.001 else f"{hours:.3g}"
+
+
+def _list_remarks(best: GrowthSchedule, objective: str, sharing: str) -> list[str]:
+    """Return what a reader of the best schedule could take for something else."""
+    remarks = []
+    empty = [str(number) for number, stage in enumerate(best, start=1) if not stage.tokens]
+    if sharing == "utility" and empty:
+        remarks.append(
+            f"Stages without tokens: {', '.join(empty)}. They grow the model and do not train it, since by the "
+            "scaling law the budget is better used in the others; --sharing paper trains every stage."
+        )
+    if objective.startswith("delta_params") and any(stage.operators == ("mha",) for stage in best):
+        remarks.append(
+            f"{objective} counts l·(6h² + 3hf) parameters, without heads: a stage that grows only heads costs "
+            "nothing when it comes first, so the best orders begin with it."
+        )
+    return remarks
 
 
 def _show_choices(choices: Sequence[Choice], objective: Objective) -> None:
@@ -298,6 +345,7 @@ def _show_choices(choices: Sequence[Choice], objective: Objective) -> None:
         f"Why this order: {objective.title} of the best schedule that continues with each growth",
         ("stage", "growth", "to", f">{objective.title}", ">"),
         rows,
+        wraps=("to",),
         caption=f"the {objective.best} is best; same target, same number of stages",
     )
 
@@ -312,28 +360,39 @@ def _show_arms(arms: Sequence[Arm]) -> None:
                 arm.schedule.sequence or "–",
                 _format_tokens(arm.tokens),
                 f"{arm.flops:.3g}",
-                "" if arm.hours is None else f"{arm.hours:,.4g}",
+                _format_hours(arm.hours),
                 "unknown" if arm.loss is None else f"{arm.loss:.4f}",
             )
             for arm in arms
         ],
+        wraps=("stages",),
         caption="hours: device hours by the cost model; loss: by a scaling law, if growth keeps the loss",
     )
 
 
-def _judge_growth(arms: Sequence[Arm]) -> str:
+def _judge_growth(arms: Sequence[Arm], config: ModelConfig) -> str:
     """Return a sentence that says whether the prediction favours growth at all."""
     losses, is_favoured = {arm.name: arm.loss for arm in arms}, is_growth_favoured(arms)
-    if is_favoured is None:
-        return "Whether growth pays is unknown: give the initial model's training tokens with --already-seen."
     plan, scratch = losses["plan"], losses["from_scratch"]
-    assert plan is not None and scratch is not None
-    if is_favoured:
-        return f"The prediction favours growth: loss {plan:.4f}, from scratch {scratch:.4f} at the same FLOPs."
-    return (
-        f"The prediction favours no growth: from scratch reaches a loss of {scratch:.4f} with the same FLOPs, this "
-        f"schedule {plan:.4f}."
+    target = count_parameters(arms[0].schedule.target, config)
+    if scratch is None or (plan is None and arms[0].schedule.initial_tokens):
+        return (
+            f"No verdict on growth: for so few tokens the scaling law predicts a loss above ln(vocabulary) = "
+            f"{compute_chance_loss(config):.2f}, which is that of guessing."
+        )
+    if plan is None:
+        return "Whether growth pays is unknown: give the initial model's training tokens with --already-seen."
+    verdict = (
+        f"The prediction favours growth: loss {plan:.4f}, from scratch {scratch:.4f} at the same FLOPs."
+        if is_favoured
+        else f"The prediction favours no growth: from scratch reaches a loss of {scratch:.4f} with the same FLOPs, "
+        f"this schedule {plan:.4f}."
     )
+    low, high = FITTED_PARAMS
+    if not low <= target <= high:
+        sizes = f"{format_count(low)} to {format_count(high)} parameters, the target has {format_count(target)}"
+        verdict += f" It is a guess: the law was fitted to models of {sizes}."
+    return verdict
 
 
 def _format_tokens(count: float) -> str:

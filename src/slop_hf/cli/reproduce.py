@@ -59,5 +59,6 @@ def _show(name: str) -> None:
         f"{title}, {sum(row.agrees for row in rows)} of {len(rows)} agree",
         [f">{column}" if column in ("printed", "computed", "off") else column for column in columns],
         [format_row(row) for row in rows],
-        wraps=("note",),
+        wraps=("trained", "note"),
+        optional=("note",) if name == "hours" else (),
     )

@@ -7,20 +7,26 @@ import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE
-from rich.console import Console, JustifyMethod, OverflowMethod
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..io.serialization import to_json
 
 if TYPE_CHECKING:
     from ..experiments.jobs import Job
     from ..experiments.running import JobEndCallback
+
+#: Longer words in a column that wraps are folded, such as the order of many stages.
+_LONGEST_WORD = 16
 
 _SPELLING = "slop_hf.spelling"
 #: Spellings of the characters that commands print, for encodings without them.
@@ -83,27 +89,68 @@ def print_table(
     *,
     total: Sequence[str] = (),
     wraps: Sequence[str] = (),
+    optional: Sequence[str] = (),
     caption: str | None = None,
 ) -> None:
-    """Print a table; its cells may contain rich's markup.
+    """Print a table, with every cell whole; cells may contain rich's markup.
 
     Args:
         columns: names of the columns; a leading `>` right-aligns a column.
         total: cells of a last row, below a line.
-        wraps: names of columns to wrap if the terminal is narrow; the others stay whole.
+        wraps: names of columns to wrap if the terminal is narrow.
+        optional: names of columns to leave out if it is narrower still, in this order; the caption names them.
         caption: line below the table.
     """
+    console = Console()
+    names = [column.removeprefix(">") for column in columns]
+    lines = [names, *rows, *([total] if total else [])]
+    least = [
+        max(_measure_cell(line[number], wraps=name in wraps) for line in lines) for number, name in enumerate(names)
+    ]
+    shown, left_out = list(range(len(names))), list[str]()
+
+    def measure() -> int:
+        return sum(least[number] for number in shown) + 2 * len(shown)
+
+    for name in optional:
+        if measure() > console.width:
+            shown.remove(names.index(name))
+            left_out.append(name)
+    if left_out:
+        note = f"left out in {console.width} columns: {', '.join(left_out)}"
+        caption = f"{caption}; {note}" if caption else note
     table = Table(box=SIMPLE, title=title, caption=caption, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        justify: JustifyMethod = "right" if column.startswith(">") else "left"
-        overflow: OverflowMethod = "fold" if column in wraps else "ellipsis"
-        table.add_column(column.removeprefix(">"), justify=justify, no_wrap=column not in wraps, overflow=overflow)
+    for number in shown:
+        justify: JustifyMethod = "right" if columns[number].startswith(">") else "left"
+        no_wrap = names[number] not in wraps
+        table.add_column(names[number], justify=justify, no_wrap=no_wrap, overflow="fold", min_width=least[number])
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[number] for number in shown))
     if total:
         table.add_section()
-        table.add_row(*total)
-    Console().print(table)
+        table.add_row(*(total[number] for number in shown))
+    # The lines of a table wider than the terminal are wrapped by it: not pretty, but whole.
+    Console(width=max(console.width, measure())).print(table)
+
+
+def _measure_cell(cell: str, *, wraps: bool) -> int:
+    """Return the columns of a terminal that a cell needs at least."""
+    text = Text.from_markup(cell).plain
+    if not wraps:
+        return cell_len(text)
+    return min(max(map(cell_len, text.split()), default=0), _LONGEST_WORD)
+
+
+@contextmanager
+def announce_if_slow(text: str, seconds: float = 5.0) -> Iterator[None]:
+    """Print a line on stderr if the block takes longer than this."""
+    timer = threading.Timer(seconds, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ..errors import PlanError
+
 MATMUL_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 
 # Dense matrix products in 1e12 FLOP/s, in the order of MATMUL_DTYPES; None if the device has no unit for the dtype, or
@@ -47,7 +49,7 @@ def look_up_peak_flops(device_name: str, dtype: str) -> float | None:
         The peak, or None for an unknown device, such as a CPU, and for a device that does not compute in `dtype`.
 
     Raises:
-        ValueError: for any other `dtype`.
+        PlanError: for any other `dtype`.
 
     >>> f"{look_up_peak_flops('NVIDIA H100 80GB HBM3', 'bf16'):.4g}"
     '9.895e+14'
@@ -55,7 +57,7 @@ def look_up_peak_flops(device_name: str, dtype: str) -> float | None:
     None
     """
     if dtype not in MATMUL_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(MATMUL_DTYPES)}, got {dtype!r}")
+        raise PlanError(f"dtype must be one of {', '.join(MATMUL_DTYPES)}, got {dtype!r}")
     name = _VENDOR.sub("", device_name.strip(), count=1)
     for pattern, peaks in _PEAKS:
         if re.fullmatch(pattern, name):

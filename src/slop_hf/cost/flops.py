@@ -12,7 +12,9 @@ from functools import reduce
 from operator import add, mul
 
 from ..architectures import Parameter, get_architecture, read_setting
-from ..dims import DimsLike, ModelConfig, Size
+from ..dims import LARGEST_SIZE, DimsLike, ModelConfig, Size
+from ..errors import PlanError
+from ..io.numbers import require_whole_number
 
 #: The paper's model, and the default: Llama with Llama's SentencePiece vocabulary, untied.
 DEFAULT_CONFIG: ModelConfig = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
@@ -54,10 +56,14 @@ def count_flops_per_token(
     look-up never does. Recomputation of activations is not counted. With Llama's vocabulary and S = 2048, the
     paper's GPU hours are a linear function of this number.
 
+    Raises:
+        PlanError: if `sequence_length` or the config's `vocab_size` is not a whole number, 1 or more.
+
     >>> from slop_hf import ModelDims
     >>> count_flops_per_token(ModelDims(768, 2048, 6, 6))
     458883072
     """
+    require_whole_number(sequence_length, "sequence_length", most=LARGEST_SIZE, error=PlanError)
     sizes = compute_axis_sizes(dims, config)
     rows = [row for row in get_architecture(config).rows(config, tied=True) if row.kind == "projection"]
     weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
@@ -65,7 +71,9 @@ def count_flops_per_token(
 
 
 def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:
-    """Return the size of every axis in the family's table."""
+    """Return the size of every axis in the family's table; refuse a config without a whole `vocab_size`."""
+    vocabulary = read_setting(config, "vocab_size")
+    require_whole_number(vocabulary, "vocab_size", most=LARGEST_SIZE, error=PlanError)
     return {
         "hidden": dims.hidden_size,
         "ffn": dims.intermediate_size,
@@ -73,7 +81,7 @@ def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFI
         "key_value": dims.num_key_value_heads * dims.head_dim,
         "fused": 3 * dims.num_attention_heads * dims.head_dim,
         "head_dim": dims.head_dim,
-        "vocab": read_setting(config, "vocab_size"),
+        "vocab": int(vocabulary),
     }
 
 

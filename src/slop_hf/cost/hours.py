@@ -9,9 +9,13 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..architectures import read_setting
+from ..dims import LARGEST_SIZE, ModelConfig, ModelDims
 from ..errors import PlanError
-from ..io.numbers import is_finite_number
+from ..io.numbers import is_finite_number, is_positive_number, require_whole_number
 from ..io.record import Record
+from .flops import count_flops_per_token
+from .memory import BYTES_PER_PARAMETER
 
 Amount = TypeVar("Amount", float, npt.NDArray[np.number])
 
@@ -35,7 +39,7 @@ class Measurement(Record, error=PlanError):
     def __post_init__(self) -> None:
         for name in ("flops_per_token", "tokens", "hours"):
             value = getattr(self, name)
-            if not (is_finite_number(value) and value > 0):
+            if not is_positive_number(value):
                 raise PlanError(f"measurement {self.label!r}: {name} must be a positive number, got {value}")
 
 
@@ -65,7 +69,7 @@ class CostModel(Record, error=PlanError):
     measurements: tuple[Measurement, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (is_finite_number(self.hours_per_flop) and self.hours_per_flop > 0):
+        if not is_positive_number(self.hours_per_flop):
             raise PlanError(f"hours_per_flop must be a positive number, got {self.hours_per_flop}")
         if not is_finite_number(self.hours_per_token, least=0):
             raise PlanError(f"hours_per_token must be 0 or more, got {self.hours_per_token}")
@@ -105,3 +109,38 @@ class CostModel(Record, error=PlanError):
     def mean_error(self) -> float | None:
         """Mean absolute relative error over the measurements; None without measurements."""
         return sum(map(abs, self.errors)) / len(self.errors) if self.measurements else None
+
+
+def check_calibration(
+    structures: Sequence[ModelDims],
+    config: ModelConfig,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    steps: int,
+    warmup_steps: int,
+    precision: str,
+    seed: int = 0,
+) -> None:
+    """Refuse settings of `calibrate` that cannot be measured.
+
+    Raises:
+        PlanError: for numbers out of range, an unknown precision, or fewer than two structures of different FLOPs.
+    """
+    # A sequence of one token has nothing to predict.
+    for name, value, least in (
+        ("sequence_length", sequence_length, 2),
+        ("vocab_size", read_setting(config, "vocab_size"), 2),
+        ("batch_size", batch_size, 1),
+        ("steps", steps, 1),
+        ("warmup_steps", warmup_steps, 0),
+        ("seed", seed, 0),
+    ):
+        require_whole_number(value, name, least=least, most=LARGEST_SIZE, error=PlanError)
+    if precision not in BYTES_PER_PARAMETER:
+        raise PlanError(f"precision must be one of {', '.join(BYTES_PER_PARAMETER)}, got {precision!r}")
+    if len({count_flops_per_token(dims, config, sequence_length) for dims in structures}) < 2:
+        names = ", ".join(map(str, structures)) or "none"
+        raise PlanError(f"calibration needs at least 2 structures of different FLOPs, got {names}: give more sizes")
+    if repeated := [str(dims) for dims in dict.fromkeys(structures) if list(structures).count(dims) > 1]:
+        raise PlanError(f"structure {', '.join(repeated)} is given twice: give each once, and more steps")

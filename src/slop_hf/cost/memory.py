@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..architectures import Architecture, Parameter, get_architecture
-from ..dims import DimsLike, ModelConfig, ModelDims, Size
+from ..dims import LARGEST_SIZE, DimsLike, ModelConfig, ModelDims, Size
 from ..errors import PlanError
-from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
+from ..io.numbers import is_positive_number, is_whole_number, require_whole_number
 from ..io.units import format_bytes
 from .flops import DEFAULT_CONFIG, compute_axis_sizes, count_parameters
 
@@ -97,6 +97,7 @@ def estimate_training_memory(
     total         50.1 GB
     """
     _check(zero_stage, devices, micro_batch_size, precision)
+    require_whole_number(sequence_length, "sequence_length", most=LARGEST_SIZE, error=PlanError)
     count = count_parameters(dims, config)
     # ZeRO shards the optimizer first and the weights last.
     shares = [devices if zero_stage >= stage else 1 for stage in (3, 2, 1)]
@@ -143,6 +144,7 @@ def count_saved_activations(
     True
     """
     _check(0, 1, micro_batch_size, precision)
+    require_whole_number(sequence_length, "sequence_length", most=LARGEST_SIZE, error=PlanError)
     return _Tally.of(dims, config, sequence_length, micro_batch_size, precision).saved(checkpointing)
 
 
@@ -172,7 +174,7 @@ class MemoryLimit:
     precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
-        if not (is_finite_number(self.bytes_per_device) and self.bytes_per_device > 0):
+        if not is_positive_number(self.bytes_per_device):
             raise PlanError(
                 f"bytes_per_device must be a positive number, got {self.bytes_per_device!r}: give bytes, such as 72e9"
             )
@@ -354,7 +356,7 @@ def _check(zero_stage: int, devices: int, micro_batch_size: int, precision: str)
     if not (is_whole_number(zero_stage, least=0) and zero_stage <= 3):
         raise PlanError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
     for name, value in (("devices", devices), ("micro_batch_size", micro_batch_size)):
-        require_whole_number(value, name, error=PlanError)
+        require_whole_number(value, name, most=LARGEST_SIZE, error=PlanError)
     if precision not in BYTES_PER_PARAMETER:
         known = " or ".join(map(repr, BYTES_PER_PARAMETER))
         raise PlanError(f"precision must be {known}, got {precision!r}")

@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError
-from ..io.numbers import is_finite_number
+from ..io.numbers import is_positive_number
+
+#: Parameters of the smallest and the largest model that both fits used.
+FITTED_PARAMS = (44e6, 16e9)
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,27 @@ class ScalingLaw:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (is_finite_number(value, least=0) and (value > 0 or name == "irreducible")):
+            if not (is_positive_number(value) or (name == "irreducible" and value == 0)):
                 raise PlanError(f"{name} of a scaling law must be a positive number, got {value}")
 
     def floor(self, params: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Loss after infinite training, for a number of parameters or an array of them."""
-        return self.irreducible + self.params_scale / np.asarray(params, dtype=np.float64) ** self.params_exponent
+        """Loss after infinite training, for a number of parameters or an array of them; they are positive."""
+        sizes = np.asarray(params, dtype=np.float64)
+        if not (sizes > 0).all():
+            raise PlanError(f"params must be positive, got {params}: a loss is predicted for a number of parameters")
+        return self.irreducible + self.params_scale / sizes**self.params_exponent
 
     def loss(self, params: npt.ArrayLike, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Loss after training from random weights; for numbers or arrays."""
         return self.floor(params) + self.above_floor(tokens)
 
     def above_floor(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Distance of the loss from its floor after training on `tokens` tokens; for a number or an array."""
+        """Distance of the loss from its floor after training on 0 or more tokens; for a number or an array."""
+        counts = np.asarray(tokens, dtype=np.float64)
+        if not (counts >= 0).all():
+            raise PlanError(f"tokens must be 0 or more, got {tokens}")
         with np.errstate(divide="ignore"):  # infinite without tokens
-            return self.tokens_scale / np.asarray(tokens, dtype=np.float64) ** self.tokens_exponent
+            return self.tokens_scale / counts**self.tokens_exponent
 
     def tokens_to(self, params: float, loss: float) -> float:
         """Tokens that training from random weights needs to reach a loss; infinite if it never does."""
@@ -75,7 +84,12 @@ class ScalingLaw:
             params: parameters in each stage, the initial model first.
             tokens: tokens trained on in each stage.
             seen: tokens that the initial model was trained on before.
+
+        Raises:
+            PlanError: if there is not one number of tokens per model.
         """
+        if len(params) != len(tokens):
+            raise PlanError(f"{len(params)} models and {len(tokens)} numbers of tokens: give one for each")
         losses: list[float] = []
         before = seen
         for number, (size, budget) in enumerate(zip(params, tokens, strict=True)):
@@ -99,7 +113,12 @@ class ScalingLaw:
 
         Returns:
             The loss in nats per token; infinite if a token costs the larger model no more.
+
+        Raises:
+            PlanError: if a cost is not positive.
         """
+        if not (cost > 0 and larger_cost > 0):
+            raise PlanError(f"costs per token must be positive, got {cost} and {larger_cost}")
         ratio = (cost / larger_cost) ** (self.tokens_exponent / (1 + self.tokens_exponent))
         if ratio >= 1:
             return math.inf

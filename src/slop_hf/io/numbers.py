@@ -25,17 +25,32 @@ def is_finite_number(value: object, least: float | None = None) -> bool:
     >>> [is_finite_number(value, least=0) for value in (0, 1.5, -1, float("nan"), True, "1")]
     [True, True, False, False, False, False]
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and (least is None or float(value) >= least)  # type: ignore[arg-type]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value) and (least is None or float(value) >= least)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
-def require_whole_number(value: object, name: str, *, least: int = 1, error: type[SlopError] = SlopError) -> None:
-    """Refuse anything but an integer of at least `least`.
+def is_positive_number(value: object) -> bool:
+    """Whether a value is an integer or a float, finite, not a boolean, and above 0.
+
+    >>> [is_positive_number(value) for value in (1e-9, 0, float("inf"), "1")]
+    [True, False, False, False]
+    """
+    return is_finite_number(value, least=0) and bool(value)
+
+
+def require_whole_number(
+    value: object, name: str, *, least: int = 1, most: int | None = None, error: type[SlopError] = SlopError
+) -> None:
+    """Refuse anything but an integer of at least `least` and at most `most`.
 
     Args:
         value: number to check.
         name: name of the argument or key, for the message.
-        least: smallest number allowed.
+        least, most: smallest and largest number allowed; None for no largest one.
         error: class of error to raise.
 
     Raises:
@@ -47,3 +62,5 @@ def require_whole_number(value: object, name: str, *, least: int = 1, error: typ
     """
     if not is_whole_number(value, least):
         raise error(f"{name} must be a whole number, {least} or more, got {value!r}")
+    if most is not None and int(value) > most:  # type: ignore[call-overload]
+        raise error(f"{name} must be a whole number from {least} to {most:,}, got {value:,}")

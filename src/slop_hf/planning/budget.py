@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal, TypeAlias
+
+import numpy as np
 
 from ..cost.scaling_law import ScalingLaw
 from ..errors import PlanError, ScheduleError
-from ..io.numbers import is_finite_number
+from ..io.numbers import is_finite_number, is_positive_number
 from ..schedule import PAPER_INITIAL_SHARE, share_tokens
 
 Sharing: TypeAlias = Literal["paper", "utility"]
+
+#: A million times the tokens of the largest runs.
+MOST_TOKENS = 1e20
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,19 @@ class TokenAllocation:
         for name in ("initial_share", "already_seen"):
             if not is_finite_number(getattr(self, name), least=0):
                 raise PlanError(f"{name} must be a number, 0 or more, got {getattr(self, name)}")
+        if self.already_seen > MOST_TOKENS:
+            raise PlanError(f"already_seen must be at most {MOST_TOKENS:g} tokens, got {self.already_seen:g}")
+        if isinstance(self.tokens, (np.generic, np.ndarray)):
+            object.__setattr__(self, "tokens", self.tokens.tolist())
+        if not isinstance(self.tokens, (int, float, Sequence, NoneType)) or isinstance(self.tokens, str):
+            raise PlanError(f"tokens must be a number, or one number per stage, got {self.tokens!r}")
         if self.sharing == "utility" and not isinstance(self.tokens, (int, float)):
             raise PlanError(f"sharing 'utility' splits the tokens of a whole run: give one number, got {self.tokens}")
         is_valid = all(is_finite_number(count, least=0) for count in self._counts) and sum(self._counts) > 0
         if self.tokens is not None and not is_valid:
             raise PlanError(f"tokens must be positive numbers, got {self.tokens}")
+        if sum(self._counts) > MOST_TOKENS:
+            raise PlanError(f"tokens must be at most {MOST_TOKENS:g} together, got {sum(self._counts):g}")
 
     @property
     def _counts(self) -> list[float]:
@@ -93,6 +107,8 @@ class TokenAllocation:
             raise PlanError(
                 f"tokens has {len(self.tokens)} numbers for an initial model and {stages} stages: give one for each"
             )
+        if self.tokens is not None and not any(counts):
+            raise PlanError(f"tokens {self.tokens} are less than one per stage: give more")
         return Budget(tuple(counts), self.already_seen)
 
 
@@ -116,7 +132,9 @@ def allocate_tokens(
     [10, 30]
     """
     stages = len(shares if costs_per_token is None else costs_per_token)
-    if len(shares) != stages or min(shares, default=0) < 0 or not any(shares):
+    if not is_positive_number(total):
+        raise PlanError(f"the total to split must be a positive number, got {total}")
+    if len(shares) != stages or not all(is_finite_number(share, least=0) for share in shares) or not any(shares):
         raise PlanError(
             f"shares {list(shares)} do not split tokens between {stages} structures: give each 0 or more, and one of "
             "them more than 0"
@@ -154,12 +172,15 @@ def share_tokens_by_utility(
 
     Raises:
         ScheduleError: if `total` is not a positive number.
+        PlanError: if there is not one positive cost per model.
 
     >>> share_tokens_by_utility(20e9, [1e8, 1e9], [6e8, 6e9])
     [7308899045, 12691100955]
     """
-    if not (is_finite_number(total) and total > 0):
+    if not is_positive_number(total):
         raise ScheduleError(f"tokens must be a positive number, got {total}")
+    if not params or len(params) != len(costs) or not all(map(is_positive_number, costs)):
+        raise PlanError(f"{len(params)} models cost {list(costs)} per token: give one positive cost for each")
     law = law or ScalingLaw()
     useful = _find_useful_stages(params, costs, law, first=0 if train_initial else 1)
     shares, left = [0] * len(params), total

@@ -13,11 +13,15 @@ from fractions import Fraction
 import numpy as np
 
 from ..dims import IntArray, ModelDims
+from ..errors import PlanError
 from ..operators import OPERATORS
 from .space import ConfigSpace
 from .structures import BoolArray, DimsArray
 
 _HEAD_DIM_MULTIPLE = 16
+
+#: More values would have more growths between them than a search can hold.
+MAX_AXIS_VALUES = 10_000
 
 #: The field of each operator's own dimension.
 OWN_FIELD = {name: operator.fields[0] for name, operator in OPERATORS.items()}
@@ -61,6 +65,11 @@ def list_axis_values(operator: str, initial: ModelDims, goals: Sequence[ModelDim
     }[operator]
     first, ends = getattr(initial, field), {getattr(goal, field) for goal in goals}
     between = range(math.ceil(first / multiple) * multiple, max(ends), multiple)
+    if len(between) + len(ends) > MAX_AXIS_VALUES:
+        raise PlanError(
+            f"{len(between):,} values of {field} from {first} to {max(ends)} are too many to search (at most "
+            f"{MAX_AXIS_VALUES:,}); take coarser multiples or a nearer target, or mode 'once'"
+        )
     return np.array(sorted({first, *ends, *between}), dtype=np.int64)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
+from types import NoneType
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
 from ..dims import IntArray, ModelDims
 from ..errors import GrowthError, PlanError
-from ..io.numbers import is_finite_number
+from ..io.numbers import is_finite_number, require_whole_number
 from ..operators import OPERATORS, find_operators, get_operator
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage
 from .best_paths import GrowthGraph, StageCost, build_grid_edges, check_size, count_edges, round_for_ties
@@ -31,7 +32,7 @@ from .grid import (
 )
 from .objectives import OBJECTIVES, Objective, evaluate_objective
 from .orderings import find_best_orders
-from .space import ConfigSpace
+from .space import ConfigSpace, check_structures
 from .structures import BoolArray, CostInputs, DimsArray, DimsTable
 
 Mode: TypeAlias = Literal["once", "repeated", "joint"]
@@ -46,6 +47,11 @@ class ScheduleProbe(Protocol):
         ...
 
 
+#: More schedules than anyone reads; the search holds many times as many paths in memory.
+_MAX_SCHEDULES = 10_000
+#: Targets, and growths of all grids together, that modes `repeated` and `joint` search within about ten minutes.
+_MAX_GRAPH_TARGETS = 100_000
+_MAX_TOTAL_EDGES = 2_000_000_000
 #: Each target gets a grid of its own only if there are no more targets than this.
 _MAX_SEPARATE_GRIDS = 64
 
@@ -105,6 +111,15 @@ class SlopPlanner:
     through: Sequence[ModelDims] = ()
 
     def __post_init__(self) -> None:
+        for name, value, kind in (("initial", self.initial, ModelDims), ("space", self.space, ConfigSpace)):
+            if not isinstance(value, kind):
+                raise PlanError(f"{name} must be a {kind.__name__}, got {value!r}")
+        if not isinstance(self.cost_model, (CostModel, NoneType)):
+            raise PlanError(f"cost_model must be a CostModel, see CostModel.from_yaml, got {self.cost_model!r}")
+        if not isinstance(self.law, ScalingLaw):
+            raise PlanError(f"law must be a ScalingLaw, got {self.law!r}")
+        if isinstance(self.operators, str):
+            raise PlanError(f"operators must be a list of names, got {self.operators!r}: give [{self.operators!r}]")
         if not self.operators or len(set(self.operators)) < len(self.operators):
             raise PlanError(f"operators must be one or more different names, got {list(self.operators)}")
         for name in self.operators:
@@ -118,7 +133,7 @@ class SlopPlanner:
         if self.max_factor is not None and not (is_finite_number(self.max_factor) and self.max_factor > 1):
             raise PlanError(f"max_factor must be a number above 1, such as 2, got {self.max_factor}")
         self._check_stages()
-        for waypoint in self.through:
+        for waypoint in check_structures(self.through, "through"):
             try:
                 find_operators(self.initial, waypoint)
             except GrowthError as caught:
@@ -128,8 +143,8 @@ class SlopPlanner:
 
     def _check_stages(self) -> None:
         for name, value in (("stages", self.stages), ("max_stages", self.max_stages)):
-            if value is not None and value < 1:
-                raise PlanError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                require_whole_number(value, name, error=PlanError)
         if self.mode == "once" and self.stages not in (None, len(self.operators)):
             raise PlanError(
                 f"mode 'once' has one stage for each of {len(self.operators)} operators, got stages={self.stages}; "
@@ -201,8 +216,7 @@ class SlopPlanner:
         return schedules if probe is None else _rerank(schedules, probe)
 
     def _check_request(self, top_k: int, allocation: TokenAllocation) -> None:
-        if top_k < 1:
-            raise PlanError(f"top_k must be at least 1, got {top_k}")
+        require_whole_number(top_k, "top_k", most=_MAX_SCHEDULES, error=PlanError)
         if self._objective.needs_tokens and allocation.tokens is None:
             raise PlanError(f"objective {self.objective!r} needs a token budget: give tokens, such as 65e9")
         if allocation.is_per_stage and self.mode != "once" and self.stages is None:
@@ -288,10 +302,18 @@ class SlopPlanner:
 
     def _search_graphs(self, targets: DimsArray, allocation: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
         """Return the best paths whose stages grow a dimension, or several, by any amount."""
+        if len(targets) > _MAX_GRAPH_TARGETS:
+            raise PlanError(
+                f"{len(targets):,} targets are too many to search in mode {self.mode!r} (at most "
+                f"{_MAX_GRAPH_TARGETS:,}); lower tolerance or narrow the bounds, or use mode 'once'"
+            )
+        goals = [targets.at(number) for number in range(len(targets))]
+        # every stage takes at least one step along an axis; key/value heads may grow at one number of query heads
+        longest = sum(len(axis) - (name != "mha") for name, axis in self.list_axes(goals).items())
         counts = range(1, self.max_stages + 1) if self.stages is None else [self.stages]
-        budgets = [allocation.budget(count) for count in counts]
+        budgets = [allocation.budget(count) for count in counts if count <= longest]
         ranked = []
-        for grid, graph in self._build_graphs([targets.at(number) for number in range(len(targets))]):
+        for grid, graph in self._build_graphs(goals):
             for budget in budgets:
                 cost, initial_cost = self.stage_cost(budget)
                 fixed_cost = self.has_fixed_costs(budget)
@@ -308,14 +330,23 @@ class SlopPlanner:
         values = self.list_axes(targets)
         joint = self.mode == "joint"
         get_key = partial(get_grid_key, operators=list(values))
+        grids, edges = [], 0
         for _, group in groupby(sorted(targets, key=get_key), get_key):
             goals = list(group)
             few = goals[:_MAX_SEPARATE_GRIDS]
             separate = sum(count_edges(compute_grid_shape(self.initial, [goal], values), joint) for goal in few)
             shared = count_edges(compute_grid_shape(self.initial, goals, values), joint)
             is_less = len(goals) == len(few) and separate < shared
-            for goals_of_grid in [[goal] for goal in goals] if is_less else [goals]:
-                yield self.build_graph(goals_of_grid, values)
+            grids += [[goal] for goal in goals] if is_less else [goals]
+            edges += separate if is_less else shared
+            check_size(compute_grid_shape(self.initial, grids[-1], values), joint)
+        if edges > _MAX_TOTAL_EDGES:
+            raise PlanError(
+                f"{len(targets):,} targets with {edges:,} growths on the way are too many to search (at most "
+                f"{_MAX_TOTAL_EDGES:,}); lower tolerance, or take coarser multiples or narrower bounds"
+            )
+        for goals_of_grid in grids:
+            yield self.build_graph(goals_of_grid, values)
 
     def list_axes(self, targets: Sequence[ModelDims]) -> dict[str, IntArray]:
         """Return the values of each dimension with stages of its own on the way to targets, ascending.

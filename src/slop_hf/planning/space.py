@@ -11,11 +11,30 @@ from typing import Literal
 import numpy as np
 
 from ..architectures import read_setting
-from ..cost.flops import DEFAULT_CONFIG, count_paper_params, count_parameters
+from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_paper_params, count_parameters
 from ..cost.memory import MemoryLimit
-from ..dims import ModelConfig, ModelDims
+from ..dims import LARGEST_SIZE, IntArray, ModelConfig, ModelDims
 from ..errors import PlanError
+from ..io.numbers import is_finite_number, is_positive_number, require_whole_number
 from .structures import BoolArray, DimsArray
+
+#: More structures would take more than a GB, and minutes.
+MAX_CANDIDATES = 5_000_000
+
+_SMALLEST = ModelDims(2, 1, 1, 1)
+
+
+def check_structures(structures: Sequence[ModelDims], name: str) -> tuple[ModelDims, ...]:
+    """Return structures as a tuple; refuse anything else, under the name of the argument."""
+    if isinstance(structures, ModelDims):
+        raise PlanError(f"{name} must be a list of structures, got one: give [{name}]")
+    try:
+        checked = tuple(structures)
+    except TypeError:
+        raise PlanError(f"{name} must be a list of ModelDims, got {structures!r}") from None
+    if wrong := [dims for dims in checked if not isinstance(dims, ModelDims)]:
+        raise PlanError(f"{name} must be a list of ModelDims, got {wrong[0]!r} in it")
+    return checked
 
 
 @dataclass(frozen=True)
@@ -79,12 +98,12 @@ class ConfigSpace:
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, DimsArray):
-            object.__setattr__(self, "targets", tuple(self.targets))
+            object.__setattr__(self, "targets", check_structures(self.targets, "targets"))
         if bool(len(self.targets)) == (self.target_params is not None):
             raise PlanError("give either targets or target_params, exactly one of them")
-        if self.target_params is not None and not (self.target_params > 0 and math.isfinite(self.target_params)):
+        if self.target_params is not None and not is_positive_number(self.target_params):
             raise PlanError(f"target_params must be a positive number, got {self.target_params}")
-        if not 0 <= self.tolerance < 1:
+        if not (is_finite_number(self.tolerance, least=0) and self.tolerance < 1):
             raise PlanError(f"tolerance must be a share from 0 up to 1, got {self.tolerance}")
         if self.heads not in ("follow", "fixed"):
             raise PlanError(f"heads must be 'follow' or 'fixed', got {self.heads!r}")
@@ -92,9 +111,17 @@ class ConfigSpace:
             raise PlanError(f"count must be 'model' or 'paper', got {self.count!r}")
         bounds = [f"{end}_{name}" for end in ("min", "max") for name in ("layers", "hidden", "ffn", "heads")]
         for name in ("hidden_multiple", "ffn_multiple", "sequence_length", "tensor_parallel", "kv_heads", *bounds):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise PlanError(f"{name} must be at least 1, got {value}")
+            if (value := getattr(self, name)) is not None:
+                require_whole_number(value, name, most=LARGEST_SIZE, error=PlanError)
+        for name in ("min_aspect", "max_aspect"):
+            if not is_positive_number(value := getattr(self, name)):
+                raise PlanError(f"{name} must be a positive number, got {value}")
+        if not self.ffn_ratios or not all(map(is_positive_number, self.ffn_ratios)):
+            raise PlanError(f"ffn_ratios must be one or more positive numbers, got {list(self.ffn_ratios)}")
+        if self.memory is not None and not isinstance(self.memory, MemoryLimit):
+            raise PlanError(f"memory must be a MemoryLimit, got {self.memory!r}")
         self._check_bounds()
+        count_flops_per_token(_SMALLEST, self.config, self.sequence_length)  # refuses the config or the length
         if (vocabulary := read_setting(self.config, "vocab_size")) % self.tensor_parallel:
             raise PlanError(
                 f"a vocabulary of {vocabulary} cannot be shared by {self.tensor_parallel} devices: pad it to "
@@ -105,10 +132,10 @@ class ConfigSpace:
         for name in ("layers", "aspect", "hidden", "ffn", "heads"):
             low, high = f"min_{name}", f"max_{name}"
             least, most = getattr(self, low), getattr(self, high)
-            if least is not None and most is not None and not 0 < least <= most:
+            if least is not None and most is not None and least > most:
                 raise PlanError(
-                    f"bounds contradict: {low} {least:g} and {high} {most:g}; give a positive minimum, and a maximum "
-                    "that is not below it"
+                    f"bounds contradict: {low} {least:g} and {high} {most:g}; give a maximum that is not below the "
+                    "minimum"
                 )
 
     def allows(self, structures: DimsArray) -> BoolArray:
@@ -118,7 +145,7 @@ class ConfigSpace:
             for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
                 allowed &= getattr(structures, name) % self.tensor_parallel == 0
         if self.memory is not None:
-            allowed &= self.memory.fits(structures, self.config, self.sequence_length)
+            allowed &= self.memory.fits(structures.to_floats(), self.config, self.sequence_length)
         return allowed
 
     def find_obstacle(self, dims: ModelDims) -> str | None:
@@ -141,14 +168,16 @@ class ConfigSpace:
         """Return `targets`, or all structures that `initial` can grow to, in the order of hidden size, ffn and depth.
 
         Raises:
-            PlanError: if no structure meets the constraints; the message names the nearest.
+            PlanError: if no structure meets the constraints, and the message names the nearest; or if there are too
+                many candidates.
         """
         if isinstance(self.targets, DimsArray):
             return self.targets
         if self.targets:
             return DimsArray.of(self.targets)
         candidates = self._list_candidates(initial)
-        counts = count_parameters(candidates, self.config) if self.count == "model" else count_paper_params(candidates)
+        sizes = candidates.to_floats()
+        counts = count_parameters(sizes, self.config) if self.count == "model" else count_paper_params(sizes)
         assert self.target_params is not None
         deviations = np.abs(counts / self.target_params - 1)
         if (deviations <= self.tolerance).any():
@@ -163,20 +192,49 @@ class ConfigSpace:
         )
 
     def _list_candidates(self, initial: ModelDims) -> DimsArray:
-        rows = []
+        widths = self._list_widths(initial)
+        fewest, most = (bound.tolist() for bound in self._bound_layers(initial, widths))
+        columns: list[list[int]] = []  # hidden, ffn, heads, key/value heads and head size of all depths at once
+        depths: list[IntArray] = []
+        for hidden, low, high in zip(widths, fewest, most, strict=True):
+            heads = self._choose_heads(initial, hidden) if low <= high else None
+            if heads is None:
+                continue
+            ffns = {math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple for ratio in self.ffn_ratios}
+            for ffn in sorted(ffns):
+                if max(initial.intermediate_size, self.min_ffn or 1) <= ffn <= (self.max_ffn or LARGEST_SIZE):
+                    columns.append([hidden, ffn, *heads])
+                    depths.append(np.arange(low, high + 1))
+        repeats = np.array([len(layers) for layers in depths], dtype=np.int64)
+        rows = np.repeat(np.array(columns, dtype=np.int64).reshape(-1, 5), repeats, axis=0)
+        layers = np.concatenate([np.empty(0, dtype=np.int64), *depths])
+        candidates = DimsArray(*np.ascontiguousarray(np.insert(rows, 2, layers, axis=1).T))
+        return candidates[self.allows(candidates)]
+
+    def _list_widths(self, initial: ModelDims) -> range:
+        """Return the hidden sizes of candidates; refuse them if there are too many candidates."""
         multiple = self.hidden_multiple
         first = math.ceil(max(initial.hidden_size, self.min_hidden or 1) / multiple) * multiple
-        last = math.floor(min(self.max_aspect * self.max_layers, self.max_hidden or math.inf))
-        for hidden in range(first, last + 1, multiple):
-            low = max(self.min_layers, initial.num_hidden_layers, math.ceil(hidden / self.max_aspect))
-            high = min(self.max_layers, math.floor(hidden / self.min_aspect))
-            if heads := self._choose_heads(initial, hidden):
-                for ratio in self.ffn_ratios:
-                    ffn = math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple
-                    if max(initial.intermediate_size, self.min_ffn or 1) <= ffn <= (self.max_ffn or math.inf):
-                        rows += [(hidden, ffn, layers, *heads) for layers in range(low, high + 1)]
-        candidates = DimsArray(*np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 6).T)
-        return candidates[self.allows(candidates)]
+        last = math.floor(min(self.max_aspect * self.max_layers, self.max_hidden or math.inf, LARGEST_SIZE))
+        widths = range(first, last + 1, multiple)
+        # each hidden size has a depth or more, or is near one that has: widths bound the candidates from below
+        count = len(widths) * len(self.ffn_ratios)
+        if count <= MAX_CANDIDATES:
+            fewest, most = self._bound_layers(initial, widths)
+            count = int(np.maximum(most - fewest + 1.0, 0.0).sum()) * len(self.ffn_ratios)
+        if count > MAX_CANDIDATES:
+            raise PlanError(
+                f"the bounds leave {count:,} structures or more, too many to compare (at most {MAX_CANDIDATES:,}): "
+                "lower max_layers, max_hidden or max_aspect, or raise hidden_multiple"
+            )
+        return widths
+
+    def _bound_layers(self, initial: ModelDims, widths: range) -> tuple[IntArray, IntArray]:
+        """Return the fewest and the most layers of candidates with each hidden size."""
+        hidden = np.arange(widths.start, widths.stop, widths.step, dtype=np.int64)
+        low = np.maximum(np.ceil(hidden / self.max_aspect), max(self.min_layers, initial.num_hidden_layers))
+        high = np.minimum(np.floor(hidden / self.min_aspect), self.max_layers)
+        return np.minimum(low, LARGEST_SIZE).astype(np.int64), np.minimum(high, LARGEST_SIZE).astype(np.int64)
 
     def _choose_heads(self, initial: ModelDims, hidden: int) -> tuple[int, int, int] | None:
         """Return heads, key/value heads and head size of a target; None if its hidden size allows no such heads."""

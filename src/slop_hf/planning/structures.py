@@ -50,6 +50,13 @@ class DimsArray:
     def __len__(self) -> int:
         return len(self.hidden_size)
 
+    def to_floats(self) -> DimsArray:
+        """Return the sizes as float64, in which costs of absurdly large structures do not overflow.
+
+        Costs of structures that exist are exact: they are integers below 2^53.
+        """
+        return DimsArray(**{item.name: getattr(self, item.name).astype(np.float64) for item in fields(self)})
+
     @property
     def loadable(self) -> BoolArray:
         """Whether transformers would build each structure: heads divide hidden, key/value heads divide heads."""
@@ -85,20 +92,24 @@ class DimsTable:
         return _Selection(self, index)
 
     @cached_property
+    def _sizes(self) -> DimsArray:
+        return self.dims.to_floats()
+
+    @cached_property
     def paper_params(self) -> FloatArray:
         """Parameters as the paper's objective counts them, see `count_paper_params`."""
-        return self._column("paper_params", lambda: count_paper_params(self.dims))
+        return self._column("paper_params", lambda: count_paper_params(self._sizes))
 
     @cached_property
     def parameters(self) -> FloatArray:
         """All parameters."""
-        return self._column("parameters", lambda: count_parameters(self.dims, self.inputs.config))
+        return self._column("parameters", lambda: count_parameters(self._sizes, self.inputs.config))
 
     @cached_property
     def flops_per_token(self) -> FloatArray:
         """Training FLOPs per token."""
         config, length = self.inputs.config, self.inputs.sequence_length
-        return self._column("flops_per_token", lambda: count_flops_per_token(self.dims, config, length))
+        return self._column("flops_per_token", lambda: count_flops_per_token(self._sizes, config, length))
 
     @cached_property
     def loss_floor(self) -> FloatArray:

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
-from ..cost.hours import CostModel, Measurement
-from ..cost.memory import BYTES_PER_PARAMETER, Precision
+from ..cost.hours import CostModel, Measurement, check_calibration
+from ..cost.memory import Precision
 from ..dims import ModelDims
 from ..errors import PlanError, RunError
-from ..io.numbers import require_whole_number
 from ..io.serialization import Json
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
@@ -126,16 +125,16 @@ def calibrate(
     >>> calibrate(sizes, steps=20).to_yaml("cost_model.yaml")  # doctest: +SKIP
     """
     config = {**DEFAULT_CONFIG, **config}
-    # A sequence of one token has nothing to predict.
-    for name, value, least in (
-        ("sequence_length", sequence_length, 2),
-        ("vocab_size", config["vocab_size"], 2),
-        ("batch_size", batch_size, 1),
-        ("steps", steps, 1),
-        ("warmup_steps", warmup_steps, 0),
-    ):
-        require_whole_number(value, name, least=least, error=PlanError)
-    _check(structures, config, sequence_length, precision)
+    check_calibration(
+        structures,
+        config,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        precision=precision,
+        seed=seed,
+    )
     arguments = {"per_device_train_batch_size": batch_size, "bf16": precision == "bf16", "seed": seed, **_QUIET}
     if checkpointing:
         arguments[_CHECKPOINTING] = True
@@ -152,17 +151,6 @@ def calibrate(
             if observe is not None:
                 observe(times[dims])
     return _fit([times[dims] for dims in structures])
-
-
-def _check(structures: Sequence[ModelDims], config: Mapping[str, Json], sequence_length: int, precision: str) -> None:
-    """Refuse settings that cannot be measured, before anything is measured."""
-    if precision not in BYTES_PER_PARAMETER:
-        raise PlanError(f"unknown precision {precision!r}; known: {', '.join(BYTES_PER_PARAMETER)}")
-    if len({count_flops_per_token(dims, config, sequence_length) for dims in structures}) < 2:
-        names = ", ".join(map(str, structures)) or "none"
-        raise PlanError(f"calibration needs at least 2 structures of different FLOPs, got {names}: give more sizes")
-    if repeated := [str(dims) for dims in dict.fromkeys(structures) if structures.count(dims) > 1]:
-        raise PlanError(f"structure {', '.join(repeated)} is given twice: give each once, and more steps")
 
 
 def _fit(measured: Sequence[StepTimes]) -> CostModel:

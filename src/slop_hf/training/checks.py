@@ -30,13 +30,15 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: object) -> None:
-    """Refuse a model that is not the schedule's initial model, or whose vocabulary is too small for the tokenizer."""
+    """Refuse a model other than the schedule's initial model, or with too small a vocabulary for the tokenizer."""
     dims = ModelDims.from_config(model.config)
     if dims != schedule.initial:
         raise RunError(
             f"the model has {dims}, the schedule begins with {schedule.initial}; "
             "plan from this model (`slop plan --from MODEL`), or give the schedule's initial model"
         )
+    if mismatch := schedule.find_mismatch(model.config):
+        raise RunError(mismatch)
     entries = len(processing_class) if hasattr(processing_class, "__len__") else 0
     if entries > model.config.vocab_size:
         raise RunError(

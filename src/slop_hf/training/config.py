@@ -331,6 +331,8 @@ def _preview_model(config: RunConfig, schedule: GrowthSchedule, *, scratch: bool
         raise RunError(
             f"the pretrained model has {dims}, the schedule begins with {schedule.initial}; plan from this model"
         )
+    if mismatch := schedule.find_mismatch(model_config):
+        raise RunError(mismatch)
     if config.data.block_size > model_config.max_position_embeddings:
         raise DataError(
             f"block_size {config.data.block_size} is above the model's max_position_embeddings "
