@@ -14,7 +14,7 @@ import yaml
 from transformers import LlamaConfig
 
 from slop_hf import GrowthSchedule, ModelDims, SlopPlanner
-from slop_hf.cli.shared import announce_if_slow
+from slop_hf.cli.shared import print_if_slow
 from slop_hf.cost.hours import CostModel
 
 START = ["plan", "--initial", "768,2048,6,6"]
@@ -189,7 +189,7 @@ def test_another_model_than_the_planned_one_is_refused(tmp_path, config, output_
 
 def test_a_slow_search_says_so_once(monkeypatch, slop):
     """Outside a terminal too."""
-    monkeypatch.setattr("slop_hf.cli.plan.announce_if_slow", partial(announce_if_slow, seconds=0.0))
+    monkeypatch.setattr("slop_hf.cli.plan.print_if_slow", partial(print_if_slow, seconds=0.0))
     real = SlopPlanner.plan
     monkeypatch.setattr(
         SlopPlanner, "plan", lambda *args, **more: (threading.Event().wait(0.2), real(*args, **more))[1]

@@ -9,13 +9,13 @@ from slop_hf.cli.shared import print_table
 from slop_hf.cost.hours import CostModel
 from slop_hf.dims import ModelDims
 
-TINY = ["plan", "--initial", "16,32,2,2", "--target", "32,64,4,4", "--hidden-multiple", 8, "--ffn-multiple", 16]
+TINY = ["plan", "--initial", "16,32,2,2", "--hidden-multiple", 8, "--ffn-multiple", 16]
 PLANS = {
-    "tiny": [*TINY, "--tokens", "4e3"],
+    "tiny": [*TINY, "--target", "32,64,4,4", "--tokens", "4e3"],
     "small budget": ["plan", "--initial", "768,2048,6,6", "--target", "2816,7680,8,22", "--tokens", "45500"],
     "1B": ["plan", "--initial", "768,2048,6,6", "--target-params", "1e9", "--tokens", "65e9"],
     "70B": ["plan", "--initial", "4096,14336,32,32,8", "--target", "8192,28672,80,64,8", "--tokens", "2e12"],
-    "many stages": [*TINY, "--mode", "repeated", "--stages", 8, "--tokens", "4e9"],
+    "many stages": [*TINY, "--target", "32,64,6,4", "--mode", "repeated", "--stages", 8, "--tokens", "4e9"],
     "own head size": ["plan", "--initial", "1024,3072,28,16,8,128", "--target", "2560,9728,36,32,8,128",
                       "--tokens", "1e12"],
     "without tokens": ["plan", "--initial", "768,2048,6,6", "--target-params", "1e9"],
@@ -83,7 +83,7 @@ def test_results_of_a_calibration_fit(monkeypatch, capsys, tmp_path):
 
 def test_columns_are_left_out_by_name(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    columns, row = ("name", ">size", ">rest", "note"), ("a" * 20, "1" * 10, "2" * 10, "some words here")
+    columns, row = ("name", ">size", ">rest", "note"), ("a" * 18, "1" * 10, "2" * 10, "some words here")
     print_table("title", columns, [row], wraps=("note",), optional=("rest", "size"))
     text = capsys.readouterr().out
     assert "1" * 10 in text and "2" * 10 not in text and "left out in 40 columns" in text

@@ -249,7 +249,7 @@ def test_a_number_of_stages_above_the_number_of_steps(number):
         **number,
     )
     if number["stages"] is None:
-        assert len(planner.plan(1, tokens=1e9)[0].stages) == 3
+        assert len(planner.plan(1, tokens=1e9)[0].stages) <= 3
     else:
         with pytest.raises(SlopError, match="no schedule of 1000000000 stages"):
             planner.plan(1, tokens=1e9)

@@ -30,7 +30,7 @@ from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
 from .model_config import build_config, read_config, read_structure
 from .options import AsJson, make_option, split_list
-from .shared import announce_if_slow, print_json, print_table
+from .shared import print_if_slow, print_json, print_table
 
 _SLOW = "still searching; a coarser --hidden-multiple or --ffn-multiple, fewer --stages or --mode once is faster"
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
@@ -213,7 +213,7 @@ def plan_command(
         max_factor=max_factor,
         through=[ModelDims.parse(text) for text in through or ()],
     )
-    with announce_if_slow(_SLOW):
+    with print_if_slow(_SLOW):
         schedules = planner.plan(
             top_k,
             tokens=_read_tokens(tokens),
@@ -233,7 +233,7 @@ def plan_command(
             best, config, sequence_length, planner.cost_model, planner.law, already_seen=already_seen
         )
     if with_choices:
-        with announce_if_slow(_SLOW):
+        with print_if_slow(_SLOW):
             choices = explain(planner, best, already_seen)
     if output is not None:
         best.to_yaml(output)

@@ -142,7 +142,7 @@ def _measure_cell(cell: str, *, wraps: bool) -> int:
 
 
 @contextmanager
-def announce_if_slow(text: str, seconds: float = 5.0) -> Iterator[None]:
+def print_if_slow(text: str, seconds: float = 5.0) -> Iterator[None]:
     """Print a line on stderr if the block takes longer than this."""
     timer = threading.Timer(seconds, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True

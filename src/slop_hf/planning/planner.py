@@ -310,8 +310,8 @@ class SlopPlanner:
         goals = [targets.at(number) for number in range(len(targets))]
         # every stage takes at least one step along an axis; key/value heads may grow at one number of query heads
         longest = sum(len(axis) - (name != "mha") for name, axis in self.list_axes(goals).items())
-        counts = range(1, self.max_stages + 1) if self.stages is None else [self.stages]
-        budgets = [allocation.budget(count) for count in counts if count <= longest]
+        first, last = (1, self.max_stages) if self.stages is None else (self.stages, self.stages)
+        budgets = [allocation.budget(count) for count in range(first, min(last, longest) + 1)]
         ranked = []
         for grid, graph in self._build_graphs(goals):
             for budget in budgets:
