@@ -127,7 +127,7 @@ def test_interpolate_structures_rise(smallest, largest):
         (["--initial", "16,32,1,2", "--target", "16,32,1,2"], "at least 2 structures"),
         (["--from", "nowhere"], "--from nowhere: no readable config.json"),
         (["--structures", SIZES, "--steps", 0], "steps must be a whole number, 1 or more"),
-        (["--structures", SIZES, "--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--structures", SIZES, "--precision", "fp8"], "precision must be one of bf16, fp32, got 'fp8'"),
         (["-o", "."], "--output . is a directory"),
     ],
 )

@@ -102,7 +102,7 @@ def test_other_families(family, monkeypatch):
         ({"batch_size": 0}, PlanError, "batch_size must be a whole number, 1 or more"),
         ({"sequence_length": 1}, PlanError, "sequence_length must be a whole number, 2 or more"),
         ({"config": {"vocab_size": 0}}, PlanError, "vocab_size must be a whole number, 2 or more"),
-        ({"precision": "fp8"}, PlanError, "unknown precision 'fp8'; known: bf16, fp32"),
+        ({"precision": "fp8"}, PlanError, "precision must be one of bf16, fp32, got 'fp8'"),
         ({"config": {"model_type": "mamba"}}, ArchitectureError, "mamba"),
         ({"config": {"hiden_act": "relu"}}, RunError, "did you mean 'hidden_act'"),
         ({"config": {"max_position_embeddings": 8}}, DataError, "max_position_embeddings is 8"),
