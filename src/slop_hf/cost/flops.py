@@ -81,7 +81,7 @@ def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFI
         "key_value": dims.num_key_value_heads * dims.head_dim,
         "fused": 3 * dims.num_attention_heads * dims.head_dim,
         "head_dim": dims.head_dim,
-        "vocab": int(vocabulary),
+        "vocab": vocabulary,
     }
 
 

@@ -53,7 +53,7 @@ class ScalingLaw:
         """Loss after infinite training, for a number of parameters or an array of them; they are positive."""
         sizes = np.asarray(params, dtype=np.float64)
         if not (sizes > 0).all():
-            raise PlanError(f"params must be positive, got {params}: a loss is predicted for a number of parameters")
+            raise PlanError(f"params must be positive, got {params!r}: a loss is predicted for a number of parameters")
         return self.irreducible + self.params_scale / sizes**self.params_exponent
 
     def loss(self, params: npt.ArrayLike, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -64,7 +64,7 @@ class ScalingLaw:
         """Distance of the loss from its floor after training on 0 or more tokens; for a number or an array."""
         counts = np.asarray(tokens, dtype=np.float64)
         if not (counts >= 0).all():
-            raise PlanError(f"tokens must be 0 or more, got {tokens}")
+            raise PlanError(f"tokens must be 0 or more, got {tokens!r}")
         with np.errstate(divide="ignore"):  # infinite without tokens
             return self.tokens_scale / counts**self.tokens_exponent
 
