@@ -1,15 +1,16 @@
-"""The growth operators: the config fields that each one enlarges, and its letter in a sequence.
+"""The growth operators: the config fields that each one enlarges, its letter in a sequence, and its inits.
 
 Appendix G of the SLOP paper defines the first four; `mha` adds heads of a fixed size. `head_dim` is not in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .dims import ModelDims
-from .errors import GrowthError
+from .errors import DimsError, GrowthError
+from .io.serialization import describe_unknown_key
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,51 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
+#: Inits of each operator, which `growth.inits` defines. The first is the default: the paper's, if it has the operator.
+INITS: dict[str, tuple[str, ...]] = {
+    "layer": ("stack", "interleave", "preserving"),
+    "mha": ("random", "preserving", "copy"),
+    "ffn": ("random", "preserving", "copy"),
+    "hidden": ("random", "preserving", "copy"),
+    "head_dim": ("preserving", "spread", "random"),
+}
+assert INITS.keys() == OPERATORS.keys()
+
+
 def get_operator(name: str) -> Operator:
     """Return the operator with this name; raise a `GrowthError` if it is unknown."""
+    if not isinstance(name, str):
+        raise GrowthError(
+            f"operator must be one of {', '.join(OPERATORS)}, or a GrowthStage, got {type(name).__name__}"
+        )
     if name not in OPERATORS:
         raise GrowthError(f"unknown operator {name!r}; known: {', '.join(OPERATORS)}")
     return OPERATORS[name]
+
+
+def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Return the name of each operator's init.
+
+    Args:
+        operators: operators that grow.
+        init: one name for all operators, or a mapping from operator to name; operators without a name get the default.
+
+    Raises:
+        GrowthError: if an operator has no init of that name, or the mapping names something other than an operator.
+
+    >>> resolve_inits(("layer", "ffn"), None)
+    {'layer': 'stack', 'ffn': 'random'}
+    >>> resolve_inits(("ffn",), {"fnn": "copy"})
+    Traceback (most recent call last):
+    slop_hf.errors.GrowthError: unknown key 'init.fnn'; did you mean 'ffn'?
+    """
+    names = init if isinstance(init, Mapping) else dict.fromkeys(operators, init)
+    for operator, name in names.items():
+        if operator not in INITS:
+            raise GrowthError(describe_unknown_key(str(operator), INITS, path=f"init.{operator}"))
+        if name is not None and name not in INITS[operator]:
+            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {', '.join(INITS[operator])}")
+    return {operator: names.get(operator) or INITS[operator][0] for operator in operators}
 
 
 def find_operators(old: ModelDims, new: ModelDims) -> tuple[str, ...]:
@@ -67,7 +108,12 @@ def grow_dims(old: ModelDims, sizes: Mapping[str, int]) -> ModelDims:
 
     If the model has one key/value head per query head, new query heads bring key/value heads; under grouped-query
     attention their number stays, unless `sizes` names it.
+
+    Raises:
+        DimsError: for an unknown field, or a structure that could not be built.
     """
+    if strays := [name for name in sizes if not isinstance(name, str)]:
+        raise DimsError(f"unknown dimension {strays[0]!r}; known: {', '.join(old.as_dict())}")
     if "num_attention_heads" in sizes and old.num_key_value_heads == old.num_attention_heads:
         sizes = {"num_key_value_heads": sizes["num_attention_heads"], **sizes}
     return old.replace(**sizes)

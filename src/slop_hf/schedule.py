@@ -11,7 +11,7 @@ from .dims import ModelConfig, ModelDims
 from .errors import GrowthError, ScheduleError
 from .io.numbers import is_finite_number, is_positive_number, require_whole_number
 from .io.record import Record
-from .operators import OPERATORS, find_operators, get_operator
+from .operators import OPERATORS, find_operators, get_operator, resolve_inits
 
 #: Tokens of the initial model per token of a growth stage: the paper trains on 25B and 10B (section 4.1).
 PAPER_INITIAL_SHARE = 2.5
@@ -58,7 +58,8 @@ class GrowthStage(Record, error=ScheduleError):
             the paper's (`random`; layers `stack`).
 
     Raises:
-        ScheduleError: for no operator, an operator named twice, negative tokens, or an init for another operator.
+        ScheduleError: for no operator, an operator named twice, negative tokens, or an init that an operator does not
+            have.
 
     >>> GrowthStage(("hidden", "mha"), ModelDims(128, 256, 4, 4)).label
     'hidden'
@@ -85,6 +86,10 @@ class GrowthStage(Record, error=ScheduleError):
         require_whole_number(self.tokens, "tokens", least=0, error=ScheduleError)
         if isinstance(self.init, Mapping) and (strays := sorted(set(self.init) - set(self.operators))):
             raise ScheduleError(f"init names {', '.join(strays)}, but the stage grows {', '.join(self.operators)}")
+        try:
+            resolve_inits(self.operators, self.init)
+        except GrowthError as caught:
+            raise ScheduleError(str(caught)) from None
 
     @property
     def label(self) -> str:

@@ -33,7 +33,7 @@ from ..io.files import list_abandoned, write_directory, write_text
 from ..io.hub_address import Address
 from ..io.model_errors import explain_load_error
 from ..io.network_errors import summarise_error
-from ..io.numbers import require_whole_number
+from ..io.numbers import is_whole_number, require_whole_number
 from ..io.serialization import Json, list_versions
 from ..io.units import format_bytes
 from ..schedule import GrowthStage
@@ -286,7 +286,10 @@ def _plan_growths(
     stages = [operator] if isinstance(operator, (str, GrowthStage)) else operator
     is_valid = isinstance(stages, Sequence) and bool(stages)
     if not is_valid or not (isinstance(operator, str) or all(isinstance(stage, GrowthStage) for stage in stages)):
-        raise GrowthError(f"operator must be a name, a GrowthStage or several GrowthStages, got {operator!r}")
+        kind = type(operator).__name__
+        raise GrowthError(f"operator must be a name, a GrowthStage or a list of GrowthStages, got {kind}")
+    if not is_whole_number(seed):
+        raise GrowthError(f"seed must be a whole number, got {seed!r}")
     plans: list[GrowthPlan] = []
     for number, stage in enumerate(stages):
         # With the same seed, the new entries that a parameter gets in two growths would begin with the same numbers.
@@ -416,8 +419,8 @@ def grow_checkpoint(
                 source=plan.source,
                 operators=tuple(plan.inits),
                 inits=plan.inits,
-                seed=seed,
-                noise=noise,
+                seed=plan.growths[0].seed,
+                noise=plan.growths[0].noise,
                 source_dims=plan.old,
                 dims=plan.new,
                 source_parameters=count_parameters(plan.old, plan.growths[0].source_config),

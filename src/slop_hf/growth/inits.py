@@ -3,7 +3,7 @@
 An init of a width operator is a pure function of the operator, a row of the axis table, and the row's role along the
 growing axis. It returns the distribution of the new entries along that axis. Whether additional slots are new
 or copies is decided by `axes.build_axis_maps`. An init of `layer` is a pure function of the layer counts. To add an
-init, write the function and register it below.
+init, write the function, register it below, and name it in `operators.INITS`.
 
 Which of them keep the function that the model computes:
 
@@ -20,12 +20,13 @@ Exact means up to the rounding of the dtype; `copy` in bf16 is exact only if the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..architectures import Parameter, Role
-from ..errors import GrowthError
-from ..operators import OPERATORS
+from ..operators import INITS, resolve_inits
+
+__all__ = ["EXACT", "INITS", "LAYER_INITS", "WIDTH_INITS", "InitDistribution", "resolve_inits"]
 
 
 class InitDistribution(NamedTuple):
@@ -105,33 +106,5 @@ def interleave(old_layers: int, new_layers: int) -> list[int]:
 
 LAYER_INITS: dict[str, LayerInit] = {"stack": stack, "interleave": interleave, "preserving": interleave}
 
-#: The inits of each operator; the first is the default: the paper's, if the paper has the operator.
-INITS: dict[str, tuple[str, ...]] = {
-    "layer": ("stack", "interleave", "preserving"),
-    "mha": ("random", "preserving", "copy"),
-    "ffn": ("random", "preserving", "copy"),
-    "hidden": ("random", "preserving", "copy"),
-    "head_dim": ("preserving", "spread", "random"),
-}
-assert INITS.keys() == OPERATORS.keys()
-
 #: Inits that preserve the function.
 EXACT = {"preserving", "copy", "spread"}
-
-
-def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None) -> dict[str, str]:
-    """Return the name of each operator's init; raise a `GrowthError` if an operator has no init of that name.
-
-    Args:
-        init: one name for all operators, or a mapping from operator to name; operators without a name get the default.
-
-    >>> resolve_inits(("layer", "ffn"), None)
-    {'layer': 'stack', 'ffn': 'random'}
-    """
-    names = {}
-    for operator in operators:
-        name = (init.get(operator) if isinstance(init, Mapping) else init) or INITS[operator][0]
-        if name not in INITS[operator]:
-            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {', '.join(INITS[operator])}")
-        names[operator] = name
-    return names

@@ -31,6 +31,9 @@ from .inits import EXACT, LAYER_INITS, WIDTH_INITS, InitDistribution, resolve_in
 #: Standard deviation of the noise on copies, as a fraction of `initializer_range`.
 DEFAULT_NOISE = 0.1
 
+#: More noise than this is a slip: the weights of a trained model have a standard deviation of a few initializer_range.
+LARGEST_NOISE = 100.0
+
 #: Kinds of rotary embeddings whose frequencies can be kept by changing rope_theta or by spreading the pairs.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LOG_FLOAT32_MAX = 88.7
@@ -116,6 +119,9 @@ class GrowthPlan:
         old, new: structures before and after growth.
         inits: init of each operator that grows.
         noise: standard deviation of the noise on copies, as a fraction of `initializer_range`.
+
+    Raises:
+        GrowthError: for an unknown init, or a seed or noise that is not a number of its kind.
     """
 
     architecture: Architecture
@@ -125,6 +131,18 @@ class GrowthPlan:
     inits: Mapping[str, str]
     seed: int
     noise: float = DEFAULT_NOISE
+
+    def __post_init__(self) -> None:
+        inits = resolve_inits(tuple(dict.fromkeys((*self.inits, *find_operators(self.old, self.new)))), self.inits)
+        if not is_whole_number(self.seed):
+            raise GrowthError(f"seed must be a whole number, got {self.seed!r}")
+        if not is_finite_number(self.noise, least=0) or self.noise > LARGEST_NOISE:
+            raise GrowthError(
+                f"noise must be a fraction of initializer_range, from 0 to {LARGEST_NOISE:g}, got {self.noise!r}"
+            )
+        # A frozen dataclass sets its fields through object.__setattr__; numpy's numbers cannot be written as JSON.
+        for name, value in (("inits", inits), ("seed", int(self.seed)), ("noise", float(self.noise))):
+            object.__setattr__(self, name, value)
 
     @property
     def preserves(self) -> bool:
@@ -287,6 +305,8 @@ def plan_growth(
     Raises:
         GrowthError, DimsError, ArchitectureError: if the model cannot grow in this way.
     """
+    if not isinstance(config, Mapping | PreTrainedConfig):
+        raise GrowthError(f"expected the config of a transformers model, or its dict, got {type(config).__name__}")
     architecture = get_architecture(config)
     old = ModelDims.from_config(config)
     if isinstance(operator, GrowthStage):
@@ -302,8 +322,6 @@ def plan_growth(
     else:
         new = resolve_dims(old, operator, new_dims)
         operators = _find_joint_operators(old, new, operator)
-    if not is_finite_number(noise, least=0):
-        raise GrowthError(f"noise must be a fraction of initializer_range, 0 or more, got {noise}")
     plan = GrowthPlan(architecture, config, old, new, resolve_inits(operators, init), seed, noise)
     _check_family(plan)
     _ = plan.axes, plan.layers  # raises if no valid axis map exists
@@ -313,6 +331,11 @@ def plan_growth(
 def _check_family(plan: GrowthPlan) -> None:
     """Reject growths that this model family does not support, or cannot do exactly."""
     architecture, new, model_type = plan.architecture, plan.new, plan.architecture.model_type
+    if quantization := read_setting(plan.source_config, "quantization_config"):
+        raise GrowthError(
+            f"the config has a quantization_config ({_name_quantization(quantization)}), but only weights in full "
+            "precision can grow; if they are, remove it from the config, and else dequantise them first"
+        )
     if not architecture.has_own_head_dim:
         if new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim:
             raise GrowthError(
@@ -333,6 +356,11 @@ def _check_family(plan: GrowthPlan) -> None:
             f"hidden of a {model_type} model with tied embeddings cannot be padded exactly, because its LayerNorm "
             "subtracts the mean; use init 'random', or 'copy' to a whole multiple"
         )
+
+
+def _name_quantization(quantization: object) -> str:
+    method = read_setting(cast(ModelConfig, quantization), "quant_method")
+    return str(getattr(method, "value", method))
 
 
 def _check_rope(plan: GrowthPlan) -> None:

@@ -111,7 +111,8 @@ def plan_run(
     )
     for before, span in pairwise(spans):
         if span.growth is not None:  # refuse now what the boundary would refuse after hours
-            plan_growth(before.dims.to_config(config), span.growth)
+            growth_seed, noise = args.growth_seed + span.number, args.growth_noise
+            plan_growth(before.dims.to_config(config), span.growth, seed=growth_seed, noise=noise)
     return RunPlan(schedule, facts, spans, batches, rates, describe_settings(args, batches, devices))
 
 
