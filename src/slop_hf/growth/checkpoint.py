@@ -26,10 +26,11 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..architectures import read_setting
 from ..cost.flops import count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
-from ..io.files import list_abandoned, write_directory, write_text
+from ..io.files import list_abandoned, require_path, write_directory, write_text
 from ..io.hub_address import Address
 from ..io.model_errors import explain_load_error
 from ..io.network_errors import summarise_error
@@ -202,12 +203,19 @@ def plan_checkpoint_growth(
 
     A source on the Hub is downloaded into the cache. Arguments and errors are as for `grow_checkpoint`.
     """
+    if isinstance(source, torch.nn.Module):
+        raise GrowthError(f"source must be a directory or a Hub id, got {type(source).__name__}; use grow_model")
+    require_path(source, "source", error=GrowthError)
+    require_path(target, "target", error=GrowthError)
     target = Path(target)
     if target.exists() or target.is_symlink():
         raise GrowthError(f"{target} exists already; choose a new directory, nothing is overwritten")
     directory = find_checkpoint_directory(source)
     growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise)
     stored = read_checkpoint_headers(directory)
+    free = _count_free_bytes(target)
+    width = min((FLOATS[tensor.dtype].itemsize for tensor in stored.values() if tensor.dtype in FLOATS), default=1)
+    _check_space(target, count_parameters(growths[-1].new, growths[-1].config()) * width, free)
     chains: dict[str, tuple[ParameterPlan, ...]] = {}  # parameter of the last model -> its plan in each growth
     for growth in growths:
         chains = {parameter.name: (*chains.get(parameter.source, ()), parameter) for parameter in growth.parameters()}
@@ -226,12 +234,18 @@ def plan_checkpoint_growth(
         shards=shards,
         twins=tuple(_find_twins(growths[0], stored)),
         copied_files=tuple(sorted(path.relative_to(directory) for path in copied)),
-        free_bytes=_count_free_bytes(target),
+        free_bytes=free,
     )
-    if plan.needed_bytes > plan.free_bytes:
-        needed, free = format_bytes(plan.needed_bytes), format_bytes(plan.free_bytes)
-        raise GrowthError(f"{target} takes {needed}, but its disk has {free} free; free some space or choose another")
+    _check_space(target, plan.needed_bytes, free)
     return plan
+
+
+def _check_space(target: Path, needed: int, free: int) -> None:
+    if needed > free:
+        raise GrowthError(
+            f"{target} takes {format_bytes(needed)}, but its disk has {format_bytes(free)} free; "
+            "free some space or choose another"
+        )
 
 
 def find_checkpoint_directory(source: str | Path) -> Path:
@@ -266,10 +280,12 @@ def find_checkpoint_directory(source: str | Path) -> Path:
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     if not (directory / "config.json").is_file():
-        raise GrowthError(f"{directory} is not a model directory: it has no config.json")
+        is_adapter = (directory / "adapter_config.json").is_file()
+        remedy = ", only an adapter; merge it into its base with merge_and_unload first" if is_adapter else ""
+        raise GrowthError(f"{directory} is not a model directory: it has no config.json{remedy}")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as caught:
         message = f"{directory} is not a checkpoint that transformers can read: {explain_load_error(caught)}"
         raise GrowthError(message) from None
 
@@ -305,6 +321,11 @@ def _match_sources(
     sources: dict[str, StoredTensor] = {}
     family = growth.architecture.model_type
     mismatch = f"unlike the axis table of {family!r}; merge adapters and undo quantisation before growing"
+    classes = read_setting(growth.source_config, "architectures") or []
+    if others := [name for name in classes if not str(name).endswith("ForCausalLM")]:
+        mismatch = (
+            f"unlike the axis table of {family!r}; it is a {others[0]}, and only causal language models can grow"
+        )
     for source, parameter in parameters.items():
         name = next((name for name in (parameter.stored_source, source) if name in stored), None)
         if name is None:

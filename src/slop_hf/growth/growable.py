@@ -74,6 +74,8 @@ def check_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> None
             "merge adapters, undo quantisation and remove modules that were added or compiled before growing"
         )
     for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor):
+            raise GrowthError(f"{name} must be a tensor, got {type(weight).__name__}")
         if weight.dtype not in DTYPE_NAMES:
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
             raise GrowthError(f"{name} has dtype {weight.dtype}, expected {dtypes}; undo quantisation before growing")

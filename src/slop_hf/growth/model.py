@@ -15,7 +15,7 @@ from ..schedule import GrowthStage
 from .buffers import carry_buffers, check_buffers, list_persistent_buffers
 from .growable import check_weights, require_growable
 from .peft import extract_base_model, grow_adapters, is_peft_model
-from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth
+from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth, require_plan
 from .tensors import grow_parameter, start_worker_threads
 
 
@@ -77,6 +77,9 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
     Raises:
         GrowthError: if the weights are not those that the plan grows, or not plain floating point.
     """
+    require_plan(plan)
+    if not isinstance(weights, Mapping):
+        raise GrowthError(f"weights must map names to tensors, got {type(weights).__name__}")
     weights = {plan.architecture.canonical_name(name): tensor for name, tensor in weights.items()}
     check_weights(weights, plan)
     parameters = list(plan.parameters())

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..architectures import LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
+from ..cost.flops import count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.numbers import is_finite_number, is_whole_number
@@ -33,6 +34,10 @@ DEFAULT_NOISE = 0.1
 
 #: More noise than this is a slip: the weights of a trained model have a standard deviation of a few initializer_range.
 LARGEST_NOISE = 100.0
+
+#: What growth lists one by one, slots of an axis and tensors of a model, is bounded, far above any model that exists.
+MOST_SLOTS = 2**22
+MOST_TENSORS = 2**17
 
 #: Kinds of rotary embeddings whose frequencies can be kept by changing rope_theta or by spreading the pairs.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -165,7 +170,8 @@ class GrowthPlan:
         """New layers that add nothing to the residual stream: with init `preserving`, every copy after the first."""
         if self.inits.get("layer") != "preserving":
             return frozenset()
-        return frozenset(i for i in range(len(self.layers)) if self.layers[i] in self.layers[:i])
+        originals = {old: new for new, old in reversed(list(enumerate(self.layers)))}
+        return frozenset(range(len(self.layers))) - frozenset(originals.values())
 
     @property
     def _hidden_is_exact(self) -> bool:
@@ -323,9 +329,35 @@ def plan_growth(
         new = resolve_dims(old, operator, new_dims)
         operators = _find_joint_operators(old, new, operator)
     plan = GrowthPlan(architecture, config, old, new, resolve_inits(operators, init), seed, noise)
+    _check_size(plan)
     _check_family(plan)
     _ = plan.axes, plan.layers  # raises if no valid axis map exists
     return plan
+
+
+def require_plan(plan: object) -> None:
+    """Refuse anything but a `GrowthPlan`."""
+    if not isinstance(plan, GrowthPlan):
+        raise GrowthError(f"plan must be a GrowthPlan, as plan_growth returns it, got {type(plan).__name__}")
+
+
+def _check_size(plan: GrowthPlan) -> None:
+    """Reject a model that is too large, before anything is listed slot by slot or tensor by tensor."""
+    new, config = plan.new, plan.source_config
+    widths = {
+        "hidden_size": new.hidden_size,
+        "intermediate_size": new.intermediate_size,
+        "num_attention_heads * head_dim": new.num_attention_heads * new.head_dim,
+    }
+    for name, width in widths.items():
+        if width > MOST_SLOTS:
+            raise GrowthError(f"{name} would be {width:,}, but growth takes at most {MOST_SLOTS:,}; ask for less")
+    tensors = sum(new.num_hidden_layers if row.is_in_layer else 1 for row in plan.architecture.rows(config))
+    if tensors > MOST_TENSORS:
+        raise GrowthError(
+            f"num_hidden_layers {new.num_hidden_layers:,} would make a model of {count_parameters(new, config):,} "
+            f"parameters in {tensors:,} tensors, but growth takes at most {MOST_TENSORS:,}; ask for fewer layers"
+        )
 
 
 def _check_family(plan: GrowthPlan) -> None:

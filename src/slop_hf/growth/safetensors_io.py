@@ -27,7 +27,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import GrowthError
 from ..io.files import flush_to_disk
-from ..io.numbers import is_whole_number
+from ..io.numbers import is_finite_number, is_whole_number
 from ..io.serialization import Json
 
 SINGLE_FILE = "model.safetensors"
@@ -121,7 +121,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         valid = bool(weight_map) and all(isinstance(file, str) and file for file in weight_map.values())
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         valid = False
     if not valid:
         raise GrowthError(f"{path} is not an index: expected JSON with a weight_map from tensor to file")
@@ -144,7 +144,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             entries = [_parse_entry(path, name, entry, 8 + length) for name, entry in header.items()]
         except GrowthError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as caught:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as caught:
             raise _report_corruption(path, f"its header is not valid ({type(caught).__name__}: {caught})") from None
     end = 8 + length
     for tensor in sorted(entries, key=lambda tensor: (tensor.begin, tensor.nbytes)):
@@ -225,7 +225,7 @@ def plan_shards(
             filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-        valid = isinstance(max_shard_size, str) or max_shard_size > 0
+        valid = isinstance(max_shard_size, str) or is_finite_number(max_shard_size, least=1)
     except (ValueError, TypeError):
         valid = False
     if not valid or str(max_shard_size).lstrip().startswith("-"):

@@ -11,9 +11,10 @@ import xxhash
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..architectures import read_setting
+from ..dims import ModelDims
 from ..errors import GrowthError
 from .model import hide_progress_bars
-from .plan import GrowthPlan, ParameterPlan
+from .plan import GrowthPlan, ParameterPlan, require_plan
 from .receipt import GrowthProbe
 from .safetensors_io import read_checkpoint_headers, read_tensor
 
@@ -46,13 +47,15 @@ def probe_growth(
         tokens: int64 `[batch, length]`; default, 2 × 64 tokens drawn at random from the vocabulary.
 
     Raises:
-        GrowthError: if the logits are not finite.
+        GrowthError: if the logits are not finite, or the models, the plan and the tokens do not fit each other.
     """
+    _check_models(source, grown, plan)
     if tokens is None:
         length = min(PROBE_SHAPE[1], source.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
         vocab = read_setting(source.config, "vocab_size")
         tokens = torch.randint(vocab, (PROBE_SHAPE[0], length), generator=generator)
+    _check_tokens(tokens, read_setting(source.config, "vocab_size"))
     tokens = tokens.to(source.device)
     before, loss_before = _forward(source, tokens)
     # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
@@ -75,6 +78,32 @@ def probe_growth(
     )
 
 
+def _check_models(source: PreTrainedModel, grown: PreTrainedModel, plan: GrowthPlan | None) -> None:
+    for name, model in (("source", source), ("grown", grown)):
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+            kind = type(model).__name__
+            raise GrowthError(f"{name} must be a model in memory, got {kind}; load it with from_pretrained")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise GrowthError(f"{name} is on the meta device, which holds no values; load its weights first")
+    sizes = [read_setting(model.config, "vocab_size") for model in (source, grown)]
+    if sizes[0] != sizes[1]:
+        raise GrowthError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens: these models are no growth's")
+    if plan is not None:
+        require_plan(plan)
+        if (dims := ModelDims.from_config(grown.config)) != plan.new:
+            raise GrowthError(f"the plan grows to {plan.new}, but the grown model has {dims}; pass its own plan")
+
+
+def _check_tokens(tokens: object, vocab: int) -> None:
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise GrowthError(f"tokens must be integers [batch, length], got {got}")
+    if not tokens.shape[0] or tokens.shape[1] < 2 or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+        raise GrowthError(
+            f"tokens must be at least two per row, from 0 to {vocab - 1}, got shape {list(tokens.shape)}"
+        )
+
+
 def hash_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return a hash of named tensors that depends neither on their order nor on the files that hold them.
 
@@ -85,9 +114,11 @@ def hash_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return combine_hashes((name, hash_tensor(tensor)) for name, tensor in tensors)
 
 
-def hash_stored_weights(directory: Path) -> str:
+def hash_stored_weights(directory: str | Path) -> str:
     """Return `hash_weights` of the weights in a directory, read one tensor at a time."""
-    return hash_weights((name, read_tensor(stored)) for name, stored in read_checkpoint_headers(directory).items())
+    return hash_weights(
+        (name, read_tensor(stored)) for name, stored in read_checkpoint_headers(Path(directory)).items()
+    )
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:

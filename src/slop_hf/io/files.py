@@ -171,3 +171,19 @@ def check_output(
         raise error(f"{label} cannot be written: {nearest} is not a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise error(f"{label} cannot be written: no permission to write in {nearest}")
+
+
+def require_path(value: object, name: str, *, error: type[SlopError] = SlopError) -> None:
+    """Refuse anything but a path.
+
+    Args:
+        value: path to check.
+        name: name of the argument, for the message.
+        error: class of error to raise.
+
+    >>> require_path(None, "target")
+    Traceback (most recent call last):
+    slop_hf.errors.SlopError: target must be a path, got NoneType
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise error(f"{name} must be a path, got {type(value).__name__}")
