@@ -6,6 +6,7 @@ On disk a state is one safetensors file with the keys `exp_avg/NAME`, `exp_avg_s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -15,11 +16,11 @@ from torch.optim.optimizer import StateDict
 
 from ..architectures import LAYER
 from ..errors import GrowthError
-from ..io.files import write_file
+from ..io.files import require_path, write_file
 from ..runs.directory import OPTIMIZER_FILE
 from .axes import Segment
 from .inits import ZERO, InitDistribution
-from .plan import GrowthPlan, ParameterPlan
+from .plan import GrowthPlan, ParameterPlan, require_plan
 from .safetensors_io import (
     DTYPE_NAMES,
     FLOATS,
@@ -90,6 +91,8 @@ def grow_adamw_state(
     (tensor([1., 1., 1., 1., 0., 0.]), tensor(9.))
     """
     _check_step(step)
+    require_plan(plan)
+    _check_state(state)
     check_state_names(state, plan, "the optimizer state")
     without_gradient = find_parameters_without_gradient(plan)
     return {
@@ -164,8 +167,13 @@ def grow_optimizer_state_dict(
         GrowthError: if the names do not fit the groups or the plan, and as for `grow_adamw_state`.
     """
     _check_step(step)
+    require_plan(plan)
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise GrowthError(f"expected the state_dict() of a torch optimizer, got {type(state_dict).__name__}")
     groups = state_dict["param_groups"]
     indices = [index for group in groups for index in group["params"]]
+    if isinstance(names, str) or not isinstance(names, Sequence) or len(set(names)) < len(names):
+        raise GrowthError("names must be a list of parameter names, each once, in the order of the optimizer")
     if len(indices) != len(names):
         raise GrowthError(
             f"the optimizer has {len(indices)} parameters, got {len(names)} names; name each one, group after group "
@@ -239,6 +247,9 @@ def grow_optimizer_file(
             `grow_adamw_state`.
     """
     _check_step(step)
+    require_plan(plan)
+    require_path(source, "source", error=GrowthError)
+    require_path(target, "target", error=GrowthError)
     target = Path(target)
     target = target if target.suffix == ".safetensors" else target / OPTIMIZER_FILE
     if target.exists():
@@ -270,7 +281,13 @@ def save_adamw_state(state: Mapping[str, Mapping[str, torch.Tensor]], path: str 
     ...     load_adamw_file(path)
     {'weight': {'step': tensor(3.)}}
     """
+    _check_state(state)
+    require_path(path, "path", error=GrowthError)
     entries = {f"{key}/{name}": value for name, moments in state.items() for key, value in moments.items()}
+    for name, value in entries.items():
+        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPE_NAMES:
+            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise GrowthError(f"{name} must be a floating-point tensor, got {kind}")
     layout = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in entries.items()}
     return _write(Path(path), layout, ((name, value.cpu()) for name, value in entries.items()))
 
@@ -287,6 +304,7 @@ def load_adamw_file(path: str | Path) -> AdamWState:
 
 def read_state_headers(source: str | Path) -> dict[str, dict[str, StoredTensor]]:
     """Return the locations of what `load_adamw_file` loads; only headers are read."""
+    require_path(source, "source", error=GrowthError)
     source = Path(source)
     files = [source]
     if source.is_dir():
@@ -294,6 +312,8 @@ def read_state_headers(source: str | Path) -> dict[str, dict[str, StoredTensor]]
         files = [single] if single.is_file() else sorted(source.glob("optimizer-*.safetensors"))
     if not files or not files[0].is_file():
         raise GrowthError(f"{source} has no optimizer state: expected {OPTIMIZER_FILE}, or shards of it")
+    if (count := re.search(r"-of-(\d+)", files[-1].name)) and int(count[1]) != len(files):
+        raise GrowthError(f"{source} has {len(files)} shards of {int(count[1])} of the optimizer state; copy it again")
     stored: dict[str, dict[str, StoredTensor]] = {}
     for file in files:
         for entry in read_header(file).values():
@@ -329,9 +349,10 @@ def grow_entry(
     if key == "step":
         copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
         return copy if step == "keep" else copy * 0
-    if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor):
+    if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor) or value.dtype not in DTYPE_NAMES:
+        known = ", ".join(GRADIENT_POWERS)
         raise GrowthError(
-            f"{plan.source} has the state {key!r}, unknown to AdamW: {', '.join(GRADIENT_POWERS)} and step"
+            f"{plan.source} has the state {key!r}, unknown to AdamW: {known} in floating point, and step"
         )
     return grow_moment(value, plan, GRADIENT_POWERS[key], step=step, has_no_gradient=has_no_gradient, out=out)
 
@@ -345,6 +366,15 @@ def find_parameters_without_gradient(plan: GrowthPlan) -> set[str]:
 def _check_step(step: str) -> None:
     if step not in get_args(StepPolicy):
         raise GrowthError(f"step must be one of {', '.join(get_args(StepPolicy))}, got {step!r}")
+
+
+def _check_state(state: object) -> None:
+    """Raise unless a state maps parameter names to named tensors, such as AdamW's."""
+    if not isinstance(state, Mapping) or not all(isinstance(entries, Mapping) for entries in state.values()):
+        raise GrowthError(
+            "the state must map each parameter's name to its exp_avg, exp_avg_sq and step; "
+            "for the state_dict() of an optimizer there is grow_optimizer_state_dict"
+        )
 
 
 def check_state_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:

@@ -35,6 +35,10 @@ def grow_model(
     source's device and training mode, and tied embeddings if the source's are tied. Each parameter keeps its dtype,
     and a frozen one grows into a frozen one. `model` is not changed.
 
+    Buffers of transformers' modules are computed from the grown config, in float32. If `model.to(torch.bfloat16)` has
+    rounded the rotary frequencies of the source, a growth that preserves the function therefore equals the source as
+    it is after saving and loading, not the live one.
+
     Args:
         model: causal language model of a family in `architectures.ARCHITECTURES`; or a `PeftModel` of such a model
             with LoRA adapters, which grow with their base (`growth.peft.grow_adapters` lists what is refused).
