@@ -56,7 +56,8 @@ class AxisMap:
     @classmethod
     def append(cls, old_size: int, new_size: int, operator: str) -> AxisMap:
         """Put new slots after the old ones."""
-        return cls.from_source([*range(old_size), *[None] * (new_size - old_size)], old_size, operator)
+        new = Segment(old_size, new_size - old_size, None, 1, operator)
+        return cls(old_size, (Segment(0, old_size, 0), *([new] if new_size > old_size else [])))
 
     @classmethod
     def tile(cls, old_size: int, new_size: int, operator: str, *, whole: bool = False) -> AxisMap:

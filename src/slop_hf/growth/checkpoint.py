@@ -303,7 +303,7 @@ def _plan_growths(
     is_valid = isinstance(stages, Sequence) and bool(stages)
     if not is_valid or not (isinstance(operator, str) or all(isinstance(stage, GrowthStage) for stage in stages)):
         kind = type(operator).__name__
-        raise GrowthError(f"operator must be a name, a GrowthStage or a list of GrowthStages, got {kind}")
+        raise GrowthError(f"operator must be a name, a GrowthStage or several GrowthStages, got {kind}")
     if not is_whole_number(seed):
         raise GrowthError(f"seed must be a whole number, got {seed!r}")
     plans: list[GrowthPlan] = []
@@ -420,6 +420,7 @@ def grow_checkpoint(
     began = time.perf_counter()
     threads = min(4, os.cpu_count() or 1) if threads is None else threads
     require_whole_number(threads, "threads", error=GrowthError)
+    threads = int(threads)  # numpy's integers overflow
     plan = plan_checkpoint_growth(
         source, target, operator, new_dims, init=init, seed=seed, noise=noise, max_shard_size=max_shard_size
     )

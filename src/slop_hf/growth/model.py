@@ -110,8 +110,9 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str,
         )
     if strays := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise GrowthError(f"{kind.__name__} does not take {strays[0]}, which it has; grow a model of a stock class")
-    # How names were converted on loading decides those on saving. Nothing was loaded here: the family's are right.
-    vars(grown).pop("_weight_conversions", None)
+    if any(row.stored_as for row in plan.architecture.parameters):
+        # The names that were converted on loading decide those on saving. None were here: return to the family's.
+        vars(grown).pop("_weight_conversions", None)
     for name, parameter in grown.named_parameters():
         weight = weights[plan.architecture.canonical_name(name)]
         if parameter.dtype != weight.dtype:  # `from_pretrained` gives all of them the same one

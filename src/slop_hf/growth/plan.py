@@ -36,8 +36,8 @@ DEFAULT_NOISE = 0.1
 LARGEST_NOISE = 100.0
 
 #: What growth lists one by one, slots of an axis and tensors of a model, is bounded, far above any model that exists.
-MOST_SLOTS = 2**22
-MOST_TENSORS = 2**17
+MOST_SLOTS = 2**20
+MOST_TENSORS = 2**16
 
 #: Kinds of rotary embeddings whose frequencies can be kept by changing rope_theta or by spreading the pairs.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
