@@ -113,8 +113,7 @@ def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
     The tokenizer is trained on training documents alone: the first 64 MiB, shared by the weights of the sources.
     Changed local files make a new cache. A changed dataset on the Hub does not: delete the cache to read it again.
 
-    After an interruption, the next call resumes. Concurrent processes wait for the first one; in distributed training,
-    let the main process of each machine go first (`args.main_process_first()`).
+    After an interruption, the next call resumes. Concurrent processes wait for the first one.
 
     Args:
         config: data configuration.
