@@ -117,7 +117,7 @@ def test_refused_before_anything_is_measured(changes, error, message):
 
 
 def test_out_of_memory_names_the_structure(monkeypatch, tmp_path):
-    def exhausted(config):
+    def exhausted(config, **_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -128,7 +128,7 @@ def test_out_of_memory_names_the_structure(monkeypatch, tmp_path):
 
 
 def test_other_failures_stay_what_they_are(monkeypatch):
-    def broken(config):
+    def broken(config, **_):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", broken)
