@@ -53,7 +53,7 @@ def test_names_are_not_read_as_markup(make_run):
     out = io.StringIO()
     Console(file=out, width=220).print(build_comparison_table([summary]))
     assert "a[bold]|b" in out.getvalue()
-    assert r"a[bold]\|b" in tabulate_runs([summary]).markdown()
+    assert r"a\[bold\]\|b" in tabulate_runs([summary]).markdown()
 
 
 def test_stages_as_markdown(make_run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,25 @@ def test_comparison_of_runs(make_run, tmp_path, text_only):
     slop, scratch = json.loads((target / "report.json").read_text())["runs"]
     assert slop["summary"]["sequence"] == "l-f-h" and len(slop["stages"]) == 4
     assert scratch["stages"][0]["dims"]["hidden_size"] == 128 and "marginal_utility" not in scratch["summary"]
+
+
+def test_names_are_shown_as_they_are(make_run, text_only):
+    """In headings and tables no part of a name is markup, and the code to load a model stays code."""
+    runs = [make_run('*a* [x](y) <i> | `b` "c"\n# d'), make_run("plain_name")]
+    target = write_report(runs, runs[0].path.parent / "out")
+    text = (target / "report.md").read_text()
+    escaped = r'\*a\* \[x\](y) \<i\> \| \`b\` "c" \# d'
+    assert re.findall("^#+ (.*)$", text, re.MULTILINE) == ["Comparison of 2 runs", escaped, "plain_name", "Columns"]
+    assert f"| {escaped} |" in text and "| plain_name |" in text
+    assert r"""from_pretrained("../*a* [x](y) <i> | `b` \"c\"\n# d/stage-3-hidden")""" in text
+
+
+def test_a_run_that_lacks_a_stage_is_refused_by_name(make_run):
+    run = make_run()
+    shutil.rmtree(run.path / "stage-1-layer")
+    with pytest.raises(RunError, match=r"stage-1-layer is missing.*, but stage-2-ffn is there"):
+        write_report(run)
+    assert not (run.path / "report").exists()
 
 
 def test_runs_with_the_same_name_are_distinguished(make_run, text_only):

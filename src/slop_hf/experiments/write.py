@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..io.files import write_text
+from ..errors import RunError
+from ..io.files import check_output, write_text
+from ..report.tables import escape_markdown
 from .collect import collect_comparison
 from .comparison import Comparison
 from .config import Experiment
@@ -82,6 +84,7 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     Returns:
         The directory, which may hold the runs as well.
     """
+    check_output(directory, error=RunError, is_directory=True)
     directory = Path(directory)
     comparison.save(directory / COMPARISON_JSON)
     drawn = []
@@ -100,7 +103,7 @@ def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> st
     table = tabulate_arms(comparison)
     headings = [heading for heading, _ in table.columns]
     parts = [
-        f"# {comparison.title} · {comparison.scale}",
+        f"# {escape_markdown(f'{comparison.title} · {comparison.scale}')}",
         comparison.about,
         " ".join(summarise_comparison(comparison)),
         table.markdown(),
@@ -151,7 +154,8 @@ def compare_arms(
         The comparison, also written to `root` as `comparison.json` and `comparison.md`.
 
     Raises:
-        SlopError: if some run cannot begin (checked before any training), or if a run fails.
+        SlopError: if some run cannot begin (checked before any training), if a run fails, or if there is no run to
+            compare.
     """
     if told is not None:
         warnings.warn("compare_arms(told=…) is now compare_arms(on_job_end=…)", DeprecationWarning, stacklevel=2)
@@ -160,5 +164,7 @@ def compare_arms(
         run_experiment(experiment, root, devices=devices, workers=workers, on_job_end=on_job_end)
     jobs = add_shared_prefixes(build_jobs(experiment))
     comparison = collect_comparison(experiment, jobs, Path(root), describe_machine())
+    if not train and not (comparison.runs or comparison.diverged):
+        raise RunError(f"{root} has no finished run of this experiment: train the runs first (train=True)")
     write_comparison(comparison, root)
     return comparison

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from .tables import TextTable
+from .tables import TextTable, escape_markdown
 
 #: Introduction to the table of runs × tasks.
 SCORES_CAPTION = (
@@ -85,5 +85,6 @@ def render_report(template: str, content: Mapping[str, object]) -> str:
         keep_trailing_newline=True,
     )
     # Pictures as data, for a page in a single file.
+    environment.filters["markdown"] = escape_markdown
     environment.filters["data_uri"] = lambda path: f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}"
     return environment.get_template(template).render(content, scores_caption=SCORES_CAPTION)

@@ -70,7 +70,7 @@ def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:
         name: name of the run in the summary; default: the name of its directory.
 
     Raises:
-        RunError: if the directory is not a run, or has no finished stage yet.
+        RunError: if the directory is not a run, has no finished stage yet, or lacks a stage before a finished one.
     """
     schedule, records = run.schedule, run.records()
     if not records:

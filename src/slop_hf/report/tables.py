@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,17 @@ from ..runs.records import StageRecord
 from .summary import RunSummary
 
 _Row = TypeVar("_Row")
+# An underscore inside a word is no markup, as in `acc_norm`.
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w)")
+
+
+def escape_markdown(text: str) -> str:
+    r"""Return Markdown that shows a text of one line as it is.
+
+    >>> print(escape_markdown("a|b [x](y) <i> acc_norm _c_"))
+    a\|b \[x\](y) \<i\> acc_norm \_c\_
+    """
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class TextTable:
         headings = [heading for heading, _ in self.columns]
         rule = ["---:" if right else "---" for _, right in self.columns]
         lines: list[Sequence[str]] = [headings, rule, *self.rows]
-        return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+        return "".join("| " + " | ".join(map(escape_markdown, line)) + " |\n" for line in lines)
 
 
 def tabulate_runs(summaries: Iterable[RunSummary]) -> TextTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RunError
-from ..io.files import write_text
+from ..io.files import check_output, write_text
 from ..io.serialization import Json, to_json, to_plain
 from ..io.units import format_count, format_decimals, format_significant
 from ..runs.directory import RunDirectory
@@ -125,21 +126,22 @@ def write_report(
         the directory of the report.
 
     Raises:
-        RunError: if no run is given, a directory occurs twice or is not a run, or a run has no finished stage or
-            malformed evaluations.
+        RunError: if no run is given, a directory occurs twice or is not a run, a run has no finished stage, lacks an
+            earlier one or has malformed evaluations, or the report cannot be written.
 
     >>> write_report([])
     Traceback (most recent call last):
     slop_hf.errors.RunError: no runs to report on; give one or more output directories of `slop train`
     """
     paths = [runs] if isinstance(runs, (RunDirectory, str, Path)) else runs
+    if wrong := [path for path in paths if not isinstance(path, (RunDirectory, str, Path))]:
+        raise RunError(f"runs must be run directories, got {wrong[0]!r}")
     directories = [path if isinstance(path, RunDirectory) else RunDirectory(path) for path in paths]
     if not directories:
         raise RunError("no runs to report on; give one or more output directories of `slop train`")
     reported = [_read_run(run, name) for run, name in zip(directories, name_runs(directories), strict=True)]
     target = Path(output_dir) if output_dir is not None else directories[0].path / "report"
-    if target.exists() and not target.is_dir():
-        raise RunError(f"{target} is a file; give a directory to write the report to")
+    check_output(target, error=RunError, is_directory=True)
 
     target.mkdir(parents=True, exist_ok=True)
     summaries = [run.summary for run in reported]
@@ -154,11 +156,7 @@ def write_report(
         "sentences": {run.name: _describe_run(run) for run in summaries},
         "tables": tables,
         "versions": {run.summary.name: run.stages[-1].versions for run in reported},
-        # Relative paths: runs and report can be moved together, and no directory of this machine is named.
-        "last_stages": {
-            run.summary.name: Path(os.path.relpath(run.run.path / run.stages[-1].name, target)).as_posix()
-            for run in reported
-        },
+        "last_stages": {run.summary.name: _quote_last_stage(run, target) for run in reported},
         "glossary": select_glossary([comparison, *(table for run in tables.values() for table in run.values())]),
     }
     values = to_plain({"runs": [run.values for run in reported]})
@@ -170,7 +168,17 @@ def write_report(
 
 def _read_run(run: RunDirectory, name: str) -> _ReportedRun:
     summary, stages = summarise(run, name=name), run.records()
+    run.history()  # refuses a damaged log, which the figures show
     return _ReportedRun(run, summary, stages, [run.evaluations(stage.stage) for stage in stages])
+
+
+def _quote_last_stage(run: _ReportedRun, target: Path) -> str:
+    """Return the path of a run's last stage as a Python literal.
+
+    It is relative: runs and report can be moved together, and no directory of this machine is named.
+    """
+    path = Path(os.path.relpath(run.run.path / run.stages[-1].name, target)).as_posix()
+    return json.dumps(path, ensure_ascii=False)
 
 
 def _describe_run(run: RunSummary) -> str:

@@ -150,7 +150,11 @@ class RunDirectory:
         if not self.finished_stages:
             return []
         path = self.stage_dir(self.finished_stages - 1) / STATE_FILE
-        return list(read_json(path, if_missing=INCOMPLETE, error=RunError)["log_history"])
+        state = read_json(path, if_missing=INCOMPLETE, error=RunError)
+        history = state.get("log_history") if isinstance(state, dict) else None
+        if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+            raise RunError(f"{path} has no log_history: {INCOMPLETE}")
+        return history
 
 
 class RunFile(Record):
