@@ -172,8 +172,12 @@ def test_a_vocabulary_is_that_of_the_tokenizer(make, monkeypatch):
             r"arm one: 2 shares for 4 stages \(l-f-h\): give one per stage",
         ),
         ({"plan": "best", "target": "goal"}, RunError, "arm one: some: scale tiny has no structure 'goal'"),
-        ({"plan": "best", "planner": {"objectiv": "flops"}}, PlanError, "arm one: planner or space: .*objectiv"),
-        ({"plan": "best", "space": {"wide": 1}}, PlanError, "arm one: planner or space: .*wide"),
+        (
+            {"plan": "best", "planner": {"objectiv": "flops"}},
+            PlanError,
+            "arm one: .*did you mean 'objective'",
+        ),
+        ({"plan": "best", "space": {"wide": 1}}, PlanError, "arm one: unknown key 'space.wide'"),
         ({"plan": "best", "planner": {"objective": "speed"}}, PlanError, "unknown objective 'speed'"),
         (
             {"plan": "worst", "planner": {"mode": "joint", "stages": 3}},

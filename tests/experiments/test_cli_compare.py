@@ -27,9 +27,15 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("compared") / "out"
 
 
-def test_arms_are_run_and_compared(tiny_experiment, output_of, out, tmp_path):
-    """One arm first; then all of them, the finished one not trained again."""
-    first = json.loads(output_of("compare", tiny_experiment, "-o", out, "--arm", "slop", "--json"))
+def test_arms_are_run_and_compared(tiny_experiment, output_of, slop, out, tmp_path):
+    """One arm first, with a line when it has ended; then all of them, the finished one not trained again."""
+    code, text, err = slop("compare", tiny_experiment, "-o", out, "--arm", "slop", "--json")
+    assert code == 0, err
+    first = json.loads(text)
+    loss = first["runs"][0]["stages"][-1]["eval_loss"]
+    begin, end = (line for line in err.splitlines() if "FLOPs" in line)
+    assert begin == f"tiny: 1 of 1 runs to train, 3.00e+08 FLOPs; their logs are in {out}"
+    assert end == f"1 of 1: slop, seed 0, held-out loss {loss:.4f}, 3.00e+08 FLOPs"
     assert [run["arm"] for run in first["runs"]] == ["slop"]
     trained = (out / "runs/slop/x1/seed-0/stage-3-hidden/model.safetensors").stat().st_mtime
     text = output_of("compare", tiny_experiment, "-o", out, "--record", tmp_path / "tiny.json")
@@ -52,9 +58,28 @@ def test_finished_runs_can_be_compared_before_the_others_finish(tiny_experiment,
     assert shown["missing"] == ["slop, seed 0", "preserving, seed 0"]
 
 
+def test_nothing_is_reported_of_a_directory_without_a_run(tiny_experiment, error_of, tmp_path):
+    (tmp_path / "out").mkdir()
+    message = error_of("compare", tiny_experiment, "-o", tmp_path / "out", "--report-only")
+    assert "out has no finished run of this experiment; leave out --report-only" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("option", ["--output", "--record"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_training(tiny_experiment, error_of, tmp_path, option):
+    (tmp_path / "file").touch()
+    message = error_of("compare", tiny_experiment, "-o", tmp_path / "out", option, tmp_path / "file" / "below")
+    assert f"{option} {tmp_path / 'file' / 'below'} cannot be written" in message and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--dry-run", "--set", "arms.slop.training.learning_rte=1"],
+            "slop, seed 0: training: unknown key 'learning_rte'",
+        ),
+        (["--dry-run", "--workers", "0"], "workers"),
         (["--scale", "huge"], "choose a scale of tiny, not 'huge'"),
         (["--arm", "slopp"], "--arm slopp: the arms at this scale are slop, preserving, from-scratch"),
         (["--seeds", "a"], "--seeds must be whole numbers such as 0,1,2, got 'a'"),

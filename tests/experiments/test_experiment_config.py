@@ -144,10 +144,10 @@ def test_arms_that_mean_nothing_are_refused(arm, message):
     [
         ({"tokens": 1e6}, "a scale needs either flops or tokens"),
         ({"flops": None}, "a scale needs either flops or tokens"),
-        ({"flops": 0.0}, "a budget must be positive, got 0"),
+        ({"flops": 0.0}, "a budget must be positive and finite, got flops 0"),
         ({"flops": -1.0}, "a budget must be positive"),
-        ({"seeds": ()}, "seeds must be one or more different numbers"),
-        ({"seeds": (1, 1)}, "seeds must be one or more different numbers"),
+        ({"seeds": ()}, "seeds must be one or more different whole numbers"),
+        ({"seeds": (1, 1)}, "seeds must be one or more different whole numbers"),
     ],
 )
 def test_scales_that_mean_nothing_are_refused(changes, message):

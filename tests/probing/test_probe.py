@@ -393,13 +393,13 @@ def test_agreement_is_with_the_order_given_and_with_losses_at_growth():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lag": 0}, "lag must be 1 token or more, got 0"),
+        ({"lag": 0}, "lag must be a whole number, 1 or more, got 0"),
         ({"lag": 5, "share": 0.1}, "give one of them"),
         ({"share": 0.0}, "share must be above 0 and at most 1"),
         ({"share": 1.5}, "share must be above 0 and at most 1"),
-        ({"initial_tokens": 0}, "initial_tokens must be 1 token or more"),
+        ({"initial_tokens": 0}, "initial_tokens must be a whole number, 1 or more"),
         ({"by": "speed"}, "by must be one of utility, utility_per_hour, loss, got 'speed'"),
-        ({"seeds": (0, 0)}, "seeds must be one or more different numbers"),
+        ({"seeds": (0, 0)}, "seeds must be one or more different whole numbers"),
         ({"start": "nothing-here"}, "is not a run"),
     ],
 )
@@ -477,6 +477,6 @@ def test_slop_probe_refuses_in_one_line(error_of, run_file, tmp_path):
         "probe", run_file, "-o", out, "-k", 2, "--next", "ffn"
     )
     assert "whole number of tokens" in error_of("probe", run_file, "-o", out, "--lag", "1.5")
-    assert "lag must be 1 token or more" in error_of("probe", run_file, "-o", out, "--lag", "0")
+    assert "--lag must be a whole number of tokens, 1 or more" in error_of("probe", run_file, "-o", out, "--lag", "0")
     assert "two candidates or more, got 1" in error_of("probe", run_file, "-o", out, "-k", 1)
     assert not out.exists()

@@ -12,10 +12,12 @@ from rich.console import Console
 import slop_hf
 
 from ..errors import RunError
+from ..io.files import check_output
 from ..io.serialization import Json
 from ..io.units import NOTHING
+from .job_progress import show_job_progress
 from .options import AsJson, Devices, Workers, read_changes, read_seeds, split_list
-from .shared import print_json, print_table, show_job_progress
+from .shared import print_json, print_table
 
 if TYPE_CHECKING:
     from ..experiments.config import Experiment
@@ -51,19 +53,30 @@ def compare_command(
 
     Example: `slop compare recipes/experiments/table2.yaml --scale nano --workers 2`
     """
-    from ..experiments.jobs import add_shared_prefixes, build_jobs  # with torch, which `slop --help` does without
-    from ..experiments.running import find_ended
+    from ..experiments.jobs import (  # with torch, which `slop --help` does without
+        add_shared_prefixes,
+        build_jobs,
+        count_own_flops,
+    )
+    from ..experiments.running import check_jobs, check_workers, find_ended
     from ..experiments.summary_text import summarise_comparison
     from ..experiments.tables import build_arms_table, build_terminal_table, tabulate_ledger
 
     experiment = _select_arms(slop_hf.Experiment.from_yaml(config, scale, read_changes(change)), arm or [], seeds)
     root = output or Path("runs", f"{experiment.name}-{experiment.scale}")
+    check_output(root, "--output", RunError, is_directory=True)
+    check_output(record, "--record", RunError)
+    check_workers(split_list(devices), workers)
     jobs = add_shared_prefixes(build_jobs(experiment))
+    if not report_only:
+        check_jobs(jobs, root)
     if dry_run:
         _show_runs(experiment, jobs, as_json=as_json)
         return
-    completed = len(find_ended(jobs, root))
-    with show_job_progress(experiment.name, len(jobs), completed=completed, quiet=as_json or report_only) as on_end:
+    flops, ended = count_own_flops(jobs), find_ended(jobs, root)
+    if report_only and not any(job.arm and job.directory in ended for job in jobs):
+        raise RunError(f"{root} has no finished run of this experiment; leave out --report-only to train them")
+    with show_job_progress(experiment.name, () if report_only else jobs, root, flops, ended) as on_end:
         comparison = slop_hf.compare_arms(
             experiment, root, devices=split_list(devices), workers=workers, on_job_end=on_end, train=not report_only
         )
@@ -98,6 +111,8 @@ def _select_arms(experiment: Experiment, names: list[str], seeds: str | None) ->
 
 def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> None:
     """Print what would be trained, one row per run; shared stages appear in each run that begins with them."""
+    from ..experiments.jobs import count_own_flops
+
     flops = {job.directory: job.flops for job in jobs}
     rows: list[dict[str, Json]] = [
         {
@@ -129,5 +144,5 @@ def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> Non
         ],
         wraps=("run", "grows", "structures", "tokens"),
     )
-    total = sum(flops.values()) - sum(flops[job.parent] for job in jobs if job.parent is not None)
+    total = sum(count_own_flops(jobs).values())
     print(f"{len(jobs)} runs, {total:.3g} FLOPs in total; stages that runs share are counted once")

@@ -13,10 +13,13 @@ from rich.console import Console
 import slop_hf
 
 from ..errors import RunError
+from ..io.files import check_output
+from ..io.numbers import is_finite_number
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
+from .job_progress import show_job_progress
 from .options import AsJson, Changes, Devices, Workers, make_option, read_changes, read_seeds, split_list
-from .shared import print_json, print_table, show_job_progress
+from .shared import print_json, print_table
 
 if TYPE_CHECKING:
     from ..probing.candidates import Candidate, Start
@@ -79,6 +82,10 @@ def probe_command(
 
     Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
     """
+    check_output(output, "--output", RunError, is_directory=True)
+    check_output(write_schedule, "--write-schedule", RunError)
+    lag_tokens, first_tokens = _read_tokens(lag, "--lag"), _read_tokens(initial_tokens, "--initial-tokens")
+    from ..experiments.running import find_ended
     from ..probing.candidates import Start  # with torch, which `slop --help` does without
     from ..probing.report import build_probe_table, describe_probe
 
@@ -90,10 +97,10 @@ def probe_command(
     trial = slop_hf.Probe(
         run,
         output,
-        lag=_read_tokens(lag, "--lag"),
+        lag=lag_tokens,
         share=share,
         start=start,
-        initial_tokens=_read_tokens(initial_tokens, "--initial-tokens"),
+        initial_tokens=first_tokens,
         by=by,  # type: ignore[arg-type]
         seeds=read_seeds(seeds),
         devices=split_list(devices),
@@ -103,7 +110,9 @@ def probe_command(
     if dry_run:
         _show_trials(trials, len(candidates), as_json=as_json)
         return
-    with show_job_progress(output.name, len(trials), quiet=as_json) as on_end:
+    jobs = trial.build_jobs(candidates)
+    flops = {job.directory: planned.flops for job, planned in zip(jobs, trials, strict=True)}
+    with show_job_progress(output.name, jobs, output, flops, find_ended(jobs, output)) as on_end:
         report = dataclasses.replace(trial, on_job_end=on_end).run(candidates)
     if write_schedule is not None:
         report.best.schedule.to_yaml(write_schedule)
@@ -150,9 +159,11 @@ def _choose_candidates(
 
 def _read_tokens(value: float | None, option: str) -> int | None:
     """Return a number of tokens, which may be written as 2e6, as an int."""
-    if value is not None and value != int(value):
-        raise RunError(f"{option} must be a whole number of tokens, got {value:g}")
-    return None if value is None else int(value)
+    if value is None:
+        return None
+    if not is_finite_number(value, least=1) or value != int(value):
+        raise RunError(f"{option} must be a whole number of tokens, 1 or more, got {value:g}")
+    return int(value)
 
 
 def _show_trials(trials: Sequence[PlannedTrial], candidates: int, *, as_json: bool) -> None:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from rich.box import SIMPLE
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..io.serialization import to_json
-
-if TYPE_CHECKING:
-    from ..experiments.jobs import Job
-    from ..experiments.running import JobEndCallback
 
 #: Longer words in a column that wraps are folded, such as the order of many stages.
 _LONGEST_WORD = 16
@@ -154,13 +150,23 @@ def print_if_slow(text: str, seconds: float = 5.0) -> Iterator[None]:
 
 
 @contextmanager
-def show_job_progress(name: str, total: int, *, completed: int = 0, quiet: bool) -> Iterator[JobEndCallback]:
-    """Show a progress bar on stderr, unless `quiet`; yield the function to call when a job has ended."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task(name, total=total, completed=completed)
+def show_steps(library: str) -> Iterator[None]:
+    """Print what a part of the library logs about its steps, one line each on stderr, unless `slop --quiet`.
 
-        def report_end(job: Job, done: int, count: int) -> None:
-            progress.update(task, completed=done, description=f"{job.name} has ended")
-
-        yield report_end
+    Args:
+        library: name of the part, such as `slop_hf.evaluation`.
+    """
+    logger, handler = logging.getLogger(library), logging.StreamHandler()
+    if not is_first_process() or logger.getEffectiveLevel() >= logging.ERROR:
+        yield
+        return
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # or another handler would print the same line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..baselines import ARMS, ArmRequest
 from ..cost.flops import count_flops_per_token, count_parameters
 from ..dims import ModelConfig
 from ..errors import PlanError, RunError
+from ..io.serialization import Json, describe_unknown_key
 from ..operators import OPERATORS
 from ..planning.budget import allocate_tokens, share_tokens_by_utility
 from ..planning.planner import SlopPlanner
@@ -52,8 +54,12 @@ def fit_to_budget(
         raise RunError(
             f"{len(weights)} shares for {len(schedule.structures)} stages ({schedule.sequence}): give one per stage"
         )
-    costs = _get_flops_per_token(experiment, schedule) if experiment.sizes.equal == "flops" else None
-    return schedule.with_shares(allocate_tokens(weights, spend, costs))
+    unit = experiment.sizes.equal
+    costs = _get_flops_per_token(experiment, schedule) if unit == "flops" else None
+    tokens = allocate_tokens(weights, spend, costs)
+    if not sum(tokens):
+        raise RunError(f"a budget of {spend:g} {unit} buys no token of ({schedule.sequence or 'no growth'}); raise it")
+    return schedule.with_shares(tokens)
 
 
 def _get_flops_per_token(experiment: Experiment, schedule: GrowthSchedule) -> list[float]:
@@ -76,6 +82,8 @@ def build_planner(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
         by_letter = {operator.letter: name for name, operator in OPERATORS.items()}
         operators = tuple(by_letter[letter] for letter in arm.order.split("-"))
     targets = [experiment.get_structure(name) for name in names]
+    _check_keys(arm.planner, SlopPlanner, "planner", ("initial", "space", "operators"))
+    _check_keys(arm.space, ConfigSpace, "space", ("targets", "target_params", "config", "sequence_length"))
     try:
         space = ConfigSpace(
             targets=targets,
@@ -86,6 +94,16 @@ def build_planner(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:
         return SlopPlanner(experiment.get_structure(arm.initial), space, operators=operators, **arm.planner)
     except TypeError as caught:
         raise PlanError(f"planner or space: {caught}") from None
+
+
+def _check_keys(given: Mapping[str, Json], cls: type, section: str, own: Sequence[str]) -> None:
+    """Refuse keys of an arm's section that are no arguments of a class, or that the experiment itself gives."""
+    known = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in own]
+    for key in given:
+        if key in own:
+            raise PlanError(f"{section}.{key} follows from the arm and the scale; leave it out")
+        if key not in known:
+            raise PlanError(describe_unknown_key(key, known, path=f"{section}.{key}"))
 
 
 def _plan_arm(experiment: Experiment, arm: ArmConfig) -> GrowthSchedule:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 from ..baselines import ARMS, BudgetKind
 from ..dims import ModelDims
 from ..errors import RunError
-from ..io.numbers import is_whole_number
+from ..io.numbers import is_finite_number, is_whole_number
 from ..io.record import Record
 from ..io.serialization import Json, read_yaml, set_keys
 from ..operators import OPERATORS
@@ -23,6 +24,8 @@ from ..training.config import RunConfig
 _SCHEDULE_KEYS = ("plan", "order", "control", "schedule")
 _RUN_KEY = "run."
 _SEED_ARGUMENTS = {"seed", "data_seed", "growth_seed"}
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files next to the directory are longer
+_SEEDS_END = 2**32  # numpy's generators take no larger seed
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,15 @@ class ArmConfig(Record, error=RunError):
         letters = {operator.letter for operator in OPERATORS.values()}
         if self.order is not None and not set(self.order.split("-")) <= letters:
             raise RunError(f"order must be letters of {', '.join(sorted(letters))} such as l-f-h, got {self.order!r}")
-        if not self.budgets or min(self.budgets) <= 0 or len(set(self.budgets)) < len(self.budgets):
-            raise RunError(f"budgets must be different positive multiples, got {list(self.budgets)}")
-        if isinstance(self.shares, tuple) and (min(self.shares, default=0) < 0 or not sum(self.shares) > 0):
-            raise RunError(f"shares must be 0 or more, and not all of them 0, got {list(self.shares)}")
-        if seeds := sorted(_SEED_ARGUMENTS & set(self.training)):
-            raise RunError(
-                f"training sets {', '.join(seeds)}, which follow from the arm's seeds: give `seeds` instead"
-            )
+        if not self.target:
+            raise RunError("target must name one structure or more, got an empty list")
+        _check_budgets(self.budgets)
+        shares = self.shares if isinstance(self.shares, tuple) else (1.0,)
+        if not any(shares) or not all(is_finite_number(share, least=0) for share in shares):
+            raise RunError(f"shares must be 0 or more, and not all of them 0, got {list(shares)}")
+        if self.seeds is not None:
+            check_seeds(self.seeds)
+        _refuse_seed_arguments(self.training)
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,15 @@ class ScaleConfig(Record, error=RunError):
     def __post_init__(self) -> None:
         if (self.flops is None) == (self.tokens is None):
             raise RunError("a scale needs either flops or tokens, the budget of each of its runs")
-        if not self.budget > 0:
-            raise RunError(f"a budget must be positive, got {self.budget:g}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise RunError(f"seeds must be one or more different numbers, got {list(self.seeds)}")
+        if not is_finite_number(self.budget) or self.budget <= 0:
+            raise RunError(f"a budget must be positive and finite, got {self.equal} {self.budget:g}")
+        check_seeds(self.seeds)
+        for arm, budgets in self.budgets.items():
+            try:
+                _check_budgets(budgets)
+            except RunError as caught:
+                raise RunError(f"budgets.{arm}: {caught}") from None
+        _refuse_seed_arguments(self.training)
 
     @property
     def equal(self) -> BudgetKind:
@@ -160,12 +169,17 @@ class ExperimentConfig(Record, error=RunError):
     printed: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.arms or not self.scales:
+            raise RunError(f"an experiment needs arms and scales; {'scales' if self.arms else 'arms'} has none")
         in_scales = [arm for scale in self.scales.values() for arm in (*scale.arms, *scale.budgets)]
         for name in (self.reference, *self.printed, *in_scales):
             if name is not None and name not in self.arms:
-                raise RunError(f"there is no arm {name!r}; the arms are {', '.join(self.arms)}")
+                raise RunError(
+                    f"there is no arm {name!r}; the arms are {', '.join(self.arms)}{_suggest(name, self.arms)}"
+                )
         for name in self.arms:
-            if not name or Path(name).name != name or name.startswith("."):
+            is_file_name = Path(name).name == name and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
+            if not name or not is_file_name or name.startswith("."):
                 raise RunError(f"{name!r} cannot name an arm, because the directory of its runs has the same name")
 
 
@@ -220,7 +234,8 @@ class Experiment:
             scale = next(iter(config.scales))
         if scale not in config.scales:
             instead = f", not {scale!r}" if scale else ""
-            raise RunError(f"{path}: choose a scale of {', '.join(config.scales)}{instead}")
+            hint = _suggest(str(scale or ""), config.scales)
+            raise RunError(f"{path}: choose a scale of {', '.join(config.scales)}{instead}{hint}")
         sizes = config.scales[scale]
         arms = {
             name: _resolve_schedule(arm, path, sizes.budgets.get(name, arm.budgets))
@@ -245,14 +260,39 @@ class Experiment:
         """Return a structure of the scale by its name, or read its numbers; a `RunError` for unknown names."""
         text = self.sizes.structures.get(name, name)
         if "," not in text:
-            known = ", ".join(self.sizes.structures)
-            raise RunError(f"{self.name}: scale {self.scale} has no structure {name!r} (known: {known})")
+            known = ", ".join(self.sizes.structures) or "none"
+            hint = _suggest(name, self.sizes.structures)
+            raise RunError(f"{self.name}: scale {self.scale} has no structure {name!r} (known: {known}){hint}")
         return ModelDims.parse(text)
 
     def structure(self, name: str) -> ModelDims:
         """Return `get_structure`, under its earlier name."""
         warnings.warn("Experiment.structure is now Experiment.get_structure", DeprecationWarning, stacklevel=2)
         return self.get_structure(name)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse anything but one or more different seeds that all random number generators take."""
+    is_right = all(is_whole_number(seed, least=0) and seed < _SEEDS_END for seed in seeds)
+    if not seeds or not is_right or len(set(seeds)) < len(seeds):
+        raise RunError(f"seeds must be one or more different whole numbers from 0 to 2**32 - 1, got {list(seeds)}")
+
+
+def _check_budgets(budgets: Sequence[float]) -> None:
+    is_right = all(is_finite_number(budget) and budget > 0 for budget in budgets)
+    if not budgets or not is_right or len(set(budgets)) < len(budgets):
+        raise RunError(f"budgets must be different positive multiples, got {list(budgets)}")
+
+
+def _refuse_seed_arguments(training: Mapping[str, Json]) -> None:
+    if seeds := sorted(_SEED_ARGUMENTS & set(training)):
+        raise RunError(f"training sets {', '.join(seeds)}, which follow from the seeds: give `seeds` instead")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """Return a question for the most similar known name; "" if none is similar."""
+    similar = difflib.get_close_matches(name, [*known], n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def _resolve_schedule(arm: ArmConfig, path: Path, budgets: tuple[float, ...]) -> ArmConfig:

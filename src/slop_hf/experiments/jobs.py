@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SlopError
+from ..errors import RunError, SlopError
 from ..io.serialization import Json, hash_json, to_plain
 from ..schedule import GrowthSchedule
 from ..training.batches import PER_STAGE
@@ -68,18 +68,38 @@ class Job:
 
 
 def build_jobs(experiment: Experiment) -> list[Job]:
-    """Return one job per arm, budget and seed, in the order of the arms, without shared prefixes."""
+    """Return one job per arm, budget and seed, in the order of the arms, without shared prefixes.
+
+    Raises:
+        SlopError: if some arm has no schedule, naming the arm.
+    """
+    if not isinstance(experiment, Experiment):
+        raise RunError(
+            f"experiment must be an Experiment, got {type(experiment).__name__}: read one with Experiment.from_yaml"
+        )
     jobs = []
     for name, arm in experiment.arms.items():
         try:
-            schedules = {budget: build_arm_schedule(experiment, arm, budget) for budget in arm.budgets}
+            jobs += _build_arm_jobs(experiment, name, arm)
         except SlopError as caught:
             raise type(caught)(f"arm {name}: {caught}") from None
-        for budget, schedule in schedules.items():
-            for seed in arm.seeds or experiment.sizes.seeds:
-                directory = Path(RUNS, name, f"x{budget:g}", f"seed-{seed}")
-                jobs.append(Job(name, budget, seed, _build_run_config(experiment, arm, schedule, seed), directory))
     return jobs
+
+
+def _build_arm_jobs(experiment: Experiment, name: str, arm: ArmConfig) -> list[Job]:
+    jobs = []
+    for budget in arm.budgets:
+        schedule = build_arm_schedule(experiment, arm, budget)
+        for seed in arm.seeds or experiment.sizes.seeds:
+            directory = Path(RUNS, name, f"x{budget:g}", f"seed-{seed}")
+            jobs.append(Job(name, budget, seed, _build_run_config(experiment, arm, schedule, seed), directory))
+    return jobs
+
+
+def count_own_flops(jobs: Sequence[Job]) -> dict[Path, float]:
+    """Return the training FLOPs of each job by its directory, without those of the shared prefix it begins with."""
+    flops = {job.directory: job.flops for job in jobs}
+    return {job.directory: job.flops - flops.get(job.parent, 0.0) if job.parent else job.flops for job in jobs}
 
 
 def _build_run_config(experiment: Experiment, arm: ArmConfig, schedule: GrowthSchedule, seed: int) -> RunConfig:

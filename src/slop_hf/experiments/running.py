@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,7 +17,8 @@ import torch
 from ..data import prepare_data
 from ..errors import DivergedError, RunError, SlopError
 from ..evaluation.runs import check_evaluation
-from ..io.files import write_text
+from ..io.files import check_output, write_text
+from ..io.numbers import require_whole_number
 from ..io.serialization import parse_yaml, read_yaml, to_yaml
 from ..pipeline import train_run
 from ..runs.branch import inherit
@@ -34,6 +36,8 @@ from .jobs import (
     build_jobs,
     find_diverged,
 )
+
+_DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")  # as CUDA_VISIBLE_DEVICES takes them
 
 #: Called with an ended job, the number of ended jobs, and the number of all jobs.
 JobEndCallback = Callable[[Job, int, int], None]
@@ -85,13 +89,13 @@ def run_jobs(
 
     The jobs must use the same data, and each must come after its shared prefix.
     """
+    check_output(root, error=RunError, is_directory=True)
+    check_workers(devices, workers)
     root = Path(root)
     check_settings_unchanged(jobs, root)
     ended = find_ended(jobs, root)
     waiting = [job for job in jobs if job.directory not in ended]
-    for job in waiting:
-        if not RunDirectory(root / job.directory).exists:
-            _check_job(job, root)
+    check_jobs(waiting, root)
     count = len(ended)
 
     def report_end(job: Job) -> None:
@@ -175,9 +179,44 @@ def check_settings_unchanged(jobs: Sequence[Job], root: Path) -> None:
             )
 
 
+def check_workers(devices: Sequence[str], workers: int) -> None:
+    """Refuse devices and workers that runs cannot be spread over.
+
+    >>> check_workers((), 0)
+    Traceback (most recent call last):
+    slop_hf.errors.RunError: workers must be a whole number, 1 or more, got 0
+    """
+    require_whole_number(workers, "workers", error=RunError)
+    is_list = isinstance(devices, Sequence) and not isinstance(devices, str)
+    if not is_list or not all(isinstance(device, str) and _DEVICE.fullmatch(device) for device in devices):
+        raise RunError(f"devices must be a list of CUDA devices, such as ('0', '1'), got {devices!r}")
+    if len(set(devices)) < len(devices):
+        raise RunError(f"devices must be different, got {', '.join(devices)}: a device takes one run at a time")
+    if devices and workers > 1:
+        raise RunError(f"devices are given, one run at a time on each, and workers={workers}: give one of the two")
+    if devices and not torch.cuda.is_available():
+        raise RunError(f"devices {', '.join(devices)}: this machine has no CUDA device; give workers, for CPUs")
+
+
+def check_jobs(jobs: Sequence[Job], root: Path) -> None:
+    """Refuse runs that cannot begin, or that could not be compared; runs that have begun are not looked at.
+
+    Raises:
+        SlopError: naming the run.
+    """
+    for job in jobs:
+        if not RunDirectory(root / job.directory).exists:
+            _check_job(job, root)
+
+
 def _check_job(job: Job, root: Path) -> None:
     """Refuse now what training would refuse once it is the job's turn."""
     try:
+        if not job.config.data.held_out or job.config.training.get("eval_before_growth") is False:
+            raise RunError(
+                "losses are compared on held-out documents at the end of each stage; set data.held_out, such as 0.02, "
+                "and leave eval_before_growth out"
+            )
         if job.config.training.get("push_to_hub"):
             raise RunError("runs of an experiment are not published; leave push_to_hub out")
         preview_run(job.config, root / job.directory)

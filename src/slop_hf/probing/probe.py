@@ -19,8 +19,11 @@ from typing import get_args
 from ..errors import RunError
 from ..experiments.collect import PROBE_FILE, read_run_result, sum_cost
 from ..experiments.comparison import Cost
+from ..experiments.config import check_seeds
 from ..experiments.jobs import PREFIXES, RUNS, SEEDS_APART, Job, add_shared_prefixes, find_diverged, keep_first_stages
-from ..experiments.running import JobEndCallback, describe_machine, run_jobs
+from ..experiments.running import JobEndCallback, check_workers, describe_machine, run_jobs
+from ..io.files import check_output
+from ..io.numbers import is_finite_number, require_whole_number
 from ..io.serialization import hash_json, list_versions, to_plain
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
@@ -78,7 +81,7 @@ class Probe:
 
     >>> Probe(RunConfig(), "runs/probe", lag=0)
     Traceback (most recent call last):
-    slop_hf.errors.RunError: lag must be 1 token or more, got 0
+    slop_hf.errors.RunError: lag must be a whole number, 1 or more, got 0
     """
 
     config: RunConfig
@@ -102,14 +105,15 @@ class Probe:
         if self.lag is not None and self.share is not None:
             raise RunError("a trial is as long as its lag or as a share of its schedule: give one of them")
         for name in ("lag", "initial_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RunError(f"{name} must be 1 token or more, got {value}")
-        if self.share is not None and not 0 < self.share <= 1:
+            if (value := getattr(self, name)) is not None:
+                require_whole_number(value, name, error=RunError)
+        if self.share is not None and not (is_finite_number(self.share) and 0 < self.share <= 1):
             raise RunError(f"share must be above 0 and at most 1, got {self.share}")
         if self.by not in get_args(RankBy):
             raise RunError(f"by must be one of {', '.join(get_args(RankBy))}, got {self.by!r}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise RunError(f"seeds must be one or more different numbers, got {list(self.seeds)}")
+        check_seeds(self.seeds)
+        check_workers(self.devices, self.workers)
+        check_output(self.output_dir, "output_dir", RunError, is_directory=True)
         if not self.config.data.held_out:
             raise RunError("a probe measures losses on held-out documents; set data.held_out, such as 0.02")
         if self.start is not None and self.initial_tokens is not None:
