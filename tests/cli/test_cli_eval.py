@@ -74,6 +74,36 @@ def test_perplexity_of_a_model_on_a_text(run, tmp_path, output_of):
     assert not (run / "stage-1-layer" / "evaluations.json").exists()
 
 
+def test_steps_are_named_on_stderr(run, tmp_path, slop):
+    (tmp_path / "a.txt").write_text("file 1: 1 2 3 4 5 6 7 8 9 " * 20)
+    words = ["eval", run, "--stage", 1, "--tasks", "perplexity", "--text", tmp_path / "a.txt", "--block-size", 32]
+    code, _, err = slop(*words, "--cache-dir", tmp_path / "results")
+    assert code == 0 and "scoring stage-1-layer on perplexity\nloading stage-1-layer\n" in err
+
+
+def test_texts_of_one_name_are_measured_each(run, tmp_path, output_of, error_of):
+    paths = [tmp_path / name / "a.txt" for name in ("old", "new")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"{path.parent.name} file 1 2 3 4 5 6 7 8 9 " * 20)
+    words = [
+        "eval",
+        run,
+        "--stage",
+        0,
+        "--tasks",
+        "perplexity",
+        "--block-size",
+        32,
+        "--cache-dir",
+        tmp_path / "results",
+    ]
+    options = [word for path in paths for word in ("--text", path)]
+    answer = json.loads(output_of(*words, *options, "--json"))
+    assert {f"loss/{path}" for path in paths} <= set(answer["stages"][0]["evaluations"][0]["metrics"])
+    assert "is given twice" in error_of(*words, *options, "--text", paths[0])
+
+
 def test_tasks_of_a_run(run, tmp_path, output_of):
     pytest.importorskip("lm_eval")
     rows = [{"goal": f"open door {n}", "sol1": "pull", "sol2": "push it", "label": n % 2} for n in range(4)]
@@ -109,5 +139,14 @@ def test_errors(run, config, tmp_path, error_of):
     text = tmp_path / "a.txt"
     assert "no such file" in error_of("eval", run, "--tasks", "perplexity", "--text", text)
     assert "give one of them" in error_of("eval", run, *perplexity, "--text", text)
+    text.write_bytes("ä".encode("latin-1"))
+    words = ("eval", run, "--tasks", "perplexity", "--text", text)
+    assert "a.txt: not a text file in UTF-8" in error_of(*words)
+    assert "folder" in error_of("eval", run, "--tasks", "perplexity", "--text", tmp_path)
+    text.write_text(" ")
+    assert "a.txt has no text to predict" in error_of(*words)
+    assert "device 'cuda:77': this machine has no such device" in error_of(*words, "--device", "cuda:77")
+    assert "give --data" in error_of(*words, "--set", "data.block_size=8")
+    assert "is neither a run nor a model" in error_of("eval", "missing", *words[2:], "--dry-run")
     pytest.importorskip("lm_eval")
     assert "did you mean" in error_of("eval", run, "--tasks", "hellaswagg")

@@ -14,15 +14,18 @@ import slop_hf
 
 from ..errors import EvaluationError
 from ..evaluation.tasks import PAPER, PAPER_TASKS, PERPLEXITY, find_headline, list_task_names
+from ..io.hub_address import Address
+from ..io.serialization import read_text
 from ..io.units import NOTHING
 from ..runs.directory import RunDirectory
 from ..runs.records import AFTER_GROWTH, END_OF_STAGE, EvalRecord
 from .data import read_data
 from .options import AsJson
-from .shared import is_first_process, print_json, print_table, redirect_prints
+from .shared import is_first_process, print_json, print_table, redirect_prints, show_steps
 
 if TYPE_CHECKING:
     from ..evaluation.held_out import HeldOut
+    from ..evaluation.settings import EvalSettings
 
 _PAPER_LIST = "\n".join(
     f"* {name}: `{task.task}`, {task.num_fewshot}-shot, {task.metric}{f' ({task.note})' if task.note else ''}"
@@ -84,28 +87,41 @@ def evaluate_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be scored; score nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    run = RunDirectory(source)
-    if not run.exists and (stage or after_growth):
-        raise EvaluationError(f"{source} is not a run, and has no stages: leave out --stage and --after-growth")
+    run, names = RunDirectory(source), list_task_names(tasks)
+    if not run.exists:
+        _check_model(source, is_dry=dry_run)
+        if stage or after_growth:
+            raise EvaluationError(f"{source} is not a run, and has no stages: leave out --stage and --after-growth")
+    stages = run.select_stages(stage) if run.exists else ()
+    if data is not None and text:
+        raise EvaluationError("--data and --text both name the text for perplexity: give one of them")
+    if change and data is None:
+        raise EvaluationError("--set changes a value of the file that --data names: give --data, too")
     if dry_run:
-        _show_plan(source, list_task_names(tasks), stage, after_growth, as_json=as_json)
+        models = [run.schedule.stage_name(number) for number in stages] if run.exists else [source]
+        _show_plan(models, names, after_growth, as_json=as_json)
         return
-    from ..training.launch import guard_exit  # with torch, which `slop --help` does without
+    from ..evaluation.held_out import HeldOut  # with torch, which `slop --help` does without
+    from ..training.launch import guard_exit
 
-    with guard_exit(), redirect_prints(as_json=True):  # what lm-eval prints is no result
+    with guard_exit(), redirect_prints(as_json=True), show_steps("slop_hf.evaluation"):
+        has_text = data is not None or bool(text)
         settings = slop_hf.EvalSettings(
-            tasks=list_task_names(tasks),
+            tasks=names,
             limit=limit,
             batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
             num_fewshot=num_fewshot,
             device=device,
             cache_dir=cache_dir,
-            held_out=_read_held_out(source, data, change, text or [], block_size),
+            held_out=HeldOut({}, None, "") if has_text else None,
             include_path=include_path,
             datasets=datasets,
         )
+        if has_text:  # only now that all else is right
+            held_out = _read_held_out(source, settings, data, change, text or [], block_size)
+            settings = dataclasses.replace(settings, held_out=held_out)
         if run.exists:
-            records_by_stage = slop_hf.evaluate_run(run, settings, stages=stage, after_growth=after_growth)
+            records_by_stage = slop_hf.evaluate_run(run, settings, stages=stages, after_growth=after_growth)
         else:
             records = slop_hf.evaluate_model(source, settings)
     if not is_first_process():
@@ -118,35 +134,57 @@ def evaluate_command(
         _show_scores({source: records}, settings.tasks)
 
 
+def _check_model(source: str, *, is_dry: bool) -> None:
+    """Refuse what is neither a run, nor a model's directory, nor the name of a model on the Hub."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise EvaluationError(
+                f"{source} is neither a run nor a model directory: no schedule.yaml, and no config.json"
+            )
+        return
+    address = None if path.exists() else Address.find(source)
+    # A dry run does not look on the Hub, where only few and old models have a name without an owner.
+    if address is None or (is_dry and "/" not in address.repo_id):
+        raise EvaluationError(
+            f"{source} is neither a run nor a model: there is no such directory, and models on the Hub are named "
+            "user/name[@revision]"
+        )
+
+
 def _read_held_out(
-    source: str, data: Path | None, changes: list[str] | None, texts: Sequence[Path], block_size: int
-) -> HeldOut | None:
-    """Return the text to measure perplexity on, tokenized by the model's tokenizer; None if no option names one."""
-    if data is None and not texts:
-        return None
-    if data is not None and texts:
-        raise EvaluationError("--data and --text both name the text for perplexity: give one of them")
+    source: str,
+    settings: EvalSettings,
+    data: Path | None,
+    changes: list[str] | None,
+    texts: Sequence[Path],
+    block_size: int,
+) -> HeldOut:
+    """Return the text to measure perplexity on, tokenized by the model's tokenizer."""
     from ..data import load_tokenizer, prepare_data
     from ..evaluation.held_out import HeldOut
-    from ..evaluation.scoring import EvaluatedModel
+    from ..evaluation.scoring import EvaluatedModel, check_tasks
 
+    contents = _read_texts(texts)
     run = RunDirectory(source)
-    tokenizer = str(run.stage_dir(run.select_stages()[0]) if run.exists else EvaluatedModel(source).directory)
+    tokenizer = str(run.stage_dir(0) if run.exists else EvaluatedModel(source).directory)
     if data is not None:
         config = dataclasses.replace(read_data(data, changes), tokenizer=tokenizer)
+        check_tasks(settings)  # before the data is prepared, which may take long
         return HeldOut.from_corpus(prepare_data(config))
-    if missing := [str(path) for path in texts if not path.is_file()]:
-        raise EvaluationError(f"--text {missing[0]}: no such file")
-    contents = {path.name: path.read_text(encoding="utf-8") for path in texts}
     return HeldOut.from_texts(contents, load_tokenizer(tokenizer), block_size)
 
 
-def _show_plan(
-    source: str, tasks: Sequence[str], stages: Sequence[int] | None, after_growth: bool, *, as_json: bool
-) -> None:
-    run, names = RunDirectory(source), [source]
-    if run.exists:
-        names = [run.schedule.stage_name(number) for number in run.select_stages(stages)]
+def _read_texts(paths: Sequence[Path]) -> dict[str, str]:
+    """Return the texts of files by the files' names, or by their paths if two have the same name."""
+    names = [path.name for path in paths]
+    labels = [str(path) if names.count(path.name) > 1 else path.name for path in paths]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise EvaluationError(f"--text {repeated[0]} is given twice: name each file once")
+    return {label: read_text(path, error=EvaluationError) for label, path in zip(labels, paths, strict=True)}
+
+
+def _show_plan(names: Sequence[str], tasks: Sequence[str], after_growth: bool, *, as_json: bool) -> None:
     if as_json:
         print_json({"stages": names, "tasks": tasks, "after_growth": after_growth})
         return

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..errors import SlopError
-from ..io.files import write_text
+from ..errors import EvaluationError, SlopError
+from ..io.files import check_output, write_text
 from ..io.serialization import Json, hash_json, parse, read_yaml, to_json
 from ..runs.records import EvalRecord
 
@@ -19,10 +19,14 @@ class ResultCache:
     """A directory with one file of records per evaluation, named by a hash of all that the scores depend on.
 
     The default directory is `slop_hf/evaluations` in the Hugging Face home.
+
+    Raises:
+        EvaluationError: if the directory cannot be written.
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = Path(directory or os.path.join(constants.HF_HOME, "slop_hf", "evaluations")).expanduser()
+        check_output(self.directory, "cache_dir", EvaluationError, is_directory=True)
 
     def load(self, ingredients: Mapping[str, Json]) -> list[EvalRecord] | None:
         """Return the records of an evaluation; None if the cache does not hold them, or cannot read them."""

@@ -16,8 +16,10 @@ from ..data import Corpus
 from ..data.packing import IGNORED, Blocks
 from ..data.tokenizing import hash_vocabulary
 from ..errors import EvaluationError
+from ..io.numbers import require_whole_number
 from ..io.serialization import hash_json, list_versions
 from ..runs.records import EvalRecord, compute_perplexity
+from ..training.config import EvalOptions
 from ..training.ranks import Ranks
 from .tasks import PERPLEXITY
 
@@ -59,9 +61,18 @@ class HeldOut:
         """Tokenize named texts, end each with the end-of-text token, and cut them into blocks of `block_size` tokens.
 
         The last block of a text may be shorter.
+
+        Raises:
+            EvaluationError: if there is no text, a text is empty, or `block_size` is below 2.
         """
-        if block_size < 2:
-            raise EvaluationError(f"block_size must be at least 2, got {block_size}: one token predicts nothing")
+        # One token alone predicts nothing.
+        require_whole_number(block_size, "block_size", least=2, error=EvaluationError)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise EvaluationError(
+                f"tokenizer must be a PreTrainedTokenizerFast, got {type(tokenizer).__name__}: give the model's"
+            )
+        if not isinstance(texts, Mapping) or not texts or not all(isinstance(text, str) for text in texts.values()):
+            raise EvaluationError("texts must be one or more texts by name, such as {'notes': 'It was …'}")
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sources: dict[str, Blocks] = {}
         for name, text in texts.items():
@@ -95,11 +106,18 @@ def measure_perplexity(
         batch_size: blocks per batch; "auto" starts from 64 (8 on a CPU) and halves it while memory does not suffice.
         ranks: processes that share the blocks; each of them makes this call.
 
+    Raises:
+        EvaluationError: if there is nothing to predict, or the blocks do not fit the model.
+
     Returns:
         On every rank, a record of the task `perplexity` with the metrics `perplexity` and `loss`, in nats per token,
         and if there are several sources also `perplexity/NAME` and `loss/NAME`.
     """
+    EvalOptions(PERPLEXITY, limit=limit, batch_size=batch_size)  # refuses numbers that mean nothing
     sources = held_out.sources
+    if not sources or not all(map(len, sources.values())):
+        names = ", ".join(name for name, blocks in sources.items() if not len(blocks)) or "held_out"
+        raise EvaluationError(f"{names} has no blocks to predict; use more text")
     counts = {name: len(blocks) if limit is None else min(limit, len(blocks)) for name, blocks in sources.items()}
     longest = max(len(blocks[0]["input_ids"]) for blocks in sources.values())
     if longest > (context := getattr(model.config, "max_position_embeddings", longest)):
@@ -111,11 +129,12 @@ def measure_perplexity(
         shares = {name: range(ranks.rank, count, ranks.count) for name, count in counts.items()}
         return {name: _sum_losses(model, sources[name], share, batch_size) for name, share in shares.items()}
 
-    if batch_size == "auto":
-        largest = LARGEST_BATCH_ON_CPU if model.device.type == "cpu" else LARGEST_BATCH
-        sums = find_executable_batch_size(measure, starting_batch_size=largest)()
-    else:
-        sums = measure(int(batch_size))
+    with ranks.raise_on_all():
+        if batch_size == "auto":
+            largest = LARGEST_BATCH_ON_CPU if model.device.type == "cpu" else LARGEST_BATCH
+            sums = find_executable_batch_size(measure, starting_batch_size=largest)()
+        else:
+            sums = measure(int(batch_size))
     gathered = ranks.gather_all(sums)
     by_source = {name: list(zip(*(part[name] for part in gathered), strict=True)) for name in sums}
     totals = {name: (math.fsum(losses), sum(tokens)) for name, (losses, tokens) in by_source.items()}
@@ -146,9 +165,14 @@ def _compute_metrics(totals: Mapping[str, tuple[float, int]], weights: Mapping[s
 @torch.no_grad()
 def _sum_losses(model: PreTrainedModel, blocks: Blocks, indices: range, batch_size: int) -> tuple[float, int]:
     """Return the sum of the token losses of some blocks, and the number of predicted tokens."""
-    total, count = 0.0, 0
+    total, count, vocabulary = 0.0, 0, model.get_input_embeddings().weight.shape[0]
     for batch in _iterate_batches(blocks, indices, batch_size):
         labels = batch.pop("labels", batch["input_ids"])  # [batch, length]
+        if (token := int(batch["input_ids"].max())) >= vocabulary:  # on a GPU, it would end the process
+            raise EvaluationError(
+                f"the text has the token {token}, and the model's vocabulary {vocabulary} tokens: tokenize the text "
+                "with the model's tokenizer"
+            )
         logits = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False).logits
         exact = torch.promote_types(logits.dtype, torch.float32)
         for row, label in zip(logits[:, :-1], labels[:, 1:], strict=True):  # one by one: a row is [length, vocabulary]

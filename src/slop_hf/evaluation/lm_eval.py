@@ -26,6 +26,8 @@ from ..training.random_state import get_random_state, set_random_state
 from .settings import EvalSettings
 from .tasks import PAPER, PERPLEXITY
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -164,7 +166,7 @@ def _write_moved_tasks(datasets: Path, known: Mapping[str, Entry], folder: Path)
 
 def _check_is_known(name: str, known: Collection[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
+        close = difflib.get_close_matches(name, [PAPER, PERPLEXITY, *known], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists all of them;"
         raise EvaluationError(
             f"lm-eval {get_lm_eval_version()} has no task {name!r}: {hint} {PAPER!r} and {PERPLEXITY!r} are ours, "
@@ -185,16 +187,16 @@ def _explain_failure(caught: Exception) -> str:
 @contextmanager
 def _contain_side_effects() -> Iterator[None]:
     """Contain lm-eval's side effects: seeding, printing, warnings, and forked bootstrap workers."""
-    before, logger = get_random_state(), logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before, their_logger = get_random_state(), logging.getLogger("lm_eval")
+    level = their_logger.level
+    their_logger.setLevel(logging.ERROR)
     try:
         # A fork of a process with CUDA or threads may hang.
         with redirect_stdout(sys.stderr), patch_environment(DISABLE_MULTIPROC="1"):
             yield
     finally:
         set_random_state(before)
-        logger.setLevel(level)
+        their_logger.setLevel(level)
 
 
 @cache
@@ -202,6 +204,7 @@ def _list_stock_tasks() -> dict[str, Entry]:
     """Return the tasks that come with lm-eval; it reads thousands of files to find them."""
     from lm_eval.tasks import TaskManager
 
+    logger.info("reading lm-eval's list of tasks")
     return dict(TaskManager().task_index)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..data.tokenizing import hash_vocabulary
 from ..errors import EvaluationError, GrowthError
@@ -26,12 +27,14 @@ from ..training.ranks import Ranks
 from . import lm_eval
 from .cache import ResultCache, hash_directory
 from .held_out import LARGEST_BATCH_ON_CPU, measure_perplexity
-from .settings import EvalSettings
+from .settings import EvalSettings, check_device
 from .tasks import PAPER, PERPLEXITY
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+logger = logging.get_logger(__name__)
 
 #: Longest wait of processes for one another: generated answers take longer in some processes than in others.
 LAUNCH_TIMEOUT = timedelta(days=1)
@@ -73,7 +76,7 @@ def evaluate_model(
     if isinstance(tasks, EvalSettings):
         settings = replace(tasks, **options)
     else:
-        settings = EvalSettings(tasks if isinstance(tasks, str) else tuple(tasks), **options)
+        settings = EvalSettings(tasks, **options)  # type: ignore[arg-type]  # it makes a tuple of any iterable
     return score_tasks(EvaluatedModel(model, settings.device, tokenizer), settings, get_launched_ranks())
 
 
@@ -89,12 +92,19 @@ class EvaluatedModel:
         device: str | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
-        self.directory = None if isinstance(model, PreTrainedModel) else _find_checkpoint(model)
         if isinstance(model, PreTrainedModel):
             device = str(model.device)
+        elif device is not None:
+            check_device(device)
+        self.directory = None if isinstance(model, PreTrainedModel) else _find_checkpoint(model)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model, self._tokenizer = model, tokenizer
         self.tokenizer_fault = ""  # why the directory's tokenizer cannot be loaded
+
+    @property
+    def name(self) -> str:
+        """The end of the directory's path, for messages."""
+        return "the model" if self.directory is None else self.directory.name
 
     @cached_property
     def weights_hash(self) -> str:
@@ -107,14 +117,22 @@ class EvaluatedModel:
     def model(self) -> PreTrainedModel:
         if self.directory is None:
             return cast(PreTrainedModel, self._model)
+        logger.info("loading %s", self.name)
         with hide_progress_bars():
             try:
-                loaded = AutoModelForCausalLM.from_pretrained(self.directory, dtype="auto", trust_remote_code=False)
+                loaded, found = AutoModelForCausalLM.from_pretrained(
+                    self.directory, dtype="auto", trust_remote_code=False, output_loading_info=True
+                )
             except (OSError, ValueError, KeyError) as caught:
                 raise EvaluationError(
                     f"{self.directory} cannot be loaded ({explain_load_error(caught)}); give a checkpoint of a stock "
                     "transformers model"
                 ) from None
+        if missing := sorted(found["missing_keys"]):  # transformers would score random numbers
+            raise EvaluationError(
+                f"{self.directory} lacks {len(missing)} of the model's weights, such as {missing[0]}: save or "
+                "download it again"
+            )
         return cast(PreTrainedModel, loaded.to(self.device))
 
     @cached_property
@@ -144,6 +162,7 @@ def score_tasks(model: EvaluatedModel, settings: EvalSettings, ranks: Ranks) -> 
             ingredients = _list_ingredients(model, task, settings)
             records = ranks.from_first(cache.load(ingredients) if ranks.is_first else None)
             if records is None:
+                logger.info("scoring %s on %s", model.name, task)
                 records = ranks.from_first(scorer.score(task))
                 if ranks.is_first:
                     cache.save(ingredients, records)
@@ -153,6 +172,10 @@ def score_tasks(model: EvaluatedModel, settings: EvalSettings, ranks: Ranks) -> 
 
 def check_tasks(settings: EvalSettings) -> None:
     """Refuse unknown tasks, and tasks of lm-eval if it is not installed, before any work begins."""
+    if not isinstance(settings, EvalSettings):
+        raise EvaluationError(
+            f"settings must be EvalSettings, got {type(settings).__name__}: such as EvalSettings('piqa', limit=100)"
+        )
     if settings.lm_eval_tasks:
         with lm_eval.open_task_manager(settings):
             pass
@@ -236,6 +259,9 @@ def _list_ingredients(model: EvaluatedModel, task: str, settings: EvalSettings) 
 
 
 def _find_checkpoint(model: str | Path) -> Path:
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        got = repr(model) if isinstance(model, (str, int, type(None))) else type(model).__name__
+        raise EvaluationError(f"model must be a transformers model, a directory or a Hub id, got {got}")
     directory = find_checkpoint_directory(model)
     if RunDirectory(directory).exists:
         raise EvaluationError(f"{directory} is a run, not a model: name one of its stages, or use evaluate_run")

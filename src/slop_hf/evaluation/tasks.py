@@ -48,12 +48,14 @@ def list_task_names(tasks: str | Iterable[str]) -> tuple[str, ...]:
     """Return the names in a comma-separated list, or in several, without repetitions; `paper` is expanded.
 
     Raises:
-        EvaluationError: if no task is named.
+        EvaluationError: if no task is named, or a name is not a text.
 
     >>> list_task_names("perplexity, paper")
     ('perplexity', 'piqa', 'hellaswag', 'leaderboard_bbh', 'lambada_openai', 'gsm8k')
     """
-    lists = [tasks] if isinstance(tasks, str) else tasks
+    lists = [tasks] if isinstance(tasks, str) else [*tasks] if isinstance(tasks, Iterable) else [tasks]
+    if wrong := [item for item in lists if not isinstance(item, str)]:
+        raise EvaluationError(f"tasks must be names such as {PAPER!r} or 'piqa,gsm8k', got {wrong[0]!r}")
     names: dict[str, None] = {}
     for name in (part.strip() for item in lists for part in item.split(",")):
         if name == PAPER:
@@ -61,7 +63,10 @@ def list_task_names(tasks: str | Iterable[str]) -> tuple[str, ...]:
         elif name:
             names[name] = None
     if not names:
-        raise EvaluationError(f"no task given: name {PAPER}, {PERPLEXITY}, or tasks of lm-eval, separated by commas")
+        raise EvaluationError(
+            f"tasks must name one or more, got {tasks!r}: {PAPER}, {PERPLEXITY}, or tasks of lm-eval, separated by "
+            "commas"
+        )
     return tuple(names)
 
 

@@ -194,7 +194,7 @@ def read_yaml(path: str | os.PathLike[str], *, error: type[SlopError] = SlopErro
     Raises:
         error: if the file does not exist or is not valid YAML, or a key is given twice.
     """
-    return parse_yaml(_read_text(path, error=error), where=str(path), error=error)
+    return parse_yaml(read_text(path, error=error), where=str(path), error=error)
 
 
 def read_json(path: str | os.PathLike[str], *, if_missing: str, error: type[SlopError] = SlopError) -> Json:
@@ -208,7 +208,7 @@ def read_json(path: str | os.PathLike[str], *, if_missing: str, error: type[Slop
     Raises:
         error: if the file does not exist or is not valid JSON.
     """
-    text = _read_text(path, if_missing=if_missing, error=error)
+    text = read_text(path, if_missing=if_missing, error=error)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as caught:
@@ -231,7 +231,7 @@ def parse_yaml(text: str, *, where: str = "YAML", error: type[SlopError] = SlopE
         raise error(f"{where}: not valid YAML ({_summarise(caught)})") from None
 
 
-def _read_text(path: str | os.PathLike[str], *, error: type[SlopError], if_missing: str = "") -> str:
+def read_text(path: str | os.PathLike[str], *, error: type[SlopError], if_missing: str = "") -> str:
     """Return the text of a file in UTF-8, or refuse what stands at its place."""
     try:
         return Path(path).read_text(encoding="utf-8")

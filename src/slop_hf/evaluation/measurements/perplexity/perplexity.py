@@ -8,6 +8,7 @@ from __future__ import annotations
 import datasets
 import evaluate
 
+from slop_hf.errors import EvaluationError
 from slop_hf.evaluation.held_out import HeldOut, measure_perplexity
 from slop_hf.evaluation.scoring import EvaluatedModel
 
@@ -52,7 +53,7 @@ class Perplexity(evaluate.Measurement):
     ) -> dict[str, float | list[float]]:
         model = EvaluatedModel(model_id, device)
         if model.tokenizer is None:
-            raise ValueError(f"{model_id} has no tokenizer: save one with the model")
+            raise EvaluationError(f"{model_id} has no tokenizer: save one with the model")
         context = getattr(model.model.config, "max_position_embeddings", 2048)
         names = [f"text {number}" for number in range(len(data))]
         texts = dict(zip(names, data, strict=True))
