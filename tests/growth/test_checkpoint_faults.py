@@ -16,7 +16,7 @@ from saved_models import assert_same, change, in_the_open, load, save
 
 from slop_hf import GrowthStage, ModelDims, grow_checkpoint, grow_model, plan_checkpoint_growth
 from slop_hf.errors import ArchitectureError, GrowthError
-from slop_hf.growth import checkpoint
+from slop_hf.growth import checkpoint, safetensors_io
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(safetensors_io, "allocate_space", full)
     with pytest.raises(GrowthError, match=r"model.safetensors: No space left on device; free some space"):
         grow_checkpoint(source, tmp_path / "grown", "ffn", 64)
     monkeypatch.setattr(checkpoint, "_count_free_bytes", lambda target: 1000)
@@ -121,7 +121,9 @@ def test_a_small_disk(source, small_disk, monkeypatch, reserves):
         grow_checkpoint(source, small_disk / "grown", "ffn", 30_000)
     monkeypatch.setattr(checkpoint, "_count_free_bytes", lambda target: 10**12)
     if not reserves:  # then the disk is full in the middle of the work
-        monkeypatch.delattr(os, "posix_fallocate")
+        monkeypatch.setattr(
+            safetensors_io, "allocate_space", lambda descriptor, nbytes: os.truncate(descriptor, nbytes)
+        )
     with pytest.raises(GrowthError, match="No space left on device; free some space"):
         grow_checkpoint(source, small_disk / "grown", "ffn", 30_000)
     assert in_the_open(small_disk) == []

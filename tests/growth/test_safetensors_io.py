@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from slop_hf.errors import GrowthError
+from slop_hf.growth import safetensors_io
 from slop_hf.growth.safetensors_io import (
+    allocate_space,
     are_equal_tensors,
     create_shard,
     flush_shard,
@@ -155,16 +158,31 @@ def test_equal_tensors(tmp_path):
 
 
 def test_file_systems_that_cannot_reserve(tmp_path, monkeypatch):
+    """Their files have the same bytes, and nothing is written before its time."""
+
     def unsupported(*arguments):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    write(tmp_path / "one")
-    monkeypatch.delattr(os, "posix_fallocate")
-    write(tmp_path / "two")
-    files = [tmp_path / name / "model.safetensors" for name in ("one", "two")]
+    write(tmp_path / "reserved")
+    monkeypatch.setattr(safetensors_io, "allocate_space", unsupported)
+    write(tmp_path / "not")
+    files = [tmp_path / name / "model.safetensors" for name in ("reserved", "not")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert torch.equal(load_file(files[0])["b.weight"], TENSORS["b.weight"])
+    (shard,) = plan_shards({"large": ("F32", (2**20,))}, "1GB")
+    create_shard(tmp_path, shard)
+    assert (tmp_path / shard.file).stat().st_size > 2**22 > 512 * (tmp_path / shard.file).stat().st_blocks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux'")
+def test_space_is_reserved_by_the_system_call(tmp_path, monkeypatch):
+    """glibc's posix_fallocate writes to every block where the file system cannot reserve space."""
+    monkeypatch.setattr(os, "posix_fallocate", None)
+    with (tmp_path / "file").open("wb") as file:
+        allocate_space(file.fileno(), 2**22)
+    assert (tmp_path / "file").stat().st_size == 2**22 <= 512 * (tmp_path / "file").stat().st_blocks
+    with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        allocate_space(file.fileno(), 2**22)
 
 
 def test_no_file_is_overwritten(tmp_path):

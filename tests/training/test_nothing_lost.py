@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, GrowthStage, RunDirectory
 from slop_hf.errors import DivergedError, GrowthError, RunError
+from slop_hf.growth import safetensors_io
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +129,15 @@ def test_a_corrupt_stage_is_refused_with_the_way_back(run):
 @pytest.mark.parametrize("when", ["checkpoint", "stage"])
 def test_a_full_disk(whole, run, monkeypatch, when):
     """Training stops, saved files stay complete, and the run continues when there is space."""
-    real = os.posix_fallocate
+    real = safetensors_io.allocate_space
 
-    def full(descriptor, offset, length):
+    def full(descriptor, length):
         name = os.readlink(f"/proc/self/fd/{descriptor}")
         if ("checkpoint" in name) == (when == "checkpoint"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor, offset, length)
+        real(descriptor, length)
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(safetensors_io, "allocate_space", full)
     before = {path: path.stat().st_mtime_ns for path in run.path.glob("stage-*/**/*") if path.is_file()}
     with pytest.raises(GrowthError, match=r"No space left on device; free some space"):
         trainer(run.path).train(resume_from_checkpoint=True)

@@ -12,15 +12,17 @@ Every function opens the file itself, so any number of threads can work on the s
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -278,13 +280,27 @@ def create_shard(directory: Path, shard: Shard) -> None:
 
 def _reserve(file: BinaryIO, nbytes: int) -> None:
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-            return
+        allocate_space(file.fileno(), nbytes)
     except OSError as caught:
         if caught.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot reserve space
             raise
-    file.truncate(nbytes)
+        file.truncate(nbytes)
+
+
+def allocate_space(descriptor: int, nbytes: int) -> None:
+    """Reserve the first bytes of a file by Linux' fallocate(2).
+
+    Not by posix_fallocate: where the file system cannot reserve space, as on NFS, glibc's would write to every block.
+
+    Raises:
+        OSError: if the disk is full, or the system or the file system cannot reserve space.
+    """
+    library: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if not hasattr(library, "fallocate64"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while library.fallocate64(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        if (code := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def write_tensor(
