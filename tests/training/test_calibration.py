@@ -1,6 +1,7 @@
 """Calibration: measurements and refusals; no test depends on actual speeds."""
 
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,36 @@ def test_the_hardware_is_named(measured):
 
 def test_nothing_is_left_on_disk(measured):
     assert list(measured[2].iterdir()) == []
+
+
+class Event:
+    """An event of a device on which every step takes 3 s."""
+
+    count = 0
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        Event.count += 1
+        self.seconds = 3 * Event.count
+
+    def elapsed_time(self, end):
+        return 1000.0 * (end.seconds - self.seconds)
+
+
+def test_the_clock_waits_for_a_device_only_at_the_end(monkeypatch):
+    """As training does; the times between steps are the device's own."""
+    waits = []
+    device = SimpleNamespace(Event=Event, synchronize=lambda: waits.append(Event.count))
+    monkeypatch.setattr(calibration, "_get_backend", lambda kind: device)
+    clock, args = calibration._Clock(lambda: None), SimpleNamespace(device=torch.device("xpu"))
+    clock.on_train_begin(args, None, None)
+    for _ in range(4):
+        clock.on_step_end(args, None, None)
+    assert not waits
+    assert clock.seconds == [3.0] * 4
+    assert waits == [5]
 
 
 def test_as_yaml(measured, tmp_path):
