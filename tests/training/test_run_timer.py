@@ -1,10 +1,14 @@
 """Speeds and the time left, to the digit, with a clock that the tests move."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model
 
 from slop_hf import CostModel, GrowthSchedule, ModelDims
-from slop_hf.training.run_timer import RunTimer
+from slop_hf.cost.device_peaks import look_up_peak_flops
+from slop_hf.training.run_timer import RunTimer, find_peak_flops
 from slop_hf.training.spans import StageSpan, compute_stage_spans
 
 
@@ -243,3 +247,41 @@ def test_a_stage_without_tokens_takes_no_time(clock):
     timer.begin_stage(spans[0], 0)
     clock.tick(10)
     assert timer.eta(STEPS) == pytest.approx(20.0)
+
+
+class Newer:
+    """The setting of TF32 once a program has used the one of torch 2.9."""
+
+    fp32_precision = "tf32"
+
+    @property
+    def allow_tf32(self):
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+
+OLDER = SimpleNamespace(allow_tf32=True)
+GPU = "NVIDIA A100-SXM4-80GB"
+
+
+def make_gpu_arguments(**changes):
+    arguments = {"peak_tflops": None, "device": torch.device("cuda"), "bf16": False, "fp16": False, "tf32": None}
+    return SimpleNamespace(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("settings", [Newer(), OLDER], ids=["newer", "older"])
+def test_the_peak_depends_on_the_dtype_of_matrices(monkeypatch, settings):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    for dtype, name in [(torch.float32, "tf32"), (torch.bfloat16, "bf16")]:
+        assert find_peak_flops(make_gpu_arguments(), dtype) == look_up_peak_flops(GPU, name)
+    assert find_peak_flops(make_gpu_arguments(peak_tflops=2.0), torch.float32) == 2e12
+    assert find_peak_flops(make_gpu_arguments(device=torch.device("cpu")), torch.float32) is None
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="before torch 2.9")
+def test_tf32_is_seen_as_transformers_turns_it_on(monkeypatch):
+    """For `torch_compile`, on GPUs from Ampere on; the older setting can no longer be read then."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    assert find_peak_flops(make_gpu_arguments(), torch.float32) == look_up_peak_flops(GPU, "fp32")
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    assert find_peak_flops(make_gpu_arguments(), torch.float32) == look_up_peak_flops(GPU, "tf32")

@@ -5,12 +5,46 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import torch
+
+from ..cost.device_peaks import look_up_peak_flops
 from ..cost.hours import CostModel
 from .spans import StageSpan
 
+if TYPE_CHECKING:
+    from .arguments import SlopTrainingArguments
+
 #: Share of the run, in predicted seconds, after which a measurement counts half for the time left.
 _HALF_LIFE = 0.1
+
+
+def find_peak_flops(args: SlopTrainingArguments, dtype: torch.dtype) -> float | None:
+    """Return the peak of a run's device in FLOP/s, or None if it is unknown.
+
+    Args:
+        args: arguments of the run, which may give the peak.
+        dtype: dtype of the model's weights.
+    """
+    if args.peak_tflops:
+        return args.peak_tflops * 1e12
+    if args.device.type != "cuda":
+        return None
+    half = args.bf16 or args.fp16 or dtype in (torch.bfloat16, torch.float16)
+    multiplied_in = "bf16" if half else "tf32" if args.tf32 or is_tf32_used() else "fp32"
+    return look_up_peak_flops(torch.cuda.get_device_name(args.device), multiplied_in)
+
+
+def is_tf32_used() -> bool:
+    """Whether CUDA multiplies float32 matrices in TF32.
+
+    torch 2.9 replaced the setting `allow_tf32` by `fp32_precision`; once a program has set the new one, as
+    transformers does for `torch_compile`, the old one can no longer be read.
+    """
+    settings = torch.backends.cuda.matmul
+    precision = getattr(settings, "fp32_precision", None)
+    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
 
 
 class RunTimer:

@@ -24,7 +24,6 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
-from ..cost.device_peaks import look_up_peak_flops
 from ..cost.hours import CostModel
 from ..data.order import BlockOrder, count_consumed_tokens
 from ..data.packing import Blocks, MixedBlocks, hash_sample
@@ -60,7 +59,7 @@ from .ranks import Ranks
 from .resuming import Position, begin_run, resume_run
 from .run_lock import lock_on_all_ranks
 from .run_plan import plan_run, with_inits
-from .run_timer import RunTimer
+from .run_timer import RunTimer, find_peak_flops
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
 from .stage_record import build_stage_record, describe_growth
@@ -208,18 +207,12 @@ class SlopTrainer(Trainer):
         self.add_callback(StageEnd(lambda: self._span.end_step))
 
     def _build_timer(self) -> RunTimer:
-        args = self.args
-        peak_flops = args.peak_tflops * 1e12 if args.peak_tflops else None
-        if peak_flops is None and args.device.type == "cuda":
-            half = args.bf16 or args.fp16 or self._dtype in (torch.bfloat16, torch.float16)
-            tf32 = args.tf32 or torch.backends.cuda.matmul.allow_tf32
-            dtype = "bf16" if half else "tf32" if tf32 else "fp32"  # in which matrices are multiplied
-            peak_flops = look_up_peak_flops(torch.cuda.get_device_name(args.device), dtype)
+        cost_model = self.args.cost_model
         return RunTimer(
             self.spans,
             devices=self.ranks.count,
-            peak_flops=peak_flops,
-            cost_model=None if args.cost_model is None else CostModel.from_yaml(args.cost_model),
+            peak_flops=find_peak_flops(self.args, self._dtype),
+            cost_model=None if cost_model is None else CostModel.from_yaml(cost_model),
         )
 
     def train(
