@@ -104,10 +104,8 @@ def check_document_mask(dataset: MixedBlocks, model: PreTrainedModel, batch_size
         )
 
 
-def check_launch(args: TrainingArguments, *, fsdp: bool) -> None:
+def check_launch(args: TrainingArguments) -> None:
     """Refuse launches whose states could not be carried over a growth."""
-    if fsdp:
-        raise RunError("FSDP is not supported; shard with DeepSpeed ZeRO-3 (recipes/accelerate), or launch without")
     if args.n_gpu > 1:
         raise RunError(
             f"one process sees {args.n_gpu} GPUs; start one process per GPU with `accelerate launch`, "

@@ -40,7 +40,13 @@ def prepare_launch(args: TrainingArguments) -> None:
 
     Args:
         args: `TrainingArguments` before their `__post_init__`.
+
+    Raises:
+        RunError: for a launch that cannot train a staged run.
     """
+    # Refused here, by its settings: on CPUs, transformers would leave FSDP out without a word.
+    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        raise RunError("FSDP is not supported; shard with DeepSpeed ZeRO-3 (recipes/accelerate), or launch without")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = args.use_cpu or not torch.cuda.is_available()
     if on_cpu and ranks > 1:

@@ -147,7 +147,7 @@ class SlopTrainer(Trainer):
             kwargs["eval_dataset"] = held_out or None
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        check_launch(args, fsdp=self.is_fsdp_enabled)
+        check_launch(args)
         if not self.is_deepspeed_enabled:
             check_precision(model, args)
 
@@ -177,7 +177,7 @@ class SlopTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from . import zero3
 
-            self._strategy = zero3.Zero3Strategy(self.accelerator.state.deepspeed_plugin, self.ranks)
+            self._strategy = zero3.Zero3Strategy(self.accelerator, self.ranks)
         # Traits that later models share with the first one, whose parameters may be gone by then.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config

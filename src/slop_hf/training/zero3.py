@@ -36,7 +36,7 @@ from .ranks import Ranks
 from .states import MOMENT_KEYS, STEP, Strategy
 
 if TYPE_CHECKING:
-    from accelerate.utils import DeepSpeedPlugin
+    from accelerate import Accelerator
     from transformers import PreTrainedConfig, Trainer
 
 # DeepSpeed calls torch by deprecated names in every step.
@@ -69,9 +69,10 @@ class Zero3Strategy(Strategy):
     carried over a growth are refused.
     """
 
-    def __init__(self, plugin: DeepSpeedPlugin, ranks: Ranks) -> None:
+    def __init__(self, accelerator: Accelerator, ranks: Ranks) -> None:
         super().__init__(ranks)
-        self._config: dict[str, Any] = plugin.hf_ds_config.config
+        self._accelerator = accelerator
+        self._config: dict[str, Any] = accelerator.state.deepspeed_plugin.hf_ds_config.config
         check_deepspeed_config(self._config)
         self._auto = [name for name in _BY_HIDDEN_SIZE if self._config["zero_optimization"].get(name) == "auto"]
 
@@ -79,6 +80,7 @@ class Zero3Strategy(Strategy):
         """Write a stage's batch sizes, and reset to "auto" the entries that depend on the hidden size."""
         self._config["train_micro_batch_size_per_gpu"] = micro_batch_size
         self._config["gradient_accumulation_steps"] = accumulation_steps
+        self._accelerator.gradient_accumulation_steps = accumulation_steps  # else it warns that the two differ
         self._config["train_batch_size"] = micro_batch_size * accumulation_steps * self._ranks.count
         self._config["zero_optimization"].update(dict.fromkeys(self._auto, "auto"))
 
