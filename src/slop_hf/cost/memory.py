@@ -62,10 +62,10 @@ def estimate_training_memory(
     """Estimate the bytes that each device holds at the peak of an AdamW step.
 
     A parameter takes 16 bytes: in "bf16", 2 for its weight, 2 for its gradient and 12 for a float32 weight and the
-    moments; in "fp32" 4, 4 and 8. ZeRO stage 1 shards the optimizer state over the devices, stage 2 also the
-    gradients, stage 3 also the weights. Activations belong to one micro-batch: the bytes that
-    `count_saved_activations` counts, plus the gradients of the logits (`8v` per token) or of one layer, and with
-    checkpointing one recomputed layer.
+    moments; in "fp32" 4, 4 and 8. All are taken to be trained; a frozen one needs its weight only. ZeRO stage 1 shards
+    the optimizer state over the devices, stage 2 also the gradients, stage 3 also the weights. Activations belong
+    to one micro-batch: the bytes that `count_saved_activations` counts, plus the gradients of the logits (`8v` per
+    token) or of one layer, and with checkpointing one recomputed layer.
 
     The estimate is close for Llama, Mistral and Qwen, an approximation for the other families, and too low without
     fused attention (transformers computes Gemma 2's soft-capped scores in full). Not counted: fragmentation,
