@@ -67,8 +67,8 @@ def trainer(
     output_dir: Path, *, schedule: GrowthSchedule = SCHEDULE, data: Any = None, **settings: Any
 ) -> SlopTrainer:
     """Return a trainer of the run; settings may include `callbacks`, `eval_dataset` and so on."""
-    names = ("callbacks", "eval_dataset", "compute_metrics", "processing_class", "model", "optimizers", "model_init")
-    names = (*names, "optimizer_cls_and_kwargs")
+    names = ("callbacks", "eval_dataset", "compute_metrics", "processing_class", "data_collator", "model")
+    names = (*names, "optimizers", "model_init", "optimizer_cls_and_kwargs")
     parts = {name: settings.pop(name) for name in names if name in settings}
     parts.setdefault("model", small_model(schedule.initial))
     parts.setdefault("eval_dataset", blocks(8, seed=1))

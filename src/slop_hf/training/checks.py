@@ -14,6 +14,7 @@ from ..data.order import count_consumed_tokens
 from ..data.packing import MixedBlocks
 from ..dims import ModelDims
 from ..errors import DataError, RunError
+from ..growth import is_peft_model
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..schedule import GrowthSchedule
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 _STAGE_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def check_adapters(model: object) -> None:
+    """Refuse a model with peft's adapters: a stage is a stock checkpoint, which cannot hold them."""
+    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
+        raise RunError(
+            "the model has adapters of peft, and SlopTrainer trains stock models only; give "
+            "model.merge_and_unload(), frozen where it is not to be trained, or train adapters after the last growth"
+        )
 
 
 def check_model(model: PreTrainedModel, schedule: GrowthSchedule, processing_class: object) -> None:
@@ -80,6 +90,8 @@ def check_blocks(dataset: object, model: PreTrainedModel) -> int:
         raise DataError(f"train_dataset must be map-style (with len and index), got {type(dataset).__name__}")
     if not len(dataset):
         raise DataError("train_dataset is empty; give a larger corpus or a smaller block_size")
+    if "input_ids" not in dataset[0]:
+        raise DataError(f"rows of train_dataset have no input_ids, only {', '.join(dataset[0])}; tokenize them first")
     block_size = len(dataset[0]["input_ids"])
     limit = model.config.max_position_embeddings
     if block_size > limit:

@@ -439,6 +439,11 @@ def _check_model_settings(pretrained: Json, settings: Mapping[str, Json]) -> Non
         raise RunError(f"model.pretrained must be a model directory or a Hub id[@revision], got {pretrained!r}")
     if not Path(pretrained).exists() and Address.find(pretrained) is None:
         raise RunError(f"model.pretrained {pretrained}: no such directory, and not a Hub id; correct the path")
+    if (Path(pretrained) / "adapter_config.json").is_file():
+        raise RunError(
+            f"model.pretrained {pretrained} holds adapters of peft, and a run trains stock models only; "
+            "merge them into the model (merge_and_unload), and save it without them"
+        )
 
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str], section: str) -> None:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from ..cost.hours import CostModel
-from ..data.order import BlockOrder, count_consumed_tokens
+from ..data.order import count_consumed_tokens
 from ..data.packing import Blocks, MixedBlocks, hash_sample
 from ..data.tokenizing import hash_vocabulary
 from ..errors import RunError
@@ -34,9 +34,11 @@ from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW_STATE, SlopTrainingArguments, name_optimizer
+from .block_lengths import EqualBlocks, check_batch, check_collator, check_lengths
 from .callbacks import StageEnd
 from .checkpoints import GrowthFacts, LossSums, Resumption, list_checkpoints, read_resumption
 from .checks import (
+    check_adapters,
     check_blocks,
     check_document_mask,
     check_launch,
@@ -137,9 +139,11 @@ class SlopTrainer(Trainer):
             raise RunError(f"args must be SlopTrainingArguments, got {type(args).__name__}")
         check_publishing(args.push_to_hub, kwargs.get("callbacks"))
         schedule = with_inits(schedule, args.growth_init)
+        check_adapters(model)
         check_model(model, schedule, kwargs.get("processing_class"))
         block_size = check_blocks(train_dataset, model)
         self.blocks = MixedBlocks.wrap(train_dataset)
+        check_lengths(self.blocks, block_size)
         held_out = kwargs.get("eval_dataset")
         if isinstance(held_out, dict):  # such as `Corpus.held_out`
             if len(held_out) == 1 and list(held_out) == list(self.blocks.parts):
@@ -148,6 +152,8 @@ class SlopTrainer(Trainer):
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         check_launch(args)
+        collator = self._get_collator_with_removed_columns(self.data_collator)
+        check_collator(collator, self.blocks[0], block_size)
         if not self.is_deepspeed_enabled:
             check_precision(model, args)
 
@@ -343,7 +349,8 @@ class SlopTrainer(Trainer):
         arguments = {name: getattr(self.args, name) for name in changes}
         dataset = self.train_dataset
         self._set_arguments(changes)
-        self.train_dataset = BlockOrder(self.blocks, span.first_block, blocks, self.plan.facts.data_seed)
+        facts = self.plan.facts
+        self.train_dataset = EqualBlocks(self.blocks, span.first_block, blocks, facts.data_seed, facts.block_size)
         self._saved_step, self._newest_evaluation = -1, (-1, {})
         self.control.should_training_stop = False  # as `Trainer` does, but only after the evaluation of a grown model
         try:
@@ -515,9 +522,10 @@ class SlopTrainer(Trainer):
             self._total_loss_scalar, self._globalstep_last_logged = self._losses["total"], self._losses["logged"]
             self._losses = None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; also watches for non-finite losses."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; also refuses padded batches, and watches for non-finite losses."""
+        check_batch(inputs, self.plan.facts.block_size)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._guard.watch(loss)
         return loss
 
