@@ -1,9 +1,13 @@
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, from_scratch
-from slop_hf.errors import ScheduleError
+from slop_hf.errors import RunError, ScheduleError
 from slop_hf.operators import find_operators
+from slop_hf.training.checks import check_model
 
 A = ModelDims(64, 128, 2, 2)
 B = A.replace(num_hidden_layers=4)
@@ -92,6 +96,32 @@ def test_tokens_are_shared_by_the_papers_rule():
         SCHEDULE.with_tokens(-1)
     with pytest.raises(ScheduleError, match="give it a share"):
         GrowthSchedule(A).with_tokens(10, initial_share=0)
+
+
+def test_the_model_that_a_schedule_is_for(tmp_path):
+    """Old files name none, and fit every model; equality and files of schedules without one are as they were."""
+    assert "vocab_size" not in SCHEDULE.to_yaml() and "tie_word" not in SCHEDULE.to_yaml()
+    planned = dataclasses.replace(SCHEDULE, vocab_size=300, tie_word_embeddings=False)
+    planned.to_yaml(tmp_path / "plan.yaml")
+    read = GrowthSchedule.from_yaml(tmp_path / "plan.yaml")
+    assert (read.vocab_size, read.tie_word_embeddings) == (300, False) and read == SCHEDULE
+    scratch = from_scratch(planned)
+    assert (scratch.vocab_size, scratch.tie_word_embeddings, scratch.stages) == (300, False, ())
+    for config, message in [
+        ({"vocab_size": 400, "tie_word_embeddings": False}, "vocabulary of 300, the model has 400"),
+        (
+            {"vocab_size": 300, "tie_word_embeddings": True},
+            "untied embeddings, the model's are tied: plan with `--tied`",
+        ),
+    ]:
+        assert message in planned.find_mismatch(config)
+        assert SCHEDULE.find_mismatch(config) is None
+        model = SimpleNamespace(config=SimpleNamespace(**A.as_dict(), **config))
+        with pytest.raises(RunError, match=message):
+            check_model(model, planned, None)
+    assert planned.find_mismatch({"vocab_size": 300}) is None
+    with pytest.raises(ScheduleError, match="vocab_size must be a whole number"):
+        dataclasses.replace(SCHEDULE, vocab_size=0)
 
 
 def test_from_scratch_has_the_same_flops():
