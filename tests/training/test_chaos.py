@@ -122,7 +122,7 @@ def test_thirty_kills(schedule, tmp_path, capfd):
         # Another number of ranks draws other dropout masks after the checkpoint, so weights end only close by.
         assert difference < 0.1 if number == RUNS - 1 else difference == 0.0, "as many ranks end with the same bits"
         names = {path.name for path in output.iterdir()} - {".lock"}
-        assert names == {"schedule.yaml", "run.json", *SCHEDULE.stage_names}, "nothing is left over"
+        assert names == {"schedule.yaml", "run.json", "settings.json", *SCHEDULE.stage_names}, "nothing is left over"
         assert not list(output.rglob(".*ing"))
         run = RunDirectory(output)
         assert [bool(run.optimizer_files(stage)) for stage in range(4)] == [False, False, False, True]
