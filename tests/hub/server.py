@@ -4,6 +4,7 @@ It checks requests (sha256 and sizes of files, tokens, owners), and fails on dem
 
     with LocalHub() as hub:
         hub.fail("PUT /lfs/", 500, times=2)          # or "drop": the connection, in the middle of the request
+        hub.fail("GET ", lambda handler: handler.answer(200, b"<html>"))
         HfApi(hub.endpoint, token=hub.token)
 """
 
@@ -68,7 +69,7 @@ class LocalHub:
         self.http.server_close()
 
     def fail(self, pattern, how, times=1):
-        """Answer the next requests whose `METHOD path` match with a status, or drop their connection."""
+        """Answer the next requests whose `METHOD path` match: with a status, by a function, or by "drop"."""
         self.failures.append([re.compile(pattern), how, times])
 
     def failure_of(self, request):
@@ -119,6 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             self.body = self._chunks()
+        if callable(failure):
+            failure(self)
+            return
         if failure is not None:
             self.refuse(failure, message=f"failing with {failure} on demand")
             return

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import slop_hf
 
+from ..errors import HubError
+from ..io.hub_address import check_repository
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
 from .options import AsJson, Run
 from .shared import print_json
+
+if TYPE_CHECKING:
+    from ..hub.publish import Published
 
 
 def publish_command(
@@ -37,16 +42,25 @@ def publish_command(
     Example: `slop publish runs/tiny --to user/tiny --dry-run`
     """
     directory = RunDirectory(run)
+    if "/" not in check_repository(to):
+        raise HubError(f"--to {to} has no user or organization: expected user/name, such as user/{to}")
     if dry_run:
         _show_plan(directory, stage, to, base_model, as_json=as_json)
         return
-    rows: list[dict[str, Json]] = []
-    for revision in slop_hf.publish_run(directory, to, stages=stage, private=not public, base_model=base_model):
-        rows.append({"address": str(revision.address), "is_new": revision.is_new, "bytes": revision.nbytes})
-        if not as_json:
-            print(f"{revision.address}: {format_bytes(revision.nbytes) if revision.is_new else 'exists already'}")
+    revisions = slop_hf.publish_run(
+        directory,
+        to,
+        stages=stage,
+        private=not public,
+        base_model=base_model,
+        report=None if as_json else _show_revision,
+    )
     if as_json:
-        print_json(rows)
+        print_json([{"address": str(one.address), "is_new": one.is_new, "bytes": one.nbytes} for one in revisions])
+
+
+def _show_revision(revision: Published) -> None:
+    print(f"{revision.address}: {format_bytes(revision.nbytes) if revision.is_new else 'exists already'}", flush=True)
 
 
 def _show_plan(run: RunDirectory, stages: list[int] | None, to: str, base_model: str | None, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..io.hub_address import locate
+from ..io.hub_client import read_hub
 from ..io.model_errors import explain_load_error
 from ..io.network_errors import get_first_line
 from .config import TokenizerKind, check_vocab_size
@@ -180,7 +181,10 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         DataError: if it cannot be loaded, has no Rust implementation or no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**locate(name), trust_remote_code=False)
+        tokenizer = read_hub(
+            lambda: AutoTokenizer.from_pretrained(**locate(name), trust_remote_code=False),
+            f"reading the tokenizer {name}",
+        )
     except Exception as caught:  # transformers, tokenizers, the Hub and the network: their errors share no base
         raise DataError(
             f"tokenizer '{name}' cannot be loaded ({explain_load_error(caught)}): give a folder with tokenizer.json, "

@@ -32,8 +32,9 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.files import list_abandoned, require_path, write_directory, write_text
 from ..io.hub_address import Address
+from ..io.hub_client import read_hub
 from ..io.model_errors import explain_load_error
-from ..io.network_errors import summarise_error
+from ..io.network_errors import find_network_error, summarise_error
 from ..io.numbers import is_whole_number, require_whole_number
 from ..io.serialization import Json, list_versions
 from ..io.units import format_bytes
@@ -264,16 +265,19 @@ def find_checkpoint_directory(source: str | Path) -> Path:
     if address is None:
         raise GrowthError(f"{source} is not a model directory: there is no such directory")
     try:
-        snapshot = snapshot_download(
-            address.repo_id,
-            revision=address.revision,
-            allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, *COPIED_FILES],
-            ignore_patterns=["*.bin", "*.py"],
+        snapshot = read_hub(
+            lambda: snapshot_download(
+                address.repo_id,
+                revision=address.revision,
+                allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, *COPIED_FILES],
+                ignore_patterns=["*.bin", "*.py"],
+            ),
+            f"reading {address}",
         )
     except (OSError, ValueError) as caught:
         raise GrowthError(
             f"{source} is not a directory, and no model of that name could be downloaded from the Hub: "
-            f"{summarise_error(caught)}"
+            f"{summarise_error(find_network_error(caught) or caught)}"
         ) from None
     return Path(snapshot)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,17 +21,24 @@ from huggingface_hub.errors import (
 
 from ..errors import HubError, SlopError
 from ..io.hub_address import Address
-from ..io.network_errors import find_status, is_transient, summarise_error
+from ..io.hub_client import read_hub, shorten_client_waits
+from ..io.network_errors import find_network_error, find_status, summarise_error
 from ..io.retry import RetryPolicy
 
 T = TypeVar("T")
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+#: Beginnings of the client's errors about answers that come without a status: a server's failure may be behind them.
+_ODD_ANSWERS = ("LFS batch API returned errors", "Malformed response from server")
 _CONFLICTS = frozenset({409, 412})  # another process has committed meanwhile: the next attempt sees its commit
 
 
 class HubUnreachable(HubError):
     """The Hub cannot be reached at present."""
+
+
+class OddAnswerError(ConnectionError):
+    """An answer that is not the Hub's usual one; the next one may be."""
 
 
 class HubFileMissing(HubError):
@@ -39,14 +47,31 @@ class HubFileMissing(HubError):
 
 def call_hub(action: Callable[[], T], address: Address, doing: str, policy: RetryPolicy | None = None) -> T:
     """Call a repeatable function that talks to the Hub, again after transient failures; others become a `HubError`."""
+    shorten_client_waits()
+
+    def attempt() -> T:
+        try:
+            return action()
+        except JSONDecodeError:
+            raise OddAnswerError("the server did not answer in JSON, as a proxy or a login page does") from None
+        except ValueError as caught:
+            if not str(caught).startswith(_ODD_ANSWERS):
+                raise
+            raise OddAnswerError(summarise_error(caught)) from None
+
     with report_failures(address, doing):
-        return (policy or RetryPolicy()).call(action, f"{doing} {address}", may_pass=_may_pass)
+        return (policy or RetryPolicy()).call(attempt, f"{doing} {address}", may_pass=_may_pass)
 
 
 def fetch_file(address: Address, name: str, api: HfApi | None = None) -> Path:
     """Download one file of a revision into the Hub client's cache, and return its path there."""
-    with report_failures(address, f"reading {name} of", api):
-        return Path((api or HfApi()).hf_hub_download(address.repo_id, name, revision=address.revision))
+    client, doing = api or HfApi(), f"reading {name} of"
+    with report_failures(address, doing, api):
+        return Path(
+            read_hub(
+                lambda: client.hf_hub_download(address.repo_id, name, revision=address.revision), f"{doing} {address}"
+            )
+        )
 
 
 @contextmanager
@@ -89,7 +114,9 @@ def _describe_failure(caught: Exception, address: Address, doing: str, api: HfAp
 
 
 def _may_pass(caught: BaseException) -> bool:
-    return not isinstance(caught, SlopError) and (is_transient(caught) or find_status(caught) in _CONFLICTS)
+    if isinstance(caught, SlopError):
+        return False
+    return find_network_error(caught) is not None or find_status(caught) in _CONFLICTS
 
 
 def _list_revisions(address: Address, api: HfApi | None) -> str:

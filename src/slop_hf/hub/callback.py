@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import HubError
+from ..io.hub_address import check_repository
 from ..io.network_errors import summarise_error
 from ..io.retry import RetryPolicy
 from ..io.serialization import Json
@@ -48,7 +49,7 @@ class PublishCallback(StageCallback):
         patience: longest wait for unfinished uploads at the end of a run, in seconds.
 
     Raises:
-        HubError: if the strategy is unknown.
+        HubError: if the strategy is unknown, or the repository's name is not valid.
     """
 
     publishes = True  # `SlopTrainer` calls the other callbacks first, and accepts `push_to_hub`
@@ -69,6 +70,8 @@ class PublishCallback(StageCallback):
                 f"hub_strategy {strategy!r}: only finished stages are published, no checkpoints; "
                 f"expected one of {', '.join(STRATEGIES)}"
             )
+        if repo_id is not None:
+            check_repository(repo_id)
         self.repo_id, self.strategy, self.patience = repo_id, strategy, patience
         self._make_publisher = partial(Publisher, private=private, base_model=base_model, api=api, retries=retries)
         self._publisher: Publisher | None = None

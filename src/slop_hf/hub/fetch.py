@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from transformers.utils import logging
 
 from ..errors import GrowthError, HubError
 from ..growth import hash_stored_weights
 from ..io.hub_address import Address
+from ..io.hub_client import read_hub
 from ..schedule import GrowthSchedule
 from ..training.config import RunConfig
 from .access import HubFileMissing, HubUnreachable, fetch_file, report_failures
 from .lineage import EARLIER_LINEAGE_FILE, LINEAGE_FILE, Lineage, Origin, Parent
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,50 @@ def fetch_stage(address: str, api: HfApi | None = None) -> FetchedStage:
 
     Raises:
         HubError: if there is no such revision, no permission or no network, or the weights differ from the published
-            ones.
+            ones also when they are fetched again.
     """
-    stage = Address.parse(address)
+    stage = _parse_address(address)
     lineage_path = _fetch_lineage(stage, api)
+    lineage, commit = Lineage.from_json(lineage_path), lineage_path.parent.name  # the branch may move meanwhile
+    path = _fetch_snapshot(stage, commit, api)
+    if _find_fault(path, lineage) is not None:  # the cache keeps wrong bytes for ever
+        logger.warning(f"{stage}: the downloaded weights are not the published ones; fetching them again")
+        path = _fetch_snapshot(stage, commit, api, force_download=True)
+        if (fault := _find_fault(path, lineage)) is not None:
+            raise HubError(f"{stage}: {fault}; the Hub has sent them twice, choose another revision")
+    return FetchedStage(stage, path, lineage)
+
+
+def _parse_address(address: str) -> Address:
+    if Path(address).exists():
+        raise HubError(
+            f"{address} is a local path, not a published stage (user/name@stage-2-ffn): to start from a local model, "
+            "set model.pretrained and data.tokenizer to it and give its schedule"
+        )
+    return Address.parse(address)
+
+
+def _fetch_snapshot(stage: Address, commit: str, api: HfApi | None, *, force_download: bool = False) -> Path:
+    """Download all files of a commit, those in the cache only if forced, and return their directory."""
+    client = api or HfApi()
     with report_failures(stage, "reading", api):
-        commit = lineage_path.parent.name  # the branch may move before the other files have arrived
-        path = Path((api or HfApi()).snapshot_download(stage.repo_id, revision=commit))
-    lineage = Lineage.from_json(lineage_path)
+        return Path(
+            read_hub(
+                lambda: client.snapshot_download(stage.repo_id, revision=commit, force_download=force_download),
+                f"reading {stage}",
+            )
+        )
+
+
+def _find_fault(path: Path, lineage: Lineage) -> str | None:
+    """Return how the weights in a directory differ from the published ones; None if they do not."""
     try:
         weights = hash_stored_weights(path)
     except GrowthError as caught:
-        raise HubError(f"{stage}: {caught}") from None
-    if weights != lineage.weights_hash:
-        raise HubError(
-            f"{stage}: the weights in {path} have the hash {weights}, but {lineage_path.name} says "
-            f"{lineage.weights_hash}; remove that directory and fetch the stage again, or choose another revision"
-        )
-    return FetchedStage(stage, path, lineage)
+        return str(caught)
+    if weights == lineage.weights_hash:
+        return None
+    return f"the weights in {path} have the hash {weights}, but lineage.json says {lineage.weights_hash}"
 
 
 def _fetch_lineage(address: Address, api: HfApi | None) -> Path:

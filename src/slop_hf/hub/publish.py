@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..errors import HubError
-from ..io.hub_address import Address
+from ..io.hub_address import Address, check_repository
 from ..io.retry import RetryPolicy
 from ..runs.directory import RunDirectory
 from ..runs.lock import lock_directory
@@ -21,6 +21,8 @@ from .access import call_hub
 from .lineage import EARLIER_LINEAGE_FILE, LINEAGE_FILE, Lineage
 from .revision import Revision, plan_revision
 
+#: Number of attempts to connect to the Hub at first.
+FIRST_CONNECT_ATTEMPTS = 3
 #: Files that may be in a repository before the first stage is published; any other file belongs to something else.
 _FURNITURE = {".gitattributes", "README.md", "LICENSE"}
 
@@ -70,28 +72,40 @@ def publish_stage(
         RunError: if there is no such finished stage.
         HubError: if the Hub cannot be reached or denies permission, or the repository holds something else.
     """
+    check_repository(repo_id)
     publisher = Publisher(run_dir, repo_id, private=private, base_model=base_model, api=api, retries=retries)
     return publisher.publish(number)
 
 
 def publish_run(
-    run_dir: RunDirectory | str | Path, repo_id: str, *, stages: Sequence[int] | None = None, **options: object
-) -> Iterator[Published]:
-    """Publish finished stages of a run in order; yield each branch when it has arrived.
-
-    This is a generator: nothing is published before it is iterated.
+    run_dir: RunDirectory | str | Path,
+    repo_id: str,
+    *,
+    stages: Sequence[int] | None = None,
+    report: Callable[[Published], object] | None = None,
+    **options: object,
+) -> list[Published]:
+    """Publish finished stages of a run in order.
 
     Args:
         run_dir, repo_id, options: as for `publish_stage`.
         stages: numbers of the stages; None for all finished ones.
+        report: function to call with each branch when it has arrived.
+
+    Returns:
+        One value per branch, in the order of publishing.
 
     Raises:
         RunError: if there is no run, or a stage has not finished.
         HubError: as for `publish_stage`.
     """
+    check_repository(repo_id)
     publisher = Publisher(run_dir, repo_id, **options)  # type: ignore[arg-type]
-    for number in publisher.run.select_stages(stages):
-        yield from publisher.publish(number)
+    return [
+        published
+        for number in publisher.run.select_stages(stages)
+        for published in publisher.publish(number, report=report)
+    ]
 
 
 class Publisher:
@@ -118,21 +132,28 @@ class Publisher:
             def create() -> str:
                 return self._api.create_repo(self.repo_id, private=self._private, exist_ok=True).repo_id
 
-            self.repo_id = call_hub(create, Address(self.repo_id), "creating", self._retries)
+            # Without a network the user learns of it within seconds; once something has arrived, patience pays.
+            policy = replace(self._retries or RetryPolicy(), connect_attempts=FIRST_CONNECT_ATTEMPTS)
+            self.repo_id = call_hub(create, Address(self.repo_id), "creating", policy)
             self._is_open = True
 
-    def publish(self, number: int) -> tuple[Published, ...]:
+    def publish(self, number: int, *, report: Callable[[Published], object] | None = None) -> tuple[Published, ...]:
         self.run.select_stages([number])  # before a repository is created for nothing
         # Training removes an old stage's optimizer state, and a rollback moves stages. Nobody writes where this user
         # must not write, as far as we can tell.
         locked = lock_directory(self.run.path, "publishing") if os.access(self.run.path, os.W_OK) else nullcontext()
         with locked:
-            return self._publish(number)
+            return self._publish(number, report)
 
-    def _publish(self, number: int) -> tuple[Published, ...]:
+    def _publish(self, number: int, report: Callable[[Published], object] | None) -> tuple[Published, ...]:
         self.open()
         revision = plan_revision(self.run, number, self.repo_id, base_model=self._base_model)
-        return tuple(self._write(revision, branch) for branch in revision.branches)
+        branches: list[Published] = []
+        for branch in revision.branches:
+            branches.append(self._write(revision, branch))
+            if report is not None:
+                report(branches[-1])
+        return tuple(branches)
 
     def _write(self, revision: Revision, branch: str) -> Published:
         address, nbytes = Address(self.repo_id, branch), sum(revision.sizes.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import report
 from ..errors import HubError
 from ..growth import hash_stored_weights
-from ..io.hub_address import MAIN
+from ..io.hub_address import MAIN, check_repository
 from ..runs.directory import EVAL_FILE, OPTIMIZER_STEM, RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.snapshot import RunSnapshot
 from ..training.checksums import CHECKSUM_FILE, find_corruption
@@ -63,8 +63,9 @@ def plan_revision(
 
     Raises:
         RunError: if there is no such finished stage.
-        HubError: if the stage's files are not what the trainer wrote.
+        HubError: if the stage's files are not what the trainer wrote, or the repository's name is not valid.
     """
+    check_repository(repo_id)
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     run.select_stages([number])
     snapshot, origin = RunSnapshot.read(run).up_to(number), Origin.load(run)

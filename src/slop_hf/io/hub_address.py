@@ -10,6 +10,8 @@ from pathlib import Path
 from ..errors import HubError
 
 MAIN = "main"
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_LONGEST_NAME = 96
 _ADDRESS = re.compile(r"(?P<repo_id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -49,6 +51,25 @@ class Address:
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.revision}"
+
+
+def check_repository(name: str) -> str:
+    """Return the name of a repository, `user/name` or `name`, if the Hub accepts such names.
+
+    Raises:
+        HubError: if it does not.
+
+    >>> check_repository("user/my-model.v2")
+    'user/my-model.v2'
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    is_valid = 1 <= len(parts) <= 2 and len(name) <= _LONGEST_NAME and all(map(_NAME.fullmatch, parts))
+    if not is_valid or "--" in name or ".." in name or name.endswith(".git"):
+        raise HubError(
+            f"{name!r} is not a valid repository name: expected user/name, of letters, digits, -, _ and . "
+            f"(at most {_LONGEST_NAME} characters, no -- or .. inside, no - or . at an end)"
+        )
+    return name
 
 
 def locate(source: str | os.PathLike[str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .network_errors import summarise_error
+from .network_errors import find_network_error, summarise_error
 
 NEEDS_CODE = "it needs the Python code that comes with it, and slop-hf never runs such code"
 
@@ -13,4 +13,8 @@ def explain_load_error(caught: BaseException) -> str:
     >>> explain_load_error(ValueError("a contains custom code.\\nPlease pass the argument `trust_remote_code=True`"))
     'it needs the Python code that comes with it, and slop-hf never runs such code'
     """
-    return NEEDS_CODE if "trust_remote_code" in str(caught) else summarise_error(caught)
+    if "trust_remote_code" in str(caught):
+        return NEEDS_CODE
+    if (cause := find_network_error(caught)) is not None:
+        return f"the Hub cannot be reached ({summarise_error(cause)})"
+    return summarise_error(caught)

@@ -11,11 +11,17 @@ import ssl
 import time
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, InvalidURL
+from socket import gaierror
 from urllib.error import HTTPError, URLError
 
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 # Bases of what HTTP clients (httpx, requests, aiohttp, asyncio) raise for the network; naming them needs no import.
 _TRANSIENT_NAMES = frozenset({"TransportError", "RequestException", "ClientError", "TimeoutError"})
+_UNREACHABLE_NAMES = frozenset({"ConnectError", "ConnectTimeout"})
+_UNREACHABLE_CODES = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+#: The Hub's header of a used-up limit, `"api";r=0;t=55`: no requests remain for 55 seconds.
+_USED_UP = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
+_LONGEST_REASON = 300  # characters
 
 
 def is_transient(caught: BaseException) -> bool:
@@ -30,13 +36,39 @@ def is_transient(caught: BaseException) -> bool:
     inner = caught.reason if isinstance(caught, URLError) else None
     if isinstance(inner or caught, (InvalidURL, FileNotFoundError, ssl.SSLCertVerificationError)):
         return False
+    if type(caught).__name__ == "OfflineModeIsEnabled":  # by a setting
+        return False
     if isinstance(caught, (ConnectionError, TimeoutError, HTTPException, URLError, ssl.SSLError)):
         return True
-    if isinstance(caught, OSError) and caught.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN):
+    if is_unreachable(caught):
         return True
     if _TRANSIENT_NAMES & {base.__name__ for base in type(caught).__mro__}:
         return True
     return caught.__cause__ is not None and is_transient(caught.__cause__)
+
+
+def is_unreachable(caught: BaseException) -> bool:
+    """Whether no connection could be made: no network, an unknown host, or nobody listens there.
+
+    >>> is_unreachable(ConnectionRefusedError()), is_unreachable(ConnectionResetError())
+    (True, False)
+    """
+    caught = caught.reason if isinstance(caught, URLError) and isinstance(caught.reason, OSError) else caught
+    if isinstance(caught, (ConnectionRefusedError, gaierror)):
+        return True
+    if isinstance(caught, OSError) and caught.errno in _UNREACHABLE_CODES:
+        return True
+    if _UNREACHABLE_NAMES & {base.__name__ for base in type(caught).__mro__}:
+        return True
+    return caught.__cause__ is not None and is_unreachable(caught.__cause__)
+
+
+def find_network_error(caught: BaseException) -> BaseException | None:
+    """Return the transient failure behind an exception, or None; libraries wrap it, even as a missing file."""
+    chain = [caught]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return next((link for link in reversed(chain) if is_transient(link)), None)
 
 
 def get_first_line(caught: BaseException) -> str:
@@ -46,17 +78,34 @@ def get_first_line(caught: BaseException) -> str:
     ('no such file', 'KeyError')
     """
     # The text of a Hub error begins with a status line; what happened is in `server_message`.
-    lines = str(getattr(caught, "server_message", None) or caught).strip().splitlines()
+    lines = _list_lines(getattr(caught, "server_message", None) or str(caught))
     return lines[0] if lines else type(caught).__name__
 
 
+def _list_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def summarise_error(caught: BaseException) -> str:
-    """Return the first line of an exception's message without what may be secret: passwords, tokens, signatures.
+    """Return the reason of an exception in one line, without what may be secret: passwords, tokens, signatures.
+
+    It is the first line of the message, with the lines after it if it only announces them. Of the answer of a server,
+    every line counts.
 
     >>> summarise_error(OSError("403 for https://me:pw@host/a?Signature=xyz with Bearer abc"))
     '403 for https://host/a with Bearer ...'
+    >>> summarise_error(ValueError("two errors:\\nno space\\nno name"))
+    'two errors: no space; no name'
     """
-    return hide_secrets(get_first_line(caught))
+    first = get_first_line(caught)
+    message = getattr(caught, "server_message", None)
+    _, *rest = _list_lines(message or str(caught)) or [""]
+    if rest and message:
+        first = "; ".join([first, *rest])
+    elif rest and first.endswith(":"):
+        first = f"{first} {'; '.join(rest)}"
+    reason = hide_secrets(first)
+    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} …"
 
 
 def hide_secrets(text: str) -> str:
@@ -80,6 +129,8 @@ def find_retry_after(caught: BaseException) -> float:
     """Return the seconds that a server asks to wait, given as such or as a date; 0 if it does not ask."""
     headers = getattr(caught, "headers", None) or getattr(getattr(caught, "response", None), "headers", None)
     value = (headers.get("Retry-After") or "") if headers else ""
+    if headers and not value and (used_up := _USED_UP.search(headers.get("RateLimit") or "")):
+        value = used_up[1]
     try:
         seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError):  # absent, or neither

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .network_errors import find_retry_after, is_transient, summarise_error
+from .network_errors import find_network_error, find_retry_after, is_transient, is_unreachable, summarise_error
 
 T = TypeVar("T")
 
@@ -26,12 +26,14 @@ class RetryPolicy:
         first_wait: longest wait after the first failure, in seconds; each further one is twice as long.
         longest_wait: upper bound of these waits, in seconds.
         longest_retry_after: upper bound of a Retry-After, in seconds; a longer one is cut to it.
+        connect_attempts: number of attempts while no connection can be made at all; None for `attempts`.
     """
 
     attempts: int = 8
     first_wait: float = 1.0
     longest_wait: float = 60.0
     longest_retry_after: float = 300.0
+    connect_attempts: int | None = None
 
     def call(self, action: Callable[[], T], doing: str, *, may_pass: Callable[[Exception], bool] = is_transient) -> T:
         """Call a function until it succeeds, an attempt fails for good, or no attempt is left.
@@ -59,6 +61,12 @@ class RetryPolicy:
             except Exception as caught:
                 if not may_pass(caught) or not retries.wait_after(caught):
                     raise
+
+    def count_attempts(self, caught: BaseException) -> int:
+        """Return the number of attempts in all, for an action that failed with an exception."""
+        if self.connect_attempts is None or not is_unreachable(caught):
+            return self.attempts
+        return min(self.attempts, self.connect_attempts)
 
     def choose_wait(self, failures: int, caught: BaseException) -> float:
         """Return the seconds to wait after a failure.
@@ -95,8 +103,10 @@ class Retries:
 
     def wait_after(self, caught: BaseException) -> bool:
         """Count a failure, log it and wait; return False at once if it was the last attempt."""
+        caught = find_network_error(caught) or caught
         self.failures += 1
-        if self.failures >= self.policy.attempts:
+        attempts = self.policy.count_attempts(caught)
+        if self.failures >= attempts:
             return False
         seconds = self.policy.choose_wait(self.failures, caught)
         logger.warning(
@@ -104,7 +114,7 @@ class Retries:
             self.doing,
             summarise_error(caught),
             self.failures + 1,
-            self.policy.attempts,
+            attempts,
             seconds,
         )
         time.sleep(seconds)

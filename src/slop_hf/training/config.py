@@ -27,6 +27,7 @@ from ..errors import DataError, EvaluationError, RunError, SlopError
 from ..growth import find_checkpoint_directory
 from ..io.files import check_output, find_near
 from ..io.hub_address import Address, locate
+from ..io.hub_client import read_hub
 from ..io.model_errors import NEEDS_CODE, explain_load_error
 from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
@@ -396,7 +397,9 @@ def _build_initial_model(
 
 def _load_config(pretrained: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(**locate(pretrained), trust_remote_code=False)
+        return read_hub(
+            lambda: AutoConfig.from_pretrained(**locate(pretrained), trust_remote_code=False), f"reading {pretrained}"
+        )
     except ValueError as caught:
         if (reason := explain_load_error(caught)) == NEEDS_CODE:
             raise RunError(f"model.pretrained {pretrained} cannot be loaded: {reason}; give a stock model") from None
