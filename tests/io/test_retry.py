@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from types import SimpleNamespace
 
@@ -60,3 +61,26 @@ def test_retry_after_is_obeyed_up_to_a_bound(asked: str, least: float, most: flo
     caught = OSError()
     caught.response = SimpleNamespace(headers={"Retry-After": asked}, status_code=429)  # type: ignore[attr-defined]
     assert least <= RetryPolicy(first_wait=1.0).choose_wait(1, caught) <= most
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [(ConnectionRefusedError(), 2), (OSError(errno.ENETUNREACH, "no network"), 2), (ConnectionResetError(), 3)],
+)
+def test_a_host_that_cannot_be_reached_is_tried_less_often(error: Exception, attempts: int) -> None:
+    retries = Retries(RetryPolicy(attempts=3, first_wait=0.0, connect_attempts=2), "reading")
+    assert [retries.wait_after(error) for _ in range(attempts)] == [True] * (attempts - 1) + [False]
+
+
+def test_the_failure_behind_an_exception_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    wrapped = FileNotFoundError("not in the cache")
+    wrapped.__cause__ = ConnectionResetError("reset by peer")
+    Retries(AT_ONCE, "reading").wait_after(wrapped)
+    assert "reading: reset by peer" in caplog.text
+
+
+def test_a_used_up_limit_of_the_hub_is_waited_for() -> None:
+    caught = OSError()
+    headers = {"RateLimit": '"api";r=0;t=55'}
+    caught.response = SimpleNamespace(headers=headers, status_code=429)  # type: ignore[attr-defined]
+    assert RetryPolicy(first_wait=1.0).choose_wait(1, caught) == 55

@@ -104,7 +104,9 @@ def _describe_failure(caught: Exception, address: Address, doing: str, api: HfAp
         )
     if isinstance(caught, RepositoryNotFoundError):
         return HubError(f"{action}: there is no such repository, or you may not see it; check the name, or {_LOG_IN}")
-    if isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or (status is None and _may_pass(caught)):
+    is_odd = isinstance(caught, OddAnswerError)
+    is_unanswered = status is None and not is_odd and _may_pass(caught)
+    if is_unanswered or isinstance(caught, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return HubUnreachable(
             f"{action}: the Hub cannot be reached ({summarise_error(root)}); check the network, and HF_HUB_OFFLINE"
         )
