@@ -25,6 +25,8 @@ from slop_hf import (
     train_run,
     write_report,
 )
+from slop_hf.cli.wording import RecipeParser, run_recipe
+from slop_hf.io.files import check_output
 from slop_hf.io.units import format_duration
 
 RECIPE = Path(__file__).parent / "grow_tiny.yaml"
@@ -45,13 +47,17 @@ def plan(config: RunConfig, tokens: float) -> GrowthSchedule:
     return planner.plan(top_k=1, tokens=tokens)[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> RecipeParser:
+    parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output-dir", type=Path, default=Path("runs/demo"), help="directory of the runs and the report (%(default)s)"
     )
     parser.add_argument("--tokens", type=float, default=TOKENS, help="training tokens of the staged run (%(default)g)")
-    options = parser.parse_args()
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    check_output(options.output_dir, "--output-dir", is_directory=True)
     began = time.perf_counter()
 
     config = RunConfig.from_yaml(RECIPE)
@@ -76,6 +82,10 @@ def main() -> None:
     sample = write(PROMPT, max_new_tokens=80, do_sample=True, temperature=0.7)[0]["generated_text"]
     print(f"\nsample from {final}:\n\n{sample}\n")
     print(f"done in {format_duration(time.perf_counter() - began)}")
+
+
+def main() -> None:
+    run_recipe(build_parser(), run)
 
 
 if __name__ == "__main__":

@@ -133,9 +133,9 @@ class ModelDims(Record, error=DimsError):
         values = {field.name: get(field.name) for field in fields(cls)}
         missing = [name for name, value in values.items() if value is None and name not in _DERIVED]
         if missing:
-            raise DimsError(
-                f"{type(config).__name__} has no {', '.join(missing)}: expected a config with Llama's field names"
-            )
+            owner = "the config" if isinstance(config, Mapping) else type(config).__name__
+            names = ", ".join(map(repr, missing))
+            raise DimsError(f"{owner} has no {names}: expected a config with Llama's field names")
         return cls(**{name: value or 0 for name, value in values.items()})
 
     def to_config(self, base_config: ConfigT, **changes: Any) -> ConfigT:

@@ -1,6 +1,7 @@
 """The commands as a user would type them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import slop_hf
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory
 
 PLAN = ["plan", "--initial", "768,2048,6,6", "--target-params", "1e9"]
@@ -47,15 +49,6 @@ def test_grow(model_dir, tmp_path, output_of, error_of):
     assert ModelDims.from_config(model.config) == ModelDims(32, 64, 4, 4)
     assert receipt["parameters"] == model.num_parameters()
     assert "exists already" in error_of("grow", model_dir, "-o", target, "--num-hidden-layers", 4)
-    assert "nothing to grow" in error_of("grow", model_dir, "-o", tmp_path / "x")
-    assert "would shrink" in error_of("grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 1)
-    assert "unknown init" in error_of(
-        "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "no"
-    )
-    assert "is not a model directory" in error_of("grow", tmp_path, "-o", tmp_path / "x", "--hidden-size", 64)
-    assert "could be downloaded from the Hub" in error_of(
-        "grow", "no/model", "-o", tmp_path / "x", "--hidden-size", 64
-    )
 
 
 def test_grow_options(model_dir, tmp_path, output_of, error_of):
@@ -169,10 +162,6 @@ def test_ctrl_c_says_how_to_resume(config, tmp_path, slop, output_of, monkeypatc
     assert f"{run} is finished" in caplog.text
 
 
-def test_train_config_that_is_not_there(tmp_path, error_of):
-    assert "no such file" in error_of("train", tmp_path / "none.yaml", "-o", tmp_path / "out")
-
-
 def test_grow_verifies(model_dir, tmp_path, output_of):
     text = output_of(
         "grow", model_dir, "-o", tmp_path / "x", "--num-hidden-layers", 4, "--init", "preserving", "--verify"
@@ -188,3 +177,65 @@ def test_dry_run_of_batches_by_stage(config, output_of, tmp_path):
             output_of("train", config, "-o", tmp_path / "out", "--dry-run", "--json", *changes, *scratch)
         )
         assert len(rows) == (1 if scratch else 3) and all(row["tokens"] % 128 == 0 for row in rows)
+
+
+def test_version(output_of):
+    assert output_of("--version") == f"slop-hf {slop_hf.__version__}\n"
+
+
+@pytest.mark.parametrize(("option", "level"), [("-q", logging.ERROR), ("-v", logging.INFO)])
+def test_verbosity_is_that_of_all_libraries(option, level, output_of, monkeypatch):
+    libraries = [logging.getLogger(name) for name in ("slop_hf", "transformers", "huggingface_hub")]
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "warning")
+    before = [library.level for library in libraries]
+    try:
+        assert "10 of 10 agree" in output_of(option, "reproduce", "table1")
+        assert [library.level for library in libraries] == [level] * 3
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == logging.getLevelName(level).lower()
+    finally:
+        for library, old in zip(libraries, before, strict=True):
+            library.setLevel(old)
+
+
+def test_verbose_errors_say_where_they_were_raised(slop, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("slop_hf"), "level", logging.WARNING)
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "warning")
+    code, _, err = slop("-v", "reproduce", "table9")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: unknown part 'table9'")
+    for name in ("slop_hf", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+MISSING = """
+    train none.yaml -o out
+    train none.yaml -o out --dry-run
+    data inspect none.yaml
+    data tokenize none.yaml
+    data train-tokenizer none.yaml -o out
+    plan --initial 16,32,2,2 --target 32,64,4,4 --cost-model none.yaml
+    plan --from ./none --target 32,64,4,4
+    calibrate --from ./none --target 32,64,4,4
+    grow ./none -o out --schedule none.yaml
+    rollback none --to-stage 1
+"""
+
+
+def test_a_missing_file_is_reported_before_torch_is_loaded(tmp_path):
+    """All in one process, so that its start is paid for once."""
+    code = """
+import shlex, sys
+from slop_hf.cli import main
+for line in sys.argv[1].strip().splitlines():
+    sys.argv = ["slop", *shlex.split(line)]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 2, line
+    assert "torch" not in sys.modules, line
+"""
+    done = subprocess.run([sys.executable, "-c", code, MISSING], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(MISSING.strip().splitlines()) and all("none" in line for line in lines), lines

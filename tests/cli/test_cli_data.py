@@ -80,22 +80,6 @@ class TestInspect:
         summary = json.loads(output_of("data", "inspect", mixture, *small, *change, "--json"))
         assert rows(summary)["notes"]["documents"] == 5
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ("sources.notes.weight=50", "the weights add up to 90"),
-            ("sources.notes.wait=50", "wait"),
-            ("data.block_size=1", "block_size"),
-            ("sources.notes.source.x=1", "is not a section of"),
-            ("sources", "expected key=value"),
-        ],
-    )
-    def test_wrong_changes_are_refused(self, error_of, mixture, change, message):
-        assert message in error_of("data", "inspect", mixture, "--set", change)
-
-    def test_what_is_not_there_is_refused(self, error_of, tmp_path):
-        assert "no such file" in error_of("data", "inspect", tmp_path / "none.yaml")
-
 
 class TestTokenize:
     def test_shows_the_cost_and_writes_the_cache(self, output_of, mixture, small, tmp_path):
@@ -137,19 +121,6 @@ class TestTrainTokenizer:
     def test_json(self, output_of, mixture, tmp_path):
         out = output_of("data", "train-tokenizer", mixture, "-o", tmp_path / "made", "--vocab-size", 270, "--json")
         assert json.loads(out) == {"tokenizer": str(tmp_path / "made"), "kind": "bpe", "vocab_size": 270}
-
-    def test_a_directory_with_content_is_refused(self, error_of, mixture, tmp_path):
-        (tmp_path / "full").mkdir()
-        (tmp_path / "full" / "kept.txt").write_text("kept")
-        for taken in (tmp_path / "full", mixture):
-            assert "choose another one" in error_of("data", "train-tokenizer", mixture, "-o", taken)
-        assert [path.name for path in (tmp_path / "full").iterdir()] == ["kept.txt"]
-
-    def test_wrong_options_are_refused(self, error_of, mixture, tmp_path):
-        command = "data", "train-tokenizer", mixture, "-o", tmp_path / "made"
-        assert "tokenizer_kind must be one of" in error_of(*command, "--kind", "unigram")
-        assert "at least 257" in error_of(*command, "--vocab-size", 0)
-        assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("command", [(), ("inspect",), ("tokenize",), ("train-tokenizer",)])

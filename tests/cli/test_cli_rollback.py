@@ -88,18 +88,6 @@ def test_with_another_schedule_the_run_goes_on_as_it_says(run, tmp_path, output_
     assert f"--schedule {run / 'schedule.yaml'} --resume`" in text
 
 
-def test_errors(run, tmp_path, error_of):
-    before = names(run)
-    assert "no finished stage 3: choose one from 0 to 2" in error_of("rollback", run, "--to-stage", 3)
-    assert "ends with stage-2-ffn" in error_of("rollback", run, "--to-stage", 2)
-    assert "is not a run" in error_of("rollback", tmp_path, "--to-stage", 0)
-    assert "no such file" in error_of("rollback", run, "--to-stage", 1, "-s", tmp_path / "none.yaml")
-    other = tmp_path / "other.yaml"
-    replace(SCHEDULE, initial_tokens=5).to_yaml(other)
-    assert "differs from the run's in stage 0" in error_of("rollback", run, "--to-stage", 1, "-s", other)
-    assert names(run) == before
-
-
 def test_a_run_is_trained_put_back_and_trained_again(config, tmp_path, output_of):
     path, options = tmp_path / "run", ["--set", "training.keep_optimizer_states=true"]
     output_of("train", config, "-o", path, *options)

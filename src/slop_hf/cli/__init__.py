@@ -6,10 +6,13 @@ loads no torch.
 
 from __future__ import annotations
 
+import logging
 import sys
+from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..errors import SlopError
 from .calibrate import calibrate_command
 from .compare import compare_command
@@ -22,36 +25,83 @@ from .publish import publish_command
 from .report import report_command
 from .reproduce import reproduce_command
 from .rollback import rollback_command
-from .shared import make_streams_printable
+from .shared import make_streams_printable, print_error, set_verbosity
 from .train import train_command
+from .wording import Command
 
 app = typer.Typer(
     name="slop",
-    help="Grow a small language model into a large one, in stages: plan a schedule, train through it, report on it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("plan")(plan_command)
-app.command("probe")(probe_command)
-app.command("grow")(grow_command)
+app.command("plan", cls=Command)(plan_command)
+app.command("probe", cls=Command)(probe_command)
+app.command("grow", cls=Command)(grow_command)
 app.add_typer(data_app, name="data")
-app.command("train")(train_command)
-app.command("compare")(compare_command)
-app.command("publish")(publish_command)
-app.command("rollback")(rollback_command)
-app.command("eval", help=HELP)(evaluate_command)
-app.command("report")(report_command)
-app.command("reproduce")(reproduce_command)
-app.command("calibrate")(calibrate_command)
+app.command("train", cls=Command)(train_command)
+app.command("compare", cls=Command)(compare_command)
+app.command("publish", cls=Command)(publish_command)
+app.command("rollback", cls=Command)(rollback_command)
+app.command("eval", cls=Command, help=HELP)(evaluate_command)
+app.command("report", cls=Command)(report_command)
+app.command("reproduce", cls=Command)(reproduce_command)
+app.command("calibrate", cls=Command)(calibrate_command)
+
+_ClickError: type[Exception] = typer.BadParameter.__mro__[
+    2
+]  # click's, or typer's own copy of it: typer exports neither
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"slop-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def set_up(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also print what the libraries log, and tracebacks of errors.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no warnings.")
+    ] = False,
+) -> None:
+    """Grow a small language model into a large one, in stages: plan a schedule, train through it, report on it.
+
+    Examples:
+
+    `slop plan --initial 768,2048,6,6 --target-params 1e9 --tokens 65e9 -o plan.yaml`
+
+    `slop --quiet train run.yaml -o runs/first`
+    """
+    if verbose and quiet:
+        raise typer.BadParameter("--quiet and --verbose contradict each other: give one of them")
+    if verbose or quiet:
+        set_verbosity(logging.INFO if verbose else logging.ERROR)
 
 
 def main() -> None:
     """Run the command line; an error of the user is printed as one line on stderr, with exit code 2."""
     make_streams_printable()
     try:
-        app()
+        sys.exit(app(prog_name="slop", standalone_mode=False))
     except SlopError as caught:
-        print(f"error: {caught}", file=sys.stderr)
-        sys.exit(2)
+        print_error(str(caught))
+    except OSError as caught:
+        if caught.filename is None:
+            raise
+        print_error(f"{caught.filename}: {caught.strerror or caught}")
+    except _ClickError as caught:
+        # Empty after the help of a command without arguments, which is printed already.
+        message = caught.format_message().strip()  # type: ignore[attr-defined]
+        if message:
+            context = getattr(caught, "ctx", None)
+            hint = f"; see `{context.command_path} --help`" if context else ""
+            print_error(message[0].lower() + message[1:].rstrip(".") + hint)
+    sys.exit(2)

@@ -16,11 +16,12 @@ from rich.text import Text
 import slop_hf
 
 from ..errors import DataError
-from ..io.files import write_directory
+from ..io.files import check_output, write_directory
 from ..io.serialization import Json, parse, read_yaml, set_keys
 from ..io.units import NOTHING, format_bytes, format_count, format_duration
 from .options import AsJson, read_changes
 from .shared import print_json, print_table, redirect_prints
+from .wording import Command
 
 if TYPE_CHECKING:
     from ..data import DataConfig
@@ -40,7 +41,7 @@ _Changes = Annotated[
 _QUANTITIES = ("tokens", "documents", "disk_bytes", "seconds")
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", cls=Command)
 def inspect_command(
     config: _Config,
     samples: Annotated[int, typer.Option(min=0, help="Number of documents to show per source, shortened.")] = 1,
@@ -74,7 +75,7 @@ def inspect_command(
             console.print(Text(text), soft_wrap=True)
 
 
-@data_app.command("tokenize")
+@data_app.command("tokenize", cls=Command)
 def tokenize_command(
     config: _Config,
     tokenizer: Annotated[
@@ -96,6 +97,9 @@ def tokenize_command(
     data = read_data(config, change)
     if tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=tokenizer)
+    from ..data.config import find_cache
+
+    check_output(find_cache(data.cache_dir), "data.cache_dir", DataError, is_directory=True)
     summary = _summarise(data)
     if not as_json:
         _show_summary(summary, f"{config}")
@@ -127,7 +131,7 @@ def tokenize_command(
         )
 
 
-@data_app.command("train-tokenizer")
+@data_app.command("train-tokenizer", cls=Command)
 def train_tokenizer_command(
     config: _Config,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, new or empty.")],
@@ -147,6 +151,7 @@ def train_tokenizer_command(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"--output {output} exists and is not an empty directory: choose another one")
+    check_output(output, "--output", DataError, is_directory=True)
     data = read_data(config, change)
     data = dataclasses.replace(
         data,
@@ -176,11 +181,13 @@ def read_data(path: Path, changes: list[str] | None) -> DataConfig:
     Raises:
         SlopError: if a key or a value is wrong, with the name of the file and the key.
     """
-    from ..data import DataConfig  # with torch, which `slop --help` does without
+    content = read_yaml(path, error=DataError)
+    if content is None:
+        raise DataError(f"{path} is empty: expected the sources of a mixture, or a run with a section data")
+    overrides = read_changes(changes)
+    from ..data import DataConfig  # with torch, which takes seconds
     from ..data.config import find_places
 
-    content = read_yaml(path, error=DataError)
-    overrides = read_changes(changes)
     if not isinstance(content, dict) or "sources" not in content:
         return slop_hf.RunConfig.from_yaml(path, overrides=overrides).data
     find_places(content, path.parent)

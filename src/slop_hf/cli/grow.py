@@ -13,7 +13,8 @@ import slop_hf
 
 from ..dims import ModelDims
 from ..errors import GrowthError
-from ..io.serialization import read_json
+from ..io.files import check_output
+from ..io.serialization import read_json, read_yaml
 from ..io.units import format_duration
 from ..operators import find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
@@ -24,12 +25,12 @@ from .shared import print_json
 def grow_command(
     source: Annotated[str, typer.Argument(help="Model directory, or Hub id[@revision].")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the grown model; it must not exist.")],
-    hidden_size: Annotated[int | None, typer.Option(help="New hidden size.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="New ffn size.")] = None,
-    num_hidden_layers: Annotated[int | None, typer.Option(help="New number of layers.")] = None,
-    num_attention_heads: Annotated[int | None, typer.Option(help="New number of query heads.")] = None,
-    num_key_value_heads: Annotated[int | None, typer.Option(help="New number of key/value heads.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="New size of a head.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="New hidden size.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="New ffn size.")] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option(min=1, help="New number of layers.")] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(min=1, help="New number of query heads.")] = None,
+    num_key_value_heads: Annotated[int | None, typer.Option(min=1, help="New number of key/value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="New size of a head.")] = None,
     schedule: Annotated[
         Path | None,
         typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages."),
@@ -49,7 +50,9 @@ def grow_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the new entries.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
-    threads: Annotated[int | None, typer.Option(help="Number of threads. Default: one per core, up to 4.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads. Default: one per core, up to 4.")
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -65,9 +68,12 @@ def grow_command(
 
     Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
     """
+    check_output(output, "--output", GrowthError, is_directory=True)
     new = hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
     fields = dataclasses.fields(ModelDims)  # in the order of the options
     sizes = {field.name: size for field, size in zip(fields, new, strict=True) if size is not None}
+    if schedule is not None:
+        read_yaml(schedule, error=GrowthError)  # again below: a wrong path is refused before torch is loaded
     directory = slop_hf.find_checkpoint_directory(source)
     missing = f"{directory} is not a model directory"
     config = read_json(directory / "config.json", if_missing=missing, error=GrowthError)
@@ -123,7 +129,10 @@ def _read_stages(
 
 def _read_inits(text: str | None) -> str | dict[str, str] | None:
     """Read one init for all operators, or one each as `layer=stack,ffn=copy`."""
-    if text is None or "=" not in text:
+    if text is None or (text.strip() and "=" not in text):
         return text
-    pairs = [part.partition("=") for part in split_list(text)]
-    return {operator.strip(): init.strip() for operator, _, init in pairs}
+    pairs = [[side.strip() for side in part.split("=")] for part in split_list(text)]
+    inits = {pair[0]: pair[-1] for pair in pairs}
+    if not inits or len(inits) < len(pairs) or not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise GrowthError(f"--init must be one init, or one per operator such as layer=stack,ffn=copy, got {text!r}")
+    return inits

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..cost.flops import DEFAULT_CONFIG
 from ..dims import ModelConfig, ModelDims
-from ..errors import PlanError
+from ..errors import DimsError, PlanError
 from ..io.hub_address import Address
 from ..io.network_errors import get_first_line
+from ..io.numbers import require_whole_number
+from ..io.serialization import read_json
 
 _KEPT_BY_GROWTH = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
@@ -23,20 +24,25 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]
         option: option that names the source, for error messages.
     """
     path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            path = path / "config.json"
-        elif not path.exists() and (address := Address.find(source)) is not None:
-            from ..hub.access import fetch_file  # the Hub's client is not needed for files
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.exists() and (address := Address.find(source)) is not None:
+        from ..hub.access import fetch_file  # the Hub's client is not needed for files
 
+        try:
             path = fetch_file(address, "config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as caught:
-        reason = get_first_line(caught)
-        raise PlanError(f"{option} {source}: no readable config.json there, nor on the Hub ({reason})") from None
+        except (OSError, ValueError) as caught:
+            reason = get_first_line(caught)
+            raise PlanError(f"{option} {source}: no readable config.json there, nor on the Hub ({reason})") from None
+    remedy = f"give {option} a model directory, a config.json or a Hub id"
+    config = read_json(path, if_missing=remedy, error=PlanError)
     if not isinstance(config, dict):
-        raise PlanError(f"{option} {source}: config.json is not an object of settings")
-    return ModelDims.from_config(config), {name: config[name] for name in _KEPT_BY_GROWTH if name in config}
+        raise PlanError(f"{path}: not an object of settings; {remedy}")
+    try:
+        dims = ModelDims.from_config(config)
+    except DimsError as caught:
+        raise PlanError(f"{option} {path}: {caught}") from None
+    return dims, {name: config[name] for name in _KEPT_BY_GROWTH if name in config}
 
 
 def read_structure(which: str, text: str | None, source: str | None, *options: str) -> ModelDims:
@@ -49,14 +55,28 @@ def read_structure(which: str, text: str | None, source: str | None, *options: s
         options: names of the two options, for error messages.
     """
     if text is not None and source is None:
-        return ModelDims.parse(text)
+        return parse_structure(text, options[0])
     if source is not None and text is None:
         return read_config(source, options[-1])[0]
     raise PlanError(f"give the {which} structure with either {' or '.join(options)}")
 
 
+def parse_structure(text: str, option: str) -> ModelDims:
+    """Read a structure from numbers, such as `768,2048,6,6`.
+
+    Args:
+        option: option that gives them, for error messages.
+    """
+    try:
+        return ModelDims.parse(text)
+    except DimsError as caught:
+        raise PlanError(f"{option} {text}: {caught}") from None
+
+
 def build_config(source: str | None, vocab_size: int | None, *, tied: bool) -> ModelConfig:
     """Build the model config that `--from`, `--vocab-size` and `--tied` describe; by default a Llama's."""
+    if vocab_size is not None:
+        require_whole_number(vocab_size, "--vocab-size", error=PlanError)
     config = dict(DEFAULT_CONFIG) if source is None else read_config(source, "--from")[1]
     config |= {"vocab_size": vocab_size} if vocab_size is not None else {}
     config |= {"tie_word_embeddings": True} if tied else {}

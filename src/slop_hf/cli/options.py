@@ -17,7 +17,7 @@ Changes = Annotated[
 ]
 Devices = Annotated[str, typer.Option(help="CUDA devices to spread the runs over, such as 0,1,2,3.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.")]
-Workers = Annotated[int, typer.Option(help="Parallel runs on CPUs; each gets its share of the cores.")]
+Workers = Annotated[int, typer.Option(min=1, help="Parallel runs on CPUs; each gets its share of the cores.")]
 
 
 def make_option(panel: str, *names: str, **settings: Any) -> Any:
@@ -40,10 +40,22 @@ def read_seeds(text: str) -> tuple[int, ...]:
     >>> read_seeds("0,1")
     (0, 1)
     """
-    try:
-        return tuple(int(seed) for seed in split_list(text))
-    except ValueError:
-        raise RunError(f"--seeds must be whole numbers such as 0,1,2, got {text!r}") from None
+    seeds = split_list(text)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(seed.isdecimal() for seed in seeds):
+        raise RunError(f"--seeds must be different whole numbers, 0 or more, such as 0,1,2, got {text!r}")
+    return tuple(map(int, seeds))
+
+
+def read_devices(text: str) -> tuple[str, ...]:
+    """Read the value of `--devices`, numbers of CUDA devices; an empty text stands for the CPU.
+
+    >>> read_devices("0,1")
+    ('0', '1')
+    """
+    devices = split_list(text)
+    if len(set(devices)) < len(devices) or not all(device.isdecimal() for device in devices):
+        raise RunError(f"--devices must be different numbers of CUDA devices, such as 0,1,2,3, got {text!r}")
+    return devices
 
 
 def read_changes(changes: Sequence[str] | None) -> dict[str, Json]:
@@ -54,6 +66,6 @@ def read_changes(changes: Sequence[str] | None) -> dict[str, Json]:
     """
     pairs = [change.partition("=") for change in changes or ()]
     for key, equals, _ in pairs:
-        if not equals:
-            raise RunError(f"--set {key}: expected key=value, such as training.learning_rate=1e-3")
+        if not equals or not key.strip("."):
+            raise RunError(f"--set {key}{equals}: expected key=value, such as training.learning_rate=1e-3")
     return {key: parse_yaml(value, where=f"--set {key}", error=RunError) for key, _, value in pairs}

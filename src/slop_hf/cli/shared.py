@@ -1,4 +1,4 @@
-"""Printing, shared by the commands."""
+"""Printing and verbosity, shared by the commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import TextIO
@@ -32,13 +33,37 @@ _SPELLINGS = {
 }  # fmt: skip
 
 
+def set_verbosity(level: int) -> None:
+    """Set the level of what slop_hf, transformers and huggingface_hub log, imported already or not."""
+    name = logging.getLevelName(level).lower()
+    os.environ.update(TRANSFORMERS_VERBOSITY=name, HF_HUB_VERBOSITY=name)  # read when they are first imported
+    for library in ("slop_hf", "transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(level)
+    if level < logging.WARNING:
+        logging.basicConfig(format="%(name)s: %(message)s")
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are to be printed (`slop --quiet`)."""
+    return logging.getLogger("slop_hf").getEffectiveLevel() >= logging.ERROR
+
+
+def print_error(message: str) -> None:
+    """Print an error of the user; with `slop --verbose`, also where it was raised."""
+    if logging.getLogger("slop_hf").isEnabledFor(logging.INFO) and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+
+
 def is_first_process() -> bool:
     """Whether this is the only process of a command, or the first one of a launch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def redirect_prints(*, as_json: bool) -> AbstractContextManager[TextIO | None]:
-    """Send what libraries print to stderr if stdout is to hold JSON only."""
+    """Send what libraries print to stderr if stdout is to hold JSON only, and nowhere under `slop --quiet`."""
+    if is_quiet():
+        return redirect_stdout(io.StringIO())
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 

@@ -16,6 +16,10 @@ import typer
 import slop_hf
 
 from ..cost.memory import MemoryEstimate, estimate_training_memory
+from ..errors import RunError
+from ..io.files import check_output
+from ..io.numbers import require_whole_number
+from ..io.serialization import read_yaml
 from ..io.units import format_bytes
 from ..runs.directory import RunDirectory
 from .options import AsJson, Changes, read_changes
@@ -45,8 +49,12 @@ def train_command(
     ] = False,
     change: Changes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, FLOPs and memory; train nothing.")] = False,
-    devices: Annotated[int, typer.Option(help="With --dry-run: number of devices that share the work.")] = 1,
-    zero_stage: Annotated[int, typer.Option(help="With --dry-run: ZeRO stage, 0 to 3.")] = 0,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: number of devices that share the work. Default: 1.")
+    ] = None,
+    zero_stage: Annotated[
+        int | None, typer.Option(min=0, max=3, help="With --dry-run: ZeRO stage, 0 to 3. Default: 0.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model through a growth schedule.
@@ -59,6 +67,7 @@ def train_command(
 
     Example: `slop train recipes/grow_tiny.yaml -o runs/tiny`
     """
+    check_run_options(config, output, devices, zero_stage, dry_run=dry_run)
     run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
     new_schedule = None if schedule is None else str(schedule)
     stage = None if source is None else slop_hf.fetch_stage(source)
@@ -67,13 +76,36 @@ def train_command(
             run_config = run_config.with_schedule(new_schedule)
         else:
             run_config = slop_hf.continue_from(run_config, stage, new_schedule)
-        show_preview(run_config, output, scratch=scratch, devices=devices, zero_stage=zero_stage, as_json=as_json)
+        sizes = {"devices": devices or 1, "zero_stage": zero_stage or 0}
+        show_preview(run_config, output, scratch=scratch, **sizes, as_json=as_json)
         return
     from ..training.launch import guard_exit  # with torch, which `slop --help` does without
 
     with guard_exit(), show_end(output, as_json=as_json, command=["slop", *sys.argv[1:]]):
         slop_hf.train_run(
             run_config, output, schedule=new_schedule, from_stage=stage, scratch=scratch, resume=resume, report=print
+        )
+
+
+def check_run_options(
+    config: Path, output: Path, devices: int | None, zero_stage: int | None, *, dry_run: bool, option: str = "--output"
+) -> None:
+    """Refuse options of a run that are wrong whatever the files hold, before torch is loaded.
+
+    Args:
+        config, output: YAML file of the run, and its directory.
+        devices, zero_stage: settings of the preview, or None; a launcher gives them to a run.
+        option: option that names the output, for the message.
+    """
+    if not dry_run and (devices is not None or zero_stage is not None):
+        name = "--zero-stage" if devices is None else "--devices"
+        raise RunError(f"{name} is for --dry-run: to train on several devices, use `accelerate launch`")
+    if devices is not None:
+        require_whole_number(devices, "--devices", error=RunError)
+    check_output(output, option, RunError, is_directory=True)
+    if read_yaml(config, error=RunError) is None:
+        raise RunError(
+            f"{config} is empty: expected the sections of a run, such as schedule, model, data and training"
         )
 
 

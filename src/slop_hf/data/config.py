@@ -188,7 +188,7 @@ class DataConfig(Record, error=DataError):
             object.__setattr__(self, "source", tuple(self.source))
         assert self.sources  # a mixture's file is read and checked now
         if self.tokenizer == "":
-            raise DataError("tokenizer must be a local folder or Hub id, or None to train one, got ''")
+            raise DataError("tokenizer must be a local folder or Hub id, or be left out to train one, got ''")
         if self.tokenizer_kind not in get_args(TokenizerKind):
             raise DataError(
                 f"tokenizer_kind must be one of {', '.join(get_args(TokenizerKind))}, got {self.tokenizer_kind!r}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..errors import DataError
-from ..io.network_errors import get_first_line
 
 
 @contextmanager
@@ -25,7 +24,7 @@ def lock_cache(path: Path) -> Iterator[None]:
         lock.acquire()
     except OSError as caught:
         raise DataError(
-            f"the cache {path.parent} cannot be written ({get_first_line(caught)}): choose another cache_dir"
+            f"the cache {path.parent} cannot be written ({caught.strerror or caught}): choose another cache_dir"
         ) from None
     try:
         yield
