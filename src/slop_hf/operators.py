@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .dims import ModelDims
 from .errors import DimsError, GrowthError
-from .io.serialization import describe_unknown_key
+from .io.serialization import describe_alternatives, describe_unknown_key
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def get_operator(name: str) -> Operator:
             f"operator must be one of {', '.join(OPERATORS)}, or a GrowthStage, got {type(name).__name__}"
         )
     if name not in OPERATORS:
-        raise GrowthError(f"unknown operator {name!r}; known: {', '.join(OPERATORS)}")
+        raise GrowthError(f"unknown operator {name!r}{describe_alternatives(name, OPERATORS)}")
     return OPERATORS[name]
 
 
@@ -82,7 +82,9 @@ def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None
         if operator not in INITS:
             raise GrowthError(describe_unknown_key(str(operator), INITS, path=f"init.{operator}"))
         if name is not None and name not in INITS[operator]:
-            raise GrowthError(f"unknown init {name!r} for operator {operator!r}; known: {', '.join(INITS[operator])}")
+            raise GrowthError(
+                f"unknown init {name!r} for operator {operator!r}{describe_alternatives(str(name), INITS[operator])}"
+            )
     return {operator: names.get(operator) or INITS[operator][0] for operator in operators}
 
 

@@ -85,7 +85,7 @@ class GrowthStage(Record, error=ScheduleError):
             raise ScheduleError(f"operators {', '.join(self.operators)} name one twice; each can grow once in a stage")
         require_whole_number(self.tokens, "tokens", least=0, error=ScheduleError)
         if isinstance(self.init, Mapping) and (strays := sorted(set(self.init) - set(self.operators))):
-            raise ScheduleError(f"init names {', '.join(strays)}, but the stage grows {', '.join(self.operators)}")
+            raise ScheduleError(f"init names {strays[0]!r}, but the stage grows {', '.join(self.operators)}")
         try:
             resolve_inits(self.operators, self.init)
         except GrowthError as caught:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import PlanError
 from ..io.files import check_output, write_text
-from ..io.serialization import to_plain
+from ..io.serialization import describe_alternatives, to_plain
 from ..paper import reproduction
 from ..paper import tables as paper
 from ..paper.page import HOURS_COLUMNS, PRODUCT_COLUMNS, format_reproduction_page, format_row
@@ -37,7 +37,7 @@ def reproduce_command(
     Example: `slop reproduce table1`
     """
     if part != "all" and part not in _PARTS:
-        raise PlanError(f"unknown part {part!r}; known: {', '.join(_PARTS)}, all")
+        raise PlanError(f"unknown part {part!r}{describe_alternatives(part, [*_PARTS, 'all'])}")
     check_output(output, "--output", PlanError)
     names = list(_PARTS) if part == "all" else [part]
     if output is not None:

@@ -57,7 +57,7 @@ class EvalSettings(EvalOptions):
             )
         if PERPLEXITY in self.tasks and self.held_out is None:
             raise EvaluationError(
-                f"{PERPLEXITY} needs text to be measured on: give held-out data (on the command line, "
+                f"{PERPLEXITY} is measured on held-out text, got none: give it (on the command line, "
                 "`--data` with a run's or a mixture's file, or `--text` with text files)"
             )
 

@@ -72,6 +72,8 @@ class PublishCallback(StageCallback):
             )
         if repo_id is not None:
             check_repository(repo_id)
+        if base_model is not None:
+            check_repository(base_model, "base_model")
         self.repo_id, self.strategy, self.patience = repo_id, strategy, patience
         self._make_publisher = partial(Publisher, private=private, base_model=base_model, api=api, retries=retries)
         self._publisher: Publisher | None = None

@@ -66,6 +66,8 @@ def plan_revision(
         HubError: if the stage's files are not what the trainer wrote, or the repository's name is not valid.
     """
     check_repository(repo_id)
+    if base_model is not None:
+        check_repository(base_model, "base_model")
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     run.select_stages([number])
     snapshot, origin = RunSnapshot.read(run).up_to(number), Origin.load(run)

@@ -53,8 +53,11 @@ class Address:
         return f"{self.repo_id}@{self.revision}"
 
 
-def check_repository(name: str) -> str:
+def check_repository(name: str, argument: str = "") -> str:
     """Return the name of a repository, `user/name` or `name`, if the Hub accepts such names.
+
+    Args:
+        argument: argument that gave the name, for the message.
 
     Raises:
         HubError: if it does not.
@@ -66,8 +69,8 @@ def check_repository(name: str) -> str:
     is_valid = 1 <= len(parts) <= 2 and len(name) <= _LONGEST_NAME and all(map(_NAME.fullmatch, parts))
     if not is_valid or "--" in name or ".." in name or name.endswith(".git"):
         raise HubError(
-            f"{name!r} is not a valid repository name: expected user/name, of letters, digits, -, _ and . "
-            f"(at most {_LONGEST_NAME} characters, no -- or .. inside, no - or . at an end)"
+            f"{argument}{': ' if argument else ''}{name!r} is not a valid repository name: expected user/name, of "
+            f"letters, digits, -, _ and . (at most {_LONGEST_NAME} characters, no -- or .. inside, no - or . at an end)"
         )
     return name
 

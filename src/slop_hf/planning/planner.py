@@ -16,6 +16,7 @@ from ..cost.scaling_law import ScalingLaw
 from ..dims import IntArray, ModelDims
 from ..errors import GrowthError, PlanError
 from ..io.numbers import is_finite_number, require_whole_number
+from ..io.serialization import describe_alternatives
 from ..operators import OPERATORS, find_operators, get_operator
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage
 from .best_paths import GrowthGraph, StageCost, build_grid_edges, check_size, count_edges, round_for_ties
@@ -125,9 +126,10 @@ class SlopPlanner:
         for name in self.operators:
             get_operator(name)
         if self.objective not in OBJECTIVES:
-            raise PlanError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
+            raise PlanError(f"unknown objective {self.objective!r}{describe_alternatives(self.objective, OBJECTIVES)}")
         if self.mode not in ("once", "repeated", "joint"):
-            raise PlanError(f"mode must be 'once', 'repeated' or 'joint', got {self.mode!r}")
+            alternatives = describe_alternatives(str(self.mode), ["once", "repeated", "joint"], list_all=False)
+            raise PlanError(f"mode must be 'once', 'repeated' or 'joint', got {self.mode!r}{alternatives}")
         if self._objective.needs_cost_model and self.cost_model is None:
             raise PlanError(f"objective {self.objective!r} needs hours: give a cost model, see `slop calibrate`")
         if self.max_factor is not None and not (is_finite_number(self.max_factor) and self.max_factor > 1):

@@ -37,12 +37,12 @@ class Start:
         text = str(address)
         path, separator, name = text.rpartition("@")
         if not separator or RunDirectory(text).exists:
-            path, name = text, ""
+            path, separator = text, ""
         run = RunDirectory(path)
         finished = run.schedule.stage_names[: run.finished_stages]
         if not finished:
             raise RunError(f"{path}: no stage has finished yet, so candidates cannot begin with one")
-        if not name:
+        if not separator:
             return cls(run, len(finished) - 1)
         for number, stage_name in enumerate(finished):
             if name in (str(number), stage_name):

@@ -103,7 +103,10 @@ class Probe:
             warnings.warn("Probe(told=…) is now Probe(on_job_end=…)", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "on_job_end", told)
         if self.lag is not None and self.share is not None:
-            raise RunError("a trial is as long as its lag or as a share of its schedule: give one of them")
+            raise RunError(
+                "a trial is as long as its lag or as a share of its schedule: "
+                f"expected one of them, got lag={self.lag} and share={self.share}"
+            )
         for name in ("lag", "initial_tokens"):
             if (value := getattr(self, name)) is not None:
                 require_whole_number(value, name, error=RunError)

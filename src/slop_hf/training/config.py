@@ -28,7 +28,7 @@ from ..growth import find_checkpoint_directory
 from ..io.files import check_output, find_near
 from ..io.hub_address import Address, locate
 from ..io.hub_client import read_hub
-from ..io.model_errors import NEEDS_CODE, explain_load_error
+from ..io.model_errors import explain_load_error
 from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
 from ..io.serialization import Json, describe_alternatives, describe_unknown_key, parse, read_yaml, set_keys
@@ -400,10 +400,9 @@ def _load_config(pretrained: str) -> PreTrainedConfig:
         return read_hub(
             lambda: AutoConfig.from_pretrained(**locate(pretrained), trust_remote_code=False), f"reading {pretrained}"
         )
-    except ValueError as caught:
-        if (reason := explain_load_error(caught)) == NEEDS_CODE:
-            raise RunError(f"model.pretrained {pretrained} cannot be loaded: {reason}; give a stock model") from None
-        raise
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
+        reason = explain_load_error(caught)
+        raise RunError(f"model.pretrained {pretrained} cannot be loaded: {reason}; give a stock model") from None
 
 
 def _find_files(content: dict[str, Json], folder: Path, *, working_first: bool = False) -> None:
@@ -465,4 +464,5 @@ def _describe_unknown_choice(caught: Exception, values: Mapping[str, Json]) -> s
 
 
 def _summarise(caught: Exception) -> str:
-    return " ".join(str(caught).split())
+    line = " ".join(str(caught).split())
+    return re.sub(r"^Validation error for field '\w+': \w+Error: Field ", "", line)  # of transformers' configs
