@@ -103,14 +103,14 @@ FILES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("other.jsonl", b'{"body": "a"}', {}, "has no column 'text'"),
     ("null.jsonl", b'{"text": null}', {}, "no document with text"),
     ("not.gz", b"not compressed", {}, "if it is cut off or damaged"),
-    ("cut.txt.gz", gzip.compress(TEXT)[:-9], {}, "if it is cut off or damaged"),
+    ("cut.txt.gz", gzip.compress(TEXT, mtime=0)[:-9], {}, "if it is cut off or damaged"),
     ("not.bz2", b"not compressed", {}, "if it is cut off or damaged"),
     ("not.xz", b"not compressed", {}, "if it is cut off or damaged"),
     ("not.zst", b"not compressed", {}, "if it is cut off or damaged"),
     ("not.parquet", b"PAR1 not parquet", {}, "if it is cut off or damaged"),
     ("large.txt", b"x" * 5000, {}, "a document of more than 1.02 kB of text"),
-    ("large.txt.gz", gzip.compress(b"x" * 5000), {}, "a document of more than 1.02 kB of text"),
-    ("large.txt.gz", gzip.compress(b"x" * 5000), {"format": "lines"}, "line 1 of"),
+    ("large.txt.gz", gzip.compress(b"x" * 5000, mtime=0), {}, "a document of more than 1.02 kB of text"),
+    ("large.txt.gz", gzip.compress(b"x" * 5000, mtime=0), {"format": "lines"}, "line 1 of"),
     ("large.jsonl", json.dumps({"text": "x" * 5000}).encode(), {}, "line 1 of"),
 ]
 

@@ -68,9 +68,10 @@ def check_repository(name: str, argument: str = "") -> str:
     parts = name.split("/") if isinstance(name, str) else []
     is_valid = 1 <= len(parts) <= 2 and len(name) <= _LONGEST_NAME and all(map(_NAME.fullmatch, parts))
     if not is_valid or "--" in name or ".." in name or name.endswith(".git"):
+        subject = f"{argument}: {name!r}" if argument else repr(name)
         raise HubError(
-            f"{argument}{': ' if argument else ''}{name!r} is not a valid repository name: expected user/name, of "
-            f"letters, digits, -, _ and . (at most {_LONGEST_NAME} characters, no -- or .. inside, no - or . at an end)"
+            f"{subject} is not a valid repository name: expected user/name, of letters, digits, -, _ and . "
+            f"(at most {_LONGEST_NAME} characters, no -- or .. inside, no - or . at an end)"
         )
     return name
 
