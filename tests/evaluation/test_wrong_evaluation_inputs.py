@@ -55,7 +55,7 @@ SCHEDULE = GrowthSchedule(
 )
 RUN: dict[str, Any] = {
     "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
-    "data": {"vocab_size": 300, "block_size": 32, "held_out": 0.2},
+    "data": {"source": "python-stdlib", "vocab_size": 300, "block_size": 32, "held_out": 0.2},
     "training": {"per_device_train_batch_size": 2, "use_cpu": True},
 }
 EXPERIMENT: dict[str, Any] = {
@@ -219,7 +219,7 @@ ROWS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda home: settle(cache_dir=home.path / "file" / "cache")(home),
         "cache_dir .* cannot be written: .*file is not a directory",
     ),
-    "no held-out text": (settle(held_out=None), "perplexity needs text to be measured on"),
+    "no held-out text": (settle(held_out=None), "perplexity is measured on held-out text, got none"),
     "held_out is text": (settle(held_out="text"), "held_out must be a HeldOut, got str"),
     "block_size 1": (cut({"a": "a b c"}, 1), "block_size must be a whole number, 2 or more, got 1"),
     "block_size 8.5": (cut({"a": "a b c"}, 8.5), "block_size must be a whole number"),
@@ -287,7 +287,7 @@ ROWS: dict[str, tuple[Callable[[Any], object], str]] = {
     "flops for no token": (scale(flops=1), "arm .*: a budget of 1 flops buys no token"),
     "a seed in the scale's training": (scale(training={"seed": 7}), "training sets seed"),
     "budgets of a scale": (scale(budgets={"slop": [0]}), "budgets.slop: budgets must be different"),
-    "nothing held out": (scale(run={**RUN, "data": {"held_out": 0}}), "set data.held_out"),
+    "nothing held out": (scale(run={**RUN, "data": {**RUN["data"], "held_out": 0}}), "set data.held_out"),
     "stages without a loss": (scale(training={"eval_before_growth": False}), "leave eval_before_growth out"),
     "an unknown scale": (
         lambda home: Experiment.from_yaml(home.path / "experiment.yaml", "tny"),
@@ -311,7 +311,7 @@ ROWS: dict[str, tuple[Callable[[Any], object], str]] = {
     # Probes.
     "lag 0": (probe(lag=0), "lag must be a whole number, 1 or more, got 0"),
     "lag nan": (probe(lag=math.nan), "lag must be a whole number"),
-    "lag and share": (probe(lag=8, share=0.1), "give one of them"),
+    "lag and share": (probe(lag=8, share=0.1), "expected one of them, got lag=8 and share=0.1"),
     "share nan": (probe(share=math.nan), "share must be above 0 and at most 1, got nan"),
     "share in words": (probe(share="all"), "share must be above 0"),
     "initial_tokens -1": (probe(initial_tokens=-1), "initial_tokens must be a whole number"),

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, arguments, blocks, small_model, trainer
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
-from slop_hf import GrowthSchedule, ModelDims, RunDirectory, grow_model
+from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory, grow_model
 from slop_hf.cost.flops import count_flops_per_token
-from slop_hf.errors import DataError, RunError
+from slop_hf.errors import DataError, GrowthError, RunError
 
 
 class Watch(TrainerCallback):
@@ -280,12 +280,12 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, setting
 
 
 def test_a_schedule_that_would_fail_at_a_late_boundary_is_refused(tmp_path):
-    from slop_hf import GrowthStage
-
-    stages = (GrowthStage(("ffn",), SCHEDULE.initial.replace(intermediate_size=48), TOKENS, init="magic"),)
-    schedule = GrowthSchedule(SCHEDULE.initial, stages, TOKENS)
-    with pytest.raises(ValueError, match="unknown init 'magic'"):
-        trainer(tmp_path / "out", schedule=schedule)
+    *stages, last = SCHEDULE.stages
+    wide = GrowthStage(("head_dim",), stages[-1].dims.replace(head_dim=128), last.tokens)
+    schedule = GrowthSchedule(SCHEDULE.initial, (*stages, wide), TOKENS)
+    with pytest.raises(GrowthError, match="head_dim from 8 to 128 would raise rope_theta"):
+        trainer(tmp_path / "out", schedule=schedule).train()
+    assert not (tmp_path / "out" / "schedule.yaml").exists()
 
 
 def test_another_run_is_not_overwritten(finished):
