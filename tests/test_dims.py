@@ -50,7 +50,9 @@ def test_config_round_trip_keeps_all_else():
 
 
 def test_config_without_llamas_fields():
-    with pytest.raises(DimsError, match="has no hidden_size"):
+    with pytest.raises(
+        DimsError, match=r"the config has no 'hidden_size', .*: expected a config with Llama's field names"
+    ):
         ModelDims.from_config({"n_embd": 768})
 
 

@@ -43,7 +43,7 @@ def test_token_counts_may_be_written_with_an_exponent(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("- layer\n", "- depth\n", "unknown operator 'depth'; known: layer"),
+        ("- layer\n", "- depth\n", r"unknown operator 'depth' \(known: layer, "),
         ("tokens: 1000", "token: 1000", r"unknown key 'stages.0.token'"),
         ("initial:\n", "begin:\n", "missing key 'initial'"),
         ("num_hidden_layers: 4", "num_hidden_layers: 1", "would shrink from 2 to 1"),
@@ -78,7 +78,7 @@ def test_stages_that_are_not_stages():
         GrowthStage((), B)
     with pytest.raises(ScheduleError, match="name one twice"):
         GrowthStage(("layer", "layer"), B)
-    with pytest.raises(ScheduleError, match="init names ffn, but the stage grows layer"):
+    with pytest.raises(ScheduleError, match="init names 'ffn', but the stage grows layer"):
         GrowthStage(("layer",), B, init={"ffn": "random"})
     with pytest.raises(ScheduleError, match="belong to none"):
         GrowthSchedule(A, (GrowthStage(("layer",), A),))

@@ -194,7 +194,7 @@ class GrowthSchedule(Record, error=ScheduleError):
 
         >>> schedule = GrowthSchedule(ModelDims(64, 128, 2, 2), vocab_size=300)
         >>> schedule.find_mismatch({"vocab_size": 300}), schedule.find_mismatch({"vocab_size": 400})[:59]
-        (None, 'the schedule was planned for a vocabulary of 300, the model ')
+        (None, 'the schedule was planned for a vocabulary of 300, the model')
         """
         size, tied = read_setting(config, "vocab_size"), bool(read_setting(config, "tie_word_embeddings", False))
         if self.vocab_size not in (None, size):

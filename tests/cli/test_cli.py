@@ -22,7 +22,7 @@ def test_errors_reach_the_shell():
     command = [sys.executable, "-m", "slop_hf", *PLAN, "--operators", "depth"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown operator 'depth'; known: layer, mha, ffn, hidden, head_dim\n"
+    assert done.stderr == "error: unknown operator 'depth' (known: layer, mha, ffn, hidden, head_dim)\n"
 
 
 @pytest.mark.parametrize("command", ["plan", "grow", "train", "rollback", "report", "reproduce"])

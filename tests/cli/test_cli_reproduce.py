@@ -63,9 +63,10 @@ def test_json():
 
 
 def test_unknown_part():
-    done = run("table9")
+    done = run("days")
     assert isinstance(done.exception, PlanError)
-    assert str(done.exception) == "unknown part 'table9'; known: table1, table3, table4, hours, all"
+    assert str(done.exception) == "unknown part 'days' (known: table1, table3, table4, hours, all)"
+    assert str(run("hour").exception) == "unknown part 'hour'; did you mean 'hours'?"
 
 
 def test_it_loads_no_torch():

@@ -166,7 +166,7 @@ def test_anything_but_a_model_is_refused(evaluate, model, tmp_path):
         ({"num_fewshot": -1}, "num_fewshot must be a whole number, 0 or more"),
         ({"batch_size": "many"}, "batch_size must be 'auto', or a whole number"),
         ({"include_path": "nowhere"}, "include_path .*nowhere: no such directory"),
-        ({"tasks": "perplexity"}, "perplexity needs text to be measured on"),
+        ({"tasks": "perplexity"}, "perplexity is measured on held-out text, got none"),
     ],
 )
 def test_wrong_settings_are_refused(evaluate, settings, message):

@@ -82,7 +82,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_training(tiny_ex
         (["--dry-run", "--workers", "0"], "workers"),
         (["--scale", "huge"], "choose a scale of tiny, not 'huge'"),
         (["--arm", "slopp"], "--arm slopp: the arms at this scale are slop, preserving, from-scratch"),
-        (["--seeds", "a"], "--seeds must be whole numbers such as 0,1,2, got 'a'"),
+        (["--seeds", "a"], "--seeds must be different whole numbers, 0 or more, such as 0,1,2, got 'a'"),
         (["--set", "scales.tiny.flops=0"], "a budget must be positive"),
         (["--set", "arms.slop.plan=never"], "plan must be a rank from 1, 'best' or 'worst', got 'never'"),
     ],

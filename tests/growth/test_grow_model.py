@@ -157,7 +157,7 @@ def test_a_stage_grows_several_dimensions_at_once():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("depth", 4), GrowthError, "unknown operator 'depth'; known: layer, mha, ffn, hidden, head_dim"),
+        (("depth", 4), GrowthError, r"unknown operator 'depth' \(known: layer, mha, ffn, hidden, head_dim\)"),
         (("ffn", 32), GrowthError, "intermediate_size would shrink from 64 to 32"),
         (("ffn", 64), GrowthError, "'ffn' has nothing to grow"),
         (("ffn", {"num_hidden_layers": 4}), GrowthError, "'ffn' has nothing to grow"),
@@ -176,7 +176,9 @@ def test_refusals(arguments, error, message):
 
 
 def test_unknown_init_and_family():
-    with pytest.raises(GrowthError, match="unknown init 'zero' for operator 'ffn'; known: random"):
+    with pytest.raises(
+        GrowthError, match=r"unknown init 'zero' for operator 'ffn' \(known: random, preserving, copy\)"
+    ):
         grow_model(llama(), "ffn", 100, init="zero")
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
     with pytest.raises(ArchitectureError, match="no axis table for model_type 'gpt2'"):

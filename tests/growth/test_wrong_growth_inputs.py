@@ -163,7 +163,10 @@ ROWS = {
     "init of another": (lambda m: model(m, "ffn", 60, init="stack"), "unknown init 'stack' for operator 'ffn'"),
     "init number": (lambda m: model(m, "ffn", 60, init=5), "unknown init 5"),
     "init of a stage": (lambda m: GrowthStage(("ffn",), STAGE.dims, init=""), "unknown init ''"),
-    "init key of a stage": (lambda m: GrowthStage(("ffn",), STAGE.dims, init={"fnn": "copy"}), "init names fnn"),
+    "init key of a stage": (
+        lambda m: GrowthStage(("ffn",), STAGE.dims, init={"fnn": "copy"}),
+        "init names 'fnn', but the stage grows ffn",
+    ),
     "seed bool": (lambda m: model(m, "ffn", 60, seed=True), "seed must be a whole number, got True"),
     "seed float": (lambda m: model(m, "ffn", 60, seed=1.5), "seed must be a whole number, got 1.5"),
     "seed text": (lambda m: model(m, "ffn", 60, seed="a"), "seed must be a whole number, got 'a'"),

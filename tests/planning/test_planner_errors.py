@@ -67,9 +67,9 @@ CASES = {
         r"does not fit: .*needs .* GB per device",
     ),
     # the search
-    "unknown operator": (dict(operators=("depth",)), "unknown operator 'depth'; known: layer"),
+    "unknown operator": (dict(operators=("depth",)), r"unknown operator 'depth' \(known: layer, "),
     "operator twice": (dict(operators=("ffn", "ffn")), "one or more different names"),
-    "unknown objective": (dict(objective="luck"), "unknown objective 'luck'; known: delta_params"),
+    "unknown objective": (dict(objective="luck"), r"unknown objective 'luck' \(known: delta_params, "),
     "unknown mode": (dict(mode="twice"), "mode must be 'once', 'repeated' or 'joint', got 'twice'"),
     "missing operator": (dict(operators=("layer", "ffn")), "needs mha, hidden among the operators"),
     "idle operator": (dict(operators=("layer", "ffn", "hidden", "head_dim")), "head_dim would grow nothing"),

@@ -394,7 +394,7 @@ def test_agreement_is_with_the_order_given_and_with_losses_at_growth():
     ("settings", "message"),
     [
         ({"lag": 0}, "lag must be a whole number, 1 or more, got 0"),
-        ({"lag": 5, "share": 0.1}, "give one of them"),
+        ({"lag": 5, "share": 0.1}, "expected one of them, got lag=5 and share=0.1"),
         ({"share": 0.0}, "share must be above 0 and at most 1"),
         ({"share": 1.5}, "share must be above 0 and at most 1"),
         ({"initial_tokens": 0}, "initial_tokens must be a whole number, 1 or more"),
