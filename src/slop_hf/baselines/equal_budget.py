@@ -98,6 +98,5 @@ class ArmRequest:
             operators = find_operators(before, after)
             named = {name: inits[name] for name in operators if name in inits}
             stages.append(GrowthStage(operators, after, tokens, named or None))
-        return replace(
-            self.schedule, initial=path[0], stages=tuple(stages), initial_tokens=first, scores={}
-        )  # keeps the model that the plan is for
+        # `replace` keeps the model that the plan is for.
+        return replace(self.schedule, initial=path[0], stages=tuple(stages), initial_tokens=first, scores={})

@@ -49,9 +49,8 @@ app.command("report", cls=Command)(report_command)
 app.command("reproduce", cls=Command)(reproduce_command)
 app.command("calibrate", cls=Command)(calibrate_command)
 
-_ClickError: type[Exception] = typer.BadParameter.__mro__[
-    2
-]  # click's, or typer's own copy of it: typer exports neither
+#: click's `ClickException`, or typer's own copy of it: typer exports neither.
+_ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def _print_version(value: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..io.units import format_decimals, format_duration, format_power
 from ..runs.directory import RunDirectory
+from .shared import is_quiet
 
 if TYPE_CHECKING:
     from ..experiments.jobs import Job
@@ -35,7 +35,7 @@ def show_job_progress(
         ended: directories of the runs that have ended before.
     """
     console = Console(stderr=True)
-    if not jobs or logging.getLogger("slop_hf").getEffectiveLevel() >= logging.ERROR:
+    if not jobs or is_quiet():
         yield lambda job, done, count: None
     elif console.is_terminal:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -46,18 +46,6 @@ def read_seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, seeds))
 
 
-def read_devices(text: str) -> tuple[str, ...]:
-    """Read the value of `--devices`, numbers of CUDA devices; an empty text stands for the CPU.
-
-    >>> read_devices("0,1")
-    ('0', '1')
-    """
-    devices = split_list(text)
-    if len(set(devices)) < len(devices) or not all(device.isdecimal() for device in devices):
-        raise RunError(f"--devices must be different numbers of CUDA devices, such as 0,1,2,3, got {text!r}")
-    return devices
-
-
 def read_changes(changes: Sequence[str] | None) -> dict[str, Json]:
     """Read the values of `--set key=value` as overrides for `RunConfig.from_yaml`; values are YAML.
 

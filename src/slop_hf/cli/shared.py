@@ -182,7 +182,7 @@ def show_steps(library: str) -> Iterator[None]:
         library: name of the part, such as `slop_hf.evaluation`.
     """
     logger, handler = logging.getLogger(library), logging.StreamHandler()
-    if not is_first_process() or logger.getEffectiveLevel() >= logging.ERROR:
+    if not is_first_process() or is_quiet():
         yield
         return
     level, propagates = logger.level, logger.propagate

@@ -26,12 +26,12 @@ from ..training.random_state import get_random_state, set_random_state
 from .settings import EvalSettings
 from .tasks import PAPER, PERPLEXITY
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
+
+logger = logging.getLogger(__name__)
 
 #: Bootstrap samples for standard errors without a closed form, such as a perplexity's.
 BOOTSTRAPS = 1000

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,16 +15,16 @@ from ..dims import ModelDims
 from ..errors import RunError
 from ..io.numbers import is_finite_number, is_whole_number
 from ..io.record import Record
-from ..io.serialization import Json, read_yaml, set_keys
+from ..io.serialization import Json, describe_alternatives, read_yaml, set_keys
 from ..operators import OPERATORS
 from ..schedule import GrowthSchedule
+from ..training.arguments import LARGEST_SEED
 from ..training.config import RunConfig
 
 _SCHEDULE_KEYS = ("plan", "order", "control", "schedule")
 _RUN_KEY = "run."
 _SEED_ARGUMENTS = {"seed", "data_seed", "growth_seed"}
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files next to the directory are longer
-_SEEDS_END = 2**32  # numpy's generators take no larger seed
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,8 @@ class ExperimentConfig(Record, error=RunError):
         in_scales = [arm for scale in self.scales.values() for arm in (*scale.arms, *scale.budgets)]
         for name in (self.reference, *self.printed, *in_scales):
             if name is not None and name not in self.arms:
-                raise RunError(
-                    f"there is no arm {name!r}; the arms are {', '.join(self.arms)}{_suggest(name, self.arms)}"
-                )
+                hint = describe_alternatives(name, self.arms, list_all=False)
+                raise RunError(f"there is no arm {name!r}; the arms are {', '.join(self.arms)}{hint}")
         for name in self.arms:
             is_file_name = Path(name).name == name and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
             if not name or not is_file_name or name.startswith("."):
@@ -234,7 +232,7 @@ class Experiment:
             scale = next(iter(config.scales))
         if scale not in config.scales:
             instead = f", not {scale!r}" if scale else ""
-            hint = _suggest(str(scale or ""), config.scales)
+            hint = describe_alternatives(str(scale or ""), config.scales, list_all=False)
             raise RunError(f"{path}: choose a scale of {', '.join(config.scales)}{instead}{hint}")
         sizes = config.scales[scale]
         arms = {
@@ -261,7 +259,7 @@ class Experiment:
         text = self.sizes.structures.get(name, name)
         if "," not in text:
             known = ", ".join(self.sizes.structures) or "none"
-            hint = _suggest(name, self.sizes.structures)
+            hint = describe_alternatives(name, self.sizes.structures, list_all=False)
             raise RunError(f"{self.name}: scale {self.scale} has no structure {name!r} (known: {known}){hint}")
         return ModelDims.parse(text)
 
@@ -272,10 +270,10 @@ class Experiment:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse anything but one or more different seeds that all random number generators take."""
-    is_right = all(is_whole_number(seed, least=0) and seed < _SEEDS_END for seed in seeds)
+    """Refuse anything but one or more different seeds that a run can have."""
+    is_right = all(is_whole_number(seed, least=0) and seed <= LARGEST_SEED for seed in seeds)
     if not seeds or not is_right or len(set(seeds)) < len(seeds):
-        raise RunError(f"seeds must be one or more different whole numbers from 0 to 2**32 - 1, got {list(seeds)}")
+        raise RunError(f"seeds must be one or more different whole numbers, 0 to {LARGEST_SEED}, got {list(seeds)}")
 
 
 def _check_budgets(budgets: Sequence[float]) -> None:
@@ -287,12 +285,6 @@ def _check_budgets(budgets: Sequence[float]) -> None:
 def _refuse_seed_arguments(training: Mapping[str, Json]) -> None:
     if seeds := sorted(_SEED_ARGUMENTS & set(training)):
         raise RunError(f"training sets {', '.join(seeds)}, which follow from the seeds: give `seeds` instead")
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    """Return a question for the most similar known name; "" if none is similar."""
-    similar = difflib.get_close_matches(name, [*known], n=1)
-    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def _resolve_schedule(arm: ArmConfig, path: Path, budgets: tuple[float, ...]) -> ArmConfig:

@@ -50,7 +50,7 @@ def fetch_stage(address: str, api: HfApi | None = None) -> FetchedStage:
     lineage_path = _fetch_lineage(stage, api)
     lineage, commit = Lineage.from_json(lineage_path), lineage_path.parent.name  # the branch may move meanwhile
     path = _fetch_snapshot(stage, commit, api)
-    if _find_fault(path, lineage) is not None:  # the cache keeps wrong bytes for ever
+    if _find_fault(path, lineage) is not None:  # the cache would keep wrong bytes
         logger.warning(f"{stage}: the downloaded weights are not the published ones; fetching them again")
         path = _fetch_snapshot(stage, commit, api, force_download=True)
         if (fault := _find_fault(path, lineage)) is not None:

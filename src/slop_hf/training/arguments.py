@@ -45,7 +45,8 @@ _NUMBERS = {
     **dict.fromkeys(("growth_noise", "peak_tflops", "neftune_noise_alpha"), math.inf),
 }
 _NEVER_LISTED = ("flyte",)  # by transformers, among the available trackers
-_LARGEST_SEED = 2**31 - 1  # stages and steps are added to it, and numpy's seeds end at 2**32
+#: Stages and steps are added to a seed, and numpy's seeds end at 2**32.
+LARGEST_SEED = 2**31 - 1
 
 
 @dataclass
@@ -158,8 +159,8 @@ class SlopTrainingArguments(TrainingArguments):
                 bound = "" if least is None else f" of at least {least}"
                 raise RunError(f"{name} must be a whole number{bound}, got {value!r}")
         for name in ("seed", "data_seed"):
-            if (getattr(self, name) or 0) > _LARGEST_SEED:
-                raise RunError(f"{name} must be at most {_LARGEST_SEED}, got {getattr(self, name)}")
+            if (getattr(self, name) or 0) > LARGEST_SEED:
+                raise RunError(f"{name} must be at most {LARGEST_SEED}, got {getattr(self, name)}")
         for name, limit in _NUMBERS.items():
             value = getattr(self, name)
             if value is not None and not (is_finite_number(value, least=0) and value < limit):

@@ -64,9 +64,8 @@ def check_precision(model: PreTrainedModel, args: TrainingArguments) -> None:
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     half = [dtype for dtype in HALF_PRECISION if dtype in dtypes]
-    if not half or (
-        torch.float16 not in half and not (args.bf16 or args.fp16)
-    ):  # all in bfloat16, as it was asked for
+    is_mixed = args.bf16 or args.fp16
+    if not half or (torch.float16 not in half and not is_mixed):  # without mixed precision, bfloat16 was asked for
         return
     name = str(half[0]).removeprefix("torch.")
     raise RunError(

@@ -60,7 +60,7 @@ from .random_state import set_random_state
 from .ranks import Ranks
 from .resuming import Position, begin_run, resume_run
 from .run_lock import lock_on_all_ranks
-from .run_plan import plan_run, with_inits
+from .run_plan import RunPlan, plan_run, with_inits
 from .run_timer import RunTimer, find_peak_flops
 from .saving import Snapshot, save_checkpoint, save_stage, store_callback_states
 from .spans import StageSpan
@@ -160,22 +160,7 @@ class SlopTrainer(Trainer):
         # The run.
         self.run = RunDirectory(args.output_dir)
         self.ranks = Ranks.from_args(args)
-        tokenizer = self.processing_class
-        self.plan = plan_run(
-            schedule,
-            args,
-            model.config,
-            block_size=block_size,
-            devices=self.ranks.count,
-            blocks=len(self.blocks),
-            data=self.blocks.fingerprint,
-            vocabulary=hash_vocabulary(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else "",
-            sample="" if self.blocks.fingerprint else hash_sample(self.blocks),
-            optimizer=name_optimizer(args, self.optimizer_cls_and_kwargs),
-            # DeepSpeed updates float32 masters, whatever the weights are.
-            dtype=str(torch.float32 if self.is_deepspeed_enabled else model.dtype).removeprefix("torch."),
-            begun=self.ranks.from_first(RunFacts.load(self.run)),
-        )
+        self.plan = self._plan_run(model, schedule, block_size)
         self.schedule, self.spans = self.plan.schedule, self.plan.spans
         check_document_mask(self.blocks, model, [batches.micro_batch_size for batches in self.plan.batches])
         check_scheduler(args, self.spans)
@@ -187,7 +172,6 @@ class SlopTrainer(Trainer):
         # Traits that later models share with the first one, whose parameters may be gone by then.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
-
         self._frozen: list[frozenset[str]] = []  # frozen parameters of each stage, once training begins
 
         # The stage in training.
@@ -211,6 +195,24 @@ class SlopTrainer(Trainer):
             self.add_callback(self._progress)
         self.add_callback(self._stop)
         self.add_callback(StageEnd(lambda: self._span.end_step))
+
+    def _plan_run(self, model: PreTrainedModel, schedule: GrowthSchedule, block_size: int) -> RunPlan:
+        tokenizer = self.processing_class
+        return plan_run(
+            schedule,
+            self.args,
+            model.config,
+            block_size=block_size,
+            devices=self.ranks.count,
+            blocks=len(self.blocks),
+            data=self.blocks.fingerprint,
+            vocabulary=hash_vocabulary(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else "",
+            sample="" if self.blocks.fingerprint else hash_sample(self.blocks),
+            optimizer=name_optimizer(self.args, self.optimizer_cls_and_kwargs),
+            # DeepSpeed updates float32 masters, whatever the weights are.
+            dtype=str(torch.float32 if self.is_deepspeed_enabled else model.dtype).removeprefix("torch."),
+            begun=self.ranks.from_first(RunFacts.load(self.run)),
+        )
 
     def _build_timer(self) -> RunTimer:
         cost_model = self.args.cost_model
