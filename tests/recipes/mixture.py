@@ -26,9 +26,12 @@ WEIGHTS = {
 }
 
 
-def seven_sources(folder: Path, texts: int = 560) -> dict[str, Any]:
-    """Write the sources into a folder, and return the mixture as plain data for YAML."""
-    documents = list(read_documents(Source("python-stdlib", max_documents=texts)))
+def seven_sources(folder: Path, texts: int = 560, longest: int = 4000) -> dict[str, Any]:
+    """Write the sources into a folder, and return the mixture as plain data for YAML.
+
+    Documents are cut to `longest` characters, so that no source holds out many blocks.
+    """
+    documents = [text[:longest] for text in read_documents(Source("python-stdlib", max_documents=texts))]
     shares = dict(zip(WEIGHTS, (documents[number::7] for number in range(7)), strict=True))
     # Formats with one document per line need documents of one line.
     lines = {name: "\n".join(" ".join(text.split()) for text in shares[name]).encode() for name in ("c4", "books")}

@@ -30,7 +30,11 @@ def recipe(tmp_path_factory):
     schedule["initial_tokens"] //= SHARE
     for stage in schedule["stages"]:
         stage["tokens"] //= SHARE
-    content["training"] |= {"save_steps": 1, "logging_steps": 4}
+    content["training"] |= {
+        "save_steps": 1,
+        "logging_steps": 4,
+        "per_device_eval_batch_size": 4,
+    }  # a last batch is filled up
     path = folder / "grow_tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

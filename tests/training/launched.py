@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,10 @@ def main(settings: dict[str, Any]) -> None:
     run.train(resume_from_checkpoint=RunDirectory(output).exists)
 
 
-def run_rank(environment: dict[str, str], settings: dict[str, Any], log: str) -> None:
-    """Run one rank of a launch in this process, which has nothing else to do."""
+def run_rank(
+    environment: dict[str, str], main: Callable[[dict[str, Any]], None], settings: dict[str, Any], log: str
+) -> None:
+    """Run a program as one rank of a launch in this process, which has nothing else to do."""
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):

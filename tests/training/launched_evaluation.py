@@ -1,20 +1,17 @@
 """Program that evaluates several numbers of held-out blocks in several batch sizes.
 
-Its argument is JSON: `output`, the directory of the run and of one result file per rank, and `use_cpu`.
+Its settings are `output`, the directory of the run and of one result file per rank, and `use_cpu`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from training_runs import blocks, small_model, trainer
 from transformers import EvalPrediction
-
-from slop_hf.training.launch import guard_exit
 
 #: Numbers of held-out blocks, and blocks per batch and device.
 CASES = ((1, 4), (7, 2), (8, 8), (12, 2), (13, 4))
@@ -57,10 +54,7 @@ def evaluate_cases(output: Path, use_cpu: bool = True) -> dict[str, dict[str, fl
     return results
 
 
-if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
+def main(settings: dict[str, Any]) -> None:
     path = Path(settings["output"])
-    with guard_exit():
-        found = evaluate_cases(path, settings["use_cpu"])
-        rank = torch.distributed.get_rank()
-        (path / f"rank-{rank}.json").write_text(json.dumps(found))
+    found = evaluate_cases(path, settings["use_cpu"])
+    (path / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))

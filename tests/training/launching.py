@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -69,6 +70,12 @@ def launch(kind: str, ranks: int = 1, seconds: float = 300, **settings: Any) -> 
     return Ended(process.returncode, text)
 
 
+def launch_forked(kind: str, ranks: int = 1, seconds: float = 300, **settings: Any) -> Ended:
+    """Run a launch without a launcher to its end."""
+    forked = ForkedLaunch(kind, ranks, **settings)
+    return Ended(forked.wait(seconds), forked.text)
+
+
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the ranks and their launcher at once; ranks have sessions of their own."""
     with suppress(psutil.NoSuchProcess):
@@ -100,13 +107,15 @@ class ForkedLaunch:
     """
 
     _context = get_context("forkserver")
-    _context.set_forkserver_preload(["launched", "slop_hf.training.zero3"])
+    _context.set_forkserver_preload(["launched", "launched_evaluation", "slop_hf.training.zero3"])
 
-    def __init__(self, kind: str, ranks: int = 1, **settings: Any) -> None:
+    def __init__(
+        self, kind: str, ranks: int = 1, main: Callable[[dict[str, Any]], None] = launched.main, **settings: Any
+    ) -> None:
         self._log = Path(f"{settings['output']}.log")
         words = json.loads(json.dumps(settings, default=str))
         self._processes = [
-            self._context.Process(target=launched.run_rank, args=(one, words, str(self._log)))
+            self._context.Process(target=launched.run_rank, args=(one, main, words, str(self._log)))
             for one in _list_environments(kind, ranks)
         ]
         for process in self._processes:

@@ -3,10 +3,11 @@
 import json
 import math
 
+import launched_evaluation
 import pytest
 import torch
 from launched_evaluation import CASES, evaluate_cases, mask_some
-from launching import HERE, launch
+from launching import launch_forked
 from training_runs import BLOCK, blocks, small_model, trainer
 from transformers import Trainer
 
@@ -57,7 +58,7 @@ def test_several_ranks_measure_what_one_process_does(alone, tmp_path, kind, rank
     """In batches of the given size, as many on each rank, and with the predictions of each row once."""
     if kind == "zero3":
         pytest.importorskip("deepspeed")
-    ended = launch(kind, ranks, script=HERE / "launched_evaluation.py", output=tmp_path, use_cpu=kind == "ddp")
+    ended = launch_forked(kind, ranks, main=launched_evaluation.main, output=tmp_path, use_cpu=kind == "ddp")
     assert ended.code == 0, ended.text[-4000:]
     results = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     assert all(result == results[0] for result in results)

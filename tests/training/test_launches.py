@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from launching import largest_difference, launch, weights
+from launching import largest_difference, launch_forked, weights
 from safetensors.torch import load_file
 from training_runs import BATCH, SCHEDULE, STEPS, freeze, small_model, trainer
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,7 @@ def sharded(tmp_path_factory):
     path = tmp_path_factory.mktemp("zero3")
     (path / "dump").mkdir()
     arguments = {**SETTINGS, "keep_optimizer_states": True, "max_shard_size": "20KB"}
-    ended = launch("zero3", 2, output=path / "out", batch=BATCH // 2, dump=path / "dump", arguments=arguments)
+    ended = launch_forked("zero3", 2, output=path / "out", batch=BATCH // 2, dump=path / "dump", arguments=arguments)
     assert ended.code == 0, ended.text[-4000:]
     return path
 
@@ -41,7 +41,7 @@ def facts(path, stage, rank=0):
 
 
 def test_ddp_agrees_with_one_process(alone, tmp_path):
-    ended = launch("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=SETTINGS)
+    ended = launch_forked("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=SETTINGS)
     assert ended.code == 0, ended.text[-4000:]
     for stage in SCHEDULE.stage_names:
         assert largest_difference(alone, tmp_path / "out", stage) < TOLERANCE
@@ -120,7 +120,7 @@ def test_interrupted_under_zero3_and_finished_in_one_process(alone, tmp_path):
     """Up to rounding; `tests/recipes/test_tiny_recipe.py` tests bits on the same number of ranks."""
     path, here = tmp_path / "out", {**SETTINGS, "keep_optimizer_states": True}
     stop = STEPS + 5
-    ended = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "interrupt"}, arguments=here)
+    ended = launch_forked("zero3", 2, output=path, batch=BATCH // 2, at={stop: "interrupt"}, arguments=here)
     assert ended.code != 0 and not (path / "stage-1-layer").exists()
     kept = {one.name for one in RunDirectory(path).running_dir(1).iterdir()}
     assert kept == {f"checkpoint-{STEPS + 1}", f"checkpoint-{STEPS + 4}"}
@@ -152,7 +152,7 @@ def check_frozen(run, partly_frozen):
 
 def test_frozen_parameters_under_ddp(partly_frozen, tmp_path):
     path = tmp_path / "out"
-    ended = launch("ddp", 2, output=path, batch=BATCH // 2, frozen=FROZEN, arguments=SETTINGS)
+    ended = launch_forked("ddp", 2, output=path, batch=BATCH // 2, frozen=FROZEN, arguments=SETTINGS)
     assert ended.code == 0, ended.text[-4000:]
     check_frozen(path, partly_frozen)
 
@@ -165,12 +165,12 @@ def test_terminated_under_zero3_and_finished_on_one_rank(partly_frozen, tmp_path
     """
     path, stop = tmp_path / "out", 2 * STEPS + 3
     settings = {"frozen": FROZEN, "arguments": SETTINGS}
-    begun = launch("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, **settings)
+    begun = launch_forked("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, **settings)
     assert begun.code == 0, begun.text[-4000:]
     assert "resume to continue" in begun.text
     names = {one.name for one in RunDirectory(path).running_dir(2).iterdir()}
     assert f"checkpoint-{stop + 1}" in names, "a step later, when all ranks know"
-    ended = launch("zero3", 1, output=path, batch=BATCH // 2, **settings)
+    ended = launch_forked("zero3", 1, output=path, batch=BATCH // 2, **settings)
     assert ended.code == 0, ended.text[-4000:]
     assert "mismatch" not in ended.text
     check_frozen(path, partly_frozen)
