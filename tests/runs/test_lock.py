@@ -97,9 +97,12 @@ def test_blocks_for_one_directory_nest(tmp_path: Path) -> None:
     DirectoryLock(tmp_path).acquire()
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("use SoftFileLock")]
+)
+def test_a_file_system_without_locks_is_warned_of(error: Exception, tmp_path: Path, monkeypatch, caplog) -> None:
     def refuse(self: FileLock, timeout: float) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise error
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with caplog.at_level(logging.WARNING), lock_directory(tmp_path, "training"):

@@ -138,8 +138,8 @@ class DirectoryLock:
             lock.acquire(timeout=patience)
         except Timeout:
             return False
-        except OSError as caught:
-            if caught.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+        except (OSError, NotImplementedError) as caught:  # older releases of filelock raise the latter for ENOSYS
+            if isinstance(caught, OSError) and caught.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             logger.warning(f"this file system cannot lock {self._path}: see to it that nobody else writes there")
             return True
