@@ -26,7 +26,7 @@ WEIGHTS = {
 }
 
 
-def seven_sources(folder: Path, texts: int = 560, longest: int = 4000) -> dict[str, Any]:
+def seven_sources(folder: Path, texts: int = 560, longest: int = 2000) -> dict[str, Any]:
     """Write the sources into a folder, and return the mixture as plain data for YAML.
 
     Documents are cut to `longest` characters, so that no source holds out many blocks.
