@@ -65,5 +65,5 @@ def test_parse_and_print():
 
 
 def test_replace_refuses_unknown_names():
-    with pytest.raises(DimsError, match="unknown dimension width"):
+    with pytest.raises(DimsError, match="unknown dimension 'width'"):
         ModelDims(96, 256, 3, 6).replace(width=3)

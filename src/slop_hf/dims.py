@@ -12,6 +12,7 @@ import numpy.typing as npt
 from .errors import DimsError
 from .io.numbers import is_whole_number
 from .io.record import Record
+from .io.serialization import describe_alternatives
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -167,7 +168,7 @@ class ModelDims(Record, error=DimsError):
         """
         unknown = sorted(set(changes) - {field.name for field in fields(self)})
         if unknown:
-            raise DimsError(f"unknown dimension {', '.join(unknown)}; known: {', '.join(self.as_dict())}")
+            raise DimsError(f"unknown dimension {unknown[0]!r}{describe_alternatives(unknown[0], self.as_dict())}")
         return replace(self, **changes)
 
     @classmethod

@@ -11,6 +11,7 @@ from .dims import ModelConfig, ModelDims
 from .errors import GrowthError, ScheduleError
 from .io.numbers import is_finite_number, is_positive_number, require_whole_number
 from .io.record import Record
+from .io.serialization import describe_alternatives
 from .operators import OPERATORS, find_operators, get_operator, resolve_inits
 
 #: Tokens of the initial model per token of a growth stage: the paper trains on 25B and 10B (section 4.1).
@@ -85,7 +86,8 @@ class GrowthStage(Record, error=ScheduleError):
             raise ScheduleError(f"operators {', '.join(self.operators)} name one twice; each can grow once in a stage")
         require_whole_number(self.tokens, "tokens", least=0, error=ScheduleError)
         if isinstance(self.init, Mapping) and (strays := sorted(set(self.init) - set(self.operators))):
-            raise ScheduleError(f"init names {strays[0]!r}, but the stage grows {', '.join(self.operators)}")
+            hint = describe_alternatives(strays[0], self.operators, list_all=False)
+            raise ScheduleError(f"init names {strays[0]!r}, but the stage grows {', '.join(self.operators)}{hint}")
         try:
             resolve_inits(self.operators, self.init)
         except GrowthError as caught:

@@ -164,7 +164,7 @@ def test_a_stage_grows_several_dimensions_at_once():
         (("ffn", {"intermediate_size": 100, "num_hidden_layers": 4}), GrowthError, "would change layer too"),
         (("ffn", None), GrowthError, "new_dims must be the new intermediate_size"),
         (("ffn", "large"), GrowthError, "new_dims must be the new intermediate_size"),
-        (("ffn", {"width": 4}), DimsError, "unknown dimension width"),
+        (("ffn", {"width": 4}), DimsError, "unknown dimension 'width'"),
         (("hidden", 50), DimsError, "not divisible by num_attention_heads"),
         (("hidden", {"hidden_size": 96, "head_dim": 24}), GrowthError, "would change head_dim too"),
         ((GrowthStage(("ffn",), ModelDims(48, 100, 4, 4)),), GrowthError, "takes layer, ffn"),

@@ -142,7 +142,7 @@ ROWS = {
     "dims list": (lambda m: model(m, "ffn", [60]), "new_dims must be"),
     "dims negative": (lambda m: model(m, "ffn", -60), "positive whole number, got -60"),
     "dims zero": (lambda m: model(m, "ffn", {"intermediate_size": 0}), "positive whole number, got 0"),
-    "dims unknown": (lambda m: model(m, "ffn", {"ffn": 60}), "unknown dimension ffn"),
+    "dims unknown": (lambda m: model(m, "ffn", {"ffn": 60}), "unknown dimension 'ffn'"),
     "dims number": (lambda m: model(m, "ffn", {5: 60}), "unknown dimension 5"),
     "dims empty": (lambda m: model(m, "ffn", {}), "nothing to grow"),
     "smaller": (lambda m: model(m, "ffn", 20), "would shrink from 40 to 20"),

@@ -66,6 +66,9 @@ def parse_structure(text: str, option: str) -> ModelDims:
 
     Args:
         option: option that gives them, for error messages.
+
+    Raises:
+        PlanError: if they are no structure.
     """
     try:
         return ModelDims.parse(text)

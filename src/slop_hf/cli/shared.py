@@ -34,7 +34,7 @@ _SPELLINGS = {
 
 
 def set_verbosity(level: int) -> None:
-    """Set the level of what slop_hf, transformers and huggingface_hub log, imported already or not."""
+    """Set the level of the loggers of slop_hf, transformers and huggingface_hub, imported already or not."""
     name = logging.getLevelName(level).lower()
     os.environ.update(TRANSFORMERS_VERBOSITY=name, HF_HUB_VERBOSITY=name)  # read when they are first imported
     for library in ("slop_hf", "transformers", "huggingface_hub"):
@@ -44,7 +44,7 @@ def set_verbosity(level: int) -> None:
 
 
 def is_quiet() -> bool:
-    """Whether only results and errors are to be printed (`slop --quiet`)."""
+    """Whether commands print results and errors only (`slop --quiet`)."""
     return logging.getLogger("slop_hf").getEffectiveLevel() >= logging.ERROR
 
 

@@ -96,6 +96,9 @@ def check_run_options(
         config, output: YAML file of the run, and its directory.
         devices, zero_stage: settings of the preview, or None; a launcher gives them to a run.
         option: option that names the output, for the message.
+
+    Raises:
+        RunError: if one is wrong.
     """
     if not dry_run and (devices is not None or zero_stage is not None):
         name = "--zero-stage" if devices is None else "--devices"

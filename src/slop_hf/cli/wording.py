@@ -14,7 +14,7 @@ from ..errors import SlopError
 from .shared import print_error
 
 #: Options whose name is not that of the library's argument.
-ALIASES = {
+_ALIASES = {
     "bytes_per_device": "--device-memory",
     "resume_from_checkpoint": "--resume",
     "targets": "--target",
@@ -27,7 +27,7 @@ _REMEDY = re.compile(r"\b(?:give|use|set|either|needs|(?:raise|lower|loosen)(?: 
 
 
 def name_options(message: str, options: Mapping[str, str], given: Collection[str] = ()) -> str:
-    """Return the message of an error with options where the library names its arguments.
+    """Return the message of an error with options instead of the library's arguments.
 
     A name of several words is an argument wherever it stands outside quotes, paths and dotted keys. A single word may
     also be plain English: it is an argument in backticks, before `=`, in a remedy ("give tokens"), and at the
@@ -68,7 +68,7 @@ class Command(TyperCommand):
         except SlopError as caught:
             parameters = {option: parameter.name for parameter in self.params for option in parameter.opts}
             options = {option[2:].replace("-", "_"): option for option in parameters if option.startswith("--")}
-            options |= {name: option for name, option in ALIASES.items() if option in parameters}
+            options |= {name: option for name, option in _ALIASES.items() if option in parameters}
             sources = {name: ctx.get_parameter_source(parameters[option]) for name, option in options.items()}
             given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
             caught.args = (name_options(str(caught), options, given), *caught.args[1:])
@@ -89,5 +89,6 @@ def run_recipe(parser: RecipeParser, run: Callable[[argparse.Namespace], None]) 
         run(parser.parse_args())
     except SlopError as caught:
         options = {name: f"--{name.replace('_', '-')}" for name in vars(parser.parse_args([]))}
-        print_error(name_options(str(caught), options | {"resume_from_checkpoint": "--resume"}))
+        options |= {name: option for name, option in _ALIASES.items() if option in options.values()}
+        print_error(name_options(str(caught), options))
         sys.exit(2)

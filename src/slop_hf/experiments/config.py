@@ -73,7 +73,7 @@ class ArmConfig(Record, error=RunError):
         if len(present) != 1:
             raise RunError(f"an arm needs one of {', '.join(_SCHEDULE_KEYS)}, got {', '.join(present) or 'none'}")
         if self.control is not None and self.control not in ARMS:
-            raise RunError(f"unknown control arm {self.control!r}; known: {', '.join(ARMS)}")
+            raise RunError(f"unknown control arm {self.control!r}{describe_alternatives(str(self.control), ARMS)}")
         if self.plan not in (None, "best", "worst") and not is_whole_number(self.plan, least=1):
             raise RunError(f"plan must be a rank from 1, 'best' or 'worst', got {self.plan!r}")
         letters = {operator.letter for operator in OPERATORS.values()}

@@ -70,9 +70,9 @@ def publish_stage(
 
     Raises:
         RunError: if there is no such finished stage.
-        HubError: if the Hub cannot be reached or denies permission, or the repository holds something else.
+        HubError: if a name is not valid, the Hub cannot be reached or denies permission, or the repository holds
+            something else.
     """
-    check_repository(repo_id)
     publisher = Publisher(run_dir, repo_id, private=private, base_model=base_model, api=api, retries=retries)
     return publisher.publish(number)
 
@@ -99,7 +99,6 @@ def publish_run(
         RunError: if there is no run, or a stage has not finished.
         HubError: as for `publish_stage`.
     """
-    check_repository(repo_id)
     publisher = Publisher(run_dir, repo_id, **options)  # type: ignore[arg-type]
     return [
         published
@@ -121,6 +120,9 @@ class Publisher:
         api: HfApi | None = None,
         retries: RetryPolicy | None = None,
     ) -> None:
+        check_repository(repo_id)
+        if base_model is not None:
+            check_repository(base_model, "base_model")
         self.run = run if isinstance(run, RunDirectory) else RunDirectory(run)
         self.repo_id, self._private, self._base_model = repo_id, private, base_model
         self._api, self._retries, self._is_open = api or HfApi(), retries, False

@@ -12,7 +12,7 @@ from ..errors import HubError
 MAIN = "main"
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _LONGEST_NAME = 96
-_ADDRESS = re.compile(r"(?P<repo_id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+_ADDRESS = re.compile(r"(?P<repo_id>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def is_transient(caught: BaseException) -> bool:
 
 
 def is_unreachable(caught: BaseException) -> bool:
-    """Whether no connection could be made: no network, an unknown host, or nobody listens there.
+    """Whether no connection could be opened: there is no network, the host is unknown, or it refuses.
 
     >>> is_unreachable(ConnectionRefusedError()), is_unreachable(ConnectionResetError())
     (True, False)
