@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt src/slop_hf/__init__.py
 # Two test processes of one thread each; ARGS goes to pytest, as in make test ARGS="-k planner".
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test check results slow constraints clean
+.PHONY: help demo test check results slow gpu constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,9 @@ results: $(VENV)/.runtime  ## rebuild the results in README.md and docs/ from be
 
 slow: $(VENV)/.dev  ## run the tests that take minutes, and more examples of random ones
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis" $(ARGS)
+
+gpu:  ## measure on the first GPU, in nine minutes; installs nothing
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu/run.py $(ARGS)
 
 constraints: $(VENV)/.dev  ## pin the newest versions in constraints.txt
 	$(PIP) install uv

@@ -67,7 +67,6 @@ class Context:
         workdir: empty directory for checkpoints and runs, on the disk to measure.
         environment: virtual environment of mergekit, created if it is missing.
         figure: path of the figure.
-        peak_tflops: peak of the GPU in bf16, if slop_hf does not know the device.
     """
 
     scale: str
@@ -75,7 +74,6 @@ class Context:
     workdir: Path
     environment: Path = Path()
     figure: Path = Path()
-    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Training compared with plain Trainer, the disk and one process; `README.md` says what is measured.
 
-python benchmarks/training.py                  # all parts that need no GPU, about half an hour
+python benchmarks/training.py                  # all parts, about half an hour
 python benchmarks/training.py memory           # one part
-python benchmarks/training.py gpu              # the 1B target on a CUDA device
 python benchmarks/training.py --scale tiny     # to see that it works; the numbers mean nothing
 """
 
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import training_boundary
-import training_gpu
 import training_memory
 import training_steps
 from measuring import Context, build_goals_table, describe_circumstances, make_parser, read_options, save_part
@@ -26,17 +24,14 @@ PARTS = {
     "steps": training_steps,
     "boundary": training_boundary,
     "memory": training_memory,
-    "gpu": training_gpu,
 }
-NEED_NO_GPU = [name for name in PARTS if name != "gpu"]
 IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("training", __doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(NEED_NO_GPU)}, all (default) or gpu")
-    parser.add_argument("--peak-tflops", type=float, help="gpu: peak in bf16 of a device that slop_hf does not know")
-    return read_options(parser, "training", arguments, parts=list(PARTS), default_parts=NEED_NO_GPU)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}, or all (default)")
+    return read_options(parser, "training", arguments, parts=list(PARTS), default_parts=list(PARTS))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             circumstances["machine"]["disk"] = disk = find_file_system(Path(directory))
             if disk in IN_MEMORY and part != "steps":
                 console.print(f"[yellow]the runs lie in memory ({disk}): name a disk with --workdir[/yellow]")
-            context = Context(options.scale, repetitions, Path(directory), peak_tflops=options.peak_tflops)
+            context = Context(options.scale, repetitions, Path(directory))
             record = module.run(context)
         save_part(options.output, part, {**circumstances, **record}, PARTS)
         for table in [*module.build_tables(record), build_goals_table(record)]:

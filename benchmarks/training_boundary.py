@@ -87,12 +87,12 @@ def run(context: Context) -> Record:
     }
 
 
-def measure_round(workdir: Path, settings: Record, *, gpu: bool = False) -> Record:
+def measure_round(workdir: Path, settings: Record) -> Record:
     """Measure one boundary, then saving and loading the same states on the same disk."""
     output, scratch = workdir / "run", workdir / "peer"
     try:
-        (ours,) = launch("training_boundary.cross", {**settings, "output": str(output)}, gpu=gpu)
-        (peer,) = launch("training_boundary.save_and_load", {"run": str(output), "scratch": str(scratch)}, gpu=gpu)
+        (ours,) = launch("training_boundary.cross", {**settings, "output": str(output)})
+        (peer,) = launch("training_boundary.save_and_load", {"run": str(output), "scratch": str(scratch)})
         return {"ours": ours, "peer": peer}
     finally:
         for path in (output, scratch):

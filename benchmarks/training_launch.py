@@ -77,7 +77,6 @@ def start(
     *,
     ranks: int = 1,
     zero3: bool = False,
-    gpu: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Launched:
     """Start a function in new processes.
@@ -87,7 +86,6 @@ def start(
         settings: arguments of the function.
         ranks: number of processes under ZeRO-3.
         zero3: whether to launch with DeepSpeed ZeRO-3 on CPUs; otherwise there is one process.
-        gpu: whether it sees the first GPU; otherwise it sees none.
         environment: more environment variables.
     """
     directory = tempfile.TemporaryDirectory(prefix="training-benchmark-")
@@ -97,7 +95,7 @@ def start(
         words += ["--num_processes", str(ranks), "--main_process_port", "0"]
     words += [str(Path(__file__)), task, json.dumps(settings), directory.name]
     log = Path(directory.name, "log.txt")
-    variables = {**_build_environment(gpu), **(environment or {})}
+    variables = {**_build_environment(), **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             words, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -128,17 +126,13 @@ def wait_for_all(launches: Sequence[Launched], seconds: float = 540) -> list[Rec
             each.kill()
 
 
-def _build_environment(gpu: bool) -> dict[str, str]:
+def _build_environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHES)}
-    if gpu:  # Trainer would use all devices that the process sees
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    else:
-        devices = ""
     # PASSIVE: threads that spin while they wait would take a core from other work.
     return {
         "OMP_WAIT_POLICY": "PASSIVE",
         **inherited,
-        "CUDA_VISIBLE_DEVICES": devices,
+        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

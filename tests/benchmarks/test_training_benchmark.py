@@ -78,10 +78,10 @@ def test_memory(record):
             assert max(phase["anonymous"] for phase in seen) == case["anonymous_peak_bytes"][name][0] < peak
 
 
-def test_the_parts_that_need_no_gpu_are_the_default(module):
+def test_all_parts_are_the_default(module):
     training = module("training")
     assert training.parse([]).parts == training.parse(["all"]).parts == ["steps", "boundary", "memory"]
-    assert training.parse(["gpu", "all"]).parts == ["steps", "boundary", "memory", "gpu"]
+    assert training.parse(["memory"]).parts == ["memory"]
     with pytest.raises(SystemExit):
         training.parse(["speed"])
 
@@ -91,59 +91,6 @@ def test_parts_keep_the_records_of_others(module, tmp_path):
     for part, value in (("memory", 1), ("steps", 2), ("memory", 3)):
         training.save_part(path, part, {"value": value}, training.PARTS)
     assert json.loads(path.read_text()) == {"steps": {"value": 2}, "memory": {"value": 3}}
-
-
-def test_without_a_gpu_its_part_says_so(module, monkeypatch, tmp_path, capsys):
-    gpu, measuring = module("training_gpu"), module("measuring")
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu, "launch", lambda task, settings, **how: [gpu.describe_device()])  # else in a new process
-    with pytest.raises(SystemExit, match="2"):
-        gpu.run(measuring.Context("tiny", 1, tmp_path))
-    assert "needs a CUDA device" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_gpu_on_the_cpu(module, tmp_path):
-    gpu, measuring = module("training_gpu"), module("measuring")
-    result = gpu.measure(
-        measuring.Context("tiny", 1, tmp_path, peak_tflops=0.5), "CPU", 0.5e12, gpu=False, compiled=[False]
-    )
-    (case,) = result["cases"]
-    assert case["ratios"]["steps_per_second"] == [case["ratio"]]
-    for trainer, tokens in case["tokens_per_second"].items():
-        assert tokens == pytest.approx(result["tokens_per_step"] / case["seconds"][trainer][0])
-    # The same windows by the trainer's own clock: its MFU is the same share of its speed.
-    ours, logged = case["tokens_per_second"]["SlopTrainer"], case["logged"]
-    assert logged["mfu"] / logged["tokens_per_second"] == pytest.approx(case["mfu"]["SlopTrainer"] / ours)
-    assert result["boundary"]["ratio"] > 0
-    assert gpu.build_tables(result)
-
-
-def test_the_speed_between_logs(module):
-    gpu = module("training_gpu")
-    logs = [{"at": at, "step": step} for at, step in ((50, 10), (90, 20), (92, 30), (94, 40), (100, 50))]
-    assert gpu.compute_speed(logs, tokens_per_step=100, warm_up=20) == {
-        "seconds": 0.2,
-        "tokens_per_second": 500.0,
-        "logged": {},
-    }
-    logs = [{**log, "tokens_per_second": log["step"], "mfu": 0.4} for log in logs]
-    assert gpu.compute_speed(logs, 100, 20)["logged"] == {"tokens_per_second": 40, "mfu": 0.4}
-
-
-def test_speeds_are_compared(module):
-    gpu = module("training_gpu")
-    speeds = {
-        "SlopTrainer": [{"seconds": 0.5, "tokens_per_second": 200.0, "logged": {"tokens_per_second": 198.0}}],
-        "Trainer": [{"seconds": 0.4, "tokens_per_second": 250.0, "logged": {}}],
-    }
-    result = gpu.compare_speeds(speeds, flops=2e9, peak=1e12)
-    assert result["mfu"] == pytest.approx({"SlopTrainer": 0.4, "Trainer": 0.5})
-    assert result["ratio"] == pytest.approx(0.8)
-    assert result["logged"] == {"tokens_per_second": 198.0}
-    assert gpu.compare_speeds(speeds, flops=2e9, peak=None)["mfu"] is None
-    (one,) = gpu.make_goals([{"torch_compile": True, **result}])
-    assert not one["met"] and one["value"] == pytest.approx(1.25)
 
 
 def test_steps_are_compared_side_by_side(module):
