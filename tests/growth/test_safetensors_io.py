@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from slop_hf.growth import safetensors_io
 from slop_hf.growth.safetensors_io import (
     allocate_space,
     are_equal_tensors,
+    copy_through_buffers,
     create_shard,
     flush_shard,
     format_index,
@@ -55,6 +57,64 @@ def test_writes_what_the_library_writes(tmp_path):
     save_file(TENSORS, tmp_path / "expected", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
     assert (tmp_path / "model.safetensors").stat().st_size == shard.nbytes
+
+
+def test_pieces_are_reported_in_order(tmp_path):
+    value = torch.arange(3 * 2**18, dtype=torch.float32)  # 3 MiB
+    (shard,) = plan_shards({"a": ("F32", tuple(value.shape))}, "1GB")
+    create_shard(tmp_path, shard)
+    pieces = []
+    write_tensor(tmp_path, shard.tensors[0], value, lambda piece: pieces.append(bytes(piece)))
+    assert len(pieces) == 3
+    assert shard.header + b"".join(pieces) == (tmp_path / shard.file).read_bytes()
+
+
+class Backend:
+    """Stands in for torch.cuda: notes what its streams and events are asked for."""
+
+    def __init__(self):
+        self.log = []
+
+    def Stream(self, device):
+        return self
+
+    def current_stream(self, device):
+        return "current"
+
+    def wait_stream(self, stream):
+        self.log.append(f"wait for {stream}")
+
+    def stream(self, stream):
+        self.log.append("copy")
+        return nullcontext()
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+
+@pytest.mark.parametrize("length", [1, 4, 8, 9, 23])
+def test_a_part_is_used_while_the_next_one_is_copied(length):
+    """Buffers are filled in turns, and none while it is being used."""
+    backend, flat = Backend(), torch.arange(length, dtype=torch.uint8)
+    buffers = [torch.empty(4, dtype=torch.uint8) for _ in range(2)]
+    parts = []
+    for part in copy_through_buffers(flat, buffers, backend):
+        parts.append(bytes(part.tolist()))
+        backend.log.append("use")
+    assert b"".join(parts) == bytes(range(length)) and len(parts) == -(-length // 4)
+    turns = ["copy", "synchronize", "use"] * (len(parts) - 1) + ["synchronize", "use"]
+    assert backend.log == ["wait for current", "copy", *turns, "synchronize"]
+
+
+def test_copies_have_ended_when_the_caller_stops_early():
+    backend = Backend()
+    parts = copy_through_buffers(torch.zeros(12), [torch.empty(4), torch.empty(4)], backend)
+    next(parts)
+    parts.close()
+    assert backend.log[-2:] == ["synchronize", "synchronize"]
 
 
 def test_reads_what_the_library_writes(tmp_path):

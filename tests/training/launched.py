@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import SlopError
-from slop_hf.training import checksums
+from slop_hf.training import state_io
 from slop_hf.training.callbacks import StageCallback
 from slop_hf.training.launch import guard_exit
 
@@ -140,7 +140,7 @@ class At(TrainerCallback):
         elif event == "raise":
             self.trainer.training_step = raise_key_error
         elif event == "raise in save":
-            checksums._compute_checksum = raise_key_error
+            state_io.write_tensor = raise_key_error
         elif event == "nan":
             step = self.trainer.compute_loss
             self.trainer.compute_loss = lambda *args, **kwargs: step(*args, **kwargs) * float("nan")

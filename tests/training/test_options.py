@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -13,6 +17,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
 from slop_hf import GrowthSchedule, RunDirectory, SlopTrainingArguments, grow_model
 from slop_hf.errors import GrowthError, RunError
+from slop_hf.training.launch import prepare_launch
 
 #: Three stages of four steps.
 SHORT = GrowthSchedule(SCHEDULE.initial, SCHEDULE.stages[:2]).with_shares([TOKENS // 2] * 3)
@@ -216,6 +221,34 @@ def test_a_launch_with_fsdp_is_refused_on_cpus_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RunError, match="FSDP is not supported"):
         arguments(tmp_path)
+
+
+def unknown_host(*arguments, **settings):
+    raise socket.gaierror("Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("environment", "resolve", "expected"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, socket.getaddrinfo, "127.0.0.1"),
+        ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}, socket.getaddrinfo, None),
+        ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, socket.getaddrinfo, None),
+        ({"MASTER_ADDR": "elsewhere"}, unknown_host, None),
+    ],
+    ids=["loopback", "named by the user", "one rank", "unknown host"],
+)
+def test_gloo_uses_the_interface_that_leads_to_the_first_rank(tmp_path, monkeypatch, environment, resolve, expected):
+    """By itself it would use that of the machine's own name, which may lead nowhere."""
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    before = {"WORLD_SIZE": "16", "GLOO_SOCKET_IFNAME": "", **environment}
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    prepare_launch(SimpleNamespace(fsdp=None, use_cpu=True, ddp_backend=None, deepspeed=None))
+    interface = os.environ["GLOO_SOCKET_IFNAME"]
+    if expected is None:
+        assert interface == before["GLOO_SOCKET_IFNAME"]
+    else:
+        assert expected in [entry.address for entry in psutil.net_if_addrs()[interface]]
 
 
 @pytest.mark.parametrize("name", ["batch_tokens", "stage_batch_sizes", "stage_learning_rates"])

@@ -502,9 +502,9 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
 
     with tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
 
-        def advance(nbytes: int) -> None:
+        def advance(piece: memoryview) -> None:
             with lock:
-                bar.update(nbytes)
+                bar.update(len(piece))
 
         def grow_and_write(tensor: TensorPlan) -> None:
             write_tensor(directory, tensor.target, _grow_tensor(tensor, hashes, lock, memory), advance)

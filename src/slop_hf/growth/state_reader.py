@@ -65,10 +65,15 @@ class GrownStateReader:
             return steps
         return {name: steps[plan.source] for name, plan in self._plans.items() if plan.source in steps}
 
-    def allocate(self, name: str, key: str) -> torch.Tensor:
-        """Return an uninitialised tensor for the result of `read`."""
+    def allocate(self, name: str, key: str, *, pin: bool = False) -> torch.Tensor:
+        """Return an uninitialised tensor for the result of `read`.
+
+        Args:
+            pin: whether its pages are pinned, for a faster copy to a GPU, during which this process can go on.
+        """
         stored, plan = self._locate(name, key), self._plans.get(name)
-        return torch.empty(stored.shape if plan is None else plan.new_shape, dtype=FLOATS[stored.dtype])
+        shape = stored.shape if plan is None else plan.new_shape
+        return torch.empty(shape, dtype=FLOATS[stored.dtype], pin_memory=pin)
 
     def read(self, name: str, key: str, out: torch.Tensor) -> torch.Tensor:
         """Read a parameter's `weight`, `exp_avg` or `exp_avg_sq`, grow it if there is a plan, and return it.

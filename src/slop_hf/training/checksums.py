@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -25,35 +25,45 @@ class Checksum(TypedDict):
     hash: str
 
 
-def write_checksums(directory: Path, written: Iterable[str], ranks: Ranks) -> None:
+class RunningChecksum:
+    """Checksum of a file whose bytes pass by in order, as they are written or read."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+        self._bytes = 0
+
+    def update(self, piece: bytes | memoryview) -> None:
+        self._digest.update(piece)
+        self._bytes += len(piece)
+
+    def finish(self) -> Checksum:
+        """Return the checksum of the bytes so far."""
+        return {"bytes": self._bytes, "hash": self._digest.hexdigest()}
+
+
+def write_checksums(directory: Path, written: Mapping[str, Checksum], ranks: Ranks) -> None:
     """Write the checksums of a directory's files.
 
     Args:
-        written: names of the files that this rank has written; the first rank checks files that no rank names.
+        written: checksums of the files that this rank has written; the first rank reads files that no rank names.
     """
-    names = set(written)
-    named: set[str] = set().union(*ranks.gather_all(sorted(names)))
-    checksums: dict[str, Checksum] = {}
+    files = {name: checksum for part in ranks.gather_all(dict(written)) for name, checksum in part.items()}
     with ranks.raise_on_all():
         if ranks.is_first:
-            rest = {path.name for path in directory.iterdir() if path.is_file()} - named
-            for name in rest:
-                flush_to_disk(directory / name)
-            names |= rest
-        checksums = {name: _compute_checksum(directory / name) for name in names}
-    files = {name: checksum for part in ranks.gather_all(checksums) for name, checksum in part.items()}
-    with ranks.raise_on_all():
-        if ranks.is_first:
+            for path in directory.iterdir():
+                if path.is_file() and path.name not in files:
+                    flush_to_disk(path)
+                    files[path.name] = _compute_checksum(path)
             content = {"algorithm": "xxh3_128", "files": dict(sorted(files.items()))}
             write_text(directory / CHECKSUM_FILE, to_json(content))
 
 
 def _compute_checksum(path: Path) -> Checksum:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_PIECE_BYTES))
+    checksum, buffer = RunningChecksum(), memoryview(bytearray(_PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return {"bytes": path.stat().st_size, "hash": digest.hexdigest()}
+            checksum.update(buffer[:count])
+    return checksum.finish()
 
 
 def find_corruption(directory: Path, ranks: Ranks, *, is_stage: bool = False) -> str | None:

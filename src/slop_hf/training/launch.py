@@ -9,9 +9,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate.utils import str_to_bool
@@ -27,6 +28,8 @@ GLOO_SECONDS = 0.5
 EXIT_SECONDS = 10.0
 #: Exit codes after an error in one line, if another process has ended, and after Ctrl-C (128 + SIGINT, as in shells).
 ERROR_CODE, LOST_CODE, INTERRUPTED_CODE = 2, 1, 130
+#: The environment variable in which gloo looks for the network interface to use.
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 #: What gloo and NCCL say if another process has ended.
 _LOST_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
@@ -36,7 +39,8 @@ def prepare_launch(args: TrainingArguments) -> None:
 
     Without a named backend, each of several ranks on CPUs takes itself for the only one. `accelerate launch` without
     a configuration sets no rank, and DeepSpeed would look for MPI. Without an accelerator, DeepSpeed would compile an
-    operator for a minute that makes little difference.
+    operator for a minute that makes little difference. gloo, also next to NCCL, would use the network interface of the
+    machine's own name, which on many clusters is the loopback's.
 
     Args:
         args: `TrainingArguments` before their `__post_init__`.
@@ -49,6 +53,8 @@ def prepare_launch(args: TrainingArguments) -> None:
         raise RunError("FSDP is not supported; shard with DeepSpeed ZeRO-3 (recipes/accelerate), or launch without")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = args.use_cpu or not torch.cuda.is_available()
+    if ranks > 1:
+        choose_gloo_interface()
     if on_cpu and ranks > 1:
         args.ddp_backend = args.ddp_backend or "gloo"
     by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
@@ -72,6 +78,35 @@ def prepare_launch(args: TrainingArguments) -> None:
     from . import zero3
 
     zero3.prepare_for_cpus()
+
+
+def choose_gloo_interface() -> None:
+    """Let gloo use the network interface that leads to the first rank's machine, unless the user has named one."""
+    address = os.environ.get("MASTER_ADDR")
+    if address and not os.environ.get(_GLOO_INTERFACE) and (interface := find_interface(address)) is not None:
+        os.environ[_GLOO_INTERFACE] = interface
+
+
+def find_interface(host: str) -> str | None:
+    """Return the name of the network interface through which this machine reaches a host; None if it does not.
+
+    >>> find_interface("127.0.0.1") in psutil.net_if_addrs()
+    True
+    """
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # sends nothing: for UDP it only chooses a route
+                source = _drop_scope(probe.getsockname()[0])
+                for name, entries in psutil.net_if_addrs().items():
+                    if any(entry.family == family and _drop_scope(entry.address) == source for entry in entries):
+                        return name
+    return None
+
+
+def _drop_scope(address: str) -> str:
+    """Return an IPv6 address without the interface in it, as in "fe80::1%eth0"."""
+    return address.partition("%")[0]
 
 
 @contextmanager

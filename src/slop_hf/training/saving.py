@@ -20,7 +20,7 @@ from ..io.serialization import Json
 from ..runs.directory import RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.records import StageRecord
 from .checkpoints import CHECKPOINT, RESUME_FILE, Resumption, remove_checkpoint, remove_old_checkpoints
-from .checksums import write_checksums
+from .checksums import Checksum, write_checksums
 from .random_state import get_random_state
 from .ranks import Ranks
 from .stage_reports import write_first_notes
@@ -76,8 +76,8 @@ class Snapshot:
     trainer_state: TrainerState
     max_shard_size: str
 
-    def write(self, directory: Path) -> list[str]:
-        """Write a stock model, AdamW's state and the log; return the files with tensors that this rank has written."""
+    def write(self, directory: Path) -> dict[str, Checksum]:
+        """Write a stock model, AdamW's state and the log; return checksums of this rank's files with tensors."""
         states = self.states
         config = copy.deepcopy(self.model.config)
         config.use_cache = True  # Trainer turns it off, and would leave it so in every published config

@@ -33,6 +33,7 @@ from ..growth.safetensors_io import (
 )
 from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
+from .checksums import Checksum, RunningChecksum
 from .states import MOMENT_KEYS, STEP, States
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ MOST_THREADS = 4
 AHEAD_BYTES = 2**28
 
 
-def save_states(states: States, config: PreTrainedConfig, directory: Path, max_shard_size: int | str) -> list[str]:
+def save_states(
+    states: States, config: PreTrainedConfig, directory: Path, max_shard_size: int | str
+) -> dict[str, Checksum]:
     """Write a model's weights, and AdamW's state of the parameters that have one, all ranks together.
 
     Weights are named and sharded as transformers does, at the precision of the states: under ZeRO-3 they are the
@@ -56,7 +59,7 @@ def save_states(states: States, config: PreTrainedConfig, directory: Path, max_s
         max_shard_size: largest file, such as "2GB".
 
     Returns:
-        The names of the files that this rank has written.
+        The checksums of the files with tensors that this rank has written, by name.
     """
     architecture = get_architecture(config)
     stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
@@ -76,7 +79,6 @@ def save_states(states: States, config: PreTrainedConfig, directory: Path, max_s
     written = _write_shards(states, directory, shards, sources, steps)
     if len(weights) > 1 and states.ranks.is_first:
         write_text(directory / INDEX_FILE, format_index(weights))
-        written.append(INDEX_FILE)
     return written
 
 
@@ -86,13 +88,18 @@ def _write_shards(
     shards: list[Shard],
     sources: Mapping[str, tuple[str, str]],
     steps: Mapping[str, float],
-) -> list[str]:
-    """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards."""
+) -> dict[str, Checksum]:
+    """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards.
+
+    A rank writes its tensors in the order of its files, so that it can compute their checksums on the way.
+    """
     ranks = states.ranks
     own = ranks.select_share(shards)
+    checksums = {shard.file: RunningChecksum() for shard in own}
     with ranks.raise_on_all():
         for shard in own:
             create_shard(directory, shard)  # allocates the space: a full disk fails now
+            checksums[shard.file].update(shard.header)
     shares = [shards[rank :: ranks.count] for rank in range(ranks.count)]
     queues = [[tensor for shard in share for tensor in shard.tensors] for share in shares]
     failed: Exception | None = None
@@ -107,14 +114,15 @@ def _write_shards(
                 job = tensor, value
         if job is not None and failed is None:
             try:
-                write_tensor(directory, job[0], job[1].cpu())  # once all have gathered: ranks copy at the same time
+                # Once all have gathered, so that the ranks copy and write at the same time.
+                write_tensor(directory, *job, checksums[str(job[0].file)].update)
             except Exception as caught:  # continue: the other ranks wait for the rest
                 failed = caught
     ranks.raise_any(failed)
     with ranks.raise_on_all():
         for shard in own:
             flush_shard(directory, shard)
-    return [shard.file for shard in own]
+    return {file: checksum.finish() for file, checksum in checksums.items()}
 
 
 def load_states(states: States, reader: GrownStateReader) -> None:
@@ -134,7 +142,8 @@ def load_states(states: States, reader: GrownStateReader) -> None:
     entries = [(name, key) for name in names for key in ((WEIGHT, *MOMENT_KEYS) if name in stored else (WEIGHT,))]
     failed: Exception | None = None
     with start_worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
-        futures = _read_ahead(pool, reader, ranks.select_share(entries), states.shapes)
+        pin = ranks.device.type == "cuda"
+        futures = _read_ahead(pool, reader, ranks.select_share(entries), states.shapes, pin=pin)
         for number, (name, key) in enumerate(entries):
             owner = number % ranks.count
             value: torch.Tensor | None = None
@@ -154,6 +163,8 @@ def _read_ahead(
     reader: GrownStateReader,
     entries: Iterable[tuple[str, str]],
     shapes: Mapping[str, tuple[int, ...]],
+    *,
+    pin: bool,
 ) -> Iterator[Future[torch.Tensor]]:
     """Yield what a rank reads, in order; further entries are read meanwhile, as far as `AHEAD_BYTES` allows."""
     waiting: deque[tuple[Future[torch.Tensor], int]] = deque()
@@ -165,7 +176,7 @@ def _read_ahead(
             held -= taken
             yield future
             del future  # with its tensor
-        waiting.append((pool.submit(reader.read, name, key, reader.allocate(name, key)), size))
+        waiting.append((pool.submit(reader.read, name, key, reader.allocate(name, key, pin=pin)), size))
         held += size
     while waiting:
         yield waiting.popleft()[0]

@@ -104,11 +104,11 @@ class ReplicatedStates:
         if self.ranks.count == 1:
             assert value is not None
             # The value itself: copying into untouched memory costs more than reading did.
-            tensor.data = value.to(tensor)
+            tensor.data = value.to(tensor, non_blocking=True)  # while the next one is read
             return
         # DistributedDataParallel has its own views of these tensors.
         if value is not None:
-            tensor.copy_(value)
+            tensor.copy_(value, non_blocking=True)
         dist.broadcast(tensor, src=owner)
 
     def finish(self) -> None:

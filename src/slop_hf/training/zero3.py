@@ -225,7 +225,7 @@ class Zero3States:
         size = parameter.ds_tensor.numel()
         flat = torch.empty(size * self.ranks.count, dtype=torch.float32, device=self.ranks.device)
         if value is not None:
-            flat[: value.numel()] = value.flatten()
+            flat[: value.numel()].copy_(value.flatten(), non_blocking=True)
             flat[value.numel() :] = 0  # the padding
         if self.ranks.count > 1:
             dist.broadcast(flat, src=owner)  # by the connections of training, as in `gather`
