@@ -322,9 +322,12 @@ def test_rates_of_later_stages_do_not_part_earlier_ones(make, shared):
     assert all(job.config.training["batch_tokens"] == [64] for job in prefixes)
 
 
-def test_nothing_is_shared_under_a_rate_that_spans_the_run(shared):
+def test_a_rate_that_spans_the_run_shares_steps_not_stages(make, shared):
     arms = {"paper": slop(), "one": slop(lr_span="run"), "other": slop(lr_span="run", growth_noise=0.0)}
-    assert shared(arms) == {"paper": 0, "one": 0, "other": 0}
+    trunk, *runs = add_shared_prefixes(build_jobs(make(arms)))
+    assert [job.first_step for job in runs] == [0, trunk.end_step, trunk.end_step]
+    assert [job.parent for job in runs] == [None, trunk.directory, trunk.directory]
+    assert trunk.end_step == runs[1].preview[0][0].end_step, "growth_noise has no effect before the first growth"
 
 
 def test_nothing_is_shared_between_other_rates_tokens_and_seeds(shared, make):

@@ -61,7 +61,9 @@ class _JobLines:
         flops = self._waiting.pop(job.directory, 0.0)
         self._done += flops
         run = RunDirectory(self._root / job.directory)
-        if run.exists and run.is_finished:
+        if job.end_step is not None and job.is_finished(self._root):
+            outcome = "ready to branch off from"
+        elif run.exists and run.is_finished:
             outcome = f"held-out loss {format_decimals(run.records()[-1].eval_loss, 4)}"
         else:
             outcome = "diverged"

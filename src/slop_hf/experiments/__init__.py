@@ -4,7 +4,9 @@
 |---|---|
 | `config` | `Experiment`: the YAML file of a comparison |
 | `arms` | the schedule of each arm at each budget |
-| `jobs` | `Job`: one run of an arm, or a prefix that several runs share |
+| `jobs` | `Job`: one run of an arm, or a prefix or trunk that several runs share |
+| `trunks` | the tree of steps that runs have in common |
+| `progress` | `Progress`: what a run has cost up to a step |
 | `running` | trains the jobs, on one device or several |
 | `collect` | reads the finished runs into a `Comparison` |
 | `comparison` | `Comparison`: all measurements and the compute ledger, as one JSON file |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..runs.records import EVAL_LOSS, StageRecord
 from .comparison import Comparison, Cost, Curve, RunResult, StageResult
 from .config import Experiment
 from .jobs import PREFIX_FILE, Job, find_diverged
+from .progress import measure_progress, read_progress_at_branch
 
 #: Folder of a comparison in which the reports of probes are looked for, and the name of such a report.
 PROBES, PROBE_FILE = "probes", "probe.json"
@@ -28,7 +30,7 @@ def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, 
         device: hardware that the runs were trained on.
     """
     begun = [job for job in jobs if RunDirectory(root / job.directory).exists]
-    finished = {job.directory for job in begun if RunDirectory(root / job.directory).is_finished}
+    finished = {job.directory for job in begun if job.is_finished(root)}
     diverged = find_diverged(jobs, root)
     ended = [job for job in begun if job.directory in finished | diverged]
     runs, prefixes = [job for job in ended if job.arm], [job for job in ended if not job.arm]
@@ -58,19 +60,26 @@ def collect_comparison(experiment: Experiment, jobs: Sequence[Job], root: Path, 
 
 
 def sum_cost(what: str, jobs: Sequence[Job], root: Path) -> Cost:
-    """Return the cost of the finished stages of some runs, without the stages taken over from a shared prefix."""
-    paid = [
-        record
-        for job in jobs
-        for record in RunDirectory(root / job.directory).records()[_count_inherited(root, job) :]
-    ]
-    return Cost(
-        what,
-        len(jobs),
-        sum(record.tokens for record in paid),
-        sum(record.flops for record in paid),
-        round(sum(record.seconds * record.devices for record in paid), 1),
-    )
+    """Return the cost of some runs, without the stages and steps taken over from a shared prefix or trunk."""
+    return dataclasses.replace(Cost.sum(what, [_compute_own_cost(what, job, root) for job in jobs]), count=len(jobs))
+
+
+def _compute_own_cost(what: str, job: Job, root: Path) -> Cost:
+    run = RunDirectory(root / job.directory)
+    if job.end_step is not None and job.is_finished(root):
+        total = measure_progress(job, run, job.end_step)
+        cost = Cost(what, 1, total.tokens, total.flops, total.seconds)
+    else:
+        paid = run.records()[_count_inherited(root, job) :]
+        seconds = sum(record.seconds * record.devices for record in paid)
+        cost = Cost(
+            what, 1, sum(record.tokens for record in paid), sum(record.flops for record in paid), round(seconds, 1)
+        )
+    before = read_progress_at_branch(job, root)
+    if before is None or cost.tokens < before.tokens:  # it diverged before it had finished a stage of its own
+        return Cost(what, 1, 0, 0.0, 0.0) if before is not None else cost
+    tokens, flops, seconds = cost.tokens - before.tokens, cost.flops - before.flops, cost.seconds - before.seconds
+    return Cost(what, 1, tokens, flops, round(seconds, 1))
 
 
 def _sum_probes(root: Path) -> Cost:

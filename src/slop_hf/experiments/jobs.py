@@ -5,27 +5,44 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import RunError, SlopError
 from ..io.serialization import Json, hash_json, to_plain
+from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
 from ..training.batches import PER_STAGE
-from ..training.config import RunConfig
+from ..training.checkpoints import CHECKPOINT
+from ..training.config import RunConfig, preview_rates
 from ..training.run_plan import with_inits
+from ..training.spans import StageSpan
 from .arms import build_arm_schedule, get_model_fields
 from .config import ArmConfig, Experiment
+from .trunks import Trace, find_trunks
 
 #: Folders of a comparison's directory: the runs of its arms, and the prefixes that they share.
 RUNS, PREFIXES = "runs", "trunks"
 #: Ends of the names of files next to a run's directory: its config, its output, the directory of its prefix.
-CONFIG_FILE, LOG_FILE, PREFIX_FILE = "run.yaml", "log.txt", "trunk"
+CONFIG_FILE, LOG_FILE, PREFIX_FILE, BRANCH_FILE = "run.yaml", "log.txt", "trunk", "branch.json"
 #: File in the directory of a diverged run.
 DIVERGED_FILE = "diverged.txt"
 #: Distance between the growth seeds of runs: stage n of a run uses `growth_seed + n`, and no two runs may share one.
 SEEDS_APART = 1000
 #: Training arguments without effect before the first growth.
-_GROWTH_ARGUMENTS = ("carry_optimizer_state", "rewarm_steps", "growth_noise", "eval_after_growth", "growth_seed")
+_GROWTH_ARGUMENTS = (
+    *("carry_optimizer_state", "optimizer_state_at_growth", "new_parameter_rate", "new_parameter_steps"),
+    *("rewarm_steps", "growth_noise", "eval_after_growth", "growth_seed"),
+)
+#: Training arguments that decide on learning rates, and on nothing else.
+_RATE_ARGUMENTS = (
+    *("learning_rate", "stage_learning_rates", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_span"),
+    *("warmup_steps", "rewarm_steps"),
+)
+#: Intervals that may be shares of all steps of the run.
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,9 @@ class Job:
         arm: name of the arm; empty for a shared prefix.
         budget: multiple of the scale's budget.
         directory: run directory, relative to the directory of the comparison.
-        parent: directory of the shared prefix that the run begins with; None if it begins from scratch.
+        parent: directory of the shared prefix or trunk that the run begins with; None if it begins from scratch.
+        first_step: steps done at the end of the trunk that it begins with; 0 for whole stages or from scratch.
+        end_step: step at which a trunk ends; None for a run that is trained to its end.
     """
 
     arm: str
@@ -45,6 +64,8 @@ class Job:
     config: RunConfig
     directory: Path
     parent: Path | None = None
+    first_step: int = 0
+    end_step: int | None = None
 
     @property
     def schedule(self) -> GrowthSchedule:
@@ -54,13 +75,42 @@ class Job:
     def name(self) -> str:
         """Arm, budget unless it is 1, and seed, for messages and reports."""
         if not self.arm:
-            return f"shared prefix {self.directory.name[:8]}, seed {self.seed}"
+            what = "shared prefix" if self.end_step is None else f"trunk to step {self.end_step:,},"
+            return f"{what} {self.directory.name[:8]}, seed {self.seed}"
         return f"{self.arm}{f' ×{self.budget:g}' if self.budget != 1 else ''}, seed {self.seed}"
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of the whole run, including its shared prefix."""
+        """Training FLOPs of the whole run, including its shared prefix; of a trunk, up to its end."""
+        if self.end_step is not None:
+            return self.count_until(self.end_step)[1]
         return self.schedule.flops(get_model_fields(self.config), self.config.data.block_size)
+
+    @cached_property
+    def preview(self) -> tuple[tuple[StageSpan, ...], list[list[float]]]:
+        """The stages in whole steps, and the learning rate at each step of each stage."""
+        return preview_rates(self.config)
+
+    def count_until(self, step: int) -> tuple[int, float]:
+        """Return the tokens and the training FLOPs of the first steps of the run."""
+        return self._find_span(step).count_until(step)
+
+    def find_stage_inside(self, step: int) -> int | None:
+        """Return the number of the stage that a step is inside of; None if a stage ends at that step."""
+        span = self._find_span(step)
+        return None if step == span.end_step else span.number
+
+    def _find_span(self, step: int) -> StageSpan:
+        return next(span for span in self.preview[0] if step <= span.end_step)
+
+    def is_finished(self, root: Path) -> bool:
+        """Whether the run has been trained to its end, or a trunk to the step at which it ends."""
+        run, end = RunDirectory(root / self.directory), self.end_step
+        if not run.exists or end is None:
+            return run.exists and run.is_finished
+        if (stage := self.find_stage_inside(end)) is not None:
+            return (run.running_dir(stage) / f"{CHECKPOINT}{end}").is_dir()
+        return run.finished_stages >= sum(span.end_step <= end for span in self.preview[0])
 
     def sibling_file(self, root: Path, name: str) -> Path:
         """Return the path of a file next to the run's directory, such as `seed-0.run.yaml`."""
@@ -102,6 +152,17 @@ def count_own_flops(jobs: Sequence[Job]) -> dict[Path, float]:
     return {job.directory: job.flops - flops.get(job.parent, 0.0) if job.parent else job.flops for job in jobs}
 
 
+def list_unneeded_trunks(jobs: Sequence[Job], ended: set[Path]) -> set[Path]:
+    """Return the directories of trunks that no run has still to begin with; runs in `ended` begin no more."""
+    unneeded: set[Path] = set()
+    for job in reversed(jobs):  # children come after their parents
+        if job.end_step is not None:
+            children = {child.directory for child in jobs if child.parent == job.directory}
+            if children <= ended | unneeded:
+                unneeded.add(job.directory)
+    return unneeded - ended
+
+
 def _build_run_config(experiment: Experiment, arm: ArmConfig, schedule: GrowthSchedule, seed: int) -> RunConfig:
     """Return the experiment's config with the changes of an arm and the seeds."""
     seeds = {"seed": seed, "data_seed": seed, "growth_seed": seed * SEEDS_APART}
@@ -121,12 +182,20 @@ def find_diverged(jobs: Sequence[Job], root: Path) -> set[Path]:
 
 
 def add_shared_prefixes(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs, preceded by jobs for the prefixes that two or more of them share, shortest first.
+    """Return the jobs, preceded by jobs for the steps that two or more of them share, parents before their children.
 
-    Runs whose first stages have the same settings, structures, tokens, inits and seed get the same weights from them,
-    bit for bit, so those stages are trained once. If the learning-rate schedule spans the whole run, a stage depends
-    on those after it, and nothing is shared.
+    Runs with the same settings and seed have the same state, bit for bit, up to the first step at which their
+    structures, inits, lengths of stages or learning rates differ, so those steps are trained once. If the
+    learning-rate schedule spans the whole run, this may be any step (`trunks`); else only whole stages are shared.
     """
+    over_run = [job for job in jobs if _spans_run(job)]
+    by_directory = {job.directory: job for job in _branch_off(over_run)}
+    trunks = [job for job in by_directory.values() if job.end_step is not None]
+    return [*trunks, *_add_whole_stages([by_directory.get(job.directory, job) for job in jobs])]
+
+
+def _add_whole_stages(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs, preceded by jobs for the whole stages that two or more of them share, shortest first."""
     sharing: dict[str, list[int]] = {}
     for number, job in enumerate(jobs):
         for key in _hash_prefixes(job):
@@ -143,11 +212,50 @@ def add_shared_prefixes(jobs: Sequence[Job]) -> list[Job]:
 
 def _hash_prefixes(job: Job) -> Iterator[str]:
     """Yield `STAGES-HASH` for each prefix that another run could share; the hash covers all that it depends on."""
-    if job.config.training.get("lr_span") == "run":
+    if _spans_run(job):
         return
     for length in range(1, len(job.schedule.structures)):
         if any(job.schedule.tokens[:length]):  # otherwise a pretrained model, and nothing to train
             yield f"{length}-{hash_json(to_plain(_cut_config(job, length)))}"
+
+
+def _spans_run(job: Job) -> bool:
+    return job.config.training.get("lr_span") == "run"
+
+
+def _branch_off(jobs: Sequence[Job]) -> list[Job]:
+    """Return the trunks of some jobs, then the jobs, each with the trunk that it begins with as its parent."""
+    trunks, parents = find_trunks([_trace(job) for job in jobs])
+    built: list[Job] = []
+    for trunk in trunks:
+        job = jobs[trunk.run]
+        begins = None if trunk.parent is None else built[trunk.parent].directory
+        digest = hash_json([to_plain(job.config), trunk.begin, trunk.end])
+        cut = dataclasses.replace(job, arm="", directory=Path(PREFIXES, digest), end_step=trunk.end)
+        built.append(dataclasses.replace(cut, parent=begins, first_step=trunk.begin))
+    for job, parent in zip(jobs, parents, strict=True):
+        if parent is not None:
+            job = dataclasses.replace(job, parent=built[parent].directory, first_step=trunks[parent].end)
+        built.append(job)
+    return built
+
+
+def _trace(job: Job) -> Trace:
+    """Return what each step of a run depends on."""
+    spans, rates = job.preview
+    keys = [hash_json(_list_dependencies(job, span)) for span in spans]
+    return Trace(tuple(keys), tuple(np.array(stage, dtype=float) for stage in rates))
+
+
+def _list_dependencies(job: Job, span: StageSpan) -> Json:
+    """Return all that the states of a stage depend on, but for its length and its learning rates."""
+    schedule, training = job.schedule, keep_first_stages(job.config.training, span.number + 1)
+    left_out = {*_RATE_ARGUMENTS, *(_GROWTH_ARGUMENTS if not span.number else ())}
+    training = {name: value for name, value in training.items() if name not in left_out}
+    stages = tuple(dataclasses.replace(stage, tokens=0) for stage in schedule.stages[: span.number])
+    config = dataclasses.replace(job.config, training=training, schedule=GrowthSchedule(schedule.initial, stages))
+    share = any(isinstance(value := training.get(name), float) and value < 1 for name in _INTERVALS)
+    return [to_plain(config), job.preview[0][-1].end_step if share else None]
 
 
 def _read_length(key: str) -> int:

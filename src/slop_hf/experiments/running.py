@@ -24,9 +24,12 @@ from ..pipeline import train_run
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
 from ..runs.lock import lock_directory
+from ..training.callbacks import StopAtStep
+from ..training.checkpoints import CHECKPOINT
 from ..training.config import preview_run
 from .config import Experiment
 from .jobs import (
+    BRANCH_FILE,
     CONFIG_FILE,
     DIVERGED_FILE,
     LOG_FILE,
@@ -35,7 +38,9 @@ from .jobs import (
     add_shared_prefixes,
     build_jobs,
     find_diverged,
+    list_unneeded_trunks,
 )
+from .progress import measure_progress
 
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")  # as CUDA_VISIBLE_DEVICES takes them
 
@@ -53,7 +58,7 @@ def run_experiment(
 ) -> list[Job]:
     """Train all unfinished runs of an experiment; interrupted ones are resumed.
 
-    Prefixes that runs share are trained once, in the folder `trunks/`. A run that diverges ends, and the others
+    Steps that runs share are trained once, in the folder `trunks/`. A run that diverges ends, and the others
     continue. A file `diverged.txt` in its directory says so; if you remove it, the run resumes from its last
     checkpoint.
 
@@ -87,7 +92,7 @@ def run_jobs(
 ) -> None:
     """Train the unfinished ones of some jobs in their order; arguments and errors as for `run_experiment`.
 
-    The jobs must use the same data, and each must come after its shared prefix.
+    The jobs must use the same data, and each must come after its shared prefix or trunk.
     """
     check_output(root, error=RunError, is_directory=True)
     check_workers(devices, workers)
@@ -130,10 +135,14 @@ def train_job(job: Job, root: Path) -> None:
     """
     run = RunDirectory(root / job.directory)
     if not run.exists and job.parent is not None:
-        start_from_prefix(root, job, job.parent)
+        if job.first_step:
+            branch_off(root, job, job.parent)
+        else:
+            start_from_prefix(root, job, job.parent)
+    callbacks = [] if job.end_step is None else [StopAtStep(job.end_step)]
     with job.sibling_file(root, LOG_FILE).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        train_run(job.config, run.path, resume=True)
-    if not _is_finished(root, job):
+        train_run(job.config, run.path, resume=True, callbacks=callbacks)
+    if not job.is_finished(root):
         raise RunError(f"{job.name} was stopped by a signal, its state saved; run the same command again to resume it")
 
 
@@ -146,14 +155,20 @@ def start_from_prefix(root: Path, job: Job, prefix: Path) -> None:
     inherit(source, run, job.schedule, name="-".join(job.directory.parts[1:]))
 
 
-def _is_finished(root: Path, job: Job) -> bool:
-    run = RunDirectory(root / job.directory)
-    return run.exists and run.is_finished
+def branch_off(root: Path, job: Job, trunk: Path) -> None:
+    """Begin a run with the last state of a trunk; the run's file `branch.json` says what the trunk has cost."""
+    source, run = RunDirectory(root / trunk), RunDirectory(root / job.directory)
+    stage = job.find_stage_inside(job.first_step)
+    checkpoint = None if stage is None else source.running_dir(stage) / f"{CHECKPOINT}{job.first_step}"
+    progress = measure_progress(job, source, job.first_step)
+    progress.to_json(job.sibling_file(root, BRANCH_FILE))
+    inherit(source, run, job.schedule, name="-".join(job.directory.parts[1:]), checkpoint=checkpoint)
 
 
 def find_ended(jobs: Sequence[Job], root: Path) -> set[Path]:
-    """Return the directories of runs that need no more training: finished and diverged ones."""
-    return {job.directory for job in jobs if _is_finished(root, job)} | find_diverged(jobs, root)
+    """Return the directories of runs that need no more training: finished and diverged ones, and unneeded trunks."""
+    ended = {job.directory for job in jobs if job.is_finished(root)} | find_diverged(jobs, root)
+    return ended | list_unneeded_trunks(jobs, ended)
 
 
 def _mark_diverged(job: Job, root: Path, caught: BaseException) -> None:

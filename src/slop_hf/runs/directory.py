@@ -36,6 +36,7 @@ SCHEDULE_FILE = "schedule.yaml"
 RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
 EVAL_FILE = "evaluations.json"
+RUNNING = ".running"  # end of the name of a directory of a stage in training
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
 
@@ -73,7 +74,7 @@ class RunDirectory:
 
     def running_dir(self, number: int) -> Path:
         """Return the directory of a stage in training, which holds its checkpoints."""
-        return self.path / f"{self.schedule.stage_name(number)}.running"
+        return self.path / f"{self.schedule.stage_name(number)}{RUNNING}"
 
     @property
     def whole_stages(self) -> int:

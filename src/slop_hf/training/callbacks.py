@@ -1,4 +1,4 @@
-"""`StageCallback`: callbacks with an event for a written stage."""
+"""Callbacks at a step or a stage: `StageEnd`, `StopAtStep` and `StageCallback`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ class StageEnd(TrainerCallback):
         if state.global_step == self.get_end_step():
             control.should_log = True
             control.should_save = False
+
+
+class StopAtStep(TrainerCallback):
+    """Stops a run when a number of global steps is done: inside a stage with a checkpoint, or after a finished stage.
+
+    The run can be resumed, and other runs can branch off from it.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if state.global_step >= self.step:
+            control.should_training_stop = True
 
 
 class StageCallback(TrainerCallback):

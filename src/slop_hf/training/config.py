@@ -37,7 +37,7 @@ from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import PER_STAGE, keep_last_stage
 from .checks import HALF_PRECISION
-from .learning_rate import check_scheduler
+from .learning_rate import check_scheduler, compute_rates
 from .ranks import Ranks
 from .run_plan import plan_run, with_inits
 from .spans import StageSpan
@@ -303,13 +303,8 @@ def preview_run(
     Raises:
         SlopError: if the run cannot be trained, as far as that can be seen without reading the whole corpus.
     """
-    config.parse_training()
     check_output(output_dir, "run directory", RunError, is_directory=True)
-    training = dict(config.training)
-    if not is_torch_bf16_gpu_available():
-        for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them without such a device
-            training.pop(name, None)
-    args = dataclasses.replace(config, training=training).arguments(output_dir)
+    args = _build_preview_arguments(config, output_dir)
     schedule = with_inits(_read_schedule(config, args, scratch=scratch), args.growth_init)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
@@ -320,6 +315,29 @@ def preview_run(
     plan = plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=devices)
     check_scheduler(args, plan.spans)
     return plan.spans
+
+
+def preview_rates(config: RunConfig, *, devices: int = 1) -> tuple[tuple[StageSpan, ...], list[list[float]]]:
+    """Return the stages that a run would train, and the learning rate at each step of each stage.
+
+    Raises:
+        SlopError: if the schedule, the model's config or the training arguments are wrong.
+    """
+    args = _build_preview_arguments(config, "preview")
+    schedule = with_inits(_read_schedule(config, args, scratch=False), args.growth_init)
+    model_config = _preview_model(config, schedule, scratch=False)
+    plan = plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=devices)
+    return plan.spans, compute_rates(args, plan.spans, plan.rates)
+
+
+def _build_preview_arguments(config: RunConfig, output_dir: str | Path) -> SlopTrainingArguments:
+    """Return the training arguments, without a precision that only another machine has."""
+    config.parse_training()
+    training = dict(config.training)
+    if not is_torch_bf16_gpu_available():
+        for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them without such a device
+            training.pop(name, None)
+    return dataclasses.replace(config, training=training).arguments(output_dir)
 
 
 def _preview_model(config: RunConfig, schedule: GrowthSchedule, *, scratch: bool) -> PreTrainedConfig:

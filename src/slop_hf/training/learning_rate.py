@@ -73,6 +73,29 @@ def check_scheduler(args: SlopTrainingArguments, spans: Sequence[StageSpan]) -> 
         raise RunError(f"lr_scheduler_type {name!r}: {caught}; see lr_scheduler_kwargs") from None
 
 
+def compute_rates(
+    args: SlopTrainingArguments, spans: Sequence[StageSpan], peaks: Sequence[float]
+) -> list[list[float]]:
+    """Return the learning rate at each step of each stage.
+
+    Args:
+        peaks: peak learning rate of each stage.
+
+    Raises:
+        RunError: for a schedule that depends on more than the step.
+    """
+    rates = []
+    for span, peak in zip(spans, peaks, strict=True):
+        optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+        scheduler = build_stage_scheduler(args, optimizer, span, spans[-1].end_step)
+        if not isinstance(scheduler, LambdaLR):
+            name = _get_scheduler_name(args)
+            raise RunError(f"lr_scheduler_type {name!r} depends on more than the step, so its rates are not known")
+        (factor,) = scheduler.lr_lambdas
+        rates.append([peak * factor(step) for step in range(span.steps)])
+    return rates
+
+
 def _get_scheduler_name(args: SlopTrainingArguments) -> str:
     return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
