@@ -17,7 +17,10 @@ TWO = {"web": Source("web/", weight=0.9), "books": Source(["a.txt", "b/"], weigh
     [
         ({"source": ()}, "source must name"),
         ({"source": ["a.txt", ""]}, "source must name"),
-        ({"source": 5}, r"source must name a corpus .* got 5: give 'python-stdlib', a local path, a URL, or a Hub"),
+        (
+            {"source": 5},
+            r"source must name a corpus .* got 5: give 'python-stdlib', 'python-packages', a local path, a URL, or a Hub",
+        ),
         ({"split": ""}, "split must not be empty; the default is 'train'"),
         ({"text_column": ""}, "text_column must not be empty"),
         ({"max_documents": 0}, "max_documents must be a whole number, 1 or more, got 0"),

@@ -183,3 +183,13 @@ def test_local_texts_do_without_importing_datasets() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_installed_packages_are_a_source_of_python_files() -> None:
+    files = list_local_files("python-packages")
+    assert files is not None and {"slop_hf", "torch"} & {name.partition("/")[0] for name in files}
+    assert all(name.endswith(".py") and "__pycache__" not in name for name in files)
+    assert list(files) == sorted(files)
+    assert next(iter(texts("python-packages", max_documents=1))) == next(
+        text for path in files.values() if not (text := path.read_text(encoding="utf-8")).isspace() and text
+    )

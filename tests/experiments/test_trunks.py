@@ -156,6 +156,29 @@ def test_a_killed_graph_resumes_where_it_stopped(experiment, trained, tmp_path, 
     run_experiment(smaller, tmp_path, on_job_end=lambda *_: pytest.fail("all had finished"))
 
 
+def test_arms_that_are_added_use_the_trunks_that_exist(experiment, trained, tmp_path, monkeypatch):
+    _, root = trained
+    scratch = dataclasses.replace(experiment.arms["scratch"], budgets=(0.25, 1.0))
+    begun = []
+
+    def train(job, where):
+        begun.append(job)
+        train_job(job, where)
+
+    monkeypatch.setattr(running, "train_job", train)
+    run_experiment(dataclasses.replace(experiment, arms={"scratch": scratch}), tmp_path)
+    assert [job.name.partition(",")[0] for job in begun] == ["trunk to step 8", "scratch ×0.25", "scratch"]
+    begun.clear()
+    more = dataclasses.replace(scratch, budgets=(0.25, 1.0, 0.125, 0.5))
+    jobs = run_experiment(dataclasses.replace(experiment, arms={"scratch": more}), tmp_path)
+    added = [job.name for job in begun if job.arm]
+    assert added == ["scratch ×0.125, seed 0", "scratch ×0.5, seed 0"]
+    assert all(job.end_step != 8 for job in begun), "its state is there already"
+    for job in jobs:
+        if job.arm:
+            assert_same_run(root / job.directory, tmp_path / job.directory, job)
+
+
 def test_trunks_that_no_run_needs_any_more_are_not_trained(experiment, trained, monkeypatch):
     """An arm that is added may cut a trunk in two, and all its runs have finished."""
     _, root = trained

@@ -19,7 +19,7 @@ def test_every_mixture_can_be_read(path, monkeypatch):
     mixture = Mixture.from_yaml(path)
     assert DataConfig(mixture=str(path)).weights == mixture.weights
     for source in mixture.sources.values():
-        assert (count_local_bytes(source) is not None) == (path.stem == "local"), (
+        assert (count_local_bytes(source) is not None) == (path.stem in ("local", "machine")), (
             "a Hub id, or what every checkout has"
         )
 

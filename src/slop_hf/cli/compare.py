@@ -113,7 +113,7 @@ def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> Non
     """Print what would be trained, one row per run; shared stages appear in each run that begins with them."""
     from ..experiments.jobs import count_own_flops
 
-    flops = {job.directory: job.flops for job in jobs}
+    flops, own = {job.directory: job.flops for job in jobs}, count_own_flops(jobs)
     rows: list[dict[str, Json]] = [
         {
             "run": job.name,
@@ -121,6 +121,7 @@ def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> Non
             "structures": [str(dims) for dims in job.schedule.structures],
             "tokens": list(job.schedule.tokens),
             "flops": flops[job.directory],
+            "own_flops": own[job.directory],
             "begins_with": None if job.parent is None else str(job.parent),
             "place": str(job.directory),
         }
@@ -144,5 +145,21 @@ def _show_runs(experiment: Experiment, jobs: list[Job], *, as_json: bool) -> Non
         ],
         wraps=("run", "grows", "structures", "tokens"),
     )
-    total = sum(count_own_flops(jobs).values())
+    costs = {arm: [own[job.directory] for job in jobs if job.arm == arm] for arm in experiment.arms}
+    if shared := [own[job.directory] for job in jobs if not job.arm]:
+        costs["what runs share"] = shared
+    speed, total = experiment.sizes.flops_per_second, sum(own.values())
+    print_table(
+        "What it would cost, everything counted once",
+        ("arm", ">runs", ">FLOPs", ">core-hours"),
+        [
+            (name, str(len(flops)), f"{sum(flops):.3g}", _format_hours(sum(flops), speed))
+            for name, flops in costs.items()
+        ],
+        total=("sum", str(len(jobs)), f"{total:.3g}", _format_hours(total, speed)),
+    )
     print(f"{len(jobs)} runs, {total:.3g} FLOPs in total; stages that runs share are counted once")
+
+
+def _format_hours(flops: float, flops_per_second: float | None) -> str:
+    return NOTHING if flops_per_second is None else f"{flops / flops_per_second / 3600:.2f}"

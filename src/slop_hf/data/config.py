@@ -25,7 +25,9 @@ from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
 from ..io.serialization import Json, read_yaml
 
-STDLIB = "python-stdlib"
+STDLIB, PACKAGES = "python-stdlib", "python-packages"
+#: Texts that every machine has: the Python sources of the standard library, and of the installed packages.
+BUILT_IN = (STDLIB, PACKAGES)
 SMALLEST_VOCAB = 257  # a token per byte, and the end of text
 ONLY = "corpus"  # the name of the source of data without a mixture
 #: How a file holds documents: it is one document; one per line; JSON with one per line; Parquet with one per row.
@@ -42,6 +44,7 @@ class Source(Record, error=DataError):
     Args:
         source: place of the documents, or several places, each one of
             `"python-stdlib"`, the Python sources of the running interpreter's standard library;
+            `"python-packages"`, those of the packages that are installed for it;
             a local file, or a folder, of which every visible file is read;
             the URL of a file;
             a dataset on the Hub, `"owner/name"` or `"owner/name:config"`.
@@ -71,7 +74,7 @@ class Source(Record, error=DataError):
         if not named or not self.places:
             raise DataError(
                 f"source must name a corpus or a list of them, got {self.source!r}: "
-                f"give {STDLIB!r}, a local path, a URL, or a Hub dataset as owner/name or owner/name:config"
+                f"give {STDLIB!r}, {PACKAGES!r}, a local path, a URL, or a Hub dataset as owner/name or owner/name:config"
             )
         for place in self.places:
             _check_url(place)
@@ -249,18 +252,21 @@ def find_places(content: Json, folder: str | os.PathLike[str], *, working_first:
         return
     for key in ("source", "mixture", "tokenizer"):
         value = content.get(key)
-        if isinstance(value, str) and value != STDLIB:
-            content[key] = find_near(value, folder, working_first=working_first)
+        if isinstance(value, str):
+            content[key] = _find_place(value, folder, working_first)
         elif isinstance(value, list):
             content[key] = [
-                find_near(place, folder, working_first=working_first) if isinstance(place, str) else place
-                for place in value
+                _find_place(place, folder, working_first) if isinstance(place, str) else place for place in value
             ]
         else:
             find_places(value, folder, working_first=working_first)
     sources = content.get("sources")
     for source in sources.values() if isinstance(sources, dict) else ():
         find_places(source, folder, working_first=working_first)
+
+
+def _find_place(place: str, folder: str | os.PathLike[str], working_first: bool) -> str:
+    return place if place in BUILT_IN else find_near(place, folder, working_first=working_first)
 
 
 def _normalize_weights(sources: Mapping[str, Source]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..io.network_errors import is_transient, summarise_error
 from ..io.retry import Retries
 from . import download
-from .config import STDLIB, Format, Source, find_cache, is_url
+from .config import PACKAGES, STDLIB, Format, Source, find_cache, is_url
 from .download import RemoteFile
 from .formats import Cursor, File, LocalFile, Texts, find_format, get_text, read_texts
 
@@ -126,6 +126,9 @@ def list_local_files(place: str) -> dict[str, Path] | None:
         # Installed packages lie inside the standard library's folder and are no part of it.
         root = Path(sysconfig.get_paths()["stdlib"])
         return _walk(root, suffix=".py", skipped=("site-packages", "dist-packages"))
+    if place == PACKAGES:
+        roots = dict.fromkeys(Path(sysconfig.get_paths()[kind]).resolve() for kind in ("purelib", "platlib"))
+        return dict(sorted((name, path) for root in roots for name, path in _walk(root, suffix=".py").items()))
     if is_url(place):
         return None
     path = Path(place).expanduser()
@@ -137,7 +140,7 @@ def list_local_files(place: str) -> dict[str, Path] | None:
         return None
     raise DataError(
         f"source {place!r} is neither an existing file or folder nor a Hub dataset id (owner/name or "
-        f"owner/name:config) nor a URL: correct the path, or use {STDLIB!r}, which needs no download"
+        f"owner/name:config) nor a URL: correct the path, or use {STDLIB!r} or {PACKAGES!r}, which need no download"
     )
 
 

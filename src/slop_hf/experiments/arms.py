@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from ..baselines import ARMS, ArmRequest
 from ..cost.flops import count_flops_per_token, count_parameters
 from ..dims import ModelConfig
 from ..errors import PlanError, RunError
 from ..io.serialization import Json, describe_unknown_key
-from ..operators import OPERATORS
+from ..operators import OPERATORS, find_operators
 from ..planning.budget import allocate_tokens, share_tokens_by_utility
 from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
-from ..schedule import GrowthSchedule
+from ..schedule import GrowthSchedule, GrowthStage
 from ..training.config import RunConfig, find_vocab_size
 from .config import ArmConfig, Experiment
 
@@ -26,9 +27,11 @@ _MAX_ORDERS = math.factorial(len(OPERATORS))
 def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) -> GrowthSchedule:
     """Return the schedule of an arm, with as many tokens as `budget` times the scale's budget buys."""
     spend = experiment.sizes.budget * budget
+    if (arm.schedule is not None or arm.chain is not None) and arm.shares == "utility":
+        raise RunError("shares 'utility' are the planner's; give the shares of a schedule as its stages' tokens")
+    if arm.chain is not None:
+        return fit_to_budget(experiment, _build_chain(experiment, arm.chain), arm.shares, spend)
     if arm.schedule is not None:
-        if arm.shares == "utility":
-            raise RunError("shares 'utility' are the planner's; give the shares of a schedule as its stages' tokens")
         schedule = GrowthSchedule.from_yaml(arm.schedule) if isinstance(arm.schedule, str) else arm.schedule
         in_file = schedule.tokens if any(schedule.tokens) else None
         return fit_to_budget(experiment, schedule, arm.shares or in_file, spend)
@@ -39,6 +42,13 @@ def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1
         return schedule
     config, length = get_model_fields(experiment.run), experiment.run.data.block_size
     return ARMS[arm.control](ArmRequest(schedule, config, length, experiment.sizes.equal))
+
+
+def _build_chain(experiment: Experiment, names: Sequence[str]) -> GrowthSchedule:
+    """Return the schedule that grows through some structures, without tokens."""
+    structures = [experiment.get_structure(name) for name in names]
+    stages = [GrowthStage(find_operators(old, new), new) for old, new in pairwise(structures)]
+    return GrowthSchedule(structures[0], tuple(stages))
 
 
 def fit_to_budget(

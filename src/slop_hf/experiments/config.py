@@ -21,7 +21,7 @@ from ..schedule import GrowthSchedule
 from ..training.arguments import LARGEST_SEED
 from ..training.config import RunConfig
 
-_SCHEDULE_KEYS = ("plan", "order", "control", "schedule")
+_SCHEDULE_KEYS = ("plan", "order", "control", "schedule", "chain")
 _RUN_KEY = "run."
 _SEED_ARGUMENTS = {"seed", "data_seed", "growth_seed"}
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files next to the directory are longer
@@ -29,13 +29,15 @@ _LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files next to
 
 @dataclass(frozen=True)
 class ArmConfig(Record, error=RunError):
-    """One arm: a schedule, given by exactly one of the first four keys, and the arm's own settings.
+    """One arm: a schedule, given by exactly one of the first five keys, and the arm's own settings.
 
     Args:
         plan: rank of one of the planner's answers: a number from 1, `best` or `worst`.
         order: order of growth such as `l-f-h`; the planner's answer with this order.
         control: name of a control arm in `baselines.ARMS`, built from the planner's best answer.
         schedule: schedule in place, or the path of its file; its tokens are shares of the budget.
+        chain: names or numbers of the structures to grow through, the initial one first; one, for a model that does
+            not grow.
         about: description of the arm in a few words.
         initial: name of the structure to begin with, or its numbers, `48,128,3,3`.
         target: name or numbers of the structure to end with, or a list for the planner to choose from; the initial
@@ -50,13 +52,14 @@ class ArmConfig(Record, error=RunError):
         seeds: seeds that replace the scale's.
 
     Raises:
-        RunError: unless exactly one of the first four keys is given, and for unknown names or numbers out of range.
+        RunError: unless exactly one of the first five keys is given, and for unknown names or numbers out of range.
     """
 
     plan: int | str | None = None
     order: str | None = None
     control: str | None = None
     schedule: GrowthSchedule | str | None = None
+    chain: tuple[str, ...] | None = None
     about: str = ""
     initial: str = "initial"
     target: str | tuple[str, ...] = "target"
@@ -79,6 +82,8 @@ class ArmConfig(Record, error=RunError):
         letters = {operator.letter for operator in OPERATORS.values()}
         if self.order is not None and not set(self.order.split("-")) <= letters:
             raise RunError(f"order must be letters of {', '.join(sorted(letters))} such as l-f-h, got {self.order!r}")
+        if self.chain == ():
+            raise RunError("chain must name one structure or more, got an empty list")
         if not self.target:
             raise RunError("target must name one structure or more, got an empty list")
         _check_budgets(self.budgets)
@@ -105,6 +110,7 @@ class ScaleConfig(Record, error=RunError):
         budgets: multiples by arm, in place of the arm's own.
         model: fields of the model that the scale changes for all arms, such as `model_type`.
         training: training arguments that the scale changes for all arms.
+        flops_per_second: speed of one core or device at this scale, for the hours in a dry run; None if unknown.
 
     Raises:
         RunError: unless there is exactly one budget and at least one seed.
@@ -119,8 +125,12 @@ class ScaleConfig(Record, error=RunError):
     budgets: dict[str, tuple[float, ...]] = field(default_factory=dict)
     model: dict[str, Json] = field(default_factory=dict)
     training: dict[str, Json] = field(default_factory=dict)
+    flops_per_second: float | None = None
 
     def __post_init__(self) -> None:
+        speed = self.flops_per_second
+        if speed is not None and not (is_finite_number(speed) and speed > 0):
+            raise RunError(f"flops_per_second must be positive and finite, got {speed!r}")
         if (self.flops is None) == (self.tokens is None):
             raise RunError("a scale needs either flops or tokens, the budget of each of its runs")
         if not is_finite_number(self.budget) or self.budget <= 0:

@@ -112,6 +112,13 @@ class Job:
             return (run.running_dir(stage) / f"{CHECKPOINT}{end}").is_dir()
         return run.finished_stages >= sum(span.end_step <= end for span in self.preview[0])
 
+    def continue_as_begun(self, root: Path) -> Job:
+        """Return a trunk with the settings that it was begun with, which give the same states up to its end."""
+        path = self.sibling_file(root, CONFIG_FILE)
+        if self.end_step is None or not (path.exists() and RunDirectory(root / self.directory).exists):
+            return self
+        return dataclasses.replace(self, config=RunConfig.from_yaml(path))
+
     def sibling_file(self, root: Path, name: str) -> Path:
         """Return the path of a file next to the run's directory, such as `seed-0.run.yaml`."""
         return (root / self.directory).with_name(f"{self.directory.name}.{name}")
@@ -225,12 +232,16 @@ def _spans_run(job: Job) -> bool:
 
 def _branch_off(jobs: Sequence[Job]) -> list[Job]:
     """Return the trunks of some jobs, then the jobs, each with the trunk that it begins with as its parent."""
-    trunks, parents = find_trunks([_trace(job) for job in jobs])
+    traces = [_trace(job) for job in jobs]
+    trunks, parents = find_trunks(traces)
     built: list[Job] = []
     for trunk in trunks:
         job = jobs[trunk.run]
         begins = None if trunk.parent is None else built[trunk.parent].directory
-        digest = hash_json([to_plain(job.config), trunk.begin, trunk.end])
+        # The name says which state the trunk ends with. So the trunk is found again when arms are added or removed,
+        # wherever it begins and with whichever run's settings it was trained.
+        is_inside = job.find_stage_inside(trunk.end) is not None
+        digest = hash_json([traces[trunk.run].hash_until(trunk.end), trunk.end, is_inside])
         cut = dataclasses.replace(job, arm="", directory=Path(PREFIXES, digest), end_step=trunk.end)
         built.append(dataclasses.replace(cut, parent=begins, first_step=trunk.begin))
     for job, parent in zip(jobs, parents, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import prepare_data
+from ..data import DataConfig, prepare_data
 from ..errors import DivergedError, RunError, SlopError
 from ..evaluation.runs import check_evaluation
 from ..io.files import check_output, write_text
@@ -77,9 +77,23 @@ def run_experiment(
             in progress are still finished.
     """
     # All arms are trained with one seed before any with the next.
-    jobs = sorted(add_shared_prefixes(build_jobs(experiment)), key=lambda job: job.seed)
+    jobs = sorted(order_by_need(add_shared_prefixes(build_jobs(experiment))), key=lambda job: job.seed)
     run_jobs(jobs, root, devices=devices, workers=workers, on_job_end=on_job_end)
     return jobs
+
+
+def order_by_need(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs with each shared prefix or trunk right before the first run that needs it."""
+    by_directory = {job.directory: job for job in jobs}
+    ordered: dict[Path, Job] = {}
+    for job in jobs:
+        lineage, ancestor = [job], job.parent
+        while job.arm and ancestor is not None:
+            lineage.append(by_directory[ancestor])
+            ancestor = lineage[-1].parent
+        if job.arm:
+            ordered |= {each.directory: each for each in reversed(lineage) if each.directory not in ordered}
+    return list(ordered.values())
 
 
 def run_jobs(
@@ -97,6 +111,7 @@ def run_jobs(
     check_output(root, error=RunError, is_directory=True)
     check_workers(devices, workers)
     root = Path(root)
+    jobs = [job.continue_as_begun(root) for job in jobs]
     check_settings_unchanged(jobs, root)
     ended = find_ended(jobs, root)
     waiting = [job for job in jobs if job.directory not in ended]
@@ -219,12 +234,14 @@ def check_jobs(jobs: Sequence[Job], root: Path) -> None:
     Raises:
         SlopError: naming the run.
     """
+    checked: list[DataConfig] = []
     for job in jobs:
         if not RunDirectory(root / job.directory).exists:
-            _check_job(job, root)
+            _check_job(job, root, check_texts=job.config.data not in checked)
+            checked.append(job.config.data)
 
 
-def _check_job(job: Job, root: Path) -> None:
+def _check_job(job: Job, root: Path, *, check_texts: bool) -> None:
     """Refuse now what training would refuse once it is the job's turn."""
     try:
         if not job.config.data.held_out or job.config.training.get("eval_before_growth") is False:
@@ -234,7 +251,7 @@ def _check_job(job: Job, root: Path) -> None:
             )
         if job.config.training.get("push_to_hub"):
             raise RunError("runs of an experiment are not published; leave push_to_hub out")
-        preview_run(job.config, root / job.directory)
+        preview_run(job.config, root / job.directory, check_texts=check_texts)
         check_evaluation(job.config)
     except SlopError as caught:
         raise type(caught)(f"{job.name}: {caught}") from None

@@ -14,6 +14,8 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from ..io.serialization import Json, hash_json
+
 #: A trunk must be at least this share of the shortest run that would begin with it.
 LEAST_SHARE = 0.01
 
@@ -35,6 +37,15 @@ class Trace:
     def ends(self) -> list[int]:
         """Number of steps done at the end of each stage."""
         return list(accumulate(map(len, self.rates)))
+
+    def hash_until(self, step: int) -> str:
+        """Return a hash of all that the state after the first steps depends on."""
+        parts: list[Json] = []
+        for key, rates, end in zip(self.keys, self.rates, self.ends, strict=True):
+            parts += [key, rates[: step - end + len(rates)].tolist()]
+            if end >= step:
+                break
+        return hash_json(parts)
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def _prepare_data_in_turn(config: DataConfig, ranks: Ranks) -> Corpus:
 
 
 def preview_run(
-    config: RunConfig, output_dir: str | Path, *, scratch: bool = False, devices: int = 1
+    config: RunConfig, output_dir: str | Path, *, scratch: bool = False, devices: int = 1, check_texts: bool = True
 ) -> tuple[StageSpan, ...]:
     """Return the stages that a run would train, without training.
 
@@ -299,6 +299,7 @@ def preview_run(
     Args:
         scratch: as for `build_trainer`.
         devices: number of devices that would share the work.
+        check_texts: whether to look up local files, which takes seconds for a folder of many.
 
     Raises:
         SlopError: if the run cannot be trained, as far as that can be seen without reading the whole corpus.
@@ -308,7 +309,7 @@ def preview_run(
     schedule = with_inits(_read_schedule(config, args, scratch=scratch), args.growth_init)
     if RunDirectory(output_dir).exists:
         raise RunError(f"{output_dir} holds another run; resume it or choose another output directory")
-    for source in config.data.sources.values():
+    for source in config.data.sources.values() if check_texts else ():
         if local := tuple(place for place in source.places if list_local_files(place) is not None):
             next(read_documents(dataclasses.replace(source, source=local)))  # refuses missing and empty places
     model_config = _preview_model(config, schedule, scratch=scratch)
