@@ -19,7 +19,7 @@ TWO = {"web": Source("web/", weight=0.9), "books": Source(["a.txt", "b/"], weigh
         ({"source": ["a.txt", ""]}, "source must name"),
         (
             {"source": 5},
-            r"source must name a corpus .* got 5: give 'python-stdlib', 'python-packages', a local path, a URL, or a Hub",
+            r"source must name a corpus .* got 5: give 'python-stdlib', 'python-packages', a local path, a URL",
         ),
         ({"split": ""}, "split must not be empty; the default is 'train'"),
         ({"text_column": ""}, "text_column must not be empty"),

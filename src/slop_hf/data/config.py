@@ -74,7 +74,8 @@ class Source(Record, error=DataError):
         if not named or not self.places:
             raise DataError(
                 f"source must name a corpus or a list of them, got {self.source!r}: "
-                f"give {STDLIB!r}, {PACKAGES!r}, a local path, a URL, or a Hub dataset as owner/name or owner/name:config"
+                f"give {STDLIB!r}, {PACKAGES!r}, a local path, a URL, or a Hub dataset as owner/name or "
+                "owner/name:config"
             )
         for place in self.places:
             _check_url(place)

@@ -27,11 +27,11 @@ _MAX_ORDERS = math.factorial(len(OPERATORS))
 def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) -> GrowthSchedule:
     """Return the schedule of an arm, with as many tokens as `budget` times the scale's budget buys."""
     spend = experiment.sizes.budget * budget
-    if (arm.schedule is not None or arm.chain is not None) and arm.shares == "utility":
-        raise RunError("shares 'utility' are the planner's; give the shares of a schedule as its stages' tokens")
-    if arm.chain is not None:
-        return fit_to_budget(experiment, _build_chain(experiment, arm.chain), arm.shares, spend)
-    if arm.schedule is not None:
+    if arm.schedule is not None or arm.chain is not None:
+        if arm.shares == "utility":
+            raise RunError("shares 'utility' are the planner's; give the shares of a schedule as its stages' tokens")
+        if arm.schedule is None:
+            return fit_to_budget(experiment, _build_chain(experiment, arm.chain or ()), arm.shares, spend)
         schedule = GrowthSchedule.from_yaml(arm.schedule) if isinstance(arm.schedule, str) else arm.schedule
         in_file = schedule.tokens if any(schedule.tokens) else None
         return fit_to_budget(experiment, schedule, arm.shares or in_file, spend)
