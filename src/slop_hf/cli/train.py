@@ -44,6 +44,14 @@ def train_command(
         str | None,
         typer.Option("--from", help="Start from a published stage (user/name@stage-2-ffn); continue its schedule."),
     ] = None,
+    decay_from: Annotated[
+        int | None,
+        typer.Option(min=1, help="Make a finished model out of the output's checkpoint of this step: RUN-decay-STEP."),
+    ] = None,
+    decay_steps: Annotated[
+        float | None,
+        typer.Option(help="With --decay-from: steps of the decay, or below 1 a share of the run. Default: 0.2."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in the output directory, or begin a new one.")
     ] = False,
@@ -65,10 +73,19 @@ def train_command(
     `--from` takes the model and the tokenizer of a published stage, and the rest of its schedule unless you give
     another one. `--set training.push_to_hub=true` publishes each stage when it has finished.
 
+    A run at a constant rate (a trunk) gives a family of models: `--decay-from STEP` continues its checkpoint of that
+    step in another directory, RUN-decay-STEP, and lets the learning rate fall to 0. The trunk itself stays as it is.
+
     Example: `slop train recipes/grow_tiny.yaml -o runs/tiny`
     """
     check_run_options(config, output, devices, zero_stage, dry_run=dry_run)
     run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
+    if decay_from is None and decay_steps is not None:
+        raise RunError("--decay-steps is for --decay-from; give the step of the checkpoint to decay from")
+    if decay_from is not None:
+        if scratch or source is not None or schedule is not None:
+            raise RunError("--decay-from continues the output's own run; leave --from, --from-scratch, --schedule out")
+        run_config, output, resume = _branch_off(run_config, output, decay_from, decay_steps, resume, dry_run)
     new_schedule = None if schedule is None else str(schedule)
     stage = None if source is None else slop_hf.fetch_stage(source)
     if dry_run:
@@ -85,6 +102,21 @@ def train_command(
         slop_hf.train_run(
             run_config, output, schedule=new_schedule, from_stage=stage, scratch=scratch, resume=resume, report=print
         )
+
+
+def _branch_off(
+    config: RunConfig, output: Path, step: int, decay_steps: float | None, resume: bool, dry_run: bool
+) -> tuple[RunConfig, Path, bool]:
+    """Return config and directory of the run that decays from a trunk's checkpoint, begun unless in a dry run."""
+    from ..training.decay import begin_decay, plan_decay  # with torch, which `slop --help` does without
+
+    trunk, run = RunDirectory(output), RunDirectory(output.with_name(f"{output.name}-decay-{step}"))
+    config = plan_decay(config, trunk, step, 0.2 if decay_steps is None else decay_steps)
+    if run.exists and not resume:
+        raise RunError(f"{run.path} holds another run; resume it with --resume, or move it away")
+    if not run.exists and not dry_run:
+        begin_decay(trunk, step, run, config)
+    return config, run.path, True
 
 
 def check_run_options(

@@ -14,7 +14,7 @@ from ..errors import RunError, SlopError
 from ..io.serialization import Json, hash_json, to_plain
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
-from ..training.batches import PER_STAGE
+from ..training.batches import keep_first_stages
 from ..training.checkpoints import CHECKPOINT
 from ..training.config import RunConfig, preview_rates
 from ..training.run_plan import with_inits
@@ -280,16 +280,6 @@ def _cut_config(job: Job, length: int) -> RunConfig:
         training = {name: value for name, value in training.items() if name not in _GROWTH_ARGUMENTS}
     first = GrowthSchedule(schedule.initial, schedule.stages[: length - 1], schedule.initial_tokens)
     return dataclasses.replace(job.config, training=training, schedule=first)
-
-
-def keep_first_stages(training: Mapping[str, Json], count: int) -> dict[str, Json]:
-    """Return training arguments for the first `count` stages: lists with one value per stage are cut.
-
-    >>> keep_first_stages({"stage_learning_rates": [3e-3, 2e-3, 1e-3], "batch_tokens": [64]}, 2)
-    {'stage_learning_rates': [0.003, 0.002], 'batch_tokens': [64]}
-    """
-    per_stage = {name: training[name] for name in PER_STAGE if isinstance(training.get(name), (list, tuple))}
-    return {**training, **{name: list(values[:count]) for name, values in per_stage.items()}}
 
 
 def _build_prefix(job: Job, key: str) -> Job:

@@ -20,7 +20,7 @@ from ..errors import RunError
 from ..experiments.collect import PROBE_FILE, read_run_result, sum_cost
 from ..experiments.comparison import Cost
 from ..experiments.config import check_seeds
-from ..experiments.jobs import PREFIXES, RUNS, SEEDS_APART, Job, add_shared_prefixes, find_diverged, keep_first_stages
+from ..experiments.jobs import PREFIXES, RUNS, SEEDS_APART, Job, add_shared_prefixes, find_diverged
 from ..experiments.running import JobEndCallback, check_workers, describe_machine, run_jobs
 from ..io.files import check_output
 from ..io.numbers import is_finite_number, require_whole_number
@@ -28,6 +28,7 @@ from ..io.serialization import hash_json, list_versions, to_plain
 from ..runs.branch import inherit
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
+from ..training.batches import keep_first_stages
 from ..training.config import RunConfig, preview_run
 from ..training.run_plan import with_inits
 from .candidates import Candidate, Start, build_schedule_candidates, get_first_stage

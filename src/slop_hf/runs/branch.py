@@ -15,7 +15,13 @@ from .settings import RunSettings
 
 
 def inherit(
-    source: RunDirectory, run: RunDirectory, schedule: GrowthSchedule, *, name: str, checkpoint: Path | None = None
+    source: RunDirectory,
+    run: RunDirectory,
+    schedule: GrowthSchedule,
+    *,
+    name: str,
+    checkpoint: Path | None = None,
+    stages: int | None = None,
 ) -> None:
     """Begin a run with finished stages of another run; files are hard-linked if the disk supports it.
 
@@ -26,9 +32,10 @@ def inherit(
         name: prefix of the new run's id.
         checkpoint: checkpoint of the source's stage in training that the run continues from; None to continue after
             the finished stages.
+        stages: number of finished stages to take over; by default all.
     """
     facts = RunFacts.load(source)
-    finished = source.schedule.stage_names[: source.finished_stages]
+    finished = source.schedule.stage_names[: source.finished_stages if stages is None else stages]
     with write_directory(run.path) as temporary:
         for _, stage in zip(schedule.stage_names, finished, strict=False):
             shutil.copytree(source.path / stage, temporary / stage, copy_function=_link)

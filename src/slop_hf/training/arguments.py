@@ -122,6 +122,10 @@ class SlopTrainingArguments(TrainingArguments):
     keep_optimizer_states: bool = HfArg(
         default=False, help="Keep the optimizer state of every stage, to roll back to; by default only the last one's."
     )
+    keep_checkpoints: bool = HfArg(
+        default=False,
+        help="Keep the checkpoints of a stage that has finished (as many as save_total_limit), for `--decay-from`.",
+    )
     max_shard_size: str = HfArg(default="2GB", help="Largest file of weights or optimizer state.")
     cost_model: str | None = HfArg(
         default=None, help="File written by `slop calibrate`, for the estimate of the time left."

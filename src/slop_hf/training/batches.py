@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import RunError
+from ..io.serialization import Json
 
 if TYPE_CHECKING:
     from .arguments import SlopTrainingArguments
@@ -96,6 +97,16 @@ def keep_last_stage(args: SlopTrainingArguments) -> None:
     for name in PER_STAGE:
         values = getattr(args, name)
         setattr(args, name, None if values is None else values[-1:])
+
+
+def keep_first_stages(training: Mapping[str, Json], count: int) -> dict[str, Json]:
+    """Return training arguments for the first `count` stages: lists with one value per stage are cut.
+
+    >>> keep_first_stages({"stage_learning_rates": [3e-3, 2e-3, 1e-3], "batch_tokens": [64]}, 2)
+    {'stage_learning_rates': [0.003, 0.002], 'batch_tokens': [64]}
+    """
+    per_stage = {name: training[name] for name in PER_STAGE if isinstance(training.get(name), (list, tuple))}
+    return {**training, **{name: list(values[:count]) for name, values in per_stage.items()}}
 
 
 def share_batches(args: SlopTrainingArguments, blocks: Sequence[int], devices: int) -> tuple[Batches, ...]:

@@ -95,8 +95,8 @@ class Snapshot:
         return written
 
 
-def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> None:
-    """Write the directory of a finished stage, complete or not at all, and remove the stage's checkpoints."""
+def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot, *, keep_checkpoints: bool = False) -> None:
+    """Write the directory of a finished stage, complete or not at all, and remove or keep the stage's checkpoints."""
     ranks = snapshot.states.ranks
     with write_directory_on_all_ranks(run.stage_dir(record.stage), ranks) as directory:
         written = snapshot.write(directory)
@@ -107,7 +107,7 @@ def save_stage(run: RunDirectory, record: StageRecord, snapshot: Snapshot) -> No
         with ranks.raise_on_all():
             if ranks.is_first:
                 write_first_notes(directory)  # after the checksums, because the notes change
-    if ranks.is_first:
+    if ranks.is_first and not keep_checkpoints:
         shutil.rmtree(run.running_dir(record.stage), ignore_errors=True)
 
 

@@ -270,7 +270,12 @@ class SlopTrainer(Trainer):
         output = TrainOutput(self.state.global_step, float("nan"), {})
         try:
             with self._stop.watch_signals():
-                remove_leftovers(self.run, self.ranks, keep_optimizer_states=self.args.keep_optimizer_states)
+                remove_leftovers(
+                    self.run,
+                    self.ranks,
+                    keep_optimizer_states=self.args.keep_optimizer_states,
+                    keep_checkpoints=self.args.keep_checkpoints,
+                )
                 report_stages(self.run, self.callback_handler.callbacks, self.ranks)
                 for span in self.spans[position.stage :]:
                     self._span = span
@@ -392,7 +397,7 @@ class SlopTrainer(Trainer):
             data=count_consumed_tokens(self.blocks, facts.data_seed, facts.block_size, span.first_block, span.blocks),
             facts=facts,
         )
-        save_stage(self.run, record, self._take_snapshot())
+        save_stage(self.run, record, self._take_snapshot(), keep_checkpoints=self.args.keep_checkpoints)
         self._drop_optimizer_state(span.number - 1)
         report_stages(self.run, self.callback_handler.callbacks, self.ranks)
 

@@ -1,0 +1,100 @@
+"""One run at a constant rate gives a family of finished models."""
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from slop_hf import RunConfig, RunDirectory
+from slop_hf.errors import RunError
+from slop_hf.pipeline import train_run
+from slop_hf.training.decay import plan_decay
+
+STAGE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+SCHEDULE = {
+    "initial": {**STAGE, "num_hidden_layers": 1},
+    "initial_tokens": 512,
+    "stages": [{"operators": ["layer"], "tokens": 1536, "dims": {**STAGE, "num_hidden_layers": 2}}],
+}
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    """The file of a run of 8 and 24 steps at a constant rate, and its directory, with all checkpoints."""
+    home = tmp_path_factory.mktemp("trunk")
+    (home / "texts").mkdir()
+    for number in range(40):
+        (home / "texts" / f"{number}.txt").write_text(" ".join(str(number * k) for k in range(60)))
+    content = {
+        "schedule": SCHEDULE,
+        "model": {"max_position_embeddings": 32},
+        "data": {
+            "source": str(home / "texts"),
+            "vocab_size": 300,
+            "block_size": 32,
+            "held_out": 0.2,
+            "cache_dir": str(home / "cache"),
+        },
+        "training": {
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "lr_span": "run",
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 2,
+            "save_steps": 6,
+            "keep_checkpoints": True,
+        },
+    }
+    (home / "trunk.yaml").write_text(yaml.safe_dump(content))
+    train_run(RunConfig.from_yaml(home / "trunk.yaml"), home / "trunk")
+    return home
+
+
+def read_weights(run):
+    return load_file(run.stage_dir(len(run.schedule.stages)) / "model.safetensors")
+
+
+@pytest.mark.parametrize(("step", "stages", "end"), [(6, 1, 8), (18, 2, 23)])
+def test_a_decay_from_a_checkpoint_equals_a_run_with_that_schedule(trunk, slop, tmp_path, step, stages, end):
+    before = read_weights(RunDirectory(trunk / "trunk"))
+    command = ["train", trunk / "trunk.yaml", "-o", trunk / "trunk", "--decay-from", str(step)]
+    code, _, err = slop(*command)
+    assert code == 0, err
+    run = RunDirectory(trunk / f"trunk-decay-{step}")
+    assert run.is_finished and len(run.schedule.structures) == stages
+    config = plan_decay(RunConfig.from_yaml(trunk / "trunk.yaml"), RunDirectory(trunk / "trunk"), step)
+    alone = train_run(config, tmp_path / "alone")
+    one, other = read_weights(run), read_weights(alone)
+    assert one.keys() == other.keys() and all(bool((one[name] == other[name]).all()) for name in one)
+    last = run.history()[-1]
+    assert last["step"] == end and last["tokens"] == end * 64
+    after = read_weights(RunDirectory(trunk / "trunk"))
+    assert all(bool((before[name] == after[name]).all()) for name in before), "the trunk stays as it is"
+    code, _, err = slop(*command)
+    assert code == 2 and "holds another run; resume it with --resume" in err
+    assert slop(*command, "--resume")[0] == 0
+
+
+def test_a_decay_needs_a_checkpoint_at_a_constant_rate(trunk):
+    config, run = RunConfig.from_yaml(trunk / "trunk.yaml"), RunDirectory(trunk / "trunk")
+    with pytest.raises(
+        RunError, match=r"no checkpoint of step 7: it has those of steps 6, 12, 18, 24, 30; a trunk keeps"
+    ):
+        plan_decay(config, run, 7)
+    with pytest.raises(RunError, match="must have a positive number of steps"):
+        plan_decay(config, run, 6, 0.0)
+    cosine = RunConfig.from_yaml(trunk / "trunk.yaml", {"training.lr_scheduler_type": "cosine"})
+    with pytest.raises(RunError, match=r"learning rate at step 18 is .*, below its peak .*: a decay can begin only"):
+        plan_decay(cosine, run, 18)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--decay-steps", "3"], "--decay-steps is for --decay-from"),
+        (["--decay-from", "6", "--from-scratch"], "leave --from, --from-scratch, --schedule out"),
+    ],
+)
+def test_options_of_a_decay_that_do_not_fit_are_refused(trunk, slop, options, message):
+    code, _, err = slop("train", trunk / "trunk.yaml", "-o", trunk / "trunk", *options)
+    assert code == 2 and message in " ".join(err.split())
