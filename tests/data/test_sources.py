@@ -185,11 +185,13 @@ def test_local_texts_do_without_importing_datasets() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_installed_packages_are_a_source_of_python_files() -> None:
-    files = list_local_files("python-packages")
-    assert files is not None and {"slop_hf", "torch"} & {name.partition("/")[0] for name in files}
-    assert all(name.endswith(".py") and "__pycache__" not in name for name in files)
-    assert list(files) == sorted(files)
-    assert next(iter(texts("python-packages", max_documents=1))) == next(
-        text for path in files.values() if not (text := path.read_text(encoding="utf-8")).isspace() and text
-    )
+def test_installed_packages_are_a_source_of_python_files(tmp_path, monkeypatch):
+    for name in ("pure/b/one.py", "pure/a.py", "pure/b/__pycache__/one.py", "pure/b/data.txt", "plat/c/two.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    paths = {"purelib": str(tmp_path / "pure"), "platlib": str(tmp_path / "plat")}
+    monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
+    assert list(list_local_files("python-packages") or ()) == ["a.py", "b/one.py", "c/two.py"]
+    assert list(texts("python-packages", max_documents=1)) == ["# pure/a.py"]
+    paths["platlib"] = paths["purelib"]
+    assert list(list_local_files("python-packages") or ()) == ["a.py", "b/one.py"]

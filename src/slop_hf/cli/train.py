@@ -112,10 +112,8 @@ def _branch_off(
 
     trunk, run = RunDirectory(output), RunDirectory(output.with_name(f"{output.name}-decay-{step}"))
     config = plan_decay(config, trunk, step, 0.2 if decay_steps is None else decay_steps)
-    if run.exists and not resume:
-        raise RunError(f"{run.path} holds another run; resume it with --resume, or move it away")
-    if not run.exists and not dry_run:
-        begin_decay(trunk, step, run, config)
+    if not dry_run:
+        begin_decay(trunk, step, run, config, resume=resume)
     return config, run.path, True
 
 

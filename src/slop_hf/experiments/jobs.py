@@ -232,7 +232,7 @@ def _spans_run(job: Job) -> bool:
 
 def _branch_off(jobs: Sequence[Job]) -> list[Job]:
     """Return the trunks of some jobs, then the jobs, each with the trunk that it begins with as its parent."""
-    traces = [_trace(job) for job in jobs]
+    traces = [trace_job(job) for job in jobs]
     trunks, parents = find_trunks(traces)
     built: list[Job] = []
     for trunk in trunks:
@@ -251,7 +251,7 @@ def _branch_off(jobs: Sequence[Job]) -> list[Job]:
     return built
 
 
-def _trace(job: Job) -> Trace:
+def trace_job(job: Job) -> Trace:
     """Return what each step of a run depends on."""
     spans, rates = job.preview
     keys = [hash_json(_list_dependencies(job, span)) for span in spans]

@@ -77,12 +77,12 @@ def run_experiment(
             in progress are still finished.
     """
     # All arms are trained with one seed before any with the next.
-    jobs = sorted(order_by_need(add_shared_prefixes(build_jobs(experiment))), key=lambda job: job.seed)
+    jobs = sorted(sort_by_need(add_shared_prefixes(build_jobs(experiment))), key=lambda job: job.seed)
     run_jobs(jobs, root, devices=devices, workers=workers, on_job_end=on_job_end)
     return jobs
 
 
-def order_by_need(jobs: Sequence[Job]) -> list[Job]:
+def sort_by_need(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs with each shared prefix or trunk right before the first run that needs it."""
     by_directory = {job.directory: job for job in jobs}
     ordered: dict[Path, Job] = {}
@@ -151,7 +151,7 @@ def train_job(job: Job, root: Path) -> None:
     run = RunDirectory(root / job.directory)
     if not run.exists and job.parent is not None:
         if job.first_step:
-            branch_off(root, job, job.parent)
+            start_from_trunk(root, job, job.parent)
         else:
             start_from_prefix(root, job, job.parent)
     callbacks = [] if job.end_step is None else [StopAtStep(job.end_step)]
@@ -170,7 +170,7 @@ def start_from_prefix(root: Path, job: Job, prefix: Path) -> None:
     inherit(source, run, job.schedule, name="-".join(job.directory.parts[1:]))
 
 
-def branch_off(root: Path, job: Job, trunk: Path) -> None:
+def start_from_trunk(root: Path, job: Job, trunk: Path) -> None:
     """Begin a run with the last state of a trunk; the run's file `branch.json` says what the trunk has cost."""
     source, run = RunDirectory(root / trunk), RunDirectory(root / job.directory)
     stage = job.find_stage_inside(job.first_step)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..io.serialization import Json, hash_json
 
 #: A trunk must be at least this share of the shortest run that would begin with it.
-LEAST_SHARE = 0.01
+MIN_TRUNK_SHARE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def find_trunks(traces: Sequence[Trace]) -> tuple[list[Trunk], list[int | None]]
         begin = 0 if parent is None else trunks[parent].end
         common = min(_count_with_first(traces, members))
         run, end = _choose_end(traces, members, common)
-        if end - begin > max(1.0, LEAST_SHARE * min(traces[member].ends[-1] for member in members)):
+        if end - begin > max(1.0, MIN_TRUNK_SHARE * min(traces[member].ends[-1] for member in members)):
             trunks.append(Trunk(run, begin, end, parent))
             parent = len(trunks) - 1
         groups += [(group, parent) for group in reversed(_part(traces, members, common))]

@@ -32,7 +32,7 @@ from ..io.model_errors import explain_load_error
 from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
 from ..io.serialization import Json, describe_alternatives, describe_unknown_key, parse, read_yaml, set_keys
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import PER_STAGE, keep_last_stage
@@ -318,8 +318,13 @@ def preview_run(
     return plan.spans
 
 
-def preview_rates(config: RunConfig, *, devices: int = 1) -> tuple[tuple[StageSpan, ...], list[list[float]]]:
+def preview_rates(
+    config: RunConfig, *, begun: RunFacts | None = None
+) -> tuple[tuple[StageSpan, ...], list[list[float]]]:
     """Return the stages that a run would train, and the learning rate at each step of each stage.
+
+    Args:
+        begun: facts of the run if it has begun: it keeps its batches.
 
     Raises:
         SlopError: if the schedule, the model's config or the training arguments are wrong.
@@ -327,7 +332,7 @@ def preview_rates(config: RunConfig, *, devices: int = 1) -> tuple[tuple[StageSp
     args = _build_preview_arguments(config, "preview")
     schedule = with_inits(_read_schedule(config, args, scratch=False), args.growth_init)
     model_config = _preview_model(config, schedule, scratch=False)
-    plan = plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=devices)
+    plan = plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=1, begun=begun)
     return plan.spans, compute_rates(args, plan.spans, plan.rates)
 
 

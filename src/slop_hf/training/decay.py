@@ -6,14 +6,16 @@ import math
 from dataclasses import replace
 
 from ..errors import RunError
+from ..io.files import check_output
 from ..io.numbers import is_finite_number
 from ..io.serialization import Json
 from ..runs.branch import inherit
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .batches import keep_first_stages
 from .checkpoints import list_checkpoints, parse_step
 from .config import RunConfig, preview_rates
+from .ranks import Ranks
 from .spans import StageSpan
 
 WSD = "warmup_stable_decay"
@@ -22,7 +24,8 @@ WSD = "warmup_stable_decay"
 def plan_decay(config: RunConfig, trunk: RunDirectory, step: int, decay: float = 0.2) -> RunConfig:
     """Return the config of the run that continues a checkpoint of a trunk, and lets its learning rate fall to 0.
 
-    The run has the weights of a run that had this schedule from its first step on.
+    The run ends with the weights of a run that had this schedule from its first step on, if the warm-up is a number of
+    steps and not a share.
 
     Args:
         config: config of the trunk; its schedule is the one in the trunk's directory.
@@ -36,7 +39,7 @@ def plan_decay(config: RunConfig, trunk: RunDirectory, step: int, decay: float =
     if not is_finite_number(decay) or decay <= 0:
         raise RunError(f"the decay must have a positive number of steps, or a share of the steps, got {decay!r}")
     config = replace(config, schedule=trunk.schedule)
-    spans, rates = preview_rates(config)
+    spans, rates = preview_rates(config, begun=RunFacts.load(trunk))
     span = _find_stage(trunk, spans, step)
     peak, rate = max(rates[span.number]), rates[span.number][step - span.first_step - 1]
     if rate < peak:
@@ -45,7 +48,8 @@ def plan_decay(config: RunConfig, trunk: RunDirectory, step: int, decay: float =
             "rate is constant; choose a checkpoint after the warm-up and before the decay"
         )
     before = step if config.training.get("lr_span") == "run" else step - span.first_step
-    steps = math.ceil(before * decay / (1 - decay)) if decay < 1 else math.ceil(decay)
+    # Rounded, because 24 * 0.2 / 0.8 is 6.000000000000001 in floating point.
+    steps = math.ceil(round(before * decay / (1 - decay), 6) if decay < 1 else decay)
     tokens = (step - span.first_step + steps) * (span.tokens // span.steps)
     stages = trunk.schedule.stages[: span.number]
     if stages:
@@ -62,8 +66,30 @@ def plan_decay(config: RunConfig, trunk: RunDirectory, step: int, decay: float =
     return replace(config, training=training, schedule=schedule)
 
 
-def begin_decay(trunk: RunDirectory, step: int, run: RunDirectory, config: RunConfig) -> None:
-    """Begin the run that `plan_decay` has planned: it takes over the trunk's stages and the checkpoint."""
+def begin_decay(trunk: RunDirectory, step: int, run: RunDirectory, config: RunConfig, *, resume: bool = False) -> None:
+    """Begin the run that `plan_decay` has planned: it takes over the trunk's stages and the checkpoint.
+
+    Under a launcher, every process makes the same call.
+
+    Args:
+        resume: whether the run may have begun already; it then stays as it is.
+
+    Raises:
+        RunError: if the directory holds a run and `resume` is not set, or other files.
+    """
+    ranks = Ranks.from_args(config.arguments(run.path))
+    with ranks.raise_on_all():
+        if ranks.is_first:
+            check_output(run.path, "run directory", RunError, is_directory=True)
+            if run.exists and not resume:
+                raise RunError(f"{run.path} holds another run; resume it with --resume, or move it away")
+            if not run.exists:
+                _inherit_checkpoint(trunk, step, run, config)
+
+
+def _inherit_checkpoint(trunk: RunDirectory, step: int, run: RunDirectory, config: RunConfig) -> None:
+    if run.path.exists():
+        raise RunError(f"{run.path} is in the way: it exists and holds no run; move it away")
     schedule = config.read_schedule()
     stage = len(schedule.stages)
     checkpoint = next(path for path in list_checkpoints(trunk, stage) if parse_step(path) == step)
