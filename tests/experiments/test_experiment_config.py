@@ -117,7 +117,7 @@ def test_overrides_reach_arms_and_scales(read):
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
-        ({}, "an arm needs one of plan, order, control, schedule, got none"),
+        ({}, "an arm needs one of plan, order, control, schedule, chain, got none"),
         ({"plan": "best", "order": "l-f-h"}, "an arm needs one of .*, got plan, order"),
         ({"control": "from_scrap"}, "unknown control arm 'from_scrap'; did you mean 'from_scratch'"),
         ({"plan": "good"}, "plan must be a rank from 1, 'best' or 'worst', got 'good'"),

@@ -77,12 +77,12 @@ def run_experiment(
             in progress are still finished.
     """
     # All arms are trained with one seed before any with the next.
-    jobs = sorted(sort_by_need(add_shared_prefixes(build_jobs(experiment))), key=lambda job: job.seed)
+    jobs = sorted(list_by_need(add_shared_prefixes(build_jobs(experiment))), key=lambda job: job.seed)
     run_jobs(jobs, root, devices=devices, workers=workers, on_job_end=on_job_end)
     return jobs
 
 
-def sort_by_need(jobs: Sequence[Job]) -> list[Job]:
+def list_by_need(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs with each shared prefix or trunk right before the first run that needs it."""
     by_directory = {job.directory: job for job in jobs}
     ordered: dict[Path, Job] = {}
