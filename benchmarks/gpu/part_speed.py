@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from checkpoints import require_space
 from common import PartRecord, Settings, wait_for_device
+from estimates import estimate_autocast_bytes, estimate_memory
 from measuring import Record, make_goal, time_call
 from safetensors.torch import load_file, save_file
 from training_boundary import STATES, compare, cross
@@ -30,7 +31,6 @@ from transformers import Trainer, default_data_collator
 
 from slop_hf import GrowthSchedule, ModelDims, RunDirectory, SlopTrainer, calibrate
 from slop_hf.cost.flops import count_flops_per_token, count_parameters
-from slop_hf.cost.memory import estimate_training_memory
 from slop_hf.io.files import flush_to_disk
 
 #: The target of the paper's Table 1, and structures of the same shape: to calibrate with, and to grow from.
@@ -268,19 +268,13 @@ def measure_calibration(settings: Settings, case: Record) -> tuple[list[Record],
 
 
 def compare_memory(settings: Settings, allocated: int | None) -> tuple[list[Record], Record]:
-    """Compare the memory estimate with the most that was allocated.
-
-    Autocast holds more than the estimate for weights in bf16, as `cost.memory.count_saved_activations` says: 2 bytes
-    per parameter, and about ten per token, layer and hidden unit.
-    """
+    """Compare the memory estimate with the most that was allocated."""
     scale = settings.scale
-    dims, config = TARGET[scale], llama_config(TARGET[scale], VOCAB[scale], BLOCK[scale], tied=False)
-    batch, block = BATCH[scale], BLOCK[scale]
-    estimate = estimate_training_memory(dims, config.to_dict(), block, micro_batch_size=batch).total
-    casts = 2 * count_parameters(dims, config)
-    streams = 10 * dims.hidden_size * dims.num_hidden_layers * batch * block
-    total = estimate + casts + streams
-    parts = {"estimated_bytes": total, "of_which_autocast_bytes": casts + streams, "allocated_bytes": allocated}
+    dims, batch, block = TARGET[scale], BATCH[scale], BLOCK[scale]
+    config = llama_config(dims, VOCAB[scale], block, tied=False).to_dict()
+    total = estimate_memory(dims, config, block, batch)
+    autocast = estimate_autocast_bytes(dims, config, batch * block)
+    parts = {"estimated_bytes": total, "of_which_autocast_bytes": autocast, "allocated_bytes": allocated}
     if allocated is None:  # a CPU's memory is not counted
         return [], parts
     return [make_goal("memory: |estimated / allocated bytes - 1|", abs(total / allocated - 1), MEMORY)], parts

@@ -171,6 +171,11 @@ def test_wheels_bring_what_they_need_and_no_more(module, monkeypatch, tmp_path):
     assert set(wheels) == set(tmp_path.iterdir()), "one version of each"
 
 
+def test_the_table_of_the_docs_is_what_the_code_estimates(module):
+    estimates = module("estimates")
+    assert estimates.build_table() in (ROOT / "docs/gpu.md").read_text()
+
+
 @pytest.mark.parametrize("is_product_known", (True, False))
 def test_speeds_are_compared(module, is_product_known):
     speed = module("part_speed")

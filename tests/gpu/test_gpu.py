@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import training_runs
+import xxhash
 from safetensors.torch import load_file
 from training_runs import BATCH, BLOCK, SCHEDULE, Interrupt, blocks, losses, small_model, trainer
 from transformers import AutoModelForCausalLM
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory, calibrate, grow_checkpoint, grow_model
 from slop_hf.evaluation.held_out import HeldOut, measure_perplexity
+from slop_hf.growth.safetensors_io import create_shard, plan_shards, write_tensor
 from slop_hf.operators import INITS
 from slop_hf.training.calibration import _CHECKPOINTING
+from slop_hf.training.checksums import RunningChecksum
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +79,18 @@ def test_growth_has_the_bits_of_the_cpus_growth(device, operator, init):
     actual = grow_model(model.to(device), operator, GROWN[operator], init=init).state_dict()
     assert expected.keys() == actual.keys()
     assert all(actual[name].cpu().equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("length", [1, 5_000_003])
+def test_files_of_the_devices_tensors_have_the_bytes_of_the_cpus(device, tmp_path, length):
+    """The longer one, of 20 MB, passes through both pinned buffers more than once."""
+    value, checksum = torch.arange(length, dtype=torch.float32), RunningChecksum()
+    (shard,) = plan_shards({"a": ("F32", (length,))}, "1GB")
+    create_shard(tmp_path, shard)
+    write_tensor(tmp_path, shard.tensors[0], value.to(device) + 1, checksum.update)
+    path = tmp_path / shard.file
+    assert load_file(path)["a"].equal(value + 1)
+    assert checksum.finish()["hash"] == xxhash.xxh3_128(path.read_bytes()[len(shard.header) :]).hexdigest()
 
 
 def test_a_boundary_grows_as_grow_checkpoint_does(build, tmp_path):

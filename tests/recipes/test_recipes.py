@@ -191,15 +191,17 @@ def test_accelerate_reads_its_configurations(path):
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=stem)
-def test_deepspeed_leaves_optimizer_and_sizes_to_the_trainer(path):
+def test_deepspeed_leaves_the_optimizer_to_the_trainer(path):
     settings = json.loads(path.read_text())
     assert not {"optimizer", "scheduler"} & set(settings)
     zero = settings["zero_optimization"]
     assert zero["stage"] == 3 and zero["stage3_gather_16bit_weights_on_model_save"]
-    # These follow the hidden size, which grows.
-    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-    assert {zero[name] for name in sizes} == {"auto"}
-    assert zero["overlap_comm"] is path.stem.endswith("gpu")
+    is_gpu = path.stem.endswith("gpu")
+    assert zero["overlap_comm"] is is_gpu
+    assert zero["stage3_param_persistence_threshold"] == "auto"  # follows the hidden size, which grows
+    # So would buckets; on GPUs, those of small stages would be messages too small for the links between machines.
+    buckets = {zero[name] for name in ("reduce_bucket_size", "stage3_prefetch_bucket_size")}
+    assert buckets == ({50_000_000} if is_gpu else {"auto"})
 
 
 def test_recipes_are_listed():

@@ -71,6 +71,7 @@ class Dump(TrainerCallback):
             "step": max(steps.values(), default=None),
             "groups": groups,
             "held": held(self.trainer),
+            "is_compiled": bool(getattr(self.trainer.model_wrapped, "is_compiled", False)),  # by DeepSpeed
         }
         (self.directory / f"{span.number}-rank-{args.process_index}.json").write_text(json.dumps(facts))
         if args.process_index == 0:

@@ -61,6 +61,22 @@ def test_zero3_agrees_with_one_process(alone, sharded):
         ]
 
 
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_zero3_compiles_each_stage(alone, tmp_path):
+    """With a compiler that traces forward and backward pass, and runs the graphs as they are."""
+    pytest.importorskip("deepspeed")
+    (tmp_path / "dump").mkdir()
+    settings = {**SETTINGS, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    ended = launch_forked(
+        "zero3", 2, output=tmp_path / "out", batch=BATCH // 2, dump=tmp_path / "dump", arguments=settings
+    )
+    assert ended.code == 0, ended.text[-4000:]
+    for number, stage in enumerate(SCHEDULE.stage_names):
+        assert facts(tmp_path, number)["is_compiled"]
+        assert largest_difference(alone, tmp_path / "out", stage) < TOLERANCE
+
+
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_sharded_stage_begins_with_the_states_of_growth_in_memory(sharded, number):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_runs import SCHEDULE, TOKENS, Interrupt, arguments, small_model, trainer
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
-from slop_hf import GrowthSchedule, RunDirectory, SlopTrainingArguments, grow_model
+from slop_hf import GrowthSchedule, RunConfig, RunDirectory, SlopTrainingArguments, build_trainer, grow_model
 from slop_hf.errors import GrowthError, RunError
 from slop_hf.training.launch import prepare_launch
 
@@ -436,6 +436,22 @@ def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, setting
     parts = weights(run(tmp_path / "parts", facts, resume=True), 1)
     assert facts.stages == [expected]
     assert same(whole, parts)
+
+
+def test_a_runs_file_names_the_attention_of_every_stage(config, tmp_path):
+    """`config` is the run's file of `tests/conftest.py`; the name is no setting that a stage's config could hold."""
+    facts = Facts()
+    run = build_trainer(RunConfig.from_yaml(config, {"model.attn_implementation": "eager"}), tmp_path / "out")
+    run.add_callback(facts)
+    run.train()
+    assert {stage["attention"] for stage in facts.stages} == {"eager"} and run.run.is_finished
+    assert "attn_implementation" not in json.dumps(run.plan.facts.model)
+
+
+@pytest.mark.parametrize(("device", "pins"), [("cpu", False), ("mps", False), ("cuda", True)])
+def test_batches_are_pinned_only_for_a_gpu_with_memory_of_its_own(tmp_path, monkeypatch, device, pins):
+    monkeypatch.setattr(SlopTrainingArguments, "device", torch.device(device))
+    assert SlopTrainingArguments(str(tmp_path), report_to="none").dataloader_pin_memory is pins
 
 
 def test_each_stage_is_compiled_anew(tmp_path):

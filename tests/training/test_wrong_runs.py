@@ -13,7 +13,7 @@ import torch
 import yaml
 from datasets import Dataset
 from training_runs import BATCH, SCHEDULE, STEPS, Interrupt, blocks, small_model, trainer
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainingArguments
 
 from slop_hf import ModelDims, RunConfig, RunDirectory, build_trainer, preview_run
 from slop_hf.errors import RunError, SlopError
@@ -21,6 +21,8 @@ from slop_hf.runs.directory import RunFacts
 from slop_hf.runs.lock import LOCK_DIRECTORY
 from slop_hf.runs.rollback import plan_rollback
 from slop_hf.runs.settings import RunSettings
+from slop_hf.training import arguments as training_arguments
+from slop_hf.training import config as training_config
 from slop_hf.training.checkpoints import list_checkpoints
 from slop_hf.training.checks import check_deepspeed_config, check_precision
 
@@ -97,6 +99,13 @@ WRONG_VALUES = [
     ("model.max_position_embeddings", 16, "block_size 32 is above the model's max_position_embeddings 16"),
     ("model.attention_dropout", 2, "model.attention_dropout must be a number from 0 on and below 1, got 2"),
     ("model.hidden_act", "relus", "model.hidden_act 'relus' is unknown; did you mean 'relu'?"),
+    (
+        "model.attn_implementation",
+        "flash",
+        "model.attn_implementation 'flash' is unknown; did you mean 'flash_attention_2'?",
+    ),
+    ("model.attn_implementation", "kernels-community/x", "is unknown (known: eager, flash_attention_2, "),
+    ("model.attn_implementation", "flash_attention_2", "computes in half precision only; set training.bf16"),
     ("model.dtype", "float16", "model.dtype must be float32 or float64, got 'float16'"),
     ("model.pretrained", "/no/such/model", "model.pretrained /no/such/model: no such directory, and not a Hub id"),
     ("model.pretrained", 5, "model.pretrained must be a model directory or a Hub id[@revision], got 5"),
@@ -177,6 +186,40 @@ def test_a_size_that_the_schedule_has_too_may_be_named(run_file: Path) -> None:
 def test_a_file_is_no_run_directory(run_file: Path, below: str, message: str) -> None:
     with pytest.raises(RunError, match=message):
         preview_run(RunConfig.from_yaml(run_file), run_file / below)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_liger", "message"),
+    [
+        (
+            {"model.attn_implementation": "flash_attention_2", "training.bf16": True},
+            False,
+            "model.attn_implementation flash_attention_2 cannot be used here: .* Install what it needs, or take sdpa",
+        ),
+        (
+            {"training.use_liger_kernel": True},
+            False,
+            r"needs the package liger-kernel \(0.3 or newer\)",
+        ),
+        ({"training.use_liger_kernel": True}, True, "use_liger_kernel needs a GPU, and training would run on the CPU"),
+    ],
+)
+def test_kernels_that_are_missing_here_are_refused_before_the_data_is_read(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], has_liger: bool, message: str
+) -> None:
+    """A preview accepts them: it may be on another machine than the run."""
+    monkeypatch.setattr(training_arguments, "is_liger_kernel_available", lambda: has_liger)
+    monkeypatch.setattr(training_config, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", raise_as_without_flash_attention)
+    monkeypatch.setattr(training_config, "prepare_data", None)
+    preview(run_file, changes)
+    with pytest.raises(RunError, match=message) as caught:
+        build_trainer(RunConfig.from_yaml(run_file, changes), run_file.parent / "out")
+    assert "\n" not in str(caught.value)
+
+
+def raise_as_without_flash_attention(*arguments: object, **settings: object) -> None:
+    raise ImportError("FlashAttention2 cannot be used due to the following error: the package is not installed.")
 
 
 # ---- Paths ---------------------------------------------------------------------------------------------------------
@@ -260,8 +303,9 @@ def test_a_pretrained_model_in_half_precision_is_loaded_in_float32(tmp_path: Pat
     """`config` is the run's file of `tests/conftest.py`."""
     llama = LlamaConfig(vocab_size=300, max_position_embeddings=32)
     LlamaForCausalLM(INITIAL.to_config(llama)).half().save_pretrained(tmp_path / "half")
-    changes = {"model": {"pretrained": str(tmp_path / "half")}}
+    changes = {"model": {"pretrained": str(tmp_path / "half"), "attn_implementation": "eager"}}
     trainer = build_trainer(RunConfig.from_yaml(config, changes), tmp_path / "out")
+    assert trainer.model.config._attn_implementation == "eager"
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert trainer.plan.facts.dtype == "float32"
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_liger_kernel_available
 
 from ..cost.hours import CostModel
 from ..errors import RunError
@@ -140,7 +141,7 @@ class SlopTrainingArguments(TrainingArguments):
         self._check_numbers()
         prepare_launch(self)
         super().__post_init__()
-        if self.device.type == "cpu":  # `use_cpu` does the same; pages are pinned for copies to a GPU
+        if self.device.type in ("cpu", "mps"):  # pages are pinned for copies to a GPU with memory of its own
             self.dataloader_pin_memory = False
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
@@ -181,6 +182,13 @@ class SlopTrainingArguments(TrainingArguments):
                 raise RunError(
                     f"report_to {name!r} is not installed here; install its package, or leave report_to out"
                 )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise RunError(
+                "use_liger_kernel needs the package liger-kernel (0.3 or newer), which is not installed here; install "
+                "it, or leave use_liger_kernel out"
+            )
+        if self.use_liger_kernel and self.device.type == "cpu":
+            raise RunError("use_liger_kernel needs a GPU, and training would run on the CPU; leave it out")
         if self.cost_model is not None:
             CostModel.from_yaml(self.cost_model)
         plan_shards({}, self.max_shard_size)

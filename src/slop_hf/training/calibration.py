@@ -194,8 +194,6 @@ class _Bench:
 
     def _build_trainer(self, dims: ModelDims, directory: str, clock: _Clock) -> SlopTrainer:
         args = self.run.arguments(directory)
-        if args.device.type == "cpu":
-            args.dataloader_pin_memory = False  # torch would warn that there is no accelerator to pin for
         model = self._build_model(dims, args.seed)
         blocks = (self.warmup_steps + self.steps) * args.train_batch_size * args.gradient_accumulation_steps
         data = _RandomTokens(blocks, self.sequence_length, model.config.vocab_size, args.seed)

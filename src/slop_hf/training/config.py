@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -10,10 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torch_bf16_gpu_available
 from typing_extensions import Self
 
@@ -52,6 +63,8 @@ _PATHS = {
     "evaluation": ("include_path", "datasets"),
 }
 _DTYPES = ("float32", "float64")
+#: Arguments that transformers refuses without a GPU, or one that computes in bf16.
+_FOR_GPUS = ("bf16", "bf16_full_eval", "tf32", "use_liger_kernel")
 #: The message of transformers' enumerations.
 _UNKNOWN_CHOICE = re.compile(r"(.+) is not a valid \w+, please select one of \[(.+)\]")
 _QUOTED = re.compile(r"'([^']+)'")
@@ -107,6 +120,7 @@ class RunConfig(Record, error=RunError):
         model: settings of the initial model's config that growth does not change, such as `tie_word_embeddings`;
             `model_type` is `llama` by default. Or `pretrained`: the directory or Hub id[@revision] of a model to begin
             with. Settings next to `pretrained` are what is expected of that model, so that a preview need not load it.
+            `attn_implementation` names the attention kernel of every stage's model, such as `sdpa`.
         data: training data.
         training: fields of `SlopTrainingArguments`.
         evaluation: what each stage is scored on during the run; None for nothing. `slop_hf.train_run` does it; next to
@@ -180,6 +194,11 @@ class RunConfig(Record, error=RunError):
             )
         return GrowthSchedule.from_yaml(self.schedule) if isinstance(self.schedule, str) else self.schedule
 
+    @property
+    def attention(self) -> str | None:
+        """Name of the attention kernel; None for transformers' default."""
+        return cast("str | None", self.model.get("attn_implementation"))
+
     def parse_training(self) -> dict[str, Json]:
         """Return the section `training` with the types of `SlopTrainingArguments`.
 
@@ -225,6 +244,7 @@ class RunConfig(Record, error=RunError):
         settings = dict(self.model)
         pretrained = settings.pop("pretrained", None)
         _check_model_settings(pretrained, settings)
+        settings.pop("attn_implementation", None)
         try:
             if pretrained is not None and not (as_described and settings):
                 config = _load_config(pretrained)
@@ -232,10 +252,11 @@ class RunConfig(Record, error=RunError):
                     actual = getattr(config, name, None)
                     if actual != value:
                         raise RunError(f"model.{name} is {value}, but {pretrained} has {actual}; leave it out")
-                return config
-            base = AutoConfig.for_model(settings.pop("model_type", DEFAULT_FAMILY))
-            _refuse_unknown(settings, [*base.to_dict(), "rope_theta"], "model")
-            return dims.to_config(type(base)(**{"vocab_size": vocab_size, **settings}))
+            else:
+                base = AutoConfig.for_model(settings.pop("model_type", DEFAULT_FAMILY))
+                _refuse_unknown(settings, [*base.to_dict(), "rope_theta", "attn_implementation"], "model")
+                config = dims.to_config(type(base)(**{"vocab_size": vocab_size, **settings}))
+            return _set_attention(config, self.attention)
         except SlopError:
             raise
         except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as caught:
@@ -255,7 +276,7 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     args = config.arguments(output_dir)
     schedule = _read_schedule(config, args, scratch=scratch)
     check_output(output_dir, "run directory", RunError, is_directory=True)
-    _preview_model(config, schedule, scratch=scratch)
+    _check_attention(_preview_model(config, schedule, scratch=scratch), config.attention)
     corpus = _prepare_data_in_turn(config.data, Ranks.from_args(args))
     model = _build_initial_model(config, schedule, corpus, args.seed, scratch=scratch)
     return SlopTrainer(
@@ -294,7 +315,8 @@ def preview_run(
     """Return the stages that a run would train, without training.
 
     A preview needs no network and no GPU: data sets on the Hub are not looked up, a tokenizer there only if neither
-    `model` nor `data` gives the vocabulary's size, and bf16 is accepted without a device that computes in it.
+    `model` nor `data` gives the vocabulary's size; bf16 is accepted without a device that computes in it, and so are
+    kernels that are not installed.
 
     Args:
         scratch: as for `build_trainer`.
@@ -341,7 +363,7 @@ def _build_preview_arguments(config: RunConfig, output_dir: str | Path) -> SlopT
     config.parse_training()
     training = dict(config.training)
     if not is_torch_bf16_gpu_available():
-        for name in ("bf16", "bf16_full_eval", "tf32"):  # transformers refuses them without such a device
+        for name in _FOR_GPUS:
             training.pop(name, None)
     return dataclasses.replace(config, training=training).arguments(output_dir)
 
@@ -358,12 +380,41 @@ def _preview_model(config: RunConfig, schedule: GrowthSchedule, *, scratch: bool
         )
     if mismatch := schedule.find_mismatch(model_config):
         raise RunError(mismatch)
+    if "flash" in (config.attention or "") and not any(config.training.get(name) for name in ("bf16", "fp16")):
+        raise RunError(
+            f"model.attn_implementation {config.attention} computes in half precision only; set training.bf16, or "
+            "take sdpa"
+        )
     if config.data.block_size > model_config.max_position_embeddings:
         raise DataError(
             f"block_size {config.data.block_size} is above the model's max_position_embeddings "
             f"{model_config.max_position_embeddings}; use shorter blocks"
         )
-    return model_config
+    return _set_attention(model_config, config.attention)
+
+
+def _set_attention(config: PreTrainedConfig, attention: str | None) -> PreTrainedConfig:
+    """Set the attention kernel of a new config, which does not follow from its settings; None changes nothing."""
+    if attention is not None:
+        config._attn_implementation = attention
+    return config
+
+
+def _check_attention(config: PreTrainedConfig, attention: str | None) -> None:
+    """Refuse an attention kernel that is not installed here, or that the family does not have.
+
+    transformers decides on that when it builds a model; here it builds one without memory for its weights.
+    """
+    if attention is None:
+        return
+    try:
+        with no_init_weights(), torch.device("meta"):
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
+    except (ImportError, ValueError) as caught:
+        reason = _summarise(caught).rpartition("following error: ")[2]
+        raise RunError(
+            f"model.attn_implementation {attention} cannot be used here: {reason} Install what it needs, or take sdpa"
+        ) from None
 
 
 def find_vocab_size(config: RunConfig) -> int:
@@ -399,7 +450,8 @@ def _build_initial_model(
     if (pretrained := config.model.get("pretrained")) is not None and not scratch:
         directory = find_checkpoint_directory(pretrained)
         try:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+            kernel = {} if config.attention is None else {"attn_implementation": config.attention}
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False, **kernel)
             # DeepSpeed keeps float32 masters; without it, half of AdamW's small updates would be rounded away.
             is_half = model.dtype in HALF_PRECISION and not is_deepspeed_zero3_enabled()
             return model.float() if is_half else model
@@ -408,7 +460,8 @@ def _build_initial_model(
             raise RunError(
                 f"model.pretrained {pretrained} cannot be loaded ({reason}); it must have safetensors"
             ) from None
-    model_config = schedule.initial.to_config(model_config)  # from scratch, a pretrained model has other dims
+    # From scratch, a pretrained model has other dims.
+    model_config = _set_attention(schedule.initial.to_config(model_config), config.attention)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model_config, name, getattr(corpus.tokenizer, name))
     set_seed(seed)
@@ -456,6 +509,11 @@ def _check_model_settings(pretrained: Json, settings: Mapping[str, Json]) -> Non
             f"model.dtype must be {' or '.join(_DTYPES)}, got {dtype!r}: AdamW's small updates need precise "
             "weights; for faster arithmetic set training.bf16"
         )
+    attention = settings.get("attn_implementation")
+    kernels = sorted({"eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)})
+    if attention is not None and attention not in kernels:
+        alternatives = describe_alternatives(str(attention), kernels)
+        raise RunError(f"model.attn_implementation {attention!r} is unknown{alternatives}")
     activation = settings.get("hidden_act")
     if activation is not None and activation not in ACT2FN:
         raise RunError(f"model.hidden_act {activation!r} is unknown{describe_alternatives(str(activation), ACT2FN)}")
