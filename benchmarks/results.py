@@ -8,8 +8,8 @@ Records are written by `slop compare --record benchmarks/results/NAME.json`. In 
     <!-- results: NAME KIND -->
     <!-- end -->
 
-encloses text made from a record. KIND is `table`, `sentences`, `stages`, `ledger`, `predictions`, `agreement`,
-`figure` (loss against FLOPs), `figure-seconds`, `figure-losses` or `figure-utility`. The figures are in
+encloses text made from a record. KIND is `table`, `countings`, `sentences`, `stages`, `ledger`, `predictions`,
+`agreement`, `figure` (loss against FLOPs), `figure-seconds`, `figure-losses` or `figure-utility`. The figures are in
 docs/images/results; those that a document shows are drawn from their records.
 """
 
@@ -28,9 +28,10 @@ from PIL import Image
 
 from slop_hf.errors import RunError
 from slop_hf.experiments.comparison import Comparison
+from slop_hf.experiments.earlier_records import add_missing_facts
 from slop_hf.experiments.planner_accuracy import describe_planner_accuracy, tabulate_predictions
 from slop_hf.experiments.summary_text import summarise_comparison
-from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
+from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabulate_countings, tabulate_ledger
 from slop_hf.experiments.write import COMPARISON_FIGURES, format_figure_link
 from slop_hf.io.files import write_text
 from slop_hf.io.serialization import read_json
@@ -48,6 +49,7 @@ def _fill(text: str) -> str:
 FIGURE_KINDS = {"figure": "loss", "figure-seconds": "seconds", "figure-losses": "losses", "figure-utility": "utility"}
 TEXT_KINDS: dict[str, Callable[[Comparison], str]] = {
     "table": lambda comparison: tabulate_arms(comparison).markdown(),
+    "countings": lambda comparison: tabulate_countings(comparison).markdown(),
     "sentences": lambda comparison: _fill(" ".join(summarise_comparison(comparison))),
     "stages": lambda comparison: tabulate_arm_stages(comparison).markdown(),
     "ledger": lambda comparison: tabulate_ledger(comparison).markdown(),
@@ -80,7 +82,7 @@ def read_records(root: Path) -> dict[str, Comparison]:
     for path in sorted((root / RECORDS).glob("*.json")):
         content = read_json(path, if_missing="take the record again", error=RunError)
         if isinstance(content, dict) and {"scale", "equal", "arms"} <= content.keys():  # not a benchmark's record
-            records[path.stem] = Comparison.load(path)
+            records[path.stem] = add_missing_facts(Comparison.load(path))
     return records
 
 

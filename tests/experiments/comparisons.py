@@ -71,7 +71,8 @@ def run_of(
         grown = {"eval_loss_after_growth": curve[3][-11]} if number else {}
         name_of = schedule.stage_name(number)
         results.append(StageResult(name_of, dims, parameters, tokens, spent, took, curve[3][-1], **grown))
-    return RunResult(name, budget, seed, schedule, tuple(results), Curve(*map(tuple, curve)))
+    facts = {"end_rate": 0.1, "optimizer_flops": 1e-3 * flops, "passes": 0.25}
+    return RunResult(name, budget, seed, schedule, tuple(results), Curve(*map(tuple, curve)), **facts)
 
 
 def comparison(

@@ -55,7 +55,7 @@ def overlapping(figure) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("against", ["flops", "seconds"])
 @pytest.mark.parametrize(("arms", "seeds"), [(8, 3), (2, 1)])
 def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
-    record = comparison(arms, seeds, budgets={"from-scratch": (0.25, 0.5, 1.0)})
+    record = comparison(arms, seeds, budgets={"from-scratch": (0.25, 0.5, 1.0), "slop": (0.5, 1.0)})
     before = dict(matplotlib.rcParams)
     path = draw_arm_curves(record, tmp_path / "out" / "loss.png", against=against)
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
@@ -67,7 +67,7 @@ def test_every_arm_is_drawn_and_named(tmp_path, drawn, arms, seeds, against):
 
 
 def test_marks_are_at_the_values_of_the_record(tmp_path, drawn):
-    record = comparison(2, budgets={"from-scratch": (0.5, 1.0)})
+    record = comparison(2, budgets={"from-scratch": (0.5, 1.0), "slop": (0.5, 1.0)})
     draw_arm_curves(record, tmp_path / "loss.png")
     axes = drawn[0].axes[0]
     marks = {line.get_marker(): line for line in axes.lines if line.get_marker() != "None"}
@@ -76,10 +76,23 @@ def test_marks_are_at_the_values_of_the_record(tmp_path, drawn):
     assert marks["^"].get_ydata()[2] == pytest.approx(fmean(run.stages[2].eval_loss for run in runs))
     ends = [fmean(run.eval_loss for run in record.runs_of("from-scratch", budget)) for budget in (0.5, 1.0)]
     assert list(marks["s"].get_ydata()) == pytest.approx(ends)
-    goal = fmean(run.flops for run in record.runs_of("from-scratch"))
+    goal = fmean(run.total_flops for run in record.runs_of("from-scratch"))
     assert marks["o"].get_xdata()[0] == pytest.approx((1 - compute_flops_saved(record, "slop").mean) * goal, rel=1e-3)
     assert list(marks["o"].get_ydata()) == [ends[-1]]
-    assert [text.get_text() for text in axes.texts] == ["15% less compute"]
+    assert [text.get_text() for text in axes.texts] == ["27% less compute"]
+
+
+@pytest.mark.parametrize(
+    ("budgets", "end_rate", "squares", "rings"),
+    [((0.5, 1.0), 0.1, 2, 1), ((1.0,), 0.1, 0, 0), ((0.5, 1.0), 1.0, 0, 0)],
+    ids=["two ends", "below the loss at the only budget", "a rate that is still high"],
+)
+def test_only_ends_are_marked_as_such(tmp_path, drawn, budgets, end_rate, squares, rings):
+    record = comparison(2, budgets={"slop": budgets})
+    runs = [replace(run, end_rate=end_rate) if run.arm == "slop" else run for run in record.runs]
+    draw_arm_curves(replace(record, runs=tuple(runs)), tmp_path / "loss.png")
+    marks = {line.get_marker(): len(line.get_xdata()) for line in drawn[0].axes[0].lines}
+    assert (marks.get("s", 0), marks.get("o", 0)) == (squares, rings)
 
 
 def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):

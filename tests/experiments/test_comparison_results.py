@@ -1,5 +1,6 @@
 """Results of comparisons, on records made by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -20,8 +21,11 @@ from slop_hf.experiments.results import (
     Spread,
     compute_arm_results,
     compute_cost_to_loss,
+    compute_countings,
     compute_flops_saved,
+    compute_loss_at,
     compute_rank_correlation,
+    is_saving_bound,
 )
 
 SMALL, DEEP, LARGE = ModelDims(16, 32, 2, 2), ModelDims(16, 32, 4, 2), ModelDims(16, 64, 4, 2)
@@ -30,19 +34,22 @@ SCRATCH = GrowthSchedule(LARGE, initial_tokens=300)
 RUN = {"model": {"tie_word_embeddings": True}, "data": {"vocab_size": 300, "block_size": 16}}
 
 
-def result(arm, seed, losses, *, budget=1.0, schedule=SCHEDULE, flops=100.0, curve=None):
-    """A run whose stages end with these losses and share its FLOPs and seconds evenly."""
+def result(arm, seed, losses, *, budget=1.0, schedule=SCHEDULE, flops=100.0, curve=None, end_rate=0.0, tokens=1.0):
+    """A run whose stages end with these losses and share its FLOPs and seconds evenly.
+
+    Its learning rate ends at `end_rate` of its peak; it has `tokens` times the schedule's tokens.
+    """
     share = flops * budget / len(losses)
     stages = tuple(
-        StageResult(name, dims, 1000, tokens, share, 60.0, loss)
-        for name, dims, tokens, loss in zip(
+        StageResult(name, dims, 1000, round(tokens * planned), share, 60.0, loss)
+        for name, dims, planned, loss in zip(
             schedule.stage_names, schedule.structures, schedule.tokens, losses, strict=True
         )
     )
     points = curve or [(number, share * (number + 1), loss) for number, loss in enumerate(losses)]
     numbers, places, values = (tuple(column) for column in zip(*points, strict=True))
     curve = Curve(numbers, places, places, values)
-    return RunResult(arm, budget, seed, schedule, stages, curve)
+    return RunResult(arm, budget, seed, schedule, stages, curve, end_rate=end_rate)
 
 
 def comparison(*runs, reference="scratch", **settings):
@@ -51,44 +58,142 @@ def comparison(*runs, reference="scratch", **settings):
     return Comparison("x", "nano", "X", "flops", 100.0, arms, runs, **given)
 
 
-def scratch(seed, loss, budget=1.0):
-    return result("scratch", seed, [loss], budget=budget, schedule=SCRATCH)
+def scratch(seed, loss, budget=1.0, **changes):
+    return result("scratch", seed, [loss], budget=budget, schedule=SCRATCH, tokens=budget, **changes)
 
 
-def test_the_saving_is_read_at_the_first_evaluation_that_reaches_the_references_loss():
-    grown = [(0, 20.0, 5.0), (2, 70.0, 3.1), (2, 80.0, 2.9), (2, 100.0, 2.5)]
-    record = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 3.1, 2.5], curve=grown))
+def slop(loss, budget=1.0, seed=0, **changes):
+    return result("slop", seed, [5.0, 4.0, loss], budget=budget, **changes)
+
+
+BETWEEN = 100 * 0.5**0.5  # FLOPs halfway between the budgets 0.5 and 1, over the logarithm
+PASSED = [(0, 20.0, 5.0), (2, 70.0, 3.1), (2, 80.0, 2.9), (2, 100.0, 3.1)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "cost", "is_bound"),
+    [
+        pytest.param([slop(3.1)], math.inf, False, id="a run that ends above the loss"),
+        pytest.param([slop(3.0)], 100.0, False, id="a run that ends at the loss"),
+        pytest.param([slop(2.5, end_rate=0.1)], 100.0, True, id="a rate that ends at a tenth of its peak"),
+        pytest.param([slop(2.5, end_rate=0.11)], math.inf, False, id="a rate that is still high at the end"),
+        pytest.param([slop(2.5, end_rate=None)], math.inf, False, id="a rate that is not known"),
+        pytest.param([slop(3.1, curve=PASSED)], math.inf, False, id="an evaluation within a run"),
+        pytest.param([slop(2.5), slop(2.9, 0.5)], 50.0, True, id="a shorter run with its own schedule"),
+        pytest.param([slop(2.5), slop(2.9, 0.5, end_rate=1.0)], 100.0, True, id="a shorter run without its decay"),
+        pytest.param([slop(2.8), slop(3.2, 0.5)], BETWEEN, False, id="between two ends"),
+        pytest.param([slop(2.8), slop(3.2, 0.5, end_rate=1.0)], 100.0, True, id="only one of them is an end"),
+    ],
+)
+def test_only_the_end_of_a_finished_schedule_reaches_a_loss(runs, cost, is_bound):
+    assert compute_cost_to_loss(runs, 3.0) == pytest.approx(cost)
+    record = comparison(scratch(0, 3.0), *runs)
     saved = compute_flops_saved(record, "slop")
-    assert saved is not None and saved.values == (pytest.approx(0.2),)
+    assert (saved and saved.values) == (None if math.isinf(cost) else (pytest.approx(1 - cost / 100),))
+    assert is_saving_bound(record, "slop") == is_bound
     assert compute_flops_saved(record, "scratch").values == (0.0,)
 
 
-def test_a_model_that_has_not_grown_to_its_end_has_not_reached_the_references_loss():
-    """The question is what the target costs: a smaller model with that loss is another thing."""
-    entered = [(0, 30.0, 2.9), (1, 60.0, 2.8), (2, 60.0, 3.5), (2, 80.0, 2.9)]
-    assert compute_cost_to_loss([result("slop", 0, [2.9, 2.8, 2.6], curve=entered)], 3.0) == 80.0
-    kept = [(0, 30.0, 3.5), (1, 60.0, 2.9), (2, 60.0, 2.9), (2, 80.0, 2.8)]
-    assert compute_cost_to_loss([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 3.0) == 60.0, (
-        "right after growth the target is there"
-    )
-    assert compute_cost_to_loss([result("slop", 0, [3.5, 2.9, 2.8], curve=kept)], 2.0) == math.inf
+def test_a_reference_whose_rate_is_still_high_is_no_goal():
+    record = comparison(scratch(0, 3.0, end_rate=1.0), slop(2.5))
+    assert compute_flops_saved(record, "slop") is None
 
 
-def test_a_shorter_run_with_its_own_schedule_may_get_there_first():
-    short = result("slop", 0, [5.0, 4.0, 2.9], budget=0.5)
-    record = comparison(scratch(0, 3.0), result("slop", 0, [5.0, 4.0, 2.5]), short)
-    assert compute_flops_saved(record, "slop").values == (pytest.approx(0.5),)
+def test_the_optimizers_flops_count():
+    cheap, dear = (dataclasses.replace(slop(3.0), optimizer_flops=flops) for flops in (10.0, 60.0))
+    record = comparison(dataclasses.replace(scratch(0, 3.0), optimizer_flops=60.0), cheap)
+    assert compute_flops_saved(record, "slop").values == (pytest.approx(1 - 110 / 160),)
+    assert compute_cost_to_loss([dear], 3.0) == 160.0
 
 
-def test_between_two_budgets_the_ends_lie_on_a_line_over_the_logarithm():
-    short, whole = result("slop", 0, [5.0, 4.0, 3.2], budget=0.5), result("slop", 0, [5.0, 4.0, 2.8])
-    record = comparison(scratch(0, 3.0), whole, short)
-    assert compute_flops_saved(record, "slop").values == (pytest.approx(1 - 0.5**0.5),)
-    assert compute_cost_to_loss([short, whole], 2.8) == pytest.approx(100.0), (
-        "an end that was measured counts as it is"
-    )
-    assert compute_cost_to_loss([short, whole], 2.7) == math.inf, "nothing is read beyond the budgets that were run"
-    assert compute_cost_to_loss([short], 3.0) == math.inf
+@pytest.mark.parametrize(
+    ("cost", "unit", "loss"),
+    [
+        (100.0, "flops", 2.8),
+        (99.5, "flops", 2.8),
+        (100 * 0.5**0.5, "flops", 3.0),
+        (49.0, "flops", None),
+        (102.0, "flops", None),
+        (300.0, "tokens", 2.8),
+        (300 * 0.5**0.5, "tokens", 3.0),
+        (151.0, "tokens", 3.2),
+    ],
+)
+def test_losses_between_two_ends_lie_on_a_line_and_none_beyond(cost, unit, loss):
+    found = compute_loss_at([scratch(0, 2.8), scratch(0, 3.2, 0.5)], cost, unit)
+    assert found == (None if loss is None else pytest.approx(loss, abs=0.01))
+    unfinished = [scratch(0, 2.8, end_rate=1.0), scratch(0, 3.2, 0.5, end_rate=None)]
+    assert compute_loss_at(unfinished, cost, unit) is None
+
+
+SMALL_ALONE = GrowthSchedule(SMALL, initial_tokens=300)
+
+
+def small(seed, loss, **changes):
+    return result("small", seed, [loss], schedule=SMALL_ALONE, **changes)
+
+
+COUNTED = [
+    *(scratch(seed, 3.0 + seed / 10) for seed in (0, 1)),
+    *(scratch(seed, 3.4 + seed / 10, 0.5) for seed in (0, 1)),
+    *(slop(3.1, 0.5, seed, tokens=2 / 3) for seed in (0, 1)),  # at half of the FLOPs, the reference's tokens
+    *(small(seed, 3.3) for seed in (0, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("runs", "changed"),
+    [
+        pytest.param(COUNTED, {}, id="everything was run"),
+        pytest.param(
+            [run for run in COUNTED if run.arm != "small"], {"gap_closed": None}, id="the small model was not"
+        ),
+        pytest.param(
+            [run for run in COUNTED if (run.arm, run.seed) != ("small", 1)], {"gap_closed": None}, id="a seed lacks"
+        ),
+        pytest.param(
+            [run for run in COUNTED if run.budget != 1 or run.arm == "small"],
+            {"equal_tokens": None, "gap_closed": None, "relative_flops": None},
+            id="no long reference",
+        ),
+        pytest.param(
+            [dataclasses.replace(run, end_rate=1.0) if run.arm == "scratch" else run for run in COUNTED],
+            dict.fromkeys(("equal_flops", "equal_tokens", "gap_closed", "best_size", "against_best_size")),
+            id="the reference's rate is still high",
+        ),
+        pytest.param(
+            [*COUNTED, *(dataclasses.replace(small(seed, 3.2), arm="half", budget=0.5) for seed in (0, 1))],
+            {},
+            id="more FLOPs are no better size",
+        ),
+        pytest.param(
+            [
+                *COUNTED,
+                *(result("half", seed, [3.2], schedule=SMALL_ALONE, budget=0.5, tokens=2.0) for seed in (0, 1)),
+            ],
+            {"best_size": "half", "against_best_size": (-0.1, -0.1)},
+            id="a smaller model is better at equal FLOPs",
+        ),
+    ],
+)
+def test_every_way_of_counting(runs, changed):
+    expected = {
+        "seeds": (0, 1),
+        "is_finished": True,
+        "relative_flops": 0.5,
+        "tokens_per_parameter": 0.301,
+        "equal_flops": (-0.3, -0.4),
+        "equal_tokens": (0.1, 0.0),
+        "gap_closed": (2 / 3, 1.0),
+        "best_size": "scratch",
+        "against_best_size": (-0.3, -0.4),
+        **changed,
+    }
+    counting = next(one for one in compute_countings(comparison(*runs)) if (one.arm, one.budget) == ("slop", 0.5))
+    for name, value in expected.items():
+        found = getattr(counting, name)
+        found = found.values if isinstance(found, Spread) else found
+        assert found == (value if value is None or isinstance(value, str) else pytest.approx(value, abs=1e-9)), name
 
 
 def test_an_arm_that_misses_the_loss_with_one_seed_saves_nothing():

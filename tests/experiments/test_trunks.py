@@ -13,6 +13,7 @@ from slop_hf.experiments.config import Experiment
 from slop_hf.experiments.jobs import add_shared_prefixes, build_jobs, count_own_flops, trace_job
 from slop_hf.experiments.running import run_experiment, train_job
 from slop_hf.experiments.trunks import Trace, Trunk, find_trunks
+from slop_hf.runs.directory import RunFacts
 from slop_hf.training.config import build_trainer
 
 WSD = {
@@ -119,6 +120,18 @@ def assert_ledger_counts_each_job_once(experiment, jobs, root):
     begun = [job.count_until(job.first_step)[1] if job.first_step else 0 for job in jobs]
     paid = sum(job.count_until(end)[1] - before for job, end, before in zip(jobs, ends, begun, strict=True))
     assert sum(cost.flops for cost in record.ledger) == pytest.approx(paid, rel=1e-9)
+    adamw = sum(
+        job.count_optimizer_flops(end) - job.count_optimizer_flops(job.first_step)
+        for job, end in zip(jobs, ends, strict=True)
+    )
+    assert sum(cost.optimizer_flops for cost in record.ledger) == pytest.approx(adamw, rel=1e-9) and adamw > 0
+    runs = {(run.arm, run.budget): run for run in record.runs}
+    for job, end in zip(jobs, ends, strict=True):
+        if job.arm:
+            run = runs[job.arm, job.budget]
+            assert (run.end_rate, run.optimizer_flops) == (0.0, job.count_optimizer_flops(end))
+            facts = RunFacts.load(RunDirectory(root / job.directory))
+            assert run.passes == pytest.approx(run.tokens / (facts.blocks * facts.block_size), abs=1e-4)
 
 
 def sum_distinct_steps(jobs):

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.errors import RunError
-from slop_hf.training.learning_rate import build_stage_scheduler, resolve_steps, restore_scheduler
+from slop_hf.training.learning_rate import build_stage_scheduler, compute_end_rate, resolve_steps, restore_scheduler
 from slop_hf.training.spans import compute_stage_spans
 
 PEAK = 1e-2
@@ -125,6 +125,21 @@ def test_a_stable_rate_that_decays_at_the_end_of_the_run(tmp_path, decay):
     actual = list(chain(*rates(tmp_path, **WSD, **settings, lr_span="run")))
     warm, decaying = [PEAK * step / 4 for step in range(4)], [PEAK * (1 - step / 10) for step in range(10)]
     assert actual == close(warm + [PEAK] * 18 + decaying)
+
+
+@pytest.mark.parametrize(
+    ("settings", "end"),
+    [
+        ({}, 0.1),
+        ({"lr_span": "run"}, 0.1),
+        ({"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}}, 1.0),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}}, 0.0),
+        ({**WSD, "lr_scheduler_kwargs": {"num_decay_steps": 0.2, "min_lr_ratio": 0.1}}, 0.1),
+        ({**WSD, "lr_scheduler_kwargs": {"num_decay_steps": 1, "decay_type": "linear"}, "lr_span": "run"}, 0.0),
+    ],
+)
+def test_the_rate_that_a_schedule_ends_with(tmp_path, settings, end):
+    assert compute_end_rate(arguments(tmp_path, **settings), SPANS) == pytest.approx(end)
 
 
 def test_a_schedule_that_is_more_than_a_function_of_the_step_cannot_span_the_run(tmp_path):

@@ -18,6 +18,9 @@ from ..io.numbers import require_whole_number
 
 #: The paper's model, and the default: Llama with Llama's SentencePiece vocabulary, untied.
 DEFAULT_CONFIG: ModelConfig = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
+#: Operations of one step of AdamW per parameter: weight decay 1, first moment 3, second moment 4, and the update 6
+#: (square root, bias correction, epsilon, quotient, learning rate, difference).
+ADAMW_FLOPS = 14
 
 
 def count_paper_params(dims: DimsLike[Size]) -> Size:

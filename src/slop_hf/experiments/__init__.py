@@ -9,6 +9,7 @@
 | `progress` | `Progress`: what a run has cost up to a step |
 | `running` | trains the jobs, on one device or several |
 | `collect` | reads the finished runs into a `Comparison` |
+| `earlier_records` | completes records of earlier releases |
 | `comparison` | `Comparison`: all measurements and the compute ledger, as one JSON file |
 | `results` | FLOPs saved, losses at equal budgets, spreads over seeds, rank correlations |
 | `planner_accuracy` | the planner's predictions and the measurements |

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cost.flops import ADAMW_FLOPS
 from ..errors import RunError
 from ..io.serialization import list_versions, read_json, to_plain
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunDirectory, RunFacts
 from ..runs.records import EVAL_LOSS, StageRecord
 from .comparison import Comparison, Cost, Curve, RunResult, StageResult
 from .config import Experiment
-from .jobs import PREFIX_FILE, Job, find_diverged
+from .jobs import PREFIX_FILE, Job, find_diverged, find_end_rate, is_trained_with_adamw
 from .progress import measure_progress, read_progress_at_branch
 
 #: Folder of a comparison in which the reports of probes are looked for, and the name of such a report.
@@ -68,18 +69,31 @@ def _compute_own_cost(what: str, job: Job, root: Path) -> Cost:
     run = RunDirectory(root / job.directory)
     if job.end_step is not None and job.is_finished(root):
         total = measure_progress(job, run, job.end_step)
-        cost = Cost(what, 1, total.tokens, total.flops, total.seconds)
+        cost = Cost(what, 1, total.tokens, total.flops, total.seconds, job.count_optimizer_flops(job.end_step))
     else:
         paid = run.records()[_count_inherited(root, job) :]
         seconds = sum(record.seconds * record.devices for record in paid)
-        cost = Cost(
-            what, 1, sum(record.tokens for record in paid), sum(record.flops for record in paid), round(seconds, 1)
-        )
+        tokens, flops = sum(record.tokens for record in paid), sum(record.flops for record in paid)
+        cost = Cost(what, 1, tokens, flops, round(seconds, 1), _sum_optimizer_flops(job, paid) or 0.0)
     before = read_progress_at_branch(job, root)
-    if before is None or cost.tokens < before.tokens:  # it diverged before it had finished a stage of its own
-        return Cost(what, 1, 0, 0.0, 0.0) if before is not None else cost
-    tokens, flops, seconds = cost.tokens - before.tokens, cost.flops - before.flops, cost.seconds - before.seconds
-    return Cost(what, 1, tokens, flops, round(seconds, 1))
+    if before is None:
+        return cost
+    if cost.tokens < before.tokens:  # it diverged before it had finished a stage of its own
+        return Cost(what, 1, 0, 0.0, 0.0)
+    return Cost(
+        what,
+        1,
+        cost.tokens - before.tokens,
+        cost.flops - before.flops,
+        round(cost.seconds - before.seconds, 1),
+        cost.optimizer_flops - job.count_optimizer_flops(before.step),
+    )
+
+
+def _sum_optimizer_flops(job: Job, records: Sequence[StageRecord]) -> float | None:
+    """Return the FLOPs of the optimizer in some stages; None for other optimizers than AdamW."""
+    steps = sum(record.steps * record.parameters for record in records)
+    return float(ADAMW_FLOPS * steps) if is_trained_with_adamw(job.config) else None
 
 
 def _sum_probes(root: Path) -> Cost:
@@ -104,8 +118,20 @@ def read_run_result(job: Job, root: Path) -> RunResult:
     run = RunDirectory(root / job.directory)
     records = run.records()
     stages = tuple(_read_stage_result(run, record) for record in records)
-    curve = _read_curve(run, records)
-    return RunResult(job.arm, job.budget, job.seed, run.schedule, stages, curve, _count_inherited(root, job))
+    facts = RunFacts.load(run)
+    text = facts.blocks * facts.block_size if facts is not None else 0
+    return RunResult(
+        arm=job.arm,
+        budget=job.budget,
+        seed=job.seed,
+        schedule=run.schedule,
+        stages=stages,
+        curve=_read_curve(run, records),
+        inherited=_count_inherited(root, job),
+        end_rate=find_end_rate(job.config),
+        optimizer_flops=_sum_optimizer_flops(job, records),
+        passes=round(records[-1].total_tokens / text, 4) if text else None,
+    )
 
 
 def _read_stage_result(run: RunDirectory, record: StageRecord) -> StageResult:

@@ -17,6 +17,8 @@ from ..report.summary import compute_marginal_utility
 from ..runs.records import compute_perplexity
 from ..schedule import GrowthSchedule
 
+#: A learning-rate schedule is finished if it ends at this share of its peak or below: 0, or a tenth as in the paper.
+FINISHED_RATE = 0.1
 #: A list of numbers in indented JSON.
 _NUMBERS = re.compile(r"\[\n\s+([-+.\deE,\s]+?)\n\s+\]")
 
@@ -69,6 +71,9 @@ class RunResult(Record, error=RunError):
         seed: seed of weights, data order and growth.
         stages: results by stage, the initial model's first.
         inherited: number of stages taken over from a shared prefix, which cost nothing again.
+        end_rate: learning rate that the run's last schedule ends with, as a share of its peak; None if unknown.
+        optimizer_flops: FLOPs of the optimizer's steps; None if unknown.
+        passes: how often the run has read the training data, on average; None if unknown.
     """
 
     arm: str
@@ -78,6 +83,29 @@ class RunResult(Record, error=RunError):
     stages: tuple[StageResult, ...]
     curve: Curve
     inherited: int = 0
+    end_rate: float | None = None
+    optimizer_flops: float | None = None
+    passes: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run ends with a finished learning-rate schedule, as far as is known."""
+        return self.end_rate is not None and self.end_rate <= FINISHED_RATE
+
+    @property
+    def total_flops(self) -> float:
+        """Training FLOPs including the optimizer's, if those are known."""
+        return self.flops + (self.optimizer_flops or 0.0)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model at the end."""
+        return self.stages[-1].parameters
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Tokens of all stages per parameter of the model at the end."""
+        return self.tokens / self.parameters
 
     @property
     def tokens(self) -> int:
@@ -113,6 +141,7 @@ class Cost(Record, error=RunError):
         what: `runs`, `trunks` (prefixes shared by several runs) or `probes`.
         count: number of them.
         tokens, flops, seconds: training in total; seconds are summed over devices.
+        optimizer_flops: FLOPs of the optimizer's steps, which `flops` leaves out; 0 if unknown.
     """
 
     what: str
@@ -120,11 +149,12 @@ class Cost(Record, error=RunError):
     tokens: int
     flops: float
     seconds: float
+    optimizer_flops: float = 0.0
 
     @classmethod
     def sum(cls, what: str, costs: Sequence[Cost]) -> Cost:
         """Return the sum of some entries as one entry."""
-        numbers = ("count", "tokens", "flops", "seconds")
+        numbers = ("count", "tokens", "flops", "seconds", "optimizer_flops")
         return cls(what, *(sum(getattr(cost, name) for cost in costs) for name in numbers))
 
 

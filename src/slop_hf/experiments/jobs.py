@@ -14,9 +14,10 @@ from ..errors import RunError, SlopError
 from ..io.serialization import Json, hash_json, to_plain
 from ..runs.directory import RunDirectory
 from ..schedule import GrowthSchedule
+from ..training.arguments import ADAMW
 from ..training.batches import keep_first_stages
 from ..training.checkpoints import CHECKPOINT
-from ..training.config import RunConfig, preview_rates
+from ..training.config import RatePreview, RunConfig, preview_rates
 from ..training.run_plan import with_inits
 from ..training.spans import StageSpan
 from .arms import build_arm_schedule, get_model_fields
@@ -87,13 +88,21 @@ class Job:
         return self.schedule.flops(get_model_fields(self.config), self.config.data.block_size)
 
     @cached_property
-    def preview(self) -> tuple[tuple[StageSpan, ...], list[list[float]]]:
-        """The stages in whole steps, and the learning rate at each step of each stage."""
+    def preview(self) -> RatePreview:
+        """The stages in whole steps, and the learning rates."""
         return preview_rates(self.config)
 
     def count_until(self, step: int) -> tuple[int, float]:
         """Return the tokens and the training FLOPs of the first steps of the run."""
         return self._find_span(step).count_until(step)
+
+    def count_optimizer_flops(self, step: int) -> float:
+        """Return the FLOPs of the optimizer in the first steps of the run; 0 for other optimizers than AdamW."""
+        return (
+            sum(span.count_optimizer_flops(step) for span in self.preview.spans)
+            if is_trained_with_adamw(self.config)
+            else 0.0
+        )
 
     def find_stage_inside(self, step: int) -> int | None:
         """Return the number of the stage that a step is inside of; None if a stage ends at that step."""
@@ -101,7 +110,7 @@ class Job:
         return None if step == span.end_step else span.number
 
     def _find_span(self, step: int) -> StageSpan:
-        return next(span for span in self.preview[0] if step <= span.end_step)
+        return next(span for span in self.preview.spans if step <= span.end_step)
 
     def is_finished(self, root: Path) -> bool:
         """Whether the run has been trained to its end, or a trunk to the step at which it ends."""
@@ -110,7 +119,7 @@ class Job:
             return run.exists and run.is_finished
         if (stage := self.find_stage_inside(end)) is not None:
             return (run.running_dir(stage) / f"{CHECKPOINT}{end}").is_dir()
-        return run.finished_stages >= sum(span.end_step <= end for span in self.preview[0])
+        return run.finished_stages >= sum(span.end_step <= end for span in self.preview.spans)
 
     def continue_as_begun(self, root: Path) -> Job:
         """Return a trunk with the settings that it was begun with, which give the same states up to its end."""
@@ -122,6 +131,19 @@ class Job:
     def sibling_file(self, root: Path, name: str) -> Path:
         """Return the path of a file next to the run's directory, such as `seed-0.run.yaml`."""
         return (root / self.directory).with_name(f"{self.directory.name}.{name}")
+
+
+def is_trained_with_adamw(config: RunConfig) -> bool:
+    """Whether a run is trained with AdamW, whose FLOPs are counted."""
+    return config.training.get("optim", "adamw_torch") in ADAMW
+
+
+def find_end_rate(config: RunConfig) -> float | None:
+    """Return the learning rate that a run ends with, as a share of its peak; None if the config does not say."""
+    try:
+        return round(preview_rates(config).end_rate, 6)
+    except SlopError:
+        return None
 
 
 def build_jobs(experiment: Experiment) -> list[Job]:
@@ -253,7 +275,7 @@ def _branch_off(jobs: Sequence[Job]) -> list[Job]:
 
 def trace_job(job: Job) -> Trace:
     """Return what each step of a run depends on."""
-    spans, rates = job.preview
+    spans, rates, _ = job.preview
     keys = [hash_json(_list_dependencies(job, span)) for span in spans]
     return Trace(tuple(keys), tuple(np.array(stage, dtype=float) for stage in rates))
 
@@ -266,7 +288,7 @@ def _list_dependencies(job: Job, span: StageSpan) -> Json:
     stages = tuple(dataclasses.replace(stage, tokens=0) for stage in schedule.stages[: span.number])
     config = dataclasses.replace(job.config, training=training, schedule=GrowthSchedule(schedule.initial, stages))
     share = any(isinstance(value := training.get(name), float) and value < 1 for name in _INTERVALS)
-    return [to_plain(config), job.preview[0][-1].end_step if share else None]
+    return [to_plain(config), job.preview.spans[-1].end_step if share else None]
 
 
 def _read_length(key: str) -> int:

@@ -31,7 +31,7 @@ from ..report.drawing import (
 )
 from ..report.figures import GROWTH_MARK, LossCurve, draw_loss_curves
 from .comparison import Comparison, RunResult
-from .results import Spread, compute_costs_to_goal, select_main_runs
+from .results import Spread, compute_costs_to_goal, is_saving_bound, select_main_runs
 
 #: Measure of training on the horizontal axis.
 Against = Literal["flops", "seconds"]
@@ -76,7 +76,8 @@ class _Arm:
         curve: held-out losses during these runs.
         ends: ends of its runs at each budget, if there are several.
         growths: training so far and loss before each growth.
-        goal: training to the reference's final loss; None for the reference, and if a seed does not reach the loss.
+        goal: training to the reference's final loss; None for the reference, if a seed does not reach the loss, and if
+            only an upper bound is known.
     """
 
     name: str
@@ -94,8 +95,9 @@ def draw_arm_curves(comparison: Comparison, path: str | Path, *, against: Agains
     A line is the mean over the seeds of an arm at its main budget, and its band reaches from the lowest seed to the
     highest. Triangles are growths. Squares are the ends of an arm's runs at several budgets, each with a complete
     learning-rate schedule. The dashed line is the reference's final loss at budget 1; a ring marks the mean over
-    seeds of the training with which an arm reaches it (`compute_cost_to_loss`), if all its seeds do. The first
-    descent, and a jump at a growth that exceeds the other losses, leave through the top.
+    seeds of the training with which the ends of an arm's runs reach it (`compute_cost_to_loss`), if all its seeds do
+    and the least is known. The first descent, and a jump at a growth that exceeds the other losses, leave through the
+    top.
 
     Returns:
         The path of the PNG file; None if no run has held-out losses.
@@ -135,10 +137,12 @@ def _build_arms(comparison: Comparison, against: Against) -> list[_Arm]:
             "linewidth": 2.2 if name == comparison.reference else 1.6,
         }
         runs = select_main_runs(comparison, name)
-        ends = [_average_ends(comparison.runs_of(name, budget), against) for budget in budgets]
+        settled = [comparison.runs_of(name, budget) for budget in budgets]
+        ends = [_average_ends(runs, against) for runs in settled if all(run.is_finished for run in runs)]
         curve, growths = _average_curves(runs, against), _average_growths(runs, against)
         costs = [] if name == comparison.reference else [*compute_costs_to_goal(comparison, name, against).values()]
-        goal = fmean(costs) if costs and max(costs) < math.inf else None
+        is_reached = costs and max(costs) < math.inf and not is_saving_bound(comparison, name)
+        goal = fmean(costs) if is_reached else None
         arms.append(_Arm(name, style, runs, curve, ends if len(ends) > 1 else [], growths, goal))
     return arms
 

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from ..io.units import format_count, format_power
 from .comparison import Comparison
-from .results import ArmResult, compute_arm_results, find_baseline, is_below
+from .results import ArmResult, compute_arm_results, compute_countings, find_baseline, is_below
 from .tables import format_spread
 
 _MAX_NAMES = 5  # per sentence
+#: Tokens per parameter of compute-optimal training (Hoffmann et al. 2022); a saving measured below it says so.
+OPTIMAL_RATIO = 20
 
 
 def summarise_comparison(comparison: Comparison) -> list[str]:
@@ -36,8 +38,14 @@ def summarise_comparison(comparison: Comparison) -> list[str]:
         else:
             sentences += _describe_variants([result for result in ranked if result is not baseline], baseline)
     if comparison.reference is not None and comparison.runs_of(comparison.reference):
-        sentences += _describe_saving(comparison, [result for result in ranked if result.arm != comparison.reference])
-    return [*sentences, _describe_effort(comparison, ranked), *_describe_absent_runs(comparison)]
+        sentences += _describe_savings(comparison, [result for result in ranked if result.arm != comparison.reference])
+    sentences += _describe_best_size(comparison, grown)
+    return [
+        *sentences,
+        *_describe_unfinished(results),
+        _describe_effort(comparison, ranked),
+        *_describe_absent_runs(comparison),
+    ]
 
 
 def _describe_lowest(comparison: Comparison, ranked: Sequence[ArmResult]) -> str:
@@ -100,7 +108,7 @@ def _describe_variants(others: Sequence[ArmResult], baseline: ArmResult) -> list
     return [f"Compared with {name}, {' and '.join(parts)}, beyond the spread of seeds{remainder}."]
 
 
-def _describe_saving(comparison: Comparison, others: Sequence[ArmResult]) -> list[str]:
+def _describe_savings(comparison: Comparison, others: Sequence[ArmResult]) -> list[str]:
     """Say how many FLOPs the arms save on the way to the reference's final loss."""
     if not others:
         return []
@@ -108,16 +116,62 @@ def _describe_saving(comparison: Comparison, others: Sequence[ArmResult]) -> lis
     reaching = [(result.flops_saved, result) for result in others if result.flops_saved is not None]
     if not reaching:
         return [f"No other arm reaches {goal} with every seed."]
-    saved, best = max(reaching, key=lambda pair: pair[0].mean)
-    if saved.mean > 0:
-        seeds = f" ({saved.low:.1%} to {saved.high:.1%} by seed)" if len(saved.values) > 1 else ""
-        most = ", the most of all arms" if len(others) > 1 else ""
-        sentence = f"{_quote(best.arm)} reaches {goal} with {saved.mean:.1%} fewer FLOPs{seeds}{most}"
-    else:
-        closest = f"{_quote(best.arm)} comes closest, with {abs(saved.mean):.1%} more"
-        sentence = f"No arm reaches {goal} with fewer FLOPs; {closest}"
+    where = _describe_ratio(comparison.runs_of(comparison.reference or "")[0].tokens_per_parameter)
+    measured = [(saved, result) for saved, result in reaching if not result.is_bound]
+    bounds = [(saved, result) for saved, result in reaching if result.is_bound]
+    sentences = []
+    if measured:
+        saved, best = max(measured, key=lambda pair: pair[0].mean)
+        if saved.mean > 0:
+            seeds = f" ({saved.low:.1%} to {saved.high:.1%} by seed)" if len(saved.values) > 1 else ""
+            most = ", the most of all arms with several budgets" if len(others) > 1 else ""
+            sentences.append(
+                f"{_quote(best.arm)} reaches {goal} with {saved.mean:.1%} fewer FLOPs{seeds}, {where}{most}."
+            )
+        else:
+            closest = f"{_quote(best.arm)} comes closest, with {abs(saved.mean):.1%} more"
+            sentences.append(f"No arm with several budgets reaches {goal} with fewer FLOPs; {closest}.")
+    for saved, result in bounds:
+        if saved.mean >= 0.001:
+            known = f"it saves {saved.mean:.1%} or more, {where}"
+            sentences.append(f"{_quote(result.arm)} ends below {goal} at its smallest budget: {known}.")
+    if unknown := [result.arm for saved, result in bounds if saved.mean < 0.001]:
+        ends = f"{_join(unknown)} {'ends' if len(unknown) == 1 else 'end'} below {goal} at the full budget"
+        sentences.append(f"{ends}, and nothing smaller was run, so what that saves is not known.")
     missing = [result.arm for result in others if result.flops_saved is None]
-    return [sentence + (f"; not every seed of {_join(missing)} reaches it." if missing else ".")]
+    return [*sentences, *([f"Not every seed of {_join(missing)} reaches {goal}."] if missing else [])]
+
+
+def _describe_ratio(tokens_per_parameter: float) -> str:
+    """Say at how many tokens per parameter a saving was measured, and whether that is few."""
+    few = (
+        f", fewer than the {OPTIMAL_RATIO} of compute-optimal training" if tokens_per_parameter < OPTIMAL_RATIO else ""
+    )
+    return f"at {tokens_per_parameter:.2g} tokens per parameter{few}"
+
+
+def _describe_best_size(comparison: Comparison, grown: Sequence[ArmResult]) -> list[str]:
+    """Compare the best grown arm with the best size that is not grown, at equal FLOPs."""
+    if not grown:
+        return []
+    sizes = {run.schedule.initial for run in comparison.runs if not run.schedule.stages}
+    counting = next(one for one in compute_countings(comparison) if (one.arm, one.budget) == (grown[0].arm, 1))
+    if counting.best_size is None or counting.against_best_size is None:
+        return []
+    if len(sizes) < 2:
+        return [f"No other size than that of {_quote(counting.best_size)} was trained without growth."]
+    difference = counting.against_best_size.mean
+    side = "below" if difference < 0 else "above"
+    ends = f"{_quote(counting.arm)} ends {abs(difference):.4f} {side} {_quote(counting.best_size)}"
+    return [f"{ends}, the best of {len(sizes)} sizes without growth at the same FLOPs."]
+
+
+def _describe_unfinished(results: Sequence[ArmResult]) -> list[str]:
+    """Name the arms whose learning-rate schedules have not ended."""
+    arms = list(dict.fromkeys(result.arm for result in results if result.is_finished is False))
+    if not arms:
+        return []
+    return [f"The learning rate of {_join(arms)} is still high at the end: its losses are not read as savings."]
 
 
 def _describe_effort(comparison: Comparison, ranked: Sequence[ArmResult]) -> str:

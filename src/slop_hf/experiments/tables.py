@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,9 +15,22 @@ from rich.text import Text
 from ..io.units import NOTHING, format_count, format_decimals, format_power, format_seconds, format_significant
 from ..report.tables import TextTable
 from .comparison import Comparison, Cost
-from .results import ArmResult, Spread, compute_arm_results, find_baseline, find_main_budget, select_main_runs
+from .results import (
+    ArmResult,
+    Counting,
+    Spread,
+    compute_arm_results,
+    compute_countings,
+    find_baseline,
+    find_main_budget,
+    select_main_runs,
+)
+
+Row = TypeVar("Row")
 
 LEDGER_COLUMNS = (("what", False), ("count", True), ("tokens", True), ("FLOPs", True), ("device seconds", True))
+#: A further column of the ledger, if the record counts the optimizers' FLOPs.
+OPTIMIZER_COLUMN = ("optimizer FLOPs", True)
 ARM_STAGE_COLUMNS = (
     *(("arm", False), ("stage", False), ("structure", False), ("parameters", True), ("tokens", True)),
     *(("loss after growth", True), ("held-out loss", True)),
@@ -24,9 +38,12 @@ ARM_STAGE_COLUMNS = (
 #: What the ledger's kinds of entries are called in tables.
 _LEDGER_NAMES = {"trunks": "shared prefixes (first stages that several runs have in common)"}
 _NOT_REACHED = "not reached"
+_SCHEDULE_ENDS = {True: "finished", False: "unfinished", None: NOTHING}
 _MEANINGLESS = 1e9  # a perplexity or utility from here on is a sign of divergence
 _ABOUT = "what"
-_LEFT_ALIGNED = ("arm", _ABOUT, "grows")
+_SCHEDULE = "schedule"
+_BEST_SIZE = "best size not grown"
+_LEFT_ALIGNED = ("arm", _ABOUT, "grows", _SCHEDULE, _BEST_SIZE)
 
 
 def tabulate_arms(comparison: Comparison) -> TextTable:
@@ -44,6 +61,7 @@ def tabulate_arms(comparison: Comparison) -> TextTable:
         "grows": lambda result: result.sequence or NOTHING,
         "budget": lambda result: f"×{result.budget:g}" if has_budgets else NOTHING,
         "seeds": lambda result: str(len(result.seeds)),
+        _SCHEDULE: lambda result: _SCHEDULE_ENDS[result.is_finished],
         "tokens": lambda result: format_count(result.tokens),
         "FLOPs": lambda result: format_power(result.flops),
         "seconds": lambda result: format_seconds(result.seconds.mean),
@@ -55,7 +73,44 @@ def tabulate_arms(comparison: Comparison) -> TextTable:
     }
     for column in dict.fromkeys(name for printed in comparison.printed.values() for name in printed):
         cells[f"{column} (paper)"] = partial(_format_printed, comparison, column)
-    columns = {heading: [cell(result) for result in results] for heading, cell in cells.items()}
+    return _build_table(results, cells)
+
+
+def tabulate_countings(comparison: Comparison) -> TextTable:
+    """Return a table of every arm and budget in every way of counting (`compute_countings`).
+
+    Differences are means over seeds, with the lowest and the highest. Columns without content are left out.
+    """
+    baseline, countings = find_baseline(comparison), compute_countings(comparison)
+    savings = {(result.arm, result.budget): result for result in compute_arm_results(comparison)}
+    has_budgets = any(counting.budget != 1 for counting in countings)
+    cells: dict[str, Callable[[Counting], str]] = {
+        "arm": lambda counting: counting.arm,
+        "grows": lambda counting: counting.sequence or NOTHING,
+        "budget": lambda counting: f"×{counting.budget:g}" if has_budgets else NOTHING,
+        "seeds": lambda counting: str(len(counting.seeds)),
+        _SCHEDULE: lambda counting: _SCHEDULE_ENDS[counting.is_finished],
+        "tokens per parameter": lambda counting: f"{counting.tokens_per_parameter:,.1f}",
+        f"FLOPs of {baseline}": lambda counting: _format_ratio(counting.relative_flops),
+        "equal FLOPs": lambda counting: format_differences(counting.equal_flops),
+        "equal tokens": lambda counting: format_differences(counting.equal_tokens),
+        "gap closed": lambda counting: _format_percent(counting.gap_closed) if counting.gap_closed else NOTHING,
+        _BEST_SIZE: lambda counting: counting.best_size or NOTHING,
+        "vs best size": lambda counting: format_differences(counting.against_best_size),
+        "FLOPs saved": lambda counting: (
+            NOTHING
+            if comparison.reference is None
+            else _format_saving(comparison, savings[counting.arm, counting.budget])
+        ),
+        "optimizer's share": lambda counting: _format_share(counting.optimizer_share),
+        "passes over the data": lambda counting: format_decimals(counting.passes, 2),
+    }
+    return _build_table(countings, cells)
+
+
+def _build_table(rows: Sequence[Row], cells: Mapping[str, Callable[[Row], str]]) -> TextTable:
+    """Return a table with one row per value and one column per heading, without columns that hold nothing."""
+    columns = {heading: [cell(row) for row in rows] for heading, cell in cells.items()}
     shown = {heading: column for heading, column in columns.items() if not column or {*column} != {NOTHING}}
     headings = tuple((heading, heading not in _LEFT_ALIGNED) for heading in shown)
     return TextTable(headings, tuple(zip(*shown.values(), strict=True)))
@@ -88,6 +143,7 @@ def tabulate_ledger(comparison: Comparison) -> TextTable:
     costs = list(comparison.ledger)
     if len(costs) > 1:
         costs.append(Cost.sum("sum", costs))
+    has_optimizer = any(cost.optimizer_flops for cost in costs)
     rows = (
         (
             _LEDGER_NAMES.get(cost.what, cost.what),
@@ -95,16 +151,17 @@ def tabulate_ledger(comparison: Comparison) -> TextTable:
             format_count(cost.tokens),
             format_power(cost.flops),
             format_seconds(cost.seconds),
+            *([format_power(cost.optimizer_flops)] if has_optimizer else []),
         )
         for cost in costs
     )
-    return TextTable(LEDGER_COLUMNS, tuple(rows))
+    return TextTable((*LEDGER_COLUMNS, *([OPTIMIZER_COLUMN] if has_optimizer else [])), tuple(rows))
 
 
 def build_arms_table(comparison: Comparison) -> Table:
     """Return the columns of `tabulate_arms` that fit into a terminal of 80 characters, for `rich.print`."""
     table, unequal = tabulate_arms(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
-    wanted = ("arm", "grows", "budget", unequal, "held-out loss", "FLOPs saved")
+    wanted = ("arm", "grows", "budget", _SCHEDULE, unequal, "held-out loss", "FLOPs saved")
     headings = [heading for heading, _ in table.columns]
     numbers = [n for n, heading in enumerate(headings) if heading in wanted or heading.startswith("loss vs ")]
     rows = tuple(tuple(row[number] for number in numbers) for row in table.rows)
@@ -137,6 +194,18 @@ def format_spread(spread: Spread, places: int) -> str:
     return mean if deviation is None else f"{mean} ± {format_decimals(deviation, places)}"
 
 
+def format_differences(spread: Spread | None) -> str:
+    """Return differences of losses, the mean over seeds with its range.
+
+    >>> format_differences(Spread((-0.25, 0.5))), format_differences(Spread((-0.25,)))
+    ('+0.1250 (-0.2500 to +0.5000)', '-0.2500')
+    """
+    if spread is None or not math.isfinite(spread.mean):
+        return NOTHING
+    seeds = f" ({spread.low:+.4f} to {spread.high:+.4f})" if len(spread.values) > 1 else ""
+    return f"{spread.mean:+.4f}{seeds}"
+
+
 def _format_difference(result: ArmResult, baseline: str | None) -> str:
     spread = result.against_reference
     if result.arm == baseline or spread is None or not math.isfinite(spread.mean):
@@ -156,8 +225,22 @@ def _format_saving(comparison: Comparison, result: ArmResult) -> str:
         return NOTHING
     if saved is None:
         return _NOT_REACHED
-    mean, low, high = (f"{100 * value:.1f}".replace("-0.0", "0.0") for value in (saved.mean, saved.low, saved.high))
-    return f"{mean}% ({low} to {high})" if len(saved.values) > 1 else f"{mean}%"
+    return f"{'≥ ' if result.is_bound else ''}{_format_percent(saved)}"
+
+
+def _format_percent(spread: Spread) -> str:
+    """Return a share in percent, the mean over seeds with its range."""
+    low, high = (f"{100 * value:.1f}".replace("-0.0", "0.0") for value in (spread.low, spread.high))
+    mean = f"{100 * spread.mean:.1f}%".replace("-0.0%", "0.0%")
+    return f"{mean} ({low} to {high})" if len(spread.values) > 1 else mean
+
+
+def _format_ratio(value: float | None) -> str:
+    return NOTHING if value is None else f"×{value:.2f}"
+
+
+def _format_share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2%}"
 
 
 def _format_printed(comparison: Comparison, column: str, result: ArmResult) -> str:

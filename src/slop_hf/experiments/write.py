@@ -20,7 +20,7 @@ from .loss_curves import draw_arm_curves
 from .planner_accuracy import describe_planner_accuracy, draw_utility, tabulate_predictions
 from .running import JobEndCallback, describe_machine, run_experiment
 from .summary_text import summarise_comparison
-from .tables import tabulate_arm_stages, tabulate_arms, tabulate_ledger
+from .tables import tabulate_arm_stages, tabulate_arms, tabulate_countings, tabulate_ledger
 
 COMPARISON_MARKDOWN, COMPARISON_JSON = "comparison.md", "comparison.json"
 
@@ -40,7 +40,8 @@ COMPARISON_FIGURES = {
         "Held-out loss against training FLOPs",
         "Lines are means over seeds, and bands reach from the lowest seed to the highest. Triangles are growths. "
         "Squares are the ends of an arm's runs at several budgets, each with a complete learning-rate schedule. The "
-        "dashed line is the reference's final loss; rings mark where arms reach it. As in Fig. 2 of the SLOP paper.",
+        "dashed line is the reference's final loss; rings mark where the ends of an arm's runs reach it. As in Fig. 2 "
+        "of the SLOP paper.",
         draw_arm_curves,
     ),
     "seconds": ComparisonFigure(
@@ -71,10 +72,29 @@ ARM_COLUMN_MEANINGS = {
     "seconds": "wall-clock training time, mean over seeds, without evaluation, saving and growth.",
     "held-out loss": "nats per token at the end, mean over seeds ± sample standard deviation.",
     "ppl": "perplexity, exp of the loss, mean over seeds ± sample standard deviation.",
+    "schedule": "whether the learning rate has fallen to a tenth of its peak or below when the run ends; an "
+    "unfinished schedule reaches no loss and saves nothing.",
     "FLOPs saved": "1 − FLOPs to the reference's final loss / the reference's FLOPs, in percent: mean over seeds, and "
-    "lowest to highest. An arm reaches that loss at its target's first evaluation at or below it; if the arm was run "
-    "at several budgets, also on the line between the ends of two of its runs, over log FLOPs.",
+    "lowest to highest. An arm reaches that loss at the end of a run, with a finished schedule; if the arm was run at "
+    "several budgets, also on the line between the ends of two of its runs, over log FLOPs. ≥: the arm's shortest run "
+    "is already below that loss, so a shorter one might save more.",
     "marginal utility": "Eq. 2 of the SLOP paper, in perplexity per device hour.",
+}
+
+
+#: Meanings of the columns in the table of countings, by heading.
+COUNTING_COLUMN_MEANINGS = {
+    "tokens per parameter": "tokens of all stages per parameter of the final model.",
+    "equal FLOPs": "held-out loss minus the one with which the arm that others are compared with would end at the "
+    "same FLOPs, the optimizer's included: on the line between the ends of two of its runs, over log FLOPs; nothing "
+    "is extrapolated.",
+    "equal tokens": "the same at equal tokens, which costs fewer FLOPs if the arm begins small.",
+    "gap closed": "at equal tokens, the share of the distance between the initial structure without growth and the "
+    "compared arm that the arm has covered: 100% is as good as that arm.",
+    "best size not grown": "of the other arms without growth, whatever their size, the one with the lowest loss at "
+    "these FLOPs; `vs best size` is the difference to it.",
+    "optimizer's share": "share of the optimizer's steps in the FLOPs.",
+    "passes over the data": "tokens trained on per token of the training data.",
 }
 
 
@@ -109,6 +129,12 @@ def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> st
         table.markdown(),
         "\n".join(f"- **{heading}**: {text}" for heading, text in ARM_COLUMN_MEANINGS.items() if heading in headings),
     ]
+    if comparison.runs:
+        countings = tabulate_countings(comparison)
+        shown = [heading for heading, _ in countings.columns]
+        meanings = [f"- **{name}**: {text}" for name, text in COUNTING_COLUMN_MEANINGS.items() if name in shown]
+        parts += ["## Ways of counting", "Differences are means over seeds, with the lowest and the highest."]
+        parts += [countings.markdown(), "\n".join(meanings)]
     for name in figures:
         parts += [format_figure_link(name, f"{name}.png"), COMPARISON_FIGURES[name].caption]
     if accuracy := describe_planner_accuracy(comparison):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -48,7 +48,7 @@ from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import PER_STAGE, keep_last_stage
 from .checks import HALF_PRECISION
-from .learning_rate import check_scheduler, compute_rates
+from .learning_rate import check_scheduler, compute_end_rate, compute_rates
 from .ranks import Ranks
 from .run_plan import plan_run, with_inits
 from .spans import StageSpan
@@ -340,10 +340,22 @@ def preview_run(
     return plan.spans
 
 
-def preview_rates(
-    config: RunConfig, *, begun: RunFacts | None = None
-) -> tuple[tuple[StageSpan, ...], list[list[float]]]:
-    """Return the stages that a run would train, and the learning rate at each step of each stage.
+class RatePreview(NamedTuple):
+    """The learning rates of a run.
+
+    Args:
+        spans: its stages, in whole steps.
+        rates: learning rate at each step of each stage.
+        end_rate: learning rate that its last schedule ends with, as a share of the peak.
+    """
+
+    spans: tuple[StageSpan, ...]
+    rates: list[list[float]]
+    end_rate: float
+
+
+def preview_rates(config: RunConfig, *, begun: RunFacts | None = None) -> RatePreview:
+    """Return the stages that a run would train, and its learning rates.
 
     Args:
         begun: facts of the run if it has begun: it keeps its batches.
@@ -355,7 +367,7 @@ def preview_rates(
     schedule = with_inits(_read_schedule(config, args, scratch=False), args.growth_init)
     model_config = _preview_model(config, schedule, scratch=False)
     plan = plan_run(schedule, args, model_config, block_size=config.data.block_size, devices=1, begun=begun)
-    return plan.spans, compute_rates(args, plan.spans, plan.rates)
+    return RatePreview(plan.spans, compute_rates(args, plan.spans, plan.rates), compute_end_rate(args, plan.spans))
 
 
 def _build_preview_arguments(config: RunConfig, output_dir: str | Path) -> SlopTrainingArguments:

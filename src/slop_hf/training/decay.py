@@ -39,7 +39,7 @@ def plan_decay(config: RunConfig, trunk: RunDirectory, step: int, decay: float =
     if not is_finite_number(decay) or decay <= 0:
         raise RunError(f"the decay must have a positive number of steps, or a share of the steps, got {decay!r}")
     config = replace(config, schedule=trunk.schedule)
-    spans, rates = preview_rates(config, begun=RunFacts.load(trunk))
+    spans, rates, _ = preview_rates(config, begun=RunFacts.load(trunk))
     span = _find_stage(trunk, spans, step)
     peak, rate = max(rates[span.number]), rates[span.number][step - span.first_step - 1]
     if rate < peak:

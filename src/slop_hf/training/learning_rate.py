@@ -86,14 +86,32 @@ def compute_rates(
     """
     rates = []
     for span, peak in zip(spans, peaks, strict=True):
-        optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-        scheduler = build_stage_scheduler(args, optimizer, span, spans[-1].end_step)
-        if not isinstance(scheduler, LambdaLR):
-            name = _get_scheduler_name(args)
-            raise RunError(f"lr_scheduler_type {name!r} depends on more than the step, so its rates are not known")
-        (factor,) = scheduler.lr_lambdas
+        factor = _find_factor(args, span, spans[-1].end_step)
         rates.append([peak * factor(step) for step in range(span.steps)])
     return rates
+
+
+def compute_end_rate(args: SlopTrainingArguments, spans: Sequence[StageSpan]) -> float:
+    """Return the learning rate that the run's last schedule ends with, as a share of its peak.
+
+    A cosine or a linear decay to 0 ends with 0, one to a tenth with 0.1, and a constant rate with 1.
+
+    Raises:
+        RunError: for a schedule that depends on more than the step.
+    """
+    span = next(span for span in reversed(spans) if span.steps)
+    return _find_factor(args, span, spans[-1].end_step)(span.steps)
+
+
+def _find_factor(args: SlopTrainingArguments, span: StageSpan, run_steps: int) -> Callable[[int], float]:
+    """Return the learning rate of a stage as a function of its step, as a share of the peak."""
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = build_stage_scheduler(args, optimizer, span, run_steps)
+    if not isinstance(scheduler, LambdaLR):
+        name = _get_scheduler_name(args)
+        raise RunError(f"lr_scheduler_type {name!r} depends on more than the step, so its rates are not known")
+    (factor,) = scheduler.lr_lambdas
+    return factor
 
 
 def _get_scheduler_name(args: SlopTrainingArguments) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..cost.flops import count_flops_per_token, count_parameters
+from ..cost.flops import ADAMW_FLOPS, count_flops_per_token, count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import RunError
 from ..schedule import GrowthSchedule, GrowthStage
@@ -45,6 +45,10 @@ class StageSpan:
     def blocks_per_step(self) -> int:
         """Blocks per optimizer step, over all devices; 0 in a stage without steps."""
         return self.blocks // self.steps if self.steps else 0
+
+    def count_optimizer_flops(self, global_step: int) -> float:
+        """Return the FLOPs of AdamW's steps in the stage up to a global step."""
+        return float(ADAMW_FLOPS * self.parameters * min(max(global_step - self.first_step, 0), self.steps))
 
     @property
     def end_step(self) -> int:
