@@ -82,6 +82,8 @@ PASSED = [(0, 20.0, 5.0), (2, 70.0, 3.1), (2, 80.0, 2.9), (2, 100.0, 3.1)]
         pytest.param([slop(2.5), slop(2.9, 0.5)], 50.0, True, id="a shorter run with its own schedule"),
         pytest.param([slop(2.5), slop(2.9, 0.5, end_rate=1.0)], 100.0, True, id="a shorter run without its decay"),
         pytest.param([slop(2.8), slop(3.2, 0.5)], BETWEEN, False, id="between two ends"),
+        pytest.param([slop(2.8), slop(math.nan, 0.5)], 100.0, True, id="one of two runs has diverged"),
+        pytest.param([slop(2.8), slop(math.inf, 0.5)], 100.0, True, id="a loss that is infinite"),
         pytest.param([slop(2.8), slop(3.2, 0.5, end_rate=1.0)], 100.0, True, id="only one of them is an end"),
     ],
 )

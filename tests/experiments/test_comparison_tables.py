@@ -133,6 +133,7 @@ def test_only_finished_schedules_save(end_rate, budgets, expected, cell):
     record = comparison(2, budgets={"slop": budgets})
     runs = [replace(run, end_rate=end_rate) if run.arm == "slop" else run for run in record.runs]
     record = replace(record, runs=tuple(runs))
+    assert ("unfinished" in printed(build_arms_table(record))) == (end_rate == 1.0)
     assert expected in " ".join(summarise_comparison(record))
     assert column(tabulate_arms(record), "FLOPs saved")[0].startswith(cell)
 

@@ -138,7 +138,7 @@ class Cost(Record, error=RunError):
     """One entry of the compute ledger.
 
     Args:
-        what: `runs`, `trunks` (prefixes shared by several runs) or `probes`.
+        what: `runs`, `trunks` (first stages or steps shared by several runs) or `probes`.
         count: number of them.
         tokens, flops, seconds: training in total; seconds are summed over devices.
         optimizer_flops: FLOPs of the optimizer's steps, which `flops` leaves out; 0 if unknown.

@@ -339,8 +339,8 @@ def _find_whether_finished(runs: Sequence[RunResult]) -> bool | None:
 
 
 def _select_finished(runs: Sequence[RunResult]) -> list[RunResult]:
-    """Return the runs whose learning-rate schedule is known to have ended."""
-    return [run for run in runs if run.is_finished]
+    """Return the runs whose learning-rate schedule is known to have ended; none that has diverged."""
+    return [run for run in runs if run.is_finished and math.isfinite(run.eval_loss)]
 
 
 def _get_cost(run: RunResult, unit: Unit) -> float:

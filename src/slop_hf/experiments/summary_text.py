@@ -156,13 +156,13 @@ def _describe_best_size(comparison: Comparison, grown: Sequence[ArmResult]) -> l
         return []
     sizes = {run.schedule.initial for run in comparison.runs if not run.schedule.stages}
     counting = next(one for one in compute_countings(comparison) if (one.arm, one.budget) == (grown[0].arm, 1))
-    if counting.best_size is None or counting.against_best_size is None:
+    against = counting.against_best_size
+    if counting.best_size is None or against is None or not math.isfinite(against.mean):
         return []
     if len(sizes) < 2:
         return [f"No other size than that of {_quote(counting.best_size)} was trained without growth."]
-    difference = counting.against_best_size.mean
-    side = "below" if difference < 0 else "above"
-    ends = f"{_quote(counting.arm)} ends {abs(difference):.4f} {side} {_quote(counting.best_size)}"
+    side = "below" if against.mean < 0 else "above"
+    ends = f"{_quote(counting.arm)} ends {abs(against.mean):.4f} {side} {_quote(counting.best_size)}"
     return [f"{ends}, the best of {len(sizes)} sizes without growth at the same FLOPs."]
 
 

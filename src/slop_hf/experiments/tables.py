@@ -36,7 +36,7 @@ ARM_STAGE_COLUMNS = (
     *(("loss after growth", True), ("held-out loss", True)),
 )
 #: What the ledger's kinds of entries are called in tables.
-_LEDGER_NAMES = {"trunks": "shared prefixes (first stages that several runs have in common)"}
+_LEDGER_NAMES = {"trunks": "shared prefixes (first steps that several runs have in common)"}
 _NOT_REACHED = "not reached"
 _SCHEDULE_ENDS = {True: "finished", False: "unfinished", None: NOTHING}
 _MEANINGLESS = 1e9  # a perplexity or utility from here on is a sign of divergence
@@ -159,9 +159,14 @@ def tabulate_ledger(comparison: Comparison) -> TextTable:
 
 
 def build_arms_table(comparison: Comparison) -> Table:
-    """Return the columns of `tabulate_arms` that fit into a terminal of 80 characters, for `rich.print`."""
+    """Return the columns of `tabulate_arms` that fit into a terminal of 80 characters, for `rich.print`.
+
+    The column of schedules is among them if one of them is unfinished.
+    """
     table, unequal = tabulate_arms(comparison), {"flops": "tokens", "tokens": "FLOPs"}[comparison.equal]
-    wanted = ("arm", "grows", "budget", _SCHEDULE, unequal, "held-out loss", "FLOPs saved")
+    wanted = {"arm", "grows", "budget", unequal, "held-out loss", "FLOPs saved"}
+    if any(_SCHEDULE_ENDS[False] in row for row in table.rows):
+        wanted.add(_SCHEDULE)
     headings = [heading for heading, _ in table.columns]
     numbers = [n for n, heading in enumerate(headings) if heading in wanted or heading.startswith("loss vs ")]
     rows = tuple(tuple(row[number] for number in numbers) for row in table.rows)

@@ -82,6 +82,10 @@ ARM_COLUMN_MEANINGS = {
 }
 
 
+_ABOUT_COUNTINGS = (
+    "Differences are means over seeds, with the lowest and the highest. FLOPs are multiples of those of the compared "
+    "arm's run at the full budget."
+)
 #: Meanings of the columns in the table of countings, by heading.
 COUNTING_COLUMN_MEANINGS = {
     "tokens per parameter": "tokens of all stages per parameter of the final model.",
@@ -133,7 +137,7 @@ def format_comparison_page(comparison: Comparison, figures: Sequence[str]) -> st
         countings = tabulate_countings(comparison)
         shown = [heading for heading, _ in countings.columns]
         meanings = [f"- **{name}**: {text}" for name, text in COUNTING_COLUMN_MEANINGS.items() if name in shown]
-        parts += ["## Ways of counting", "Differences are means over seeds, with the lowest and the highest."]
+        parts += ["## Ways of counting", _ABOUT_COUNTINGS]
         parts += [countings.markdown(), "\n".join(meanings)]
     for name in figures:
         parts += [format_figure_link(name, f"{name}.png"), COMPARISON_FIGURES[name].caption]
