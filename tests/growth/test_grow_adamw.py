@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,8 +14,15 @@ from transformers import (
 
 from slop_hf import ModelDims, grow_adamw_state, grow_optimizer_file, grow_optimizer_state_dict
 from slop_hf.errors import GrowthError
-from slop_hf.growth import build_model, grow_weights, load_adamw_file, plan_growth, save_adamw_state
-from slop_hf.growth.adamw import grow_moment
+from slop_hf.growth import (
+    GrownStateReader,
+    build_model,
+    grow_weights,
+    load_adamw_file,
+    plan_growth,
+    save_adamw_state,
+)
+from slop_hf.growth.adamw import compute_first_updates, grow_moment
 from slop_hf.training.ranks import Ranks
 from slop_hf.training.states import ReplicatedStates
 
@@ -258,7 +267,7 @@ def test_reset_counts_from_zero():
     grown = grow_adamw_state(read_adamw_state(optimizer, model), plan, step="reset")
     down = grown["model.layers.1.mlp.down_proj.weight"]
     assert down["step"] == 0 and (down["exp_avg_sq"][:, :48] != 0).any() and (down["exp_avg_sq"][:, 48:] == 0).all()
-    with pytest.raises(GrowthError, match="step must be one of keep, reset, got 'stale'"):
+    with pytest.raises(GrowthError, match="step must be one of keep, reset, per_parameter, got 'stale'"):
         grow_adamw_state(read_adamw_state(optimizer, model), plan, step="stale")
 
 
@@ -430,3 +439,64 @@ def test_files_are_complete_or_absent(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["optimizer.safetensors"]
     with pytest.raises(GrowthError, match="exists already"):
         grow_optimizer_file(source, source, plan)
+
+
+KEPT = {
+    "ffn": ("ffn", 80, "random"),
+    "copies of ffn": ("ffn", 120, "copy"),
+    "copies of heads in groups": ("mha", {"num_attention_heads": 8}, "copy"),
+    "groups cut in two": ("mha", {"num_attention_heads": 8, "num_key_value_heads": 8}, "copy"),
+    "hidden": ("hidden", 48, "preserving"),
+    "copies of hidden": ("hidden", 80, "copy"),
+    "stacked layers": ("layer", 5, "stack"),
+    "interleaved layers": ("layer", 5, "interleave"),
+    "inserted layers": ("layer", 3, "preserving"),
+}
+
+
+@pytest.mark.parametrize("growth", KEPT.values(), ids=KEPT.keys())
+def test_per_parameter_keeps_what_was_there_and_starts_the_rest_at_zero(growth, tmp_path):
+    """Of the copies of a slot or a layer, the first is what was there; the reader and the file have the same bits."""
+    model, optimizer = trained(num_key_value_heads=2)
+    config = model.config
+    operator, dims, init = growth
+    plan = plan_growth(config, operator, dims, init=init)
+    state = read_adamw_state(optimizer, model)
+    kept, carried = (grow_adamw_state(state, plan, step=step) for step in ("per_parameter", "keep"))
+    first_layers = [plan.layers.index(layer) for layer in range(config.num_hidden_layers)]
+    for parameter in plan.parameters():
+        masks = []
+        for axis in parameter.maps:
+            sources = axis.source
+            is_first = [old is not None and sources.index(old) == slot for slot, old in enumerate(sources)]
+            assert sum(is_first) == axis.old_size
+            masks.append(torch.tensor(is_first))
+        is_old = masks[0][:, None] & masks[1] if len(masks) == 2 else masks[0]
+        if match := re.search(r"layers\.(\d+)", parameter.name):
+            is_old = is_old & (int(match[1]) in first_layers)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(kept[parameter.name][key], torch.where(is_old, carried[parameter.name][key], 0.0))
+        assert kept[parameter.name]["step"] == (3 if is_old.any() else 0)
+
+    model.save_pretrained(tmp_path / "model")
+    save_adamw_state(state, tmp_path / "model" / "optimizer.safetensors")
+    written = load_adamw_file(grow_optimizer_file(tmp_path / "model", tmp_path / "grown", plan, step="per_parameter"))
+    reader = GrownStateReader(tmp_path / "model", config, plan, step="per_parameter")
+    assert reader.read_steps() == {name: float(entries["step"]) for name, entries in kept.items()}
+    for name, entries in kept.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(written[name][key], entries[key])
+            assert torch.equal(reader.read(name, key, reader.allocate(name, key)), entries[key])
+
+
+def test_new_entries_update_as_compute_first_updates_says():
+    """Under a steady gradient, an entry that begins at zero in a tensor of many steps, over a fresh AdamW's entry."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, eps=0.0)
+    optimizer.state[weight] = {"step": torch.tensor(1e6), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
+    updates = []
+    for _ in range(30):
+        before, weight.grad = weight.item(), torch.tensor([0.25])
+        optimizer.step()
+        updates.append(before - weight.item())
+    assert updates == pytest.approx(compute_first_updates(0.9, 0.99, 30), rel=1e-5)

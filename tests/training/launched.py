@@ -69,6 +69,7 @@ class Dump(TrainerCallback):
         facts = {
             "alive": alive,
             "step": max(steps.values(), default=None),
+            "steps": steps,
             "groups": groups,
             "held": held(self.trainer),
             "is_compiled": bool(getattr(self.trainer.model_wrapped, "is_compiled", False)),  # by DeepSpeed

@@ -208,7 +208,7 @@ def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
         ({"rewarm_steps": -0.1}, "rewarm_steps must be a number, at least 0, got -0.1"),
         ({"peak_tflops": -1}, "peak_tflops must be a number, at least 0, got -1"),
         ({"fsdp": "full_shard"}, "FSDP is not supported; shard with DeepSpeed ZeRO-3"),
-        ({"optim": "sgd"}, "optim 'sgd' keeps a state that cannot be grown .*; set carry_optimizer_state to false"),
+        ({"optim": "sgd"}, "optim 'sgd' keeps a state that cannot be grown .*; set optimizer_state_at_growth to new"),
     ],
 )
 def test_arguments_without_meaning_are_refused(tmp_path, settings, message):

@@ -381,7 +381,7 @@ OTHER_RUNS = [
     ({"growth_noise": 0.5}, "was begun with growth_noise 0.1, not 0.5"),
     ({"growth_init": "preserving"}, "was begun with growth_init {'layer': 'stack'} in stage 1, not {'layer': 'preser"),
     ({"growth_init": {"ffn": "copy"}}, "was begun with growth_init {'ffn': 'random'} in stage 2, not {'ffn': 'copy'}"),
-    ({"carry_optimizer_state": False}, "was begun with carry_optimizer_state True, not False"),
+    ({"carry_optimizer_state": False}, "was begun with optimizer_state_at_growth carried, not new"),
     ({"optim": "adafactor", "carry_optimizer_state": False}, "was begun with "),
     ({"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"amsgrad": True})}, "AdamW keeps a state that cannot be grown"),
     ({"model": lambda: small_model(dropout=0.0)}, "with a model whose attention_dropout is 0.1, not 0.0"),
@@ -403,12 +403,31 @@ def test_what_would_be_another_run_is_refused(run: RunDirectory, settings: dict[
     refuse(run, message, **{name: value() if callable(value) else value for name, value in settings.items()})
 
 
-def test_another_optimizer_is_refused_by_its_name(run: RunDirectory) -> None:
-    (run.path / "run.json").write_text(
-        (run.path / "run.json").read_text().replace('"carry_optimizer_state": true,', "")
-    )
-    refuse(run, "with optimizer adamw, not adafactor", optim="adafactor", carry_optimizer_state=False)
+@pytest.mark.parametrize(
+    ("carried", "given", "message"),
+    [
+        (True, {"optimizer_state_at_growth": "carried"}, ""),
+        (True, {"optimizer_state_at_growth": "kept"}, "optimizer_state_at_growth carried, not kept"),
+        (False, {"carry_optimizer_state": False, "optimizer_state_at_growth": "kept"}, "at_growth new, not kept"),
+    ],
+)
+def test_an_earlier_release_wrote_down_the_boolean_alone(run, carried, given, message):
     facts = json.loads((run.path / "run.json").read_text())
+    del facts["optimizer_state_at_growth"]
+    (run.path / "run.json").write_text(json.dumps({**facts, "carry_optimizer_state": carried}))
+    if message:
+        refuse(run, message, **{"carry_optimizer_state": None, **given})
+    else:
+        loaded = RunFacts.load(run)
+        assert loaded is not None and loaded.optimizer_state_at_growth == "carried"
+        loaded.check(trainer(run.path, **given).plan.facts, run)
+
+
+def test_another_optimizer_is_refused_by_its_name(run: RunDirectory) -> None:
+    facts = json.loads((run.path / "run.json").read_text())
+    del facts["carry_optimizer_state"], facts["optimizer_state_at_growth"]
+    (run.path / "run.json").write_text(json.dumps(facts))
+    refuse(run, "with optimizer adamw, not adafactor", optim="adafactor", carry_optimizer_state=False)
     del facts["optimizer"]  # as an earlier release wrote it
     (run.path / "run.json").write_text(json.dumps(facts))
     refuse(run, "holds AdamW's state, which adafactor cannot use", optim="adafactor", carry_optimizer_state=False)

@@ -123,7 +123,11 @@ def probe_command(
     console.print(build_probe_table(report))
     for sentence in describe_probe(report):
         console.print(sentence)
-    if start is not None and run.training.get("carry_optimizer_state") and not start.has_optimizer_state:
+    carries = run.training.get("carry_optimizer_state") or run.training.get("optimizer_state_at_growth") in (
+        "carried",
+        "kept",
+    )
+    if start is not None and carries and not start.has_optimizer_state:
         console.print("The start has no AdamW state any more: every trial began with a new one.")
     print(f"measurements written to {output / 'probe.json'}")
     if write_schedule is not None:

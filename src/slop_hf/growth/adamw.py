@@ -38,7 +38,7 @@ from .tensors import allocate_grown, assemble
 #: `exp_avg`, `exp_avg_sq` and `step`, by parameter name.
 AdamWState = dict[str, dict[str, torch.Tensor]]
 #: Treatment of `step`, see `grow_adamw_state`.
-StepPolicy = Literal["keep", "reset"]
+StepPolicy = Literal["keep", "reset", "per_parameter"]
 #: An entry of a state: a tensor; in some state dicts, `step` is a number.
 Entry = TypeVar("Entry", torch.Tensor, int, float)
 
@@ -77,7 +77,14 @@ def grow_adamw_state(
             old `exp_avg_sq`: under a large `step`, a second moment of 0 has no bias correction left, and Adam's first
             updates would be several times the learning rate (6.6 times for beta2 = 0.999). "reset" counts from 0: new
             entries start with both moments 0, as in a fresh AdamW. Old entries keep their moments, and their updates
-            are damped by sqrt(1 - beta2^t) / (1 - beta1^t), for about 1 / (1 - beta2) steps.
+            are multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), for about 1 / (1 - beta2) steps.
+            "per_parameter" tells old entries from new ones, and copies are new: of each old slot and each old layer,
+            the first copy is the old one. Old entries keep their moments, new ones start with both moments 0.
+            Parameters of added layers count from 0, as in a fresh AdamW; all others continue to count. Torch counts
+            once per tensor, so new entries of an old tensor miss their bias correction: k steps after growth, the
+            update of an entry with a steady gradient is (1 - beta1^k) / sqrt(1 - beta2^k) of a fresh AdamW's. Under
+            beta2 = 0.95 that is a warm-up, from 0.45 at the first step to 1.10 at most (`compute_first_updates`).
+            Counting from 0 instead would disturb the old entries, which are trained, in the same way.
 
     Raises:
         GrowthError: if no parameter has a state, or the state is not AdamW's, or it belongs to another model.
@@ -130,10 +137,10 @@ def grow_moment(
             f"a moment of {plan.source} has shape {list(moment.shape)}, the model's has {list(plan.old_shape)}: this "
             "is the state of another model, or a sharded or quantised one; gather it first"
         )
-    if power == 1 and (has_no_gradient or plan.zeroed):
+    if (power == 1 and (has_no_gradient or plan.zeroed)) or (step == "per_parameter" and plan.is_added):
         return allocate_grown(moment, plan.maps, out).zero_()
     # A mean in float64, once rounded to float32, does not depend on the number of threads that sum it.
-    new = ZERO if power == 1 or step == "reset" else InitDistribution(float(moment.double().mean()), 0.0)
+    new = ZERO if power == 1 or step != "keep" else InitDistribution(float(moment.double().mean()), 0.0)
     if plan.zeroed:
         return allocate_grown(moment, plan.maps, out).fill_(new.mean)
 
@@ -141,7 +148,23 @@ def grow_moment(
         copies = math.prod(s.copies for dimension, s in enumerate(segments) if dimension != plan.row.read_dimension)
         return (copies * plan.scale) ** -power
 
-    return assemble(moment, plan.maps, lambda operators: new, compute_factor, out=out)
+    maps = [axis.originals for axis in plan.maps] if step == "per_parameter" else plan.maps
+    return assemble(moment, maps, lambda operators: new, compute_factor, out=out)
+
+
+def compute_first_updates(beta1: float, beta2: float, steps: int = 2000) -> list[float]:
+    """Return the updates of new entries of an old tensor, over those of a fresh AdamW, for each step after growth.
+
+    The gradient is steady, the moments begin at 0, and the tensor's step count is large, as with `step`
+    "per_parameter". After k steps the ratio is `(1 - beta1^k) / sqrt(1 - beta2^k)`.
+
+    >>> updates = compute_first_updates(0.9, 0.95)
+    >>> round(updates[0], 2), round(max(updates), 2)
+    (0.45, 1.1)
+    >>> round(max(compute_first_updates(0.9, 0.999)), 1)
+    6.6
+    """
+    return [(1 - beta1**k) / math.sqrt(1 - beta2**k) if beta2 else 1 - beta1**k for k in range(1, steps + 1)]
 
 
 def grow_optimizer_state_dict(
@@ -348,13 +371,19 @@ def grow_entry(
     """Return one grown entry of a parameter's state; arguments and errors as for `grow_moment`."""
     if key == "step":
         copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
-        return copy if step == "keep" else copy * 0
+        return copy * 0 if resets_step(plan, step) else copy
+
     if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor) or value.dtype not in DTYPE_NAMES:
         known = ", ".join(GRADIENT_POWERS)
         raise GrowthError(
             f"{plan.source} has the state {key!r}, unknown to AdamW: {known} in floating point, and step"
         )
     return grow_moment(value, plan, GRADIENT_POWERS[key], step=step, has_no_gradient=has_no_gradient, out=out)
+
+
+def resets_step(plan: ParameterPlan, step: StepPolicy) -> bool:
+    """Whether AdamW counts the steps of a grown parameter from 0."""
+    return step == "reset" or (step == "per_parameter" and plan.is_added)
 
 
 def find_parameters_without_gradient(plan: GrowthPlan) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from ..architectures import Axis
@@ -129,6 +130,28 @@ class AxisMap:
             for segment in self.segments
             for i in range(segment.length)
         ]
+
+    @cached_property
+    def originals(self) -> AxisMap:
+        """This map with every copy of an old slot after the first one as a new slot; the numbers of copies stay.
+
+        >>> AxisMap.tile(2, 5, "ffn").originals.source
+        [0, 1, None, None, None]
+        """
+        if self.max_copies == 1:
+            return self
+        seen: set[int] = set()
+        segments: list[Segment] = []
+        for segment in self.segments:
+            for i in range(segment.length):
+                old = None if segment.old is None or segment.old + i in seen else segment.old + i
+                seen |= set() if old is None else {old}
+                copies = 1 if old is None else segment.copies
+                if segments and _continues(segments[-1], old, copies):
+                    segments[-1] = segments[-1]._replace(length=segments[-1].length + 1)
+                else:
+                    segments.append(Segment(segment.start + i, 1, old, copies, segment.operator))
+        return AxisMap(self.old_size, tuple(segments))
 
     @property
     def new_slots(self) -> list[int]:

@@ -59,6 +59,7 @@ class ParameterPlan:
             of a slot.
         zeroed: whether old entries become zero (for a gain: its effective value), so that an inserted layer adds
             nothing to the residual stream. New entries become zero too, except gains.
+        is_added: whether the parameter belongs to an added layer: no parameter of the old model lives on in it.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -75,6 +76,7 @@ class ParameterPlan:
     seed: int
     inits: Mapping[str, str]
     initializer_range: float
+    is_added: bool = False
 
     @property
     def stored_name(self) -> str:
@@ -166,12 +168,15 @@ class GrowthPlan:
         return tuple(LAYER_INITS[init](self.old.num_hidden_layers, self.new.num_hidden_layers))
 
     @cached_property
-    def inserted_layers(self) -> frozenset[int]:
-        """New layers that add nothing to the residual stream: with init `preserving`, every copy after the first."""
-        if self.inits.get("layer") != "preserving":
-            return frozenset()
+    def added_layers(self) -> frozenset[int]:
+        """New layers in which no old one lives on: every copy of an old layer after the first."""
         originals = {old: new for new, old in reversed(list(enumerate(self.layers)))}
         return frozenset(range(len(self.layers))) - frozenset(originals.values())
+
+    @property
+    def inserted_layers(self) -> frozenset[int]:
+        """Added layers that add nothing to the residual stream, as with the init `preserving`."""
+        return self.added_layers if self.inits.get("layer") == "preserving" else frozenset()
 
     @property
     def _hidden_is_exact(self) -> bool:
@@ -231,7 +236,7 @@ class GrowthPlan:
                 continue
             for layer, source in enumerate(self.layers):
                 name, old = (row.name.replace(LAYER, str(number)) for number in (layer, source))
-                yield self._plan_parameter(row, name, old, is_inserted=layer in self.inserted_layers)
+                yield self._plan_parameter(row, name, old, layer)
 
     def find_source(self, name: str) -> str:
         """Return the name of the old parameter, buffer or module that one of the grown model comes from."""
@@ -251,7 +256,7 @@ class GrowthPlan:
         match = re.match(rf"{re.escape(prefix)}(\d+)", name)
         return (prefix, int(match[1]), name[match.end() :]) if match else (prefix, None, "")
 
-    def _plan_parameter(self, row: Parameter, name: str, source: str, *, is_inserted: bool = False) -> ParameterPlan:
+    def _plan_parameter(self, row: Parameter, name: str, source: str, layer: int | None = None) -> ParameterPlan:
         writes_residual = row.kind in ("projection", "embedding", "bias") and any(
             axis == "hidden" and row.role(dimension) == "write" for dimension, axis in enumerate(row.axes)
         )
@@ -270,10 +275,11 @@ class GrowthPlan:
             gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
             is_centred=self.needs_centring and writes_residual,
             noise=self.noise * initializer_range if reads_copies else 0.0,
-            zeroed=is_inserted and (row.is_post_norm if has_post_norms else writes_residual),
+            zeroed=layer in self.inserted_layers and (row.is_post_norm if has_post_norms else writes_residual),
             seed=self.seed,
             inits=self.inits,
             initializer_range=initializer_range,
+            is_added=layer in self.added_layers,
         )
 
     def _compute_scale(self, row: Parameter) -> float:

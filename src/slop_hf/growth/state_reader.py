@@ -9,7 +9,14 @@ import torch
 from ..architectures import get_architecture
 from ..dims import ModelConfig
 from ..errors import GrowthError
-from .adamw import check_state_names, find_parameters_without_gradient, grow_entry, read_state_headers
+from .adamw import (
+    StepPolicy,
+    check_state_names,
+    find_parameters_without_gradient,
+    grow_entry,
+    read_state_headers,
+    resets_step,
+)
 from .plan import GrowthPlan
 from .safetensors_io import FLOATS, StoredTensor, read_checkpoint_headers, read_tensor
 from .tensors import ThreadMemory, grow_parameter
@@ -31,14 +38,22 @@ class GrownStateReader:
         config: config of the stored model.
         plan: growth of the model; None reads what is stored.
         moments: whether to read AdamW's state too.
+        step: as for `grow_adamw_state`.
 
     Raises:
         GrowthError: if files are missing, corrupt or belong to another model.
     """
 
     def __init__(
-        self, directory: str | Path, config: ModelConfig, plan: GrowthPlan | None = None, *, moments: bool = True
+        self,
+        directory: str | Path,
+        config: ModelConfig,
+        plan: GrowthPlan | None = None,
+        *,
+        moments: bool = True,
+        step: StepPolicy = "keep",
     ) -> None:
+        self._step: StepPolicy = step
         architecture = get_architecture(config)
         stored = read_checkpoint_headers(Path(directory))
         self._weights = {architecture.canonical_name(name): tensor for name, tensor in stored.items()}
@@ -63,7 +78,11 @@ class GrownStateReader:
         steps = {name: float(read_tensor(entries["step"])) for name, entries in self._moments.items()}
         if not self._plans:
             return steps
-        return {name: steps[plan.source] for name, plan in self._plans.items() if plan.source in steps}
+        return {
+            name: 0.0 if resets_step(plan, self._step) else steps[plan.source]
+            for name, plan in self._plans.items()
+            if plan.source in steps
+        }
 
     def allocate(self, name: str, key: str, *, pin: bool = False) -> torch.Tensor:
         """Return an uninitialised tensor for the result of `read`.
@@ -83,12 +102,12 @@ class GrownStateReader:
                 keep a store per thread, and the kernel clears memory that comes fresh.
         """
         plan, stored, has_no_gradient = self._plans.get(name), self._locate(name, key), name in self._without_gradient
-        if plan is None or (plan.is_identity and not has_no_gradient):
+        if plan is None or (plan.is_identity and not has_no_gradient and (key == WEIGHT or not plan.is_added)):
             return read_tensor(stored, out)
         value = read_tensor(stored, self._memory.allocate("read", stored.shape, FLOATS[stored.dtype]))
         if key == WEIGHT:
             return grow_parameter(value, plan, out)
-        return grow_entry(key, value, plan, "keep", has_no_gradient, out)
+        return grow_entry(key, value, plan, self._step, has_no_gradient, out)
 
     def _locate(self, name: str, key: str) -> StoredTensor:
         source = self._plans[name].source if name in self._plans else name

@@ -193,7 +193,9 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
         seed: seed of the initial weights and of dropout.
         growth_seed, growth_noise: arguments of all growths; None if unknown.
         growth_init: init of stages that have none in the schedule; None for the default, or if unknown.
-        carry_optimizer_state: whether AdamW's moments grow with the weights; None if unknown.
+        carry_optimizer_state: whether AdamW's moments grow with the weights; None if unknown. The next fact says more;
+            earlier releases read and wrote this one alone.
+        optimizer_state_at_growth: "new", "carried" or "kept"; None if unknown.
         optimizer: name of the optimizer; "adamw" for all kinds with AdamW's state.
         dtype: type of the weights that the optimizer updates.
         model: settings of the initial model's config that growth does not change.
@@ -218,6 +220,12 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
     optimizer: str = ""
     dtype: str = ""
     model: dict[str, Json] = field(default_factory=dict)
+    optimizer_state_at_growth: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer_state_at_growth is None and self.carry_optimizer_state is not None:
+            state = "carried" if self.carry_optimizer_state else "new"
+            object.__setattr__(self, "optimizer_state_at_growth", state)  # a frozen dataclass
 
     @property
     def knows_growth(self) -> bool:
@@ -269,6 +277,7 @@ class RunFacts(RunFile, error=RunError, if_missing=INCOMPLETE):
             growth_noise=None,
             growth_init=None,
             carry_optimizer_state=None,
+            optimizer_state_at_growth=None,
             optimizer="",
         )
 
@@ -291,8 +300,11 @@ def _agree(before: Json, now: Json) -> bool:
 _REMEDIES = {
     **dict.fromkeys(("block_size", "blocks", "data_seed"), "resume with the same data and seeds"),
     **dict.fromkeys(("seed", "growth_seed", "growth_noise"), "resume with the same value"),
-    "carry_optimizer_state": "resume with the same value",
+    "optimizer_state_at_growth": "resume with the same value",
     "optimizer": "resume with the same optimizer",
     "dtype": "resume with weights of the same type",
 }
-_COMPLETED = ("sample", "seed", "growth_seed", "growth_noise", "carry_optimizer_state", "optimizer", "dtype", "model")
+_COMPLETED = (
+    *("sample", "seed", "growth_seed", "growth_noise", "carry_optimizer_state", "optimizer_state_at_growth"),
+    *("optimizer", "dtype", "model"),
+)

@@ -27,6 +27,8 @@ ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 #: Name of all optimizers with that state, in the facts of a run.
 ADAMW_STATE = "adamw"
 LR_SPANS = ("stage", "run")
+#: What the optimizer has of its state after a growth, see `SlopTrainingArguments`.
+STATES_AT_GROWTH = ("new", "carried", "kept")
 #: Whole numbers, with the smallest one allowed.
 _WHOLE_NUMBERS = {
     "per_device_train_batch_size": 1,
@@ -43,6 +45,7 @@ _NUMBERS = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 1.0),
     **dict.fromkeys(("warmup_steps", "rewarm_steps", "logging_steps", "eval_steps", "save_steps"), math.inf),
+    **dict.fromkeys(("new_parameter_rate", "new_parameter_steps"), math.inf),
     **dict.fromkeys(("growth_noise", "peak_tflops", "neftune_noise_alpha"), math.inf),
 }
 _NEVER_LISTED = ("flyte",)  # by transformers, among the available trackers
@@ -110,10 +113,25 @@ class SlopTrainingArguments(TrainingArguments):
         help="Noise that breaks the symmetry of copies under the init `copy`, as a fraction of the model's "
         "initializer_range; it does not change the function.",
     )
-    carry_optimizer_state: bool = HfArg(
-        default=False,
-        help="Grow AdamW's moments with the weights; by default every stage starts with a fresh AdamW, which "
-        "reached a lower loss in our experiments (docs/results.md).",
+    optimizer_state_at_growth: str | None = HfArg(
+        default=None,
+        help="State of the optimizer after a growth. 'new': every stage starts with a fresh one (the default). "
+        "'carried': moments grow like the weights, and copies get those of their source. 'kept': entries that were "
+        "there keep their moments, and new ones, copies among them, start at zero.",
+        metadata={"choices": STATES_AT_GROWTH},
+    )
+    carry_optimizer_state: bool | None = HfArg(
+        default=None,
+        help="Earlier name: true is optimizer_state_at_growth 'carried', false is 'new'.",
+    )
+    new_parameter_rate: float = HfArg(
+        default=1.0,
+        help="Factor of the learning rate of parameters that a growth has added, which are those of added layers.",
+    )
+    new_parameter_steps: float | None = HfArg(
+        default=None,
+        help="Steps after a growth for which new_parameter_rate holds, or below 1 a share of the stage; by default "
+        "the whole stage.",
     )
     eval_before_growth: bool = HfArg(default=True, help="Evaluate at the end of each stage.")
     eval_after_growth: bool = HfArg(default=True, help="Evaluate right after each growth.")
@@ -150,12 +168,29 @@ class SlopTrainingArguments(TrainingArguments):
                 setattr(self, name, [getattr(self, name)])
         self._refuse_meaningless()
         self._check_files_and_packages()
+        self._resolve_state_at_growth()
         optim = getattr(self.optim, "value", self.optim)
-        if self.carry_optimizer_state and optim not in ADAMW:
+        if self.optimizer_state_at_growth != "new" and optim not in ADAMW:
             raise RunError(
                 f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
-                "set carry_optimizer_state to false to start it afresh in every stage"
+                "set optimizer_state_at_growth to new to start it afresh in every stage"
             )
+
+    def _resolve_state_at_growth(self) -> None:
+        """Set `optimizer_state_at_growth` and its earlier name, each from the other."""
+        state, carried = self.optimizer_state_at_growth, self.carry_optimizer_state
+        if state is None:
+            state = "carried" if carried else "new"
+        if state not in STATES_AT_GROWTH:
+            raise RunError(
+                f"unknown optimizer_state_at_growth {state!r}{describe_alternatives(str(state), STATES_AT_GROWTH)}"
+            )
+        if (carried and state != "carried") or (carried is False and state == "carried"):
+            raise RunError(
+                f"carry_optimizer_state {str(carried).lower()} contradicts optimizer_state_at_growth {state}; "
+                "leave out carry_optimizer_state, the earlier name"
+            )
+        self.optimizer_state_at_growth, self.carry_optimizer_state = state, state == "carried"
 
     def _check_numbers(self) -> None:
         for name, least in _WHOLE_NUMBERS.items():
@@ -245,10 +280,10 @@ def name_optimizer(
         )
     if optimizer is torch.optim.AdamW and not settings.get("amsgrad"):
         return ADAMW_STATE
-    if args.carry_optimizer_state:
+    if args.optimizer_state_at_growth != "new":
         raise RunError(
-            f"{optimizer.__name__} keeps a state that cannot be grown; set carry_optimizer_state to false to start it "
-            "afresh in every stage"
+            f"{optimizer.__name__} keeps a state that cannot be grown; set optimizer_state_at_growth to new to start "
+            "it afresh in every stage"
         )
     return optimizer.__name__
 

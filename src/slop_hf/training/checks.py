@@ -15,6 +15,7 @@ from ..data.packing import MixedBlocks
 from ..dims import ModelDims
 from ..errors import DataError, RunError
 from ..growth import is_peft_model
+from ..growth.adamw import compute_first_updates
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..schedule import GrowthSchedule
@@ -22,10 +23,14 @@ from ..schedule import GrowthSchedule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+    from .arguments import SlopTrainingArguments
     from .run_plan import RunPlan
 
 #: Bytes per parameter in float32: a finished stage, and a checkpoint, which adds AdamW's two moments.
 _STAGE_BYTES, _CHECKPOINT_BYTES = 4, 12
+
+#: Updates of new entries, over the learning rate, from which `describe_uncorrected_updates` warns.
+LARGEST_FIRST_UPDATE = 1.5
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -126,8 +131,17 @@ def check_launch(args: TrainingArguments) -> None:
         raise RunError("save_on_each_node would scatter a run over the nodes; put output_dir on a shared disk")
 
 
-def check_deepspeed_config(config: Mapping[str, Json]) -> None:
-    """Refuse configurations of DeepSpeed whose states could not be read, or not exactly, for a growth."""
+def check_deepspeed_config(config: Mapping[str, Json], *, needs_groups: bool = False) -> None:
+    """Refuse configurations of DeepSpeed whose states could not be read, or not exactly, for a growth.
+
+    Args:
+        needs_groups: whether parameters of added layers need groups of their own.
+    """
+    if needs_groups and "optimizer" in config:
+        raise RunError(
+            "optimizer_state_at_growth kept and new_parameter_rate need groups of parameters, which DeepSpeed's own "
+            "`optimizer` does not have; leave it out of DeepSpeed's configuration and set optim"
+        )
     zero = config.get("zero_optimization") or {}
     if zero.get("stage") != 3:
         raise RunError(
@@ -172,6 +186,21 @@ def describe_space_shortage(plan: RunPlan, directory: Path, checkpoints: int | N
     return (
         f"the run needs about {format_bytes(needed)} in {directory}, and {format_bytes(free)} are free: it will stop "
         "when the disk is full; lower save_total_limit, or choose another disk"
+    )
+
+
+def describe_uncorrected_updates(args: SlopTrainingArguments, plan: RunPlan) -> str | None:
+    """Return a warning if new entries of old tensors would begin with far larger updates than old ones, else None."""
+    widens = any(set(span.growth.operators) - {"layer"} for span in plan.spans if span.growth is not None)
+    if args.optimizer_state_at_growth != "kept" or not widens:
+        return None
+    largest = max(compute_first_updates(args.adam_beta1, args.adam_beta2))
+    if largest <= LARGEST_FIRST_UPDATE:
+        return None
+    return (
+        f"optimizer_state_at_growth kept: with adam_beta2 {args.adam_beta2:g}, new entries of matrices that become "
+        f"wider begin with updates of up to {largest:.1f} times the learning rate, because AdamW corrects the bias of "
+        "a whole tensor only; set adam_beta2 to 0.95, or optimizer_state_at_growth to carried"
     )
 
 

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 from ..errors import RunError, SlopError
 from ..io.serialization import Json
+from .parameter_groups import IS_NEW
 from .spans import StageSpan
 
 if TYPE_CHECKING:
@@ -60,12 +61,34 @@ def build_stage_scheduler(
     return LambdaLR(optimizer, [partial(_shift_factor, factor, span.first_step, rewarm or 0) for factor in factors])
 
 
+def scale_new_parameters(args: SlopTrainingArguments, scheduler: LRScheduler, span: StageSpan) -> LRScheduler:
+    """Return a stage's scheduler with `new_parameter_rate` for the groups that are marked as new.
+
+    The factor holds for the first `new_parameter_steps` of the stage; after them, the rates of all groups are equal.
+    """
+    optimizer, factor = scheduler.optimizer, args.new_parameter_rate
+    if factor == 1 or not any(group.get(IS_NEW) for group in optimizer.param_groups):
+        return scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise RunError(
+            f"lr_scheduler_type {_get_scheduler_name(args)!r} depends on more than the step; leave out "
+            "new_parameter_rate, or choose another schedule"
+        )
+    steps = span.steps if args.new_parameter_steps is None else resolve_steps(args.new_parameter_steps, span.steps)
+    factors = [
+        partial(_multiply_first, rate, factor, steps) if group.get(IS_NEW) else rate
+        for rate, group in zip(scheduler.lr_lambdas, optimizer.param_groups, strict=True)
+    ]
+    return LambdaLR(optimizer, factors)
+
+
 def check_scheduler(args: SlopTrainingArguments, spans: Sequence[StageSpan]) -> None:
     """Refuse now a scheduler that could not be built once training begins."""
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         for span in spans:
-            build_stage_scheduler(args, optimizer, span, spans[-1].end_step)
+            optimizer.param_groups[0][IS_NEW] = span.growth is not None
+            scale_new_parameters(args, build_stage_scheduler(args, optimizer, span, spans[-1].end_step), span)
     except SlopError:
         raise
     except (TypeError, ValueError) as caught:
@@ -121,6 +144,11 @@ def _get_scheduler_name(args: SlopTrainingArguments) -> str:
 def _shift_factor(factor: Callable[[int], float], first_step: int, rewarm: int, step: int) -> float:
     """Return the run's factor at a step of a stage, warmed up again after growth."""
     return factor(first_step + step) * (min(1.0, step / rewarm) if rewarm else 1.0)
+
+
+def _multiply_first(rate: Callable[[int], float], factor: float, steps: int, step: int) -> float:
+    """Return a schedule's factor at a step of a stage, multiplied by another one in the first steps."""
+    return rate(step) * (factor if step < steps else 1.0)
 
 
 def _convert_shares(kwargs: dict[str, Json] | str | None, steps: int) -> dict[str, Json] | str | None:

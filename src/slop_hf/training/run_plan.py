@@ -105,6 +105,7 @@ def plan_run(
         growth_noise=args.growth_noise,
         growth_init=args.growth_init,
         carry_optimizer_state=args.carry_optimizer_state,
+        optimizer_state_at_growth=args.optimizer_state_at_growth,
         optimizer=optimizer,
         dtype=dtype,
         model=_describe_model(config),

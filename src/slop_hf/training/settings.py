@@ -13,7 +13,7 @@ from .batches import Batches
 CHANGEABLE = (
     # The learning rate.
     *("learning_rate", "stage_learning_rates", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_span"),
-    *("warmup_steps", "rewarm_steps"),
+    *("warmup_steps", "rewarm_steps", "new_parameter_rate", "new_parameter_steps"),
     # A step.
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32"),

@@ -30,6 +30,7 @@ from ..data.packing import Blocks, MixedBlocks, hash_sample
 from ..data.tokenizing import hash_vocabulary
 from ..errors import RunError
 from ..growth import GrownStateReader, hide_progress_bars, plan_growth
+from ..growth.adamw import StepPolicy
 from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
 from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
@@ -47,13 +48,15 @@ from .checks import (
     check_publishing,
     describe_repeated_data,
     describe_space_shortage,
+    describe_uncorrected_updates,
 )
 from .divergence import NonFiniteLossGuard
 from .freezing import find_frozen, freeze_parameters, list_frozen_of_stages
 from .held_out_loss import HeldOutLoss
-from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler
+from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler, scale_new_parameters
 from .leftovers import remove_leftovers
 from .loggers import continue_curves
+from .parameter_groups import list_adding_stages, split_groups
 from .preemption import StopOnSignal
 from .progress import RunProgress
 from .random_state import set_random_state
@@ -168,10 +171,13 @@ class SlopTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from . import zero3
 
-            self._strategy = zero3.Zero3Strategy(self.accelerator, self.ranks)
+            self._strategy = zero3.Zero3Strategy(self.accelerator, self.ranks, needs_groups=self._splits_groups)
         # Traits that later models share with the first one, whose parameters may be gone by then.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
+        self._added: list[dict[str, int]] = []  # stage that added each parameter of each stage, if groups are split
+        if self._splits_groups:
+            self._added = list_adding_stages(self.spans, model.config)
         self._frozen: list[frozenset[str]] = []  # frozen parameters of each stage, once training begins
 
         # The stage in training.
@@ -327,6 +333,8 @@ class SlopTrainer(Trainer):
         """Log what the user may not have intended."""
         if (optimizer := self.plan.facts.optimizer) != ADAMW_STATE:
             logger.warning(f"checkpoints keep only AdamW's state: a resumed run starts with a fresh {optimizer}")
+        if warning := describe_uncorrected_updates(self.args, self.plan):
+            logger.warning(warning)
         for warning in describe_repeated_data(self.blocks, self.plan):
             logger.warning(warning)
         if self.ranks.is_first:
@@ -420,11 +428,13 @@ class SlopTrainer(Trainer):
         if span is not None and span.growth is not None:
             seed = self.args.growth_seed + span.number
             growth = plan_growth(config, span.growth, seed=seed, noise=self.args.growth_noise)
-            if self.args.carry_optimizer_state and not moments and self.spans[span.number - 1].end_step:
+            carries = self.args.optimizer_state_at_growth != "new"
+            if carries and not moments and self.spans[span.number - 1].end_step:
                 logger.warning(f"{directory} no longer has an optimizer state: AdamW starts afresh in {span.name}")
-            moments = moments and self.args.carry_optimizer_state
+            moments = moments and carries
             logger.info(f"{span.name}: growing from {growth.old} to {growth.new}, {span.parameters:,} parameters")
-        self._reader = GrownStateReader(directory, config, growth, moments=moments)
+        step: StepPolicy = "per_parameter" if self.args.optimizer_state_at_growth == "kept" else "keep"
+        self._reader = GrownStateReader(directory, config, growth, moments=moments, step=step)
         config = config if growth is None else growth.config()
         config._attn_implementation = self._attention
         config.use_cache = self.args.use_cache
@@ -504,11 +514,26 @@ class SlopTrainer(Trainer):
         self._timer.begin_stage(self._span, self.state.global_step, self._resumption.get("seconds", 0.0))
         return cast("tuple[torch.nn.Module, DataLoader[object]]", prepared)
 
+    @property
+    def _splits_groups(self) -> bool:
+        """Whether parameters of added layers have steps or learning rates of their own."""
+        return self.args.optimizer_state_at_growth == "kept" or self.args.new_parameter_rate != 1
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
+        """As `Trainer.create_optimizer`, with parameters of added layers in groups of their own if they need them."""
+        is_fresh = self.optimizer is None
+        optimizer: Optimizer = super().create_optimizer(model)
+        if is_fresh and self._splits_groups:
+            number, keeps = self._span.number, self.args.optimizer_state_at_growth == "kept"
+            split_groups(optimizer, self.model, self._added[number], number, has_own_steps=keeps)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the scheduler of the stage, by `lr_span` and `rewarm_steps`."""
         if self.lr_scheduler is None:
             optimizer = cast("Optimizer", self.optimizer if optimizer is None else optimizer)
-            self.lr_scheduler = build_stage_scheduler(self.args, optimizer, self._span, self.plan.end_step)
+            scheduler = build_stage_scheduler(self.args, optimizer, self._span, self.plan.end_step)
+            self.lr_scheduler = scale_new_parameters(self.args, scheduler, self._span)
             self._created_lr_scheduler = True
         return cast("LRScheduler", self.lr_scheduler)
 

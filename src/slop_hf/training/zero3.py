@@ -67,13 +67,16 @@ class Zero3Strategy(Strategy):
 
     transformers replaces "auto" by numbers only once, for the first model. Configurations whose states could not be
     carried over a growth are refused.
+
+    Args:
+        needs_groups: whether parameters of added layers need groups of their own.
     """
 
-    def __init__(self, accelerator: Accelerator, ranks: Ranks) -> None:
+    def __init__(self, accelerator: Accelerator, ranks: Ranks, *, needs_groups: bool = False) -> None:
         super().__init__(ranks)
         self._accelerator = accelerator
         self._config: dict[str, Any] = accelerator.state.deepspeed_plugin.hf_ds_config.config
-        check_deepspeed_config(self._config)
+        check_deepspeed_config(self._config, needs_groups=needs_groups)
         self._auto = [name for name in _BY_HIDDEN_SIZE if self._config["zero_optimization"].get(name) == "auto"]
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
@@ -214,8 +217,11 @@ class Zero3States:
 
     def make_moments(self, steps: Mapping[str, float]) -> None:
         # torch counts in a tensor (on the parameters' device for fused kernels), DeepSpeed's own optimizers in an int.
-        in_tensors, step = isinstance(self._adamw, torch.optim.AdamW), max(steps.values())
-        for flat in self._zero.fp32_partitioned_groups_flat:
+        in_tensors = isinstance(self._adamw, torch.optim.AdamW)
+        for names, flat in zip(self._groups, self._zero.fp32_partitioned_groups_flat, strict=True):
+            if not (counted := [steps[name] for name in names if name in steps]):
+                continue
+            step = max(counted)
             counter = torch.tensor(step, dtype=torch.float32, device=flat.device) if in_tensors else int(step)
             self._adamw.state[flat] = {STEP: counter, **{key: torch.zeros_like(flat) for key in MOMENT_KEYS}}
 
