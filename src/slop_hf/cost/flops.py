@@ -12,7 +12,7 @@ from functools import reduce
 from operator import add, mul
 
 from ..architectures import Parameter, get_architecture, read_setting
-from ..dims import LARGEST_SIZE, DimsLike, ModelConfig, Size
+from ..dims import LARGEST_SIZE, DimsLike, ModelConfig, ModelDims, Size
 from ..errors import PlanError
 from ..io.numbers import require_whole_number
 
@@ -71,6 +71,22 @@ def count_flops_per_token(
     rows = [row for row in get_architecture(config).rows(config, tied=True) if row.kind == "projection"]
     weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
     return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
+
+
+def count_muon_flops(dims: ModelDims, config: ModelConfig = DEFAULT_CONFIG, iterations: int = 5) -> int:
+    """Count the FLOPs with which Muon orthogonalises the matrices of the layers, per optimizer step.
+
+    For a matrix X of m rows and n >= m columns, a Newton-Schulz iteration computes A = X X^T, A A and B X, which take
+    `4 m^2 n + 2 m^3`. Work that is proportional to the number of parameters is not counted.
+
+    >>> from slop_hf import ModelDims
+    >>> count_muon_flops(ModelDims(768, 2048, 6, 6))
+    843649548288
+    """
+    sizes = compute_axis_sizes(dims, config)
+    rows = get_architecture(config).rows(config)
+    shapes = [sorted(sizes[axis] for axis in row.axes) for row in rows if row.is_in_layer and row.kind == "projection"]
+    return dims.num_hidden_layers * iterations * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
 
 
 def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:

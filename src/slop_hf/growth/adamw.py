@@ -1,6 +1,7 @@
 """Growth of AdamW's state by the axis maps of the weights: by parameter name, as torch's state dict, and on disk.
 
-On disk a state is one safetensors file with the keys `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME`.
+On disk a state is one safetensors file with the keys `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME`. Muon's state
+of a parameter is a single moment without a step, `momentum_buffer/NAME`; it grows like `exp_avg`.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ StepPolicy = Literal["keep", "reset", "per_parameter"]
 #: An entry of a state: a tensor; in some state dicts, `step` is a number.
 Entry = TypeVar("Entry", torch.Tensor, int, float)
 
-#: AdamW's moments, and the power to which a gradient enters each; the last is AMSGrad's.
-GRADIENT_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+#: AdamW's moments, and the power to which a gradient enters each; the third is AMSGrad's, the last Muon's only one.
+GRADIENT_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
 
 
 def grow_adamw_state(
@@ -371,7 +372,7 @@ def grow_entry(
     """Return one grown entry of a parameter's state; arguments and errors as for `grow_moment`."""
     if key == "step":
         copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
-        return copy * 0 if resets_step(plan, step) else copy
+        return copy * 0 if is_counted_from_zero(plan, step) else copy
 
     if key not in GRADIENT_POWERS or not isinstance(value, torch.Tensor) or value.dtype not in DTYPE_NAMES:
         known = ", ".join(GRADIENT_POWERS)
@@ -381,7 +382,7 @@ def grow_entry(
     return grow_moment(value, plan, GRADIENT_POWERS[key], step=step, has_no_gradient=has_no_gradient, out=out)
 
 
-def resets_step(plan: ParameterPlan, step: StepPolicy) -> bool:
+def is_counted_from_zero(plan: ParameterPlan, step: StepPolicy) -> bool:
     """Whether AdamW counts the steps of a grown parameter from 0."""
     return step == "reset" or (step == "per_parameter" and plan.is_added)
 

@@ -14,8 +14,8 @@ from .adamw import (
     check_state_names,
     find_parameters_without_gradient,
     grow_entry,
+    is_counted_from_zero,
     read_state_headers,
-    resets_step,
 )
 from .plan import GrowthPlan
 from .safetensors_io import FLOATS, StoredTensor, read_checkpoint_headers, read_tensor
@@ -75,14 +75,22 @@ class GrownStateReader:
 
     def read_steps(self) -> dict[str, float]:
         """Return the number of steps that AdamW has counted for each parameter with a state; frozen ones have none."""
-        steps = {name: float(read_tensor(entries["step"])) for name, entries in self._moments.items()}
+        stored = self._moments.items()
+        steps = {name: float(read_tensor(entries["step"])) for name, entries in stored if "step" in entries}
         if not self._plans:
             return steps
         return {
-            name: 0.0 if resets_step(plan, self._step) else steps[plan.source]
+            name: 0.0 if is_counted_from_zero(plan, self._step) else steps[plan.source]
             for name, plan in self._plans.items()
             if plan.source in steps
         }
+
+    def list_momentum(self) -> set[str]:
+        """Return the parameters with Muon's momentum."""
+        stored = {name for name, entries in self._moments.items() if "momentum_buffer" in entries}
+        if not self._plans:
+            return stored
+        return {name for name, plan in self._plans.items() if plan.source in stored}
 
     def allocate(self, name: str, key: str, *, pin: bool = False) -> torch.Tensor:
         """Return an uninitialised tensor for the result of `read`.
@@ -95,7 +103,7 @@ class GrownStateReader:
         return torch.empty(shape, dtype=FLOATS[stored.dtype], pin_memory=pin)
 
     def read(self, name: str, key: str, out: torch.Tensor) -> torch.Tensor:
-        """Read a parameter's `weight`, `exp_avg` or `exp_avg_sq`, grow it if there is a plan, and return it.
+        """Read a parameter's `weight` or one of its moments, grow it if there is a plan, and return it.
 
         Args:
             out: result, made by `allocate`. It is best to allocate in one thread for all: allocators such as glibc's

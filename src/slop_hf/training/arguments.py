@@ -21,6 +21,7 @@ from ..io.numbers import is_finite_number, is_whole_number
 from ..io.serialization import Json, describe_alternatives
 from .batches import PER_STAGE
 from .launch import prepare_launch
+from .muon import MUON, parse_settings
 
 #: Optimizers whose state is AdamW's two moments and a step per parameter.
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
@@ -42,7 +43,9 @@ _WHOLE_NUMBERS = {
 }
 #: Numbers from 0 on, with what they must be below.
 _NUMBERS = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
+    **dict.fromkeys(
+        ("learning_rate", "adamw_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf
+    ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 1.0),
     **dict.fromkeys(("warmup_steps", "rewarm_steps", "logging_steps", "eval_steps", "save_steps"), math.inf),
     **dict.fromkeys(("new_parameter_rate", "new_parameter_steps"), math.inf),
@@ -113,6 +116,11 @@ class SlopTrainingArguments(TrainingArguments):
         help="Noise that breaks the symmetry of copies under the init `copy`, as a fraction of the model's "
         "initializer_range; it does not change the function.",
     )
+    adamw_learning_rate: float | None = HfArg(
+        default=None,
+        help="Peak learning rate of AdamW under optim 'muon', which leaves embeddings, head, norms and biases to it; "
+        "by default learning_rate. stage_learning_rates change it in proportion.",
+    )
     optimizer_state_at_growth: str | None = HfArg(
         default=None,
         help="State of the optimizer after a growth. 'new': every stage starts with a fresh one (the default). "
@@ -158,7 +166,12 @@ class SlopTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_numbers()
         prepare_launch(self)
+        is_muon = getattr(self, "optim", None) == MUON
+        if is_muon:  # unknown to transformers
+            self.optim = "adamw_torch"
         super().__post_init__()
+        if is_muon:
+            self.optim = MUON
         if self.device.type in ("cpu", "mps"):  # pages are pinned for copies to a GPU with memory of its own
             self.dataloader_pin_memory = False
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
@@ -170,9 +183,13 @@ class SlopTrainingArguments(TrainingArguments):
         self._check_files_and_packages()
         self._resolve_state_at_growth()
         optim = getattr(self.optim, "value", self.optim)
-        if self.optimizer_state_at_growth != "new" and optim not in ADAMW:
+        if optim == MUON:
+            parse_settings(self.optim_args)
+        elif self.adamw_learning_rate is not None:
+            raise RunError(f"adamw_learning_rate is for optim muon, got optim {optim}; set learning_rate instead")
+        if self.optimizer_state_at_growth != "new" and optim not in {*ADAMW, MUON}:
             raise RunError(
-                f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted(ADAMW))}); "
+                f"optim {optim!r} keeps a state that cannot be grown (known: {', '.join(sorted({*ADAMW, MUON}))}); "
                 "set optimizer_state_at_growth to new to start it afresh in every stage"
             )
 

@@ -139,8 +139,8 @@ def check_deepspeed_config(config: Mapping[str, Json], *, needs_groups: bool = F
     """
     if needs_groups and "optimizer" in config:
         raise RunError(
-            "optimizer_state_at_growth kept and new_parameter_rate need groups of parameters, which DeepSpeed's own "
-            "`optimizer` does not have; leave it out of DeepSpeed's configuration and set optim"
+            "optim muon, optimizer_state_at_growth kept and new_parameter_rate need groups of parameters, which "
+            "DeepSpeed's own `optimizer` does not have; leave it out of DeepSpeed's configuration and set optim"
         )
     zero = config.get("zero_optimization") or {}
     if zero.get("stage") != 3:

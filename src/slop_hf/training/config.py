@@ -49,6 +49,7 @@ from .arguments import SlopTrainingArguments
 from .batches import PER_STAGE, keep_last_stage
 from .checks import HALF_PRECISION
 from .learning_rate import check_scheduler, compute_end_rate, compute_rates
+from .muon import MUON
 from .ranks import Ranks
 from .run_plan import plan_run, with_inits
 from .spans import StageSpan
@@ -554,6 +555,7 @@ def _describe_unknown_choice(caught: Exception, values: Mapping[str, Json]) -> s
         return None
     value, known = match[1], _QUOTED.findall(match[2])
     name = next((name for name in values if str(values[name]) == value), "")
+    known += [MUON] if name == "optim" else []
     return f"training.{name}: {value!r} is unknown{describe_alternatives(value, known)}"
 
 

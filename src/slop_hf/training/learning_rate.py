@@ -61,7 +61,7 @@ def build_stage_scheduler(
     return LambdaLR(optimizer, [partial(_shift_factor, factor, span.first_step, rewarm or 0) for factor in factors])
 
 
-def scale_new_parameters(args: SlopTrainingArguments, scheduler: LRScheduler, span: StageSpan) -> LRScheduler:
+def set_new_parameter_rates(args: SlopTrainingArguments, scheduler: LRScheduler, span: StageSpan) -> LRScheduler:
     """Return a stage's scheduler with `new_parameter_rate` for the groups that are marked as new.
 
     The factor holds for the first `new_parameter_steps` of the stage; after them, the rates of all groups are equal.
@@ -88,7 +88,7 @@ def check_scheduler(args: SlopTrainingArguments, spans: Sequence[StageSpan]) -> 
     try:
         for span in spans:
             optimizer.param_groups[0][IS_NEW] = span.growth is not None
-            scale_new_parameters(args, build_stage_scheduler(args, optimizer, span, spans[-1].end_step), span)
+            set_new_parameter_rates(args, build_stage_scheduler(args, optimizer, span, spans[-1].end_step), span)
     except SlopError:
         raise
     except (TypeError, ValueError) as caught:

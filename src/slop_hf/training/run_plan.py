@@ -17,6 +17,7 @@ from ..runs.directory import RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
 from .batches import Batches, count_blocks_per_step, resolve_per_stage, share_batches
+from .muon import MUON, parse_settings
 from .settings import describe_settings
 from .spans import StageSpan, compute_stage_spans
 
@@ -88,7 +89,8 @@ def plan_run(
         if args.batch_tokens is not None and per_step != begun.batches(stages):
             logger.warning(f"batch_tokens {args.batch_tokens} is ignored: the run began with another batch")
         per_step = begun.batches(stages)
-    spans = compute_stage_spans(schedule, config, block_size, per_step)
+    newton_schulz = parse_settings(args.optim_args)["ns_steps"] if optimizer == MUON else 0
+    spans = compute_stage_spans(schedule, config, block_size, per_step, newton_schulz_steps=newton_schulz)
     batches = share_batches(args, per_step, devices)
     rates = resolve_per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
     seed = args.seed if args.data_seed is None else args.data_seed

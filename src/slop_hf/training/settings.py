@@ -12,7 +12,14 @@ from .batches import Batches
 #: Training arguments that are written down with the step from which they hold.
 CHANGEABLE = (
     # The learning rate.
-    *("learning_rate", "stage_learning_rates", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_span"),
+    *(
+        "learning_rate",
+        "adamw_learning_rate",
+        "stage_learning_rates",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "lr_span",
+    ),
     *("warmup_steps", "rewarm_steps", "new_parameter_rate", "new_parameter_steps"),
     # A step.
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),

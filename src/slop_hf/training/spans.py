@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..cost.flops import ADAMW_FLOPS, count_flops_per_token, count_parameters
+from ..cost.flops import ADAMW_FLOPS, count_flops_per_token, count_muon_flops, count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import RunError
 from ..schedule import GrowthSchedule, GrowthStage
@@ -65,7 +65,12 @@ class StageSpan:
 
 
 def compute_stage_spans(
-    schedule: GrowthSchedule, config: ModelConfig, block_size: int, blocks_per_step: Sequence[int]
+    schedule: GrowthSchedule,
+    config: ModelConfig,
+    block_size: int,
+    blocks_per_step: Sequence[int],
+    *,
+    newton_schulz_steps: int = 0,
 ) -> tuple[StageSpan, ...]:
     """Return the spans of all stages.
 
@@ -75,6 +80,8 @@ def compute_stage_spans(
         config: config of the initial model.
         block_size: tokens per training block.
         blocks_per_step: blocks per optimizer step of each stage, over all devices and accumulation steps.
+        newton_schulz_steps: iterations of Muon per optimizer step, whose FLOPs count too; 0 for other optimizers,
+            whose work per parameter is not counted.
     """
     if not sum(schedule.tokens):
         raise RunError("the schedule has no tokens to train on; give tokens to its stages, or --tokens to `slop plan`")
@@ -98,7 +105,8 @@ def compute_stage_spans(
                 first_token=block * block_size,
                 tokens=steps * tokens_per_step,
                 first_flops=flops,
-                flops=float(count_flops_per_token(dims, config, block_size)) * steps * tokens_per_step,
+                flops=float(count_flops_per_token(dims, config, block_size)) * steps * tokens_per_step
+                + float(count_muon_flops(dims, config, newton_schulz_steps)) * steps,
             )
         )
         step += steps

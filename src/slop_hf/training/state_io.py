@@ -34,6 +34,7 @@ from ..growth.safetensors_io import (
 from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
 from .checksums import Checksum, RunningChecksum
+from .muon import MOMENTUM
 from .states import MOMENT_KEYS, STEP, States
 
 if TYPE_CHECKING:
@@ -65,17 +66,20 @@ def save_states(
     stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
     sources: dict[str, tuple[str, str]] = {}
     layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
-    steps = states.count_steps()
+    steps, momentum = states.count_steps(), states.list_momentum()
     for name, shape in states.shapes.items():
         weight = stored.get(name, name)
         sources[weight] = name, WEIGHT
         layouts["model"][weight] = DTYPE_NAMES[states.get_dtype(name, WEIGHT)], shape
-        for key in (*MOMENT_KEYS, STEP) if name in steps else ():
+        for key in (*MOMENT_KEYS, STEP) if name in steps else (MOMENTUM,) if name in momentum else ():
             sources[f"{key}/{name}"] = name, key
             dtype = torch.float32 if key == STEP else states.get_dtype(name, key)
             layouts["optimizer"][f"{key}/{name}"] = DTYPE_NAMES[dtype], () if key == STEP else shape
     weights = plan_shards(layouts["model"], max_shard_size)
-    shards = [*weights, *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if steps else ())]
+    shards = [
+        *weights,
+        *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if layouts["optimizer"] else ()),
+    ]
     written = _write_shards(states, directory, shards, sources, steps)
     if len(weights) > 1 and states.ranks.is_first:
         write_text(directory / INDEX_FILE, format_index(weights))
@@ -135,11 +139,12 @@ def load_states(states: States, reader: GrownStateReader) -> None:
     if missing := sorted(set(names) ^ reader.names):
         raise GrowthError(f"the model's parameters and the stored ones differ, as in {missing[0]}")
     with ranks.raise_on_all():
-        steps = reader.read_steps()
-    if steps:
-        states.make_moments(steps)
-    stored = steps.keys() & states.count_steps().keys()
-    entries = [(name, key) for name in names for key in ((WEIGHT, *MOMENT_KEYS) if name in stored else (WEIGHT,))]
+        steps, momentum = reader.read_steps(), reader.list_momentum()
+    if steps or momentum:
+        states.make_moments(steps, momentum)
+    moments: dict[str, tuple[str, ...]] = dict.fromkeys(steps.keys() & states.count_steps().keys(), MOMENT_KEYS)
+    moments |= dict.fromkeys(momentum & set(states.list_momentum()), (MOMENTUM,))
+    entries = [(name, key) for name in names for key in (WEIGHT, *moments.get(name, ()))]
     failed: Exception | None = None
     with start_worker_threads(min(torch.get_num_threads(), MOST_THREADS)) as pool:
         pin = ranks.device.type == "cuda"

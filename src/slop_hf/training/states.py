@@ -6,7 +6,7 @@ is for DeepSpeed ZeRO-3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..growth import WEIGHT
+from .muon import ALGORITHM, MOMENTUM, MUON
 from .ranks import Ranks
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ STEP = "step"
 class States(Protocol):
     """Weights and AdamW's state, replicated on every rank or sharded over all.
 
-    A `key` is `weight`, or one of `MOMENT_KEYS`. All ranks call `gather` and `put` in the same order. The whole tensor
-    of a parameter is on one rank, its `owner`, so that no rank ever holds a whole sharded model.
+    A `key` is `weight`, one of `MOMENT_KEYS`, or Muon's `MOMENTUM`. All ranks call `gather` and `put` in the same
+    order. The whole tensor of a parameter is on one rank, its `owner`, so that no rank ever holds a whole sharded
+    model.
     """
 
     ranks: Ranks
@@ -50,8 +52,17 @@ class States(Protocol):
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
         """Return a weight or a moment on the owner's device; None on other ranks."""
 
-    def make_moments(self, steps: Mapping[str, float]) -> None:
-        """Give a fresh AdamW moments of 0, and steps by parameter, but nothing to frozen ones; `put` fills them in."""
+    def list_momentum(self) -> Collection[str]:
+        """Return the parameters with Muon's momentum."""
+
+    def make_moments(self, steps: Mapping[str, float], momentum: Collection[str] = ()) -> None:
+        """Give a fresh optimizer moments of 0, and AdamW's steps by parameter; `put` fills the moments in.
+
+        Frozen parameters get nothing, nor do those that this optimizer updates by the other algorithm.
+
+        Args:
+            momentum: parameters with Muon's momentum.
+        """
 
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
         """Replace a weight or a moment by the owner's value."""
@@ -80,15 +91,25 @@ class ReplicatedStates:
         entries = {name: state[parameter] for name, parameter in self._parameters.items() if parameter in state}
         return {name: float(entry[STEP]) for name, entry in entries.items() if {STEP, *MOMENT_KEYS} <= entry.keys()}
 
+    def list_momentum(self) -> Collection[str]:
+        state = {} if self._optimizer is None else self._optimizer.state
+        return {name for name, parameter in self._parameters.items() if MOMENTUM in state.get(parameter, {})}
+
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
         return self._get_tensor(name, key).detach() if self.ranks.rank == owner else None
 
-    def make_moments(self, steps: Mapping[str, float]) -> None:
+    def make_moments(self, steps: Mapping[str, float], momentum: Collection[str] = ()) -> None:
         assert self._optimizer is not None
         groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name in momentum:
+            parameter = self._parameters[name]
+            if groups.get(parameter, {}).get(ALGORITHM) == MUON:
+                self._optimizer.state[parameter] = {
+                    MOMENTUM: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                }
         for name, step in steps.items():
             parameter = self._parameters[name]
-            if (group := groups.get(parameter)) is None:
+            if (group := groups.get(parameter)) is None or group.get(ALGORITHM) == MUON:
                 continue
             # AdamW keeps its step on the parameter's device for kernels that read it there, else on the CPU.
             on_device = group.get("fused") or group.get("capturable")

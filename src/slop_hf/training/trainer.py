@@ -53,9 +53,10 @@ from .checks import (
 from .divergence import NonFiniteLossGuard
 from .freezing import find_frozen, freeze_parameters, list_frozen_of_stages
 from .held_out_loss import HeldOutLoss
-from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler, scale_new_parameters
+from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler, set_new_parameter_rates
 from .leftovers import remove_leftovers
 from .loggers import continue_curves
+from .muon import MUON, build_muon
 from .parameter_groups import list_adding_stages, split_groups
 from .preemption import StopOnSignal
 from .progress import RunProgress
@@ -121,6 +122,7 @@ class SlopTrainer(Trainer):
     control: TrainerControl
     model: Any
     model_wrapped: Any
+    optimizer: Any
     lr_scheduler: Any
     train_dataset: Any
 
@@ -171,7 +173,9 @@ class SlopTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from . import zero3
 
-            self._strategy = zero3.Zero3Strategy(self.accelerator, self.ranks, needs_groups=self._splits_groups)
+            self._strategy = zero3.Zero3Strategy(
+                self.accelerator, self.ranks, needs_groups=self._splits_groups or self.plan.facts.optimizer == MUON
+            )
         # Traits that later models share with the first one, whose parameters may be gone by then.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
@@ -331,7 +335,7 @@ class SlopTrainer(Trainer):
 
     def _warn(self) -> None:
         """Log what the user may not have intended."""
-        if (optimizer := self.plan.facts.optimizer) != ADAMW_STATE:
+        if (optimizer := self.plan.facts.optimizer) not in (ADAMW_STATE, MUON):
             logger.warning(f"checkpoints keep only AdamW's state: a resumed run starts with a fresh {optimizer}")
         if warning := describe_uncorrected_updates(self.args, self.plan):
             logger.warning(warning)
@@ -521,10 +525,17 @@ class SlopTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         """As `Trainer.create_optimizer`, with parameters of added layers in groups of their own if they need them."""
-        is_fresh = self.optimizer is None
+        is_fresh, number = self.optimizer is None, self._span.number
+        if is_fresh and self.plan.facts.optimizer == MUON:
+            first, rate = self.plan.rates[0], self.args.adamw_learning_rate
+            rate = (
+                self.args.learning_rate if rate is None else rate * (self.args.learning_rate / first if first else 1)
+            )
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = build_muon(self.model, self.args, decayed, self.ranks, adamw_rate=rate)
         optimizer: Optimizer = super().create_optimizer(model)
         if is_fresh and self._splits_groups:
-            number, keeps = self._span.number, self.args.optimizer_state_at_growth == "kept"
+            keeps = self.args.optimizer_state_at_growth == "kept"
             split_groups(optimizer, self.model, self._added[number], number, has_own_steps=keeps)
         return optimizer
 
@@ -533,7 +544,7 @@ class SlopTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = cast("Optimizer", self.optimizer if optimizer is None else optimizer)
             scheduler = build_stage_scheduler(self.args, optimizer, self._span, self.plan.end_step)
-            self.lr_scheduler = scale_new_parameters(self.args, scheduler, self._span)
+            self.lr_scheduler = set_new_parameter_rates(self.args, scheduler, self._span)
             self._created_lr_scheduler = True
         return cast("LRScheduler", self.lr_scheduler)
 

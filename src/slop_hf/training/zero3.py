@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -32,6 +33,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 
 from ..growth import WEIGHT
 from .checks import check_deepspeed_config
+from .muon import ALGORITHM, MOMENTUM, MUON, MatrixPart, MuonWithAdamW
 from .ranks import Ranks
 from .states import MOMENT_KEYS, STEP, Strategy
 
@@ -88,7 +90,9 @@ class Zero3Strategy(Strategy):
         self._config["zero_optimization"].update(dict.fromkeys(self._auto, "auto"))
 
     def finish_preparation(self, wrapped: torch.nn.Module) -> None:
-        """Share the memory of float32 masters with float32 weights: a quarter of what a rank holds.
+        """Say where matrices lie, if Muon is to find them, and share the memory of masters with float32 weights.
+
+        That is a quarter of what a rank holds.
 
         DeepSpeed intends the same, and keeps both in step; but its test compares a device with the device's name.
         """
@@ -96,6 +100,12 @@ class Zero3Strategy(Strategy):
         for master, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
             if weights is not None and (weights.dtype, weights.device) == (master.dtype, master.device):
                 master.data = weights.data
+        if isinstance(zero.optimizer, MuonWithAdamW):
+            for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+                sizes = [parameter.partition_numel() for parameter in parameters]
+                starts = accumulate(sizes, initial=0)
+                shapes = [tuple(parameter.ds_shape) for parameter in parameters]
+                zero.optimizer.shards[flat] = [MatrixPart(*part) for part in zip(shapes, starts, sizes)]  # noqa: B905
 
     def build_empty_model(
         self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
@@ -197,6 +207,10 @@ class Zero3States:
                 steps |= dict.fromkeys(names, float(state[STEP]))
         return steps
 
+    def list_momentum(self) -> Collection[str]:
+        groups = zip(self._groups, self._zero.fp32_partitioned_groups_flat, strict=True)
+        return {name for names, flat in groups if MOMENTUM in self._adamw.state.get(flat, {}) for name in names}
+
     @torch.no_grad()
     def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
         parameter = self._parameters[name]
@@ -215,15 +229,19 @@ class Zero3States:
         shape = parameter.ds_shape
         return flat[: math.prod(shape)].view(shape)
 
-    def make_moments(self, steps: Mapping[str, float]) -> None:
+    def make_moments(self, steps: Mapping[str, float], momentum: Collection[str] = ()) -> None:
         # torch counts in a tensor (on the parameters' device for fused kernels), DeepSpeed's own optimizers in an int.
-        in_tensors = isinstance(self._adamw, torch.optim.AdamW)
-        for names, flat in zip(self._groups, self._zero.fp32_partitioned_groups_flat, strict=True):
-            if not (counted := [steps[name] for name in names if name in steps]):
-                continue
-            step = max(counted)
-            counter = torch.tensor(step, dtype=torch.float32, device=flat.device) if in_tensors else int(step)
-            self._adamw.state[flat] = {STEP: counter, **{key: torch.zeros_like(flat) for key in MOMENT_KEYS}}
+        in_tensors = isinstance(self._adamw, torch.optim.AdamW | MuonWithAdamW)
+        numbers = enumerate(zip(self._groups, self._zero.fp32_partitioned_groups_flat, strict=True))
+        for number, (names, flat) in numbers:
+            group = self._adamw.param_groups[self._zero.sub_group_to_group_id[number]]
+            if group.get(ALGORITHM) == MUON:
+                if not set(momentum).isdisjoint(names):
+                    self._adamw.state[flat] = {MOMENTUM: torch.zeros_like(flat)}
+            elif counted := [steps[name] for name in names if name in steps]:
+                step = max(counted)
+                counter = torch.tensor(step, dtype=torch.float32, device=flat.device) if in_tensors else int(step)
+                self._adamw.state[flat] = {STEP: counter, **{key: torch.zeros_like(flat) for key in MOMENT_KEYS}}
 
     @torch.no_grad()
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
