@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from ..cost.hours import CostModel
@@ -70,6 +71,12 @@ class SlopTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = HfArg(default=3e-4, help="Peak learning rate of every stage.")
+    optim: str = HfArg(
+        default=TrainingArguments.default_optim,
+        help="Optimizer: one that transformers knows, or 'muon', which is Muon for the matrices of the layers and "
+        "AdamW for all other parameters.",
+        metadata={"choices": [*(name.value for name in OptimizerNames), MUON]},
+    )
     adam_beta2: float = HfArg(default=0.95, help="Beta2 of AdamW.")
     weight_decay: float = HfArg(default=0.1, help="Weight decay of the matrices.")
     lr_scheduler_type: str = HfArg(
@@ -166,7 +173,7 @@ class SlopTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_numbers()
         prepare_launch(self)
-        is_muon = getattr(self, "optim", None) == MUON
+        is_muon = self.optim == MUON
         if is_muon:  # unknown to transformers
             self.optim = "adamw_torch"
         super().__post_init__()
