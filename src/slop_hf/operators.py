@@ -41,10 +41,10 @@ OPERATORS: dict[str, Operator] = {
 
 #: Inits of each operator, which `growth.inits` defines. The first is the default: the paper's, if it has the operator.
 INITS: dict[str, tuple[str, ...]] = {
-    "layer": ("stack", "interleave", "preserving"),
-    "mha": ("random", "preserving", "copy"),
-    "ffn": ("random", "preserving", "copy"),
-    "hidden": ("random", "preserving", "copy"),
+    "layer": ("stack", "interleave", "preserving", "middle", "scaled", "random"),
+    "mha": ("random", "preserving", "copy", "rms_copy"),
+    "ffn": ("random", "preserving", "copy", "rms_copy"),
+    "hidden": ("random", "preserving", "copy", "rms_copy"),
     "head_dim": ("preserving", "spread", "random"),
 }
 assert INITS.keys() == OPERATORS.keys()

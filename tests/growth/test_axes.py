@@ -97,10 +97,8 @@ def test_inits_by_name():
     assert resolve_inits(("hidden", "mha"), "random") == {"hidden": "random", "mha": "random"}
     assert resolve_inits(("layer", "ffn"), {"ffn": "random"}) == {"layer": "stack", "ffn": "random"}
     with pytest.raises(
-        GrowthError, match=r"unknown init 'magic' for operator 'ffn' \(known: random, preserving, copy\)"
+        GrowthError, match=r"unknown init 'magic' for operator 'ffn' \(known: random, preserving, copy"
     ):
         resolve_inits(("ffn",), "magic")
-    with pytest.raises(
-        GrowthError, match=r"unknown init 'random' for operator 'layer' \(known: stack, interleave, preserving\)"
-    ):
-        resolve_inits(("layer", "ffn"), "random")
+    with pytest.raises(GrowthError, match=r"unknown init 'copy' for operator 'layer' \(known: stack, interleave, pre"):
+        resolve_inits(("layer", "ffn"), "copy")

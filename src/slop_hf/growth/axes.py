@@ -55,6 +55,11 @@ class AxisMap:
         return cls(size, (Segment(0, size, 0),))
 
     @classmethod
+    def renew(cls, old_size: int, new_size: int, operator: str) -> AxisMap:
+        """Take no old slot: all slots are new."""
+        return cls(old_size, (Segment(0, new_size, None, 1, operator),))
+
+    @classmethod
     def append(cls, old_size: int, new_size: int, operator: str) -> AxisMap:
         """Put new slots after the old ones."""
         new = Segment(old_size, new_size - old_size, None, 1, operator)
@@ -159,6 +164,10 @@ class AxisMap:
         return [slot for slot, old in enumerate(self.source) if old is None]
 
 
+#: Inits of width whose additional slots are copies.
+COPIES = ("copy", "rms_copy")
+
+
 def _continues(segment: Segment, slot: int | None, copies: int) -> bool:
     """Whether a slot from old slot `slot` (None: new) belongs to the segment before it."""
     if segment.old is None or slot is None:
@@ -172,14 +181,16 @@ def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) ->
     The init of each operator decides whether additional slots are copies or new. Raises a `GrowthError` if query heads
     would be separated from the key/value head that they attend with.
     """
-    map_ffn = AxisMap.tile if inits.get("ffn") == "copy" else AxisMap.append
+    map_ffn = AxisMap.tile if inits.get("ffn") in COPIES else AxisMap.append
     ffn = map_ffn(old.intermediate_size, new.intermediate_size, "ffn")
     hidden = AxisMap.append(old.hidden_size, new.hidden_size, "hidden")
     if inits.get("hidden") == "copy":
         # If slots were copied unequally often, no norm gain could restore the residual stream.
         hidden = AxisMap.tile(old.hidden_size, new.hidden_size, "hidden", whole=True)
+    elif inits.get("hidden") == "rms_copy":
+        hidden = AxisMap.tile(old.hidden_size, new.hidden_size, "hidden")
     head = _build_head_map(old.head_dim, new.head_dim, spread=inits.get("head_dim") == "spread")
-    queries, keys = _find_head_sources(old, new, copy=inits.get("mha") == "copy")
+    queries, keys = _find_head_sources(old, new, copy=inits.get("mha") in COPIES)
 
     def map_heads(source: Sequence[int | None], count: int, parts: int = 1) -> AxisMap:
         unit = old.head_dim * parts

@@ -9,11 +9,12 @@ Which of them keep the function that the model computes:
 
 | init | layer | ffn | mha | hidden | head_dim |
 |---|---|---|---|---|---|
-| `random` (the paper's; for layers it is `stack`) | no | no | no | no | no |
-| `interleave` | no | | | | |
+| `random` (the paper's; for layers the paper has `stack`) | no | no | no | no | no |
+| `stack`, `interleave`, `middle`, `scaled` | no | | | | |
 | `preserving` | exact | exact | exact | exact | exact |
 | `spread` | | | | | exact |
 | `copy` | | exact | exact | exact | |
+| `rms_copy` | | exact | exact | exact for whole multiples | |
 
 Exact means up to the rounding of the dtype; `copy` in bf16 is exact only if the number of copies is a power of two.
 """
@@ -50,8 +51,10 @@ def random(operator: str, row: Parameter, role: Role, initializer_range: float) 
 
     The paper writes R for every new entry and does not define R further; we take the standard deviation with which
     transformers initialises the family. Norm gains are not in the equations; 1 is their usual initial value. The
-    function of the model is not preserved.
+    function of the model is not preserved. New layers begin as in a new model, with biases of 0.
     """
+    if operator == "layer" and row.kind in ("bias", "norm_bias"):
+        return ZERO
     return ONE if role == "norm" else InitDistribution(0.0, initializer_range)
 
 
@@ -72,12 +75,27 @@ def preserving(operator: str, row: Parameter, role: Role, initializer_range: flo
     return ZERO if is_zero else InitDistribution(0.0, initializer_range)
 
 
+def rms_copy(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
+    """Copy every slot in turn, whatever the new size, so that activations keep their root mean square (RMS).
+
+    Additional slots are copies of slots 0, 1, 2, ..., and weights that read copies are divided by their number, as
+    under `copy`. But `hidden` is filled with copies to its end, also if it does not become a whole multiple. The mean
+    square of the residual stream then stays about the same, and gains and epsilons of norms stay exactly as they are.
+    With tied embeddings, the final norm's gain alone is multiplied by the old over the new width, because the tied
+    matrix cannot be. The function of `hidden` is preserved only for a whole multiple.
+
+    After SPARKLING (2602.02472). No slot is new, so this distribution fills none.
+    """
+    return preserving(operator, row, role, initializer_range)
+
+
 WIDTH_INITS: dict[str, WidthInit] = {
     "random": random,
     "preserving": preserving,
     # `copy` has new slots only if hidden is not a whole number of tiles; `spread` only puts them elsewhere.
     "copy": preserving,
     "spread": preserving,
+    "rms_copy": rms_copy,
 }
 
 
@@ -104,7 +122,39 @@ def interleave(old_layers: int, new_layers: int) -> list[int]:
     return [layer * old_layers // new_layers for layer in range(new_layers)]
 
 
-LAYER_INITS: dict[str, LayerInit] = {"stack": stack, "interleave": interleave, "preserving": interleave}
+def middle(old_layers: int, new_layers: int) -> list[int]:
+    """Insert copies in the middle, each next to its source, and leave the first and the last layers single.
+
+    Every layer is copied as often as the others, and what remains goes to the layers in the middle. For a whole
+    multiple it is `interleave`. The first and the last layers of a trained model do work of their own, which copies
+    disturb most. The function is not preserved.
+
+    >>> middle(4, 6), middle(3, 8)
+    ([0, 1, 1, 2, 2, 3], [0, 0, 0, 1, 1, 1, 2, 2])
+    """
+    times, more = divmod(new_layers, old_layers)
+    first = (old_layers - more) // 2
+    return [old for old in range(old_layers) for _ in range(times + (first <= old < first + more))]
+
+
+def append(old_layers: int, new_layers: int) -> list[int]:
+    """Put new layers behind the old ones: the order of the init `random`, whose new layers hold no old entry.
+
+    >>> append(2, 4)
+    [0, 1, 0, 0]
+    """
+    return [*range(old_layers), *[0] * (new_layers - old_layers)]
+
+
+#: `scaled` is `interleave`, with the branches of a layer divided by the number of its copies (`GrowthPlan`).
+LAYER_INITS: dict[str, LayerInit] = {
+    "stack": stack,
+    "interleave": interleave,
+    "preserving": interleave,
+    "middle": middle,
+    "scaled": interleave,
+    "random": append,
+}
 
 #: Inits that preserve the function.
 EXACT = {"preserving", "copy", "spread"}

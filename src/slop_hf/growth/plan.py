@@ -154,7 +154,9 @@ class GrowthPlan:
     @property
     def preserves(self) -> bool:
         """Whether the grown model computes the same function as the old one, up to rounding."""
-        return all(init in EXACT for init in self.inits.values())
+        is_whole = self.new.hidden_size % self.old.hidden_size == 0
+        inits = self.inits.items()
+        return all(init in EXACT or (init == "rms_copy" and (is_whole or name != "hidden")) for name, init in inits)
 
     @cached_property
     def axes(self) -> dict[Axis, AxisMap]:
@@ -184,8 +186,13 @@ class GrowthPlan:
         return self.inits.get("hidden") in EXACT
 
     @property
+    def _hidden_is_copied(self) -> bool:
+        """Whether every slot of `hidden` is a copy, so that mean squares stay and norms need no compensation."""
+        return self.inits.get("hidden") == "rms_copy"
+
+    @property
     def residual_share(self) -> float:
-        """Ratio of the mean squares of the grown and the old residual stream; 1 for the init `random`.
+        """Ratio of the mean squares of the grown and the old residual stream; 1 for `random` and `rms_copy`.
 
         With k copies of the d old slots, and zeros in the rest of the D new slots, it is `k d / D`.
         """
@@ -194,8 +201,10 @@ class GrowthPlan:
         return self.residual_copies * self.old.hidden_size / self.new.hidden_size
 
     @property
-    def residual_copies(self) -> int:
-        """Number k of complete copies of the old residual stream in the new one."""
+    def residual_copies(self) -> float:
+        """Number k of complete copies of the old residual stream in the new one; under `rms_copy`, with a fraction."""
+        if self._hidden_is_copied:
+            return self.new.hidden_size / self.old.hidden_size
         return self.axes["hidden"].max_copies
 
     @property
@@ -261,32 +270,46 @@ class GrowthPlan:
             axis == "hidden" and row.role(dimension) == "write" for dimension, axis in enumerate(row.axes)
         )
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
+        is_added = layer in self.added_layers
         maps = tuple(self.axes[axis] for axis in row.axes)
+        if is_added and self.inits.get("layer") == "random":
+            maps = tuple(AxisMap.renew(axis.old_size, axis.new_size, "layer") for axis in maps)
         reads_copies = row.read_dimension is not None and maps[row.read_dimension].max_copies > 1
         # If the branches of a layer end in norms (Gemma 2), inserted layers are disabled by post-norm gains of 0 and
         # not by output projections of 0: a norm behind zeros multiplies their gradients by 1 / sqrt(eps).
         has_post_norms = any(row.is_post_norm for row in self.architecture.parameters)
+        adds_to_residual = row.is_in_layer and (row.is_post_norm if has_post_norms else writes_residual)
         return ParameterPlan(
             name=name,
             source=source,
             row=row,
             maps=maps,
-            scale=self._compute_scale(row),
+            scale=self._compute_scale(row) / (self._count_copies(layer) if adds_to_residual else 1),
             gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
             is_centred=self.needs_centring and writes_residual,
             noise=self.noise * initializer_range if reads_copies else 0.0,
-            zeroed=layer in self.inserted_layers and (row.is_post_norm if has_post_norms else writes_residual),
+            zeroed=layer in self.inserted_layers and adds_to_residual,
             seed=self.seed,
             inits=self.inits,
             initializer_range=initializer_range,
-            is_added=layer in self.added_layers,
+            is_added=is_added,
         )
+
+    def _count_copies(self, layer: int | None) -> int:
+        """Return the divisor of a layer's branches: under the init `scaled`, the number of copies of its old layer.
+
+        If a layer is a step of a differential equation along the depth, n copies take n steps, each 1/n of its size.
+        All branches together add to the residual stream what the old ones added, to first order.
+        """
+        if layer is None or self.inits.get("layer") != "scaled":
+            return 1
+        return self.layers.count(self.layers[layer])
 
     def _compute_scale(self, row: Parameter) -> float:
         """Return the factor of a parameter's old entries. It is 1 unless it compensates for something that grew."""
         scale, share, widening = 1.0, self.residual_share, self.new.hidden_size / self.old.hidden_size
         is_tied = bool(read_setting(self.source_config, "tie_word_embeddings", False))
-        scales_embedding = self.architecture.scales_embedding and self._hidden_is_exact
+        scales_embedding = self.architecture.scales_embedding and (self._hidden_is_exact or self._hidden_is_copied)
         if row.kind == "norm" and row.axes == ("hidden",):
             scale *= math.sqrt(share)  # see `config_changes`
         if row.kind in ("norm", "norm_bias") and not row.is_in_layer and is_tied:

@@ -30,6 +30,7 @@ untied embeddings, the dimension multiplied by 2 and by 1.5, with and without th
   bfloat16. If an error is larger, the command fails.
 * float64 means float64 throughout. transformers computes most norms, the softmax and rotary angles in float32 whatever
   the dtype, and their rounding, about 1e-6, would hide small errors; here they are computed in float64 too.
+* *if whole*: the function stays if the dimension is multiplied by a whole number; the errors are of the other cases.
 * *refused* is the number of cases in the row that the library refuses to grow, with the number of the reason below;
   the errors are measured on the other cases.
 
@@ -69,4 +70,6 @@ def _format_cells(by_dtype: Sequence[Sequence[Result]], reasons: list[str]) -> t
         return (*[""] * (len(MEASURED_DTYPES) + 2), refused)
     errors = [f"{max(result.error for result in results):.0e}" for results in grown]
     floor = f"{max(result.floor for result in grown[-1]):.0e}"
-    return ("yes" if grown[0][0].preserves else "no", *errors, floor, refused)
+    preserves = {result.preserves for result in grown[0]}
+    keeps = "yes" if preserves == {True} else "if whole" if True in preserves else "no"
+    return (keeps, *errors, floor, refused)

@@ -31,7 +31,7 @@ ROUNDING_FLOORS = 4.0
 STEPS_TO_LIFE = 3
 
 #: The inits that leave old entries unchanged.
-IN_PLACE = frozenset({"random", "stack", "interleave"})
+IN_PLACE = frozenset({"random", "stack", "interleave", "middle"})
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,9 @@ def _check_old_entries(
 ) -> None:
     for p in plan.parameters():
         sources = [axis.source for axis in p.maps]
-        slots = [torch.tensor([slot for slot, old in enumerate(source) if old is not None]) for source in sources]
-        olds = [torch.tensor([old for old in source if old is not None]) for source in sources]
+        kept = [[(slot, old) for slot, old in enumerate(source) if old is not None] for source in sources]
+        slots = [torch.tensor([slot for slot, _ in pairs], dtype=torch.long) for pairs in kept]
+        olds = [torch.tensor([old for _, old in pairs], dtype=torch.long) for pairs in kept]
         old = before[p.source][torch.meshgrid(*olds, indexing="ij")]
         new = after[p.name][torch.meshgrid(*slots, indexing="ij")]
         _require(torch.equal(new, old), case, f"old entries of {p.name} are not in place")
