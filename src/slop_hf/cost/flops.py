@@ -81,7 +81,7 @@ def count_muon_flops(dims: ModelDims, config: ModelConfig = DEFAULT_CONFIG, iter
 
     >>> from slop_hf import ModelDims
     >>> count_muon_flops(ModelDims(768, 2048, 6, 6))
-    843649548288
+    842551787520
     """
     sizes = compute_axis_sizes(dims, config)
     rows = get_architecture(config).rows(config)
