@@ -22,6 +22,7 @@ from slop_hf.errors import RunError
 from slop_hf.growth import load_adamw_file, plan_growth
 from slop_hf.training.muon import ALGORITHM, MOMENTUM, MUON, MatrixPart, MuonWithAdamW, build_muon, compute_direction
 from slop_hf.training.ranks import Ranks
+from slop_hf.training.run_plan import plan_run
 
 ONE_STAGE = GrowthSchedule(SCHEDULE.initial, (), initial_tokens=TOKENS)
 #: Layers are added in the second stage, and are then of another age than the others.
@@ -187,6 +188,8 @@ def test_the_ledger_counts_the_flops_of_the_iteration(whole):
     for record, dims in zip(RunDirectory(whole).records(), SCHEDULE.structures, strict=True):
         training = count_flops_per_token(dims, config, 16) * TOKENS
         assert record.flops == training + STEPS * count_muon_flops(dims, config)
+    plan = plan_run(SCHEDULE, arguments(whole, optim="muon"), config, block_size=16, devices=1)  # as a preview does
+    assert [span.flops for span in plan.spans] == [record.flops for record in RunDirectory(whole).records()]
     last = RunDirectory(whole).history()[-1]
     assert last["train_flops"] == pytest.approx(RunDirectory(whole).records()[-1].total_flops)
 

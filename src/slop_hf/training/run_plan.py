@@ -89,7 +89,7 @@ def plan_run(
         if args.batch_tokens is not None and per_step != begun.batches(stages):
             logger.warning(f"batch_tokens {args.batch_tokens} is ignored: the run began with another batch")
         per_step = begun.batches(stages)
-    newton_schulz = parse_settings(args.optim_args)["ns_steps"] if optimizer == MUON else 0
+    newton_schulz = parse_settings(args.optim_args)["ns_steps"] if (optimizer or args.optim) == MUON else 0
     spans = compute_stage_spans(schedule, config, block_size, per_step, newton_schulz_steps=newton_schulz)
     batches = share_batches(args, per_step, devices)
     rates = resolve_per_stage(args.stage_learning_rates, args.learning_rate, stages, "stage_learning_rates")
