@@ -77,6 +77,25 @@ def test_scaled_copies_keep_the_function_to_first_order():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_moments_of_scaled_copies_are_those_of_their_gradients(family):
+    """With small branches, the gradients of the grown model are the grown gradients, in every parameter."""
+    model = build_tiny_model(family, ModelDims(48, 96, 2, 4)).double()
+    plan = plan_growth(model.config, "layer", 5, init="scaled")
+    scaled = {p.source: p.gain_offset for p in plan.parameters() if p.scale != 1}
+    with torch.no_grad():
+        for name, offset in scaled.items():
+            model.get_parameter(name).add_(offset).mul_(1e-4).sub_(offset)
+    grown = grow_model(model, "layer", 5, init="scaled")
+    for one in (model, grown):
+        one(TOKENS, labels=TOKENS).loss.backward()
+    state = {name: {"exp_avg": p.grad, "step": torch.tensor(1.0)} for name, p in model.named_parameters()}
+    expected = grow_adamw_state(state, plan)
+    for name, parameter in grown.named_parameters():
+        error = float((parameter.grad - expected[name]["exp_avg"]).abs().max() / parameter.grad.abs().max())
+        assert error < 0.02, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_random_layers_are_those_of_a_new_model(family):
     """Old layers come first, unchanged; of the added ones nothing depends on old entries."""
     dims = ModelDims(48, 96, 2, 4)

@@ -450,6 +450,7 @@ KEPT = {
     "copies of hidden": ("hidden", 80, "copy"),
     "stacked layers": ("layer", 5, "stack"),
     "interleaved layers": ("layer", 5, "interleave"),
+    "scaled layers": ("layer", 5, "scaled"),
     "inserted layers": ("layer", 3, "preserving"),
 }
 

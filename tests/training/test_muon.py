@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import largest_difference, launch, weights
+from launching import largest_difference, launch_forked, weights
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import BATCH, SCHEDULE, STEPS, TOKENS, Interrupt, arguments, same_weights, small_model, trainer
 from transformers import (
@@ -25,6 +25,7 @@ from slop_hf.training.ranks import Ranks
 from slop_hf.training.run_plan import plan_run
 
 ONE_STAGE = GrowthSchedule(SCHEDULE.initial, (), initial_tokens=TOKENS)
+TWO_STEPS = replace(ONE_STAGE, initial_tokens=TOKENS * 2 // STEPS)
 #: Layers are added in the second stage, and are then of another age than the others.
 MUON_RUN = {
     "optim": "muon",
@@ -62,18 +63,21 @@ def find_changed(path):
     return {name for name, weight in begun.items() if not torch.equal(weight, ended[name])}
 
 
-@pytest.mark.parametrize("kind", ["plain", "ddp", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.deepspeed)],
+)
 def test_muon_updates_the_matrices_of_the_layers_and_nothing_else(kind, tmp_path):
     """With a rate of 0 for AdamW, what moves is what Muon moves; counted in numbers."""
     if kind == "zero3":
         pytest.importorskip("deepspeed")
-    settings = {**MUON_RUN, "adamw_learning_rate": 0.0, "weight_decay": 0.0}
+    settings = {**MUON_RUN, "adamw_learning_rate": 0.0, "weight_decay": 0.0, "save_steps": 100}
     if kind == "plain":
-        run_muon(tmp_path / "out", schedule=ONE_STAGE, **settings)
+        run_muon(tmp_path / "out", schedule=TWO_STEPS, **settings)
     else:
-        ONE_STAGE.to_yaml(tmp_path / "schedule.yaml")
+        TWO_STEPS.to_yaml(tmp_path / "schedule.yaml")
         one = {"schedule": tmp_path / "schedule.yaml", "batch": BATCH // 2, "arguments": settings}
-        ended = launch(kind, 2, output=tmp_path / "out", **one)
+        ended = launch_forked(kind, 2, output=tmp_path / "out", **one)
         assert ended.code == 0, ended.text[-4000:]
     sizes = {name: parameter.numel() for name, parameter in small_model().named_parameters()}
     dims = SCHEDULE.initial
@@ -87,7 +91,7 @@ def test_muon_updates_the_matrices_of_the_layers_and_nothing_else(kind, tmp_path
 
 
 def test_adamw_updates_all_others(tmp_path):
-    run_muon(tmp_path / "out", schedule=ONE_STAGE, learning_rate=0.0, adamw_learning_rate=1e-3)
+    run_muon(tmp_path / "out", schedule=TWO_STEPS, learning_rate=0.0, adamw_learning_rate=1e-3)
     names = {name for name, _ in small_model().named_parameters()}
     assert find_changed(tmp_path / "out") == {name for name in names if not is_matrix(name)}
 
@@ -102,18 +106,20 @@ def test_interrupted_runs_end_with_the_same_bits(whole, tmp_path):
     assert same_weights(whole, path)
 
 
+@pytest.mark.slow
 def test_ddp_agrees_with_one_process(whole, tmp_path):
-    ended = launch("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=MUON_RUN)
+    ended = launch_forked("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=MUON_RUN)
     assert ended.code == 0, ended.text[-4000:]
     assert largest_difference(tmp_path / "out", whole) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_zero3_interrupted_agrees_with_one_process(whole, tmp_path):
     pytest.importorskip("deepspeed")
     settings = {"output": tmp_path / "out", "batch": BATCH // 2, "arguments": MUON_RUN}
-    assert launch("zero3", 2, **settings, at={STEPS + 5: "interrupt"}).code != 0
-    ended = launch("zero3", 2, **settings)
+    assert launch_forked("zero3", 2, **settings, at={STEPS + 5: "interrupt"}).code != 0
+    ended = launch_forked("zero3", 2, **settings)
     assert ended.code == 0, ended.text[-4000:]
     assert largest_difference(tmp_path / "out", whole) < TOLERANCE
 
@@ -213,7 +219,6 @@ def test_rates_of_both_follow_the_schedule_and_the_stages(tmp_path):
 
     rates = Rates()
     settings = {"stage_learning_rates": [0.02, 0.02, 0.01, 0.01], "adamw_learning_rate": 0.004, "rewarm_steps": 0}
-    settings["new_parameter_rate"] = 1.0
     settings["new_parameter_rate"] = 1.0
     run_muon(tmp_path / "out", callbacks=[rates], lr_scheduler_type="constant", **settings)
     for step, groups in rates.seen.items():

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import largest_difference, launch
-from training_runs import BATCH, SCHEDULE, STEPS, TOKENS, Interrupt, arguments, freeze, small_model, trainer
+from launching import largest_difference, launch_forked
+from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, Interrupt, arguments, freeze, small_model, trainer
 from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory
@@ -209,29 +209,56 @@ def test_too_large_first_updates_of_new_entries_are_warned_of(tmp_path, beta2, s
 LAUNCHED = {name: value for name, value in KEPT.items() if name != "schedule"}
 
 
+@pytest.mark.slow
 def test_ddp_agrees_with_one_process(whole, tmp_path):
     DEEP.to_yaml(tmp_path / "schedule.yaml")
     settings = {"schedule": tmp_path / "schedule.yaml", "batch": BATCH // 2, "arguments": LAUNCHED}
-    ended = launch("ddp", 2, output=tmp_path / "out", **settings)
+    ended = launch_forked("ddp", 2, output=tmp_path / "out", **settings)
     assert ended.code == 0, ended.text[-4000:]
     assert largest_difference(tmp_path / "out", whole[0], "stage-3-ffn") < 1e-6
 
 
 @pytest.mark.deepspeed
-def test_zero3_interrupted_in_a_stage_of_three_ages_agrees_with_one_process(whole, tmp_path):
+def test_zero3_counts_the_steps_of_each_age(tmp_path):
     """Each age is a group of its own, because ZeRO-3 counts the steps of a group."""
+    pytest.importorskip("deepspeed")
+    stages = [replace(stage, tokens=BATCH * BLOCK) for stage in DEEP.stages[:2]]
+    short = GrowthSchedule(DEEP.initial, tuple(stages), initial_tokens=BATCH * BLOCK)
+    short.to_yaml(tmp_path / "schedule.yaml")
+    (tmp_path / "dump").mkdir()
+    settings = {**LAUNCHED, "save_steps": 100}
+    trainer(tmp_path / "one", model=small_model(DEEP.initial, dropout=0.0), **{**settings, "schedule": short}).train()
+    ended = launch_forked(
+        "zero3",
+        2,
+        output=tmp_path / "two",
+        schedule=tmp_path / "schedule.yaml",
+        batch=BATCH // 2,
+        arguments=settings,
+        dump=tmp_path / "dump",
+    )
+    assert ended.code == 0, ended.text[-4000:]
+    assert largest_difference(tmp_path / "one", tmp_path / "two", "stage-2-layer") < 1e-6
+    facts = json.loads((tmp_path / "dump" / "2-rank-0.json").read_text())
+    counts = [{step for name, step in facts["steps"].items() if f"layers.{layer}." in name} for layer in range(3)]
+    assert counts == [{2 - added} for added in ADDED[2]]
+    assert len(facts["groups"]) == 6  # matrices and norms of three ages
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_zero3_interrupted_in_a_stage_of_three_ages_agrees_with_one_process(whole, tmp_path):
     pytest.importorskip("deepspeed")
     DEEP.to_yaml(tmp_path / "schedule.yaml")
     (tmp_path / "dump").mkdir()
     settings = {"schedule": tmp_path / "schedule.yaml", "batch": BATCH // 2, "arguments": LAUNCHED}
-    ended = launch("zero3", 2, output=tmp_path / "out", **settings, at={2 * STEPS + 5: "interrupt"})
+    ended = launch_forked("zero3", 2, output=tmp_path / "out", **settings, at={2 * STEPS + 5: "interrupt"})
     assert ended.code != 0
-    ended = launch("zero3", 2, output=tmp_path / "out", **settings, dump=tmp_path / "dump")
+    ended = launch_forked("zero3", 2, output=tmp_path / "out", **settings, dump=tmp_path / "dump")
     assert ended.code == 0, ended.text[-4000:]
     assert largest_difference(tmp_path / "out", whole[0], "stage-3-ffn") < 1e-6
     facts = json.loads((tmp_path / "dump" / "3-rank-0.json").read_text())
     assert facts["steps"] == {name: entry["step"] for name, entry in whole[1][3 * STEPS].items()}
-    assert len(facts["groups"]) == 6  # matrices and norms of three ages
 
 
 def test_deepspeeds_own_optimizer_has_no_groups():

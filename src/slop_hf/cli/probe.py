@@ -123,10 +123,8 @@ def probe_command(
     console.print(build_probe_table(report))
     for sentence in describe_probe(report):
         console.print(sentence)
-    carries = run.training.get("carry_optimizer_state") or run.training.get("optimizer_state_at_growth") in (
-        "carried",
-        "kept",
-    )
+    state = run.training.get("optimizer_state_at_growth", "new")
+    carries = run.training.get("carry_optimizer_state") or state not in (None, "new")
     if start is not None and carries and not start.has_optimizer_state:
         console.print("The start has no AdamW state any more: every trial began with a new one.")
     print(f"measurements written to {output / 'probe.json'}")

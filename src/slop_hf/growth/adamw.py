@@ -68,7 +68,8 @@ def grow_adamw_state(
       since the mean now includes the new slots.
 
     If growth does not preserve the function (`random`, `stack`, `interleave`), the new gradient is another one; the
-    same rule is used.
+    same rule is used. Under `scaled`, n copies of a layer add 1/n each of what it added, and all their gradients,
+    times the scale, are 1/n of the old ones to first order (`ParameterPlan.branch_share`).
 
     Args:
         state: for each parameter, `exp_avg` and `exp_avg_sq` of its shape, and the scalar `step`. Parameters without
@@ -147,7 +148,7 @@ def grow_moment(
 
     def compute_factor(segments: Sequence[Segment]) -> float:
         copies = math.prod(s.copies for dimension, s in enumerate(segments) if dimension != plan.row.read_dimension)
-        return (copies * plan.scale) ** -power
+        return (copies * plan.scale / plan.branch_share) ** -power
 
     maps = [axis.originals for axis in plan.maps] if step == "per_parameter" else plan.maps
     return assemble(moment, maps, lambda operators: new, compute_factor, out=out)

@@ -60,6 +60,8 @@ class ParameterPlan:
         zeroed: whether old entries become zero (for a gain: its effective value), so that an inserted layer adds
             nothing to the residual stream. New entries become zero too, except gains.
         is_added: whether the parameter belongs to an added layer: no parameter of the old model lives on in it.
+        branch_share: share of its layer in what the copies of the old layer add to the residual stream: under the init
+            `scaled`, one over their number, else 1. The gradients of all its parameters, times their scale, shrink alike.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -77,6 +79,7 @@ class ParameterPlan:
     inits: Mapping[str, str]
     initializer_range: float
     is_added: bool = False
+    branch_share: float = 1.0
 
     @property
     def stored_name(self) -> str:
@@ -270,7 +273,7 @@ class GrowthPlan:
             axis == "hidden" and row.role(dimension) == "write" for dimension, axis in enumerate(row.axes)
         )
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
-        is_added = layer in self.added_layers
+        is_added, branch_share = layer in self.added_layers, 1 / self._count_copies(layer)
         maps = tuple(self.axes[axis] for axis in row.axes)
         if is_added and self.inits.get("layer") == "random":
             maps = tuple(AxisMap.renew(axis.old_size, axis.new_size, "layer") for axis in maps)
@@ -284,7 +287,7 @@ class GrowthPlan:
             source=source,
             row=row,
             maps=maps,
-            scale=self._compute_scale(row) / (self._count_copies(layer) if adds_to_residual else 1),
+            scale=self._compute_scale(row) * (branch_share if adds_to_residual else 1.0),
             gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
             is_centred=self.needs_centring and writes_residual,
             noise=self.noise * initializer_range if reads_copies else 0.0,
@@ -293,6 +296,7 @@ class GrowthPlan:
             inits=self.inits,
             initializer_range=initializer_range,
             is_added=is_added,
+            branch_share=branch_share,
         )
 
     def _count_copies(self, layer: int | None) -> int:

@@ -110,7 +110,8 @@ class GrownStateReader:
                 keep a store per thread, and the kernel clears memory that comes fresh.
         """
         plan, stored, has_no_gradient = self._plans.get(name), self._locate(name, key), name in self._without_gradient
-        if plan is None or (plan.is_identity and not has_no_gradient and (key == WEIGHT or not plan.is_added)):
+        has_own_moments = plan is not None and (has_no_gradient or plan.is_added or plan.branch_share != 1)
+        if plan is None or (plan.is_identity and (key == WEIGHT or not has_own_moments)):
             return read_tensor(stored, out)
         value = read_tensor(stored, self._memory.allocate("read", stored.shape, FLOATS[stored.dtype]))
         if key == WEIGHT:

@@ -198,9 +198,9 @@ def describe_uncorrected_updates(args: SlopTrainingArguments, plan: RunPlan) -> 
     if largest <= LARGEST_FIRST_UPDATE:
         return None
     return (
-        f"optimizer_state_at_growth kept: with adam_beta2 {args.adam_beta2:g}, new entries of matrices that become "
-        f"wider begin with updates of up to {largest:.1f} times the learning rate, because AdamW corrects the bias of "
-        "a whole tensor only; set adam_beta2 to 0.95, or optimizer_state_at_growth to carried"
+        f"optimizer_state_at_growth kept: with adam_beta2 {args.adam_beta2:g}, new entries of parameters that "
+        f"become wider begin with updates of up to {largest:.1f} times the learning rate, because AdamW corrects the "
+        "bias of a whole tensor only; set adam_beta2 to 0.95, or optimizer_state_at_growth to carried"
     )
 
 

@@ -211,14 +211,16 @@ def build_muon(
         decayed: names of the parameters with weight decay.
         adamw_rate: learning rate of AdamW.
     """
-    rows = [row for row in get_architecture(model.config).rows(model.config) if row.kind == "projection"]
+    architecture = get_architecture(model.config)
+    rows = [row for row in architecture.rows(model.config) if row.kind == "projection"]
     layers = range(model.config.num_hidden_layers)
     names = {row.name.replace(LAYER, str(layer)) for row in rows if row.is_in_layer for layer in layers}
     matrices: list[torch.Tensor] = []
     others: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (matrices if name in names else others[name in decayed]).append(parameter)
+            is_matrix = architecture.canonical_name(name) in names
+            (matrices if is_matrix else others[name in decayed]).append(parameter)
     settings = {**parse_settings(args.optim_args), "lr": args.learning_rate, "weight_decay": args.weight_decay}
     adamw = {"lr": adamw_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return MuonWithAdamW(

@@ -434,7 +434,7 @@ class SlopTrainer(Trainer):
             growth = plan_growth(config, span.growth, seed=seed, noise=self.args.growth_noise)
             carries = self.args.optimizer_state_at_growth != "new"
             if carries and not moments and self.spans[span.number - 1].end_step:
-                logger.warning(f"{directory} no longer has an optimizer state: AdamW starts afresh in {span.name}")
+                logger.warning(f"{directory} no longer has an optimizer state: it starts afresh in {span.name}")
             moments = moments and carries
             logger.info(f"{span.name}: growing from {growth.old} to {growth.new}, {span.parameters:,} parameters")
         step: StepPolicy = "per_parameter" if self.args.optimizer_state_at_growth == "kept" else "keep"
@@ -527,17 +527,20 @@ class SlopTrainer(Trainer):
         """As `Trainer.create_optimizer`, with parameters of added layers in groups of their own if they need them."""
         is_fresh, number = self.optimizer is None, self._span.number
         if is_fresh and self.plan.facts.optimizer == MUON:
-            first, rate = self.plan.rates[0], self.args.adamw_learning_rate
-            rate = (
-                self.args.learning_rate if rate is None else rate * (self.args.learning_rate / first if first else 1)
-            )
-            decayed = self.get_decay_parameter_names(self.model)
+            decayed, rate = self.get_decay_parameter_names(self.model), self._compute_adamw_rate()
             self.optimizer = build_muon(self.model, self.args, decayed, self.ranks, adamw_rate=rate)
         optimizer: Optimizer = super().create_optimizer(model)
         if is_fresh and self._splits_groups:
             keeps = self.args.optimizer_state_at_growth == "kept"
             split_groups(optimizer, self.model, self._added[number], number, has_own_steps=keeps)
         return optimizer
+
+    def _compute_adamw_rate(self) -> float:
+        """Return AdamW's learning rate next to Muon's in this stage; `stage_learning_rates` change both alike."""
+        muon, first, rate = self.args.learning_rate, self.plan.rates[0], self.args.adamw_learning_rate
+        if rate is None:
+            return muon
+        return rate * muon / first if first else rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the scheduler of the stage, by `lr_span` and `rewarm_steps`."""
