@@ -61,7 +61,7 @@ class ParameterPlan:
             nothing to the residual stream. New entries become zero too, except gains.
         is_added: whether the parameter belongs to an added layer: no parameter of the old model lives on in it.
         branch_share: share of its layer in what the copies of the old layer add to the residual stream: under the init
-            `scaled`, one over their number, else 1. The gradients of all its parameters, times their scale, shrink alike.
+            `scaled`, one over their number, else 1. All its gradients, times the scale, shrink alike.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
