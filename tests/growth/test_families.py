@@ -402,7 +402,7 @@ def test_the_page_in_docs_has_the_suites_rows():
     expected = [[family, name, init] for family in ARCHITECTURES for name in INITS for init in INITS[name]]
     assert [row[:3] for row in rows(page)] == expected
     for family, _, init, keeps, double, single, *_ in rows(page):
-        assert keeps in ("yes", "no", ""), (family, init)
+        assert keeps in ("yes", "no", "", *(["if whole"] if init == "rms_copy" else [])), (family, init)
         if keeps == "yes":
             assert float(double) <= 1e-10 and float(single) <= 1e-5
 
