@@ -177,7 +177,7 @@ def test_refusals(arguments, error, message):
 
 def test_unknown_init_and_family():
     with pytest.raises(
-        GrowthError, match=r"unknown init 'zero' for operator 'ffn' \(known: random, preserving, copy\)"
+        GrowthError, match=r"unknown init 'zero' for operator 'ffn' \(known: random, preserving, copy, rms_copy\)"
     ):
         grow_model(llama(), "ffn", 100, init="zero")
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
