@@ -288,7 +288,11 @@ def _list_dependencies(job: Job, span: StageSpan) -> Json:
     stages = tuple(dataclasses.replace(stage, tokens=0) for stage in schedule.stages[: span.number])
     config = dataclasses.replace(job.config, training=training, schedule=GrowthSchedule(schedule.initial, stages))
     share = any(isinstance(value := training.get(name), float) and value < 1 for name in _INTERVALS)
-    return [to_plain(config), job.preview.spans[-1].end_step if share else None]
+    dependencies = [to_plain(config), job.preview.spans[-1].end_step if share else None]
+    steps = training.get("new_parameter_steps")
+    if span.number and isinstance(steps, float) and 0 < steps < 1:  # a share of the stage
+        dependencies.append(span.steps)
+    return dependencies
 
 
 def _read_length(key: str) -> int:
