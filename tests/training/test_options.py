@@ -358,11 +358,11 @@ def test_a_run_goes_on_over_stages_without_tokens(gaps, tmp_path, monkeypatch, c
 
     real, calls = module.save_stage, []
 
-    def interrupt(*args):
+    def interrupt(*args, **settings):
         calls.append(args)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **settings)
 
     path = tmp_path / "out"
     monkeypatch.setattr(module, "save_stage", interrupt)
