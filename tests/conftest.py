@@ -32,6 +32,11 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_runtest_setup(item):
+    """The same for what earlier tests have imported and left behind."""
+    gc.freeze()
+
+
 @pytest.fixture
 def slop(monkeypatch, capfd):
     """Run `slop` in this process, as a user would type it: (exit code, stdout, stderr)."""

@@ -196,12 +196,25 @@ def test_no_function_runs_the_code_of_a_model(name: str, trap: Trap) -> None:
     assert not trap.marker.exists()
 
 
-@pytest.mark.parametrize("name", ["train, tokenizer", "eval"])
-def test_no_answer_at_the_terminal_runs_the_code(name: str, tmp_path: Path, model_dir: Path) -> None:
+#: A program that runs a command per argument.
+SCRIPT = """
+import sys
+from slop_hf.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["slop", *line.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print("code", ended.code)
+"""
+
+
+def test_no_answer_at_the_terminal_runs_the_code(tmp_path: Path, model_dir: Path) -> None:
     trap = Trap(tmp_path, model_dir, is_needed=True)
-    command = [sys.executable, "-m", "slop_hf", *COMMANDS[name].format(**vars(trap)).split()]
-    done = subprocess.run(command, input=ANSWERS, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2 and NEEDS_CODE in done.stderr, done.stderr
+    lines = [COMMANDS[name].format(**vars(trap)) for name in ("train, tokenizer", "eval")]
+    command = [sys.executable, "-c", SCRIPT, *lines]
+    done = subprocess.run(command, input=ANSWERS * 2, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "code 2\n" * 2 and done.stderr.count(NEEDS_CODE) == 2, done.stderr
     assert not trap.marker.exists()
 
 

@@ -1,6 +1,5 @@
-"""The tiny recipe on a mixture of seven sources, launched as users launch it: under ZeRO-3 on two ranks."""
+"""The tiny recipe on a mixture of seven sources, under ZeRO-3 on two ranks."""
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,8 @@ from mixture import WEIGHTS, seven_sources
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from launching import ROOT, command, environment, kill, largest_difference
+import launched_recipe
+from launching import ROOT, ForkedLaunch, largest_difference
 
 from slop_hf import RunConfig, RunDirectory, build_trainer
 
@@ -40,17 +40,15 @@ def recipe(tmp_path_factory):
     return path
 
 
-def words(recipe, output, *more):
-    launch = command("zero3", 2, ROOT / "recipes" / "grow_1b.py")
-    return [*launch, "--config", str(recipe), "--output-dir", str(output), *more]
+def start(recipe, output, *more):
+    words = ["--config", str(recipe), *more]
+    return ForkedLaunch("zero3", 2, main=launched_recipe.main, output=output, words=words)
 
 
 def run(recipe, output, *more):
-    done = subprocess.run(
-        words(recipe, output, *more), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "5 stages" in done.stdout
+    launch = start(recipe, output, *more)
+    assert launch.wait(300) == 0, launch.text
+    assert "5 stages" in launch.text
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +84,14 @@ def test_two_ranks_end_where_one_process_does(recipe, two, tmp_path):
 def test_a_killed_and_resumed_run_logs_the_same(recipe, two, tmp_path):
     """After SIGKILL to all ranks in the third stage, the resumed run logs the same losses, rates and tokens."""
     output = tmp_path / "killed"
-    process = subprocess.Popen(
-        words(recipe, output), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    launch = start(recipe, output)
     try:
         deadline = time.monotonic() + 240
         while not any((output / "stage-2-ffn.running").glob("checkpoint-*")):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert launch.is_alive and time.monotonic() < deadline, launch.text
             time.sleep(0.02)
     finally:
-        kill(process)
-        process.wait()
+        launch.kill()
     assert RunDirectory(output).finished_stages == 2
     run(recipe, output, "--resume")
     assert log_of(output) == log_of(two)

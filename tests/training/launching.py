@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LAUNCHED = HERE / "launched.py"
+#: What ranks import sooner or later; `torch._inductor` and `networkx` are imported by ZeRO-3's first step.
+PRELOADED = ["launched", "launched_evaluation", "slop_hf.training.zero3", "torch._inductor.compile_fx", "networkx"]
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,11 @@ def largest_difference(one: Path, other: Path, stage: str = "stage-3-hidden") ->
 class ForkedLaunch:
     """A launch whose ranks are forked from a process that has imported everything: they begin in a tenth of the time.
 
-    It has no launcher: if one rank fails, the others are not told.
+    Like a launcher, `wait` stops the others if one rank fails.
     """
 
     _context = get_context("forkserver")
-    _context.set_forkserver_preload(["launched", "launched_evaluation", "slop_hf.training.zero3"])
+    _context.set_forkserver_preload(PRELOADED)
 
     def __init__(
         self, kind: str, ranks: int = 1, main: Callable[[dict[str, Any]], None] = launched.main, **settings: Any
@@ -144,14 +147,21 @@ class ForkedLaunch:
             process.join()
 
     def wait(self, seconds: float = 120) -> int:
-        """Return the largest exit code when all ranks have ended."""
+        """Return the exit code of the first rank that failed, or 0, when all have ended."""
         deadline = time.monotonic() + seconds
-        for process in self._processes:
-            process.join(max(deadline - time.monotonic(), 0))
-        if any(process.is_alive() for process in self._processes):
+        waiting, code = list(self._processes), 0
+        while waiting and time.monotonic() < deadline:
+            wait([process.sentinel for process in waiting], timeout=1)
+            codes = [abs(process.exitcode or 0) for process in self._processes]
+            if code == 0 and any(codes):
+                code = max(codes)
+                for process in waiting:
+                    process.terminate()
+            waiting = [process for process in waiting if process.is_alive()]
+        if waiting:
             self.kill()
             raise AssertionError(f"the launch hangs:\n{self.text}")
-        return max(abs(process.exitcode or 0) for process in self._processes)
+        return code
 
 
 def _list_environments(kind: str, ranks: int) -> list[dict[str, str]]:
