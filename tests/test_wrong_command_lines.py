@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -755,12 +756,14 @@ def recipe():
 
 def list_files(home: Path) -> dict[str, tuple[int, int]]:
     """Return the size and the time of every file and directory."""
-    paths = {path.relative_to(home): path.lstat() for path in home.rglob("*")}
-    return {
-        str(path): (stat.st_size, stat.st_mtime_ns)
-        for path, stat in paths.items()
-        if path.parts[0] != CACHE and ".lock" not in path.parts
-    }
+    files = {}
+    for folder, folders, names in os.walk(home):
+        folders[:] = [name for name in folders if name not in (CACHE, ".lock")]
+        for name in (*folders, *names):
+            path = os.path.join(folder, name)
+            stat = os.lstat(path)
+            files[path] = (stat.st_size, stat.st_mtime_ns)
+    return files
 
 
 def stop_waiting(*_: object) -> None:

@@ -149,7 +149,6 @@ class At(TrainerCallback):
 
 
 def main(settings: dict[str, Any]) -> None:
-    gc.freeze()  # each stage collects garbage; that takes a second if the imported modules are searched too
     output = Path(settings["output"])
     schedule = SCHEDULE if "schedule" not in settings else GrowthSchedule.from_yaml(settings["schedule"])
     model = small_model(schedule.initial, dropout=settings.get("dropout", 0.0))
@@ -174,6 +173,7 @@ def run_rank(
     environment: dict[str, str], main: Callable[[dict[str, Any]], None], settings: dict[str, Any], log: str
 ) -> None:
     """Run a program as one rank of a launch in this process, which has nothing else to do."""
+    gc.freeze()  # each stage collects garbage; that takes a second if the imported modules are searched too
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -85,11 +86,17 @@ def set_up(
         set_verbosity(logging.INFO if verbose else logging.ERROR)
 
 
+@cache
+def _build_command() -> Any:
+    """Build the command from `app`; typer evaluates every option's type for it."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; an error of the user is printed as one line on stderr, with exit code 2."""
     make_streams_printable()
     try:
-        sys.exit(app(prog_name="slop", standalone_mode=False))
+        sys.exit(_build_command()(prog_name="slop", standalone_mode=False))
     except SlopError as caught:
         print_error(str(caught))
     except OSError as caught:
