@@ -117,6 +117,7 @@ def test_checkpoint(benchmark, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_mergekit(benchmark, environment, tmp_path):
     record = run(benchmark, tmp_path, "mergekit", "--environment", str(environment))["mergekit"]
     assert_well_formed(record)

@@ -41,6 +41,7 @@ def run(training, tmp_path, part):
     return result
 
 
+@pytest.mark.slow
 def test_steps(record):
     result = record("steps")
     assert set(result["median_seconds"]) == {"SlopTrainer", "Trainer"}
@@ -48,6 +49,7 @@ def test_steps(record):
     assert result["goals"][0]["value"] == pytest.approx(1 / result["ratio"])
 
 
+@pytest.mark.slow
 def test_boundary(record):
     result = record("boundary")
     (case,) = result["cases"]

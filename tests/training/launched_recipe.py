@@ -1,4 +1,4 @@
-"""`recipes/grow_1b.py` as a rank of a launch; its settings are `output` and `words`, the command line's other words."""
+"""`recipes/grow_1b.py` as a rank of a launch; its settings are `output` and `words`, the other words to it."""
 
 from __future__ import annotations
 

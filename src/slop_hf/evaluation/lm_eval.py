@@ -186,7 +186,14 @@ def _explain_failure(caught: Exception) -> str:
 
 @contextmanager
 def _contain_side_effects() -> Iterator[None]:
-    """Contain lm-eval's side effects: seeding, printing, warnings, and forked bootstrap workers."""
+    """Contain lm-eval's side effects: seeding, printing, warnings, forked bootstrap workers, a report on the machine.
+
+    The report, which we drop, lists all installed packages; that takes seconds.
+    """
+    from lm_eval import evaluator
+
+    add_report = evaluator.add_env_info
+    evaluator.add_env_info = lambda results: None
     before, their_logger = get_random_state(), logging.getLogger("lm_eval")
     level = their_logger.level
     their_logger.setLevel(logging.ERROR)
@@ -195,6 +202,7 @@ def _contain_side_effects() -> Iterator[None]:
         with redirect_stdout(sys.stderr), patch_environment(DISABLE_MULTIPROC="1"):
             yield
     finally:
+        evaluator.add_env_info = add_report
         set_random_state(before)
         their_logger.setLevel(level)
 

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import Queue, get_context
+from multiprocessing import Queue, get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -262,7 +263,7 @@ def _check_job(job: Job, root: Path, *, check_texts: bool) -> None:
 
 def _run_in_parallel(jobs: Sequence[Job], root: Path, devices: list[str], report_end: Callable[[Job], None]) -> None:
     """Train each job as soon as a device is free and its shared prefix is finished."""
-    context = get_context("spawn")  # a forked process cannot use CUDA
+    context = _get_context()
     free = context.Queue()
     for device in devices:
         free.put(device)
@@ -295,6 +296,15 @@ def _run_in_parallel(jobs: Sequence[Job], root: Path, devices: list[str], report
                     )
     if failure is not None:
         raise failure
+
+
+def _get_context() -> BaseContext:
+    """Return how workers start: never as forks of this process, which may have begun to use CUDA."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all workers
+    return context
 
 
 def _claim_device(free: Queue[str], threads: int) -> None:
