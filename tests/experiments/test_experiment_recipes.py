@@ -40,9 +40,10 @@ def test_every_table_that_trains_is_here_at_every_scale():
 def test_every_experiment_can_run(path, scale, tmp_path):
     """Offline, as in `test_every_recipe_can_run`; runs that differ in their seed alone are looked at once."""
     experiment, jobs = runs_of(path, scale)
-    for job in jobs:
+    for number, job in enumerate(jobs):
         if job.seed == experiment.sizes.seeds[0]:
-            assert all(span.steps > 0 for span in preview_run(job.config, tmp_path / "out")), job.name
+            spans = preview_run(job.config, tmp_path / "out", check_texts=number == 0)
+            assert all(span.steps > 0 for span in spans), job.name
 
 
 @pytest.mark.parametrize(("path", "scale"), SCALES, ids=ids)

@@ -11,6 +11,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -158,13 +159,19 @@ def list_place_names(source: Source) -> list[str]:
 
 
 def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[str, Path]:
-    files = {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in (*skipped, "__pycache__") and name[0] != "."]
-        for name in names:
-            path = Path(folder, name)
-            if name[0] != "." and name.endswith(suffix) and path.is_file():
-                files[path.relative_to(root).as_posix()] = path
+    """List the files below a folder; links to folders are not followed, and folders that cannot be read are empty."""
+    files, folders = dict[str, Path](), [("", str(root))]
+    while folders:
+        prefix, folder = folders.pop()
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name[0] == ".":
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name not in (*skipped, "__pycache__"):
+                        folders.append((f"{prefix}{entry.name}/", entry.path))
+                elif entry.name.endswith(suffix) and entry.is_file():
+                    files[prefix + entry.name] = Path(entry.path)
     return dict(sorted(files.items()))
 
 
