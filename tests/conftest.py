@@ -21,7 +21,7 @@ os.environ.update(
 )
 
 # The same examples in every run: a change is judged by what it changed, not by the dice.
-settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("steady", max_examples=50, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 

@@ -191,7 +191,7 @@ for number in range(kills):
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_growth_is_complete_or_absent(tmp_path, kills):
     source = save(tmp_path / "source", dims=ModelDims(128, 384, 4, 4), dtype=torch.bfloat16)
     target = tmp_path / "grown"

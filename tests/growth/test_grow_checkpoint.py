@@ -138,6 +138,7 @@ def test_neither_threads_nor_the_memory_limit_change_the_weights(sharded, tmp_pa
         grow_checkpoint(sharded, tmp_path / "x", "ffn", 64, threads=0)
 
 
+@pytest.mark.slow
 def test_loads_without_slop_hf(source, tmp_path):
     grow_checkpoint(source, tmp_path / "grown", "ffn", 64)
     code = (

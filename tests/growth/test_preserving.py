@@ -14,7 +14,7 @@ from slop_hf.operators import find_operators
 from slop_hf.testing import Case, check
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
-FAST = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 THOROUGH = settings(FAST, max_examples=500)
 
 

@@ -17,6 +17,7 @@ REPO = "tester/grown"
 STAGES = ["stage-0-initial", "stage-1-layer", "stage-2-ffn"]
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_two_ranks_publish_each_stage_once(hub, api, tmp_path):
     pytest.importorskip("deepspeed")

@@ -122,6 +122,7 @@ def test_a_failure_before_the_commit_leaves_no_file(finished, hub, api):
     assert hub.repos[REPO].files(STAGES[0]).keys() == FILES
 
 
+@pytest.mark.slow
 def test_a_publisher_that_is_killed_leaves_no_file(finished, hub, api):
     run, _ = finished
     code = (

@@ -135,6 +135,7 @@ def test_the_13b_recipe_needs_the_memory_that_its_comment_states(tmp_path, outpu
     assert f"largest in stage-3-hidden: {total} =" in text and "64 devices, ZeRO stage 3, micro-batch 1, bf16" in text
 
 
+@pytest.mark.slow
 def test_a_dry_run_through_the_script(tmp_path):
     """In a new process: the paper's run is the default, and stdout holds nothing but JSON."""
     command = [sys.executable, RECIPES / "grow_1b.py", "--dry-run", "--json", "--output-dir", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""The tiny recipe on a mixture of seven sources, under ZeRO-3 on two ranks."""
+"""The tiny recipe on a mixture of seven sources, on two ranks."""
 
 import sys
 import time
@@ -40,23 +40,29 @@ def recipe(tmp_path_factory):
     return path
 
 
-def start(recipe, output, *more):
+def start(kind, recipe, output, *more):
     words = ["--config", str(recipe), *more]
-    return ForkedLaunch("zero3", 2, main=launched_recipe.main, output=output, words=words)
+    return ForkedLaunch(kind, 2, main=launched_recipe.main, output=output, words=words)
 
 
-def run(recipe, output, *more):
-    launch = start(recipe, output, *more)
+def run(kind, recipe, output, *more):
+    launch = start(kind, recipe, output, *more)
     assert launch.wait(300) == 0, launch.text
     assert "5 stages" in launch.text
 
 
+@pytest.fixture(scope="module", params=["ddp", pytest.param("zero3", marks=[pytest.mark.slow, pytest.mark.deepspeed])])
+def kind(request):
+    if request.param == "zero3":
+        pytest.importorskip("deepspeed")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def two(recipe, tmp_path_factory):
+def two(kind, recipe, tmp_path_factory):
     """The run on two ranks."""
-    pytest.importorskip("deepspeed")
     output = tmp_path_factory.mktemp("runs") / "two"
-    run(recipe, output)
+    run(kind, recipe, output)
     return output
 
 
@@ -69,7 +75,6 @@ def log_of(output):
     ]
 
 
-@pytest.mark.deepspeed
 def test_two_ranks_end_where_one_process_does(recipe, two, tmp_path):
     build_trainer(RunConfig.from_yaml(recipe), tmp_path / "one").train()
     for alone, shared in zip(RunDirectory(tmp_path / "one").records(), RunDirectory(two).records(), strict=True):
@@ -81,11 +86,10 @@ def test_two_ranks_end_where_one_process_does(recipe, two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.deepspeed
-def test_a_killed_and_resumed_run_logs_the_same(recipe, two, tmp_path):
+def test_a_killed_and_resumed_run_logs_the_same(kind, recipe, two, tmp_path):
     """After SIGKILL to all ranks in the third stage, the resumed run logs the same losses, rates and tokens."""
     output = tmp_path / "killed"
-    launch = start(recipe, output)
+    launch = start(kind, recipe, output)
     try:
         deadline = time.monotonic() + 240
         while not any((output / "stage-2-ffn.running").glob("checkpoint-*")):
@@ -94,12 +98,11 @@ def test_a_killed_and_resumed_run_logs_the_same(recipe, two, tmp_path):
     finally:
         launch.kill()
     assert RunDirectory(output).finished_stages == 2
-    run(recipe, output, "--resume")
+    run(kind, recipe, output, "--resume")
     assert log_of(output) == log_of(two)
     assert largest_difference(output, two, "stage-4-layer") == 0.0
 
 
-@pytest.mark.deepspeed
 def test_the_consumed_tokens_of_a_mixture(two):
     """Every stage records its tokens per source; shares follow the weights, and ranges are contiguous."""
     records = RunDirectory(two).records()

@@ -173,6 +173,7 @@ def test_frozen_parameters_under_ddp(partly_frozen, tmp_path):
     check_frozen(path, partly_frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_terminated_under_zero3_and_finished_on_one_rank(partly_frozen, tmp_path):
     """SIGTERM to one rank: all save at the same step, and the launch ends well; with frozen parameters.

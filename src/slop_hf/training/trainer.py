@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import DataLoader, Dataset
 
+_is_frozen = False  # whether objects were frozen when `_has_frozen_objects` was last asked
 logger = logging.get_logger(__name__)
 
 
@@ -718,7 +719,7 @@ class SlopTrainer(Trainer):
 @contextmanager
 def _limit_collection() -> Iterator[None]:
     """Limit `gc.collect` to objects made inside the block."""
-    if gc.get_freeze_count():  # another user of `freeze`, whose objects `unfreeze` would release
+    if _has_frozen_objects():  # another user of `freeze`, whose objects `unfreeze` would release
         yield
         return
     gc.freeze()
@@ -726,3 +727,10 @@ def _limit_collection() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _has_frozen_objects() -> bool:
+    """Whether this process uses `gc.freeze`; a yes is kept, since counting a million objects takes 0.1 s."""
+    global _is_frozen
+    _is_frozen = _is_frozen or gc.get_freeze_count() > 0
+    return _is_frozen
