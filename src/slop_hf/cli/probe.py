@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from ..io.numbers import is_finite_number
 from ..planning.objectives import OBJECTIVES
 from ..schedule import GrowthSchedule
 from .job_progress import show_job_progress
+from .mixing import probe_mixing
 from .options import AsJson, Changes, Devices, Workers, make_option, read_changes, read_seeds, split_list
 from .shared import print_json, print_table
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from ..probing.probe import PlannedTrial
     from ..training.config import RunConfig
 
-_WHAT, _TRIAL, _OUTPUT = "What to try", "Trials", "Output"
+_WHAT, _TRIAL, _MIXING, _OUTPUT = "What to try", "Trials", "Mixing", "Output"
+_OBJECTIVE = "delta_params"
 
 
 def probe_command(
@@ -44,7 +46,7 @@ def probe_command(
     ] = None,
     objective: Annotated[
         str, make_option(_WHAT, help=f"Objective that the planner ranks those by: {', '.join(OBJECTIVES)}.")
-    ] = "delta_params",
+    ] = _OBJECTIVE,
     inits: Annotated[
         str | None, make_option(_WHAT, help="Or: try inits of the next stage, such as random,preserving,copy.")
     ] = None,
@@ -62,6 +64,22 @@ def probe_command(
         str, make_option(_TRIAL, help="Rank by utility (loss per FLOP), utility_per_hour (Eq. 2), or loss.")
     ] = "utility",
     seeds: Annotated[str, make_option(_TRIAL, help="Try each candidate once per seed, such as 0,1,2.")] = "0",
+    mixing: Annotated[
+        bool, make_option(_MIXING, "--mixing", help="Measure how much tokens of small models count once grown.")
+    ] = False,
+    factors: Annotated[
+        str | None,
+        make_option(
+            _MIXING, help="Factors of growth in each dimension of --next, such as 2,4. Default: the schedule's."
+        ),
+    ] = None,
+    at: Annotated[
+        str | None, make_option(_MIXING, help="Tokens at which small models grow, such as 1e6,4e6. Default: as --lag.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        make_option(_MIXING, help="Distance from the settled value that counts as settled. Default: 0.1."),
+    ] = None,
     change: Changes = None,
     workers: Workers = 1,
     devices: Devices = "",
@@ -78,6 +96,11 @@ def probe_command(
     of an initial model trained once. Held-out loss is measured right after growth and after the trial. Stages
     that several trials share are trained once.
 
+    With `--mixing`, small models train at a constant rate, grow to the end of your schedule in one dimension of
+    `--next` each, and are compared with the target from scratch: how many of its tokens a small token is worth (κ),
+    and how many tokens a grown model takes to catch up (mixing time). `--lag` is then the length of the grown models,
+    `--share` the length of the target from scratch, as a fraction of the schedule's tokens. `--inits` are compared.
+
     After an interruption, the same command continues.
 
     Example: `slop probe recipes/grow_tiny.yaml -o runs/probe --share 0.1 --write-schedule best.yaml`
@@ -85,6 +108,35 @@ def probe_command(
     check_output(output, "--output", RunError, is_directory=True)
     check_output(write_schedule, "--write-schedule", RunError)
     lag_tokens, first_tokens = _read_tokens(lag, "--lag"), _read_tokens(initial_tokens, "--initial-tokens")
+    ranking = {
+        "--from": source,
+        "--top-k": top_k,
+        "--initial-tokens": initial_tokens,
+        "--write-schedule": write_schedule,
+    }
+    ranking |= {"--by": by if by != "utility" else None, "--objective": objective if objective != _OBJECTIVE else None}
+    _refuse_options(mixing, ranking, {"--factors": factors, "--at": at, "--tolerance": tolerance})
+    if mixing:
+        run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
+        probe_mixing(
+            run,
+            output,
+            lambda trials, title: _show_trials(trials, title, as_json=as_json),
+            schedule=_read_schedule(run, schedule, None),
+            dimensions=next_stages,
+            factors=factors,
+            inits=inits,
+            at=_read_moments(at),
+            lag=lag_tokens,
+            share=share,
+            tolerance=tolerance,
+            seeds=read_seeds(seeds),
+            devices=split_list(devices),
+            workers=workers,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+        return
     from ..experiments.running import find_ended
     from ..probing.candidates import Start  # with torch, which `slop --help` does without
     from ..probing.report import build_probe_table, describe_probe
@@ -108,7 +160,7 @@ def probe_command(
     )
     trials = trial.preview(candidates)  # refuses what cannot be tried before the bar appears
     if dry_run:
-        _show_trials(trials, len(candidates), as_json=as_json)
+        _show_trials(trials, f"Trials of {len(candidates)} candidates", as_json=as_json)
         return
     jobs = trial.build_jobs(candidates)
     flops = {job.directory: planned.flops for job, planned in zip(jobs, trials, strict=True)}
@@ -168,14 +220,31 @@ def _read_tokens(value: float | None, option: str) -> int | None:
     return int(value)
 
 
-def _show_trials(trials: Sequence[PlannedTrial], candidates: int, *, as_json: bool) -> None:
+def _read_moments(text: str | None) -> tuple[int, ...]:
+    """Return the numbers of tokens in the value of `--at`."""
+    try:
+        return tuple(_read_tokens(float(part), "--at") or 0 for part in split_list(text or ""))
+    except ValueError:  # of float, or a SlopError
+        raise RunError(f"--at must be whole numbers of tokens, such as 1e6,4e6, got {text!r}") from None
+
+
+def _refuse_options(mixing: bool, ranking: Mapping[str, object], measuring: Mapping[str, object]) -> None:
+    """Refuse options of the other kind of probe."""
+    present = [name for name, value in (ranking if mixing else measuring).items() if value is not None]
+    if present and mixing:
+        raise RunError(f"--mixing measures growths and ranks no candidates; leave {', '.join(present)} out")
+    if present:
+        raise RunError(f"{', '.join(present)}: give --mixing too, or leave this out")
+
+
+def _show_trials(trials: Sequence[PlannedTrial], title: str, *, as_json: bool) -> None:
     """Print what would be trained, one row per trial."""
     if as_json:
         print_json(trials)
         return
     tokens, flops = sum(trial.tokens for trial in trials), sum(trial.flops for trial in trials)
     print_table(
-        f"Trials of {candidates} candidates",
+        title,
         ("trial", "stages", ">tokens", ">FLOPs"),
         [(trial.name, ", ".join(trial.stages), f"{trial.tokens:,}", f"{trial.flops:.3g}") for trial in trials],
         total=("sum", "", f"{tokens:,}", f"{flops:.3g}"),

@@ -17,8 +17,8 @@ from .config import Experiment
 from .jobs import PREFIX_FILE, Job, find_diverged, find_end_rate, is_trained_with_adamw
 from .progress import measure_progress, read_progress_at_branch
 
-#: Folder of a comparison in which the reports of probes are looked for, and the name of such a report.
-PROBES, PROBE_FILE = "probes", "probe.json"
+#: Folder of a comparison in which the reports of probes are looked for, and the names of such reports.
+PROBES, PROBE_FILE, MIXING_FILE = "probes", "probe.json", "mixing.json"
 #: Decimal places of measured losses in the record; further ones are noise.
 _PLACES = 6
 
@@ -99,7 +99,7 @@ def _sum_optimizer_flops(job: Job, records: Sequence[StageRecord]) -> float | No
 def _sum_probes(root: Path) -> Cost:
     """Return the cost of all probes whose reports lie in the comparison's folder `probes/`."""
     costs = []
-    for path in sorted((root / PROBES).rglob(PROBE_FILE)):
+    for path in sorted(path for name in (PROBE_FILE, MIXING_FILE) for path in (root / PROBES).rglob(name)):
         report = read_json(path, if_missing="run `slop probe` again", error=RunError)
         if not isinstance(report, dict) or "cost" not in report:
             raise RunError(f"{path} is not a report of `slop probe`: it has no key `cost`; move the file elsewhere")

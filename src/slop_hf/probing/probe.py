@@ -181,7 +181,7 @@ class Probe:
             diverged=tuple(without_result),
             length=by_share if self.lag is None else f"{self.lag:,} tokens of the next stage",
             start="the initial model" if self._start is None else self._start.name,
-            cost=_sum_trials(jobs, root),
+            cost=sum_trials(jobs, root),
             versions=list_versions(),
             device=describe_machine(),
         )
@@ -309,7 +309,7 @@ class Probe:
         return Path(PREFIXES, f"start-{self._start.key[:8]}")
 
 
-def _sum_trials(jobs: Sequence[Job], root: Path) -> Cost:
+def sum_trials(jobs: Sequence[Job], root: Path) -> Cost:
     """Return the cost of the trials and their shared prefixes, counting the trials."""
     begun = [job for job in jobs if RunDirectory(root / job.directory).exists]
     return dataclasses.replace(sum_cost("probes", begun, root), count=sum(bool(job.arm) for job in begun))
