@@ -153,6 +153,12 @@ def test_growths_that_cannot_be_are_refused(asked, message):
         build_mixing_growths(SCHEDULE, **asked)
 
 
+def test_equal_numbers_for_all_stages_hold_for_all_models(config, growths):
+    training = {**config.training, "stage_learning_rates": [1e-3] * 4}
+    jobs = MixingProbe(dataclasses.replace(config, training=training), "none", lag=12 * STEP).build_jobs(growths)
+    assert {max(rates) for job in jobs for rates in job.preview.rates} == {1e-3}
+
+
 def test_a_schedule_without_growth_needs_dimensions():
     with pytest.raises(RunError, match="the schedule grows nothing; name the dimensions"):
         build_mixing_growths(GrowthSchedule(LARGE))
@@ -284,6 +290,9 @@ def test_the_report_gives_intervals_and_says_what_is_not_known(measured):
     assert seeds.kappa.mean == pytest.approx(0.7, abs=0.01)
     assert seeds.kappa_interval == (seeds.kappa.low, seeds.kappa.high)
     assert with_estimates(result, (0.8, 500), (0.8, 2000)).kappa is None, "one seed has not settled"
+    slow = with_estimates(result, (0.4, 2000, 0.001))
+    assert slow.verdict == "settled" and slow.estimates[0].is_drifting and not settled.estimates[0].is_drifting
+    assert "still changes by +0.0" in describe_mixing(dataclasses.replace(report, results=(settled, slow)))[2]
     assert "ranges over 2 seeds" in describe_mixing(dataclasses.replace(report, seeds=(0, 1)))[1]
 
 

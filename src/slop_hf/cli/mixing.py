@@ -45,7 +45,7 @@ def probe_mixing(
         show_trials: function that prints what would be trained, below a title.
     """
     from ..experiments.running import find_ended  # with torch, which `slop --help` does without
-    from ..probing.catch_up import TOLERANCE
+    from ..probing.catch_up import MIXING_TOLERANCE
     from ..probing.mixing import MixingProbe, build_mixing_growths
     from ..probing.mixing_report import build_mixing_table, describe_mixing, draw_mixing
 
@@ -58,7 +58,7 @@ def probe_mixing(
         at=at,
         lag=lag,
         share=share,
-        tolerance=TOLERANCE if tolerance is None else tolerance,
+        tolerance=MIXING_TOLERANCE if tolerance is None else tolerance,
         seeds=seeds,
         devices=devices,
         workers=workers,

@@ -25,14 +25,14 @@ from ..errors import RunError
 from ..io.numbers import is_finite_number
 from ..io.record import Record
 
-FloatArray = NDArray[np.float64]
+_FloatArray = NDArray[np.float64]
 
 #: How an estimate ended; each but `settled` says why κ could not be determined.
 Verdict = Literal["settled", "not settled", "too noisy", "above the trunk", "below the trunk"]
 #: The fewest evaluations of a grown model that κ and a mixing time can be read from.
 MIN_EVALUATIONS = 12
 #: Default tolerance of the mixing time, as a difference of κ.
-TOLERANCE = 0.1
+MIXING_TOLERANCE = 0.1
 
 _WINDOW = 7  # evaluations that one smoothed loss is fitted to
 _DRAWS = 400  # of the noise, for the intervals
@@ -84,6 +84,7 @@ class MixingEstimate(Record, error=RunError):
         mixing_low, mixing_high: its interval; None if its end lies in the last third, or it does not exist.
         last: mean of κ(n) over the last third, settled or not; None if the trunk has no such losses.
         trend: change of κ(n) within the last third, by a straight line; None if the trunk has no such losses.
+        is_drifting: whether the interval of the trend leaves 0 out, although κ(n) may be settled within the tolerance.
     """
 
     verdict: Verdict
@@ -98,10 +99,11 @@ class MixingEstimate(Record, error=RunError):
     mixing_high: float | None = None
     last: float | None = None
     trend: float | None = None
+    is_drifting: bool = False
 
 
 def estimate_mixing(
-    trunk: LossTrack, grown: LossTrack, small_tokens: float, *, tolerance: float = TOLERANCE
+    trunk: LossTrack, grown: LossTrack, small_tokens: float, *, tolerance: float = MIXING_TOLERANCE
 ) -> MixingEstimate:
     """Estimate κ and the mixing time of a grown model.
 
@@ -156,6 +158,7 @@ def estimate_mixing(
         mixing_high=mixing_high,
         last=_round(last.mean()) if is_measured else None,
         trend=_round(_measure_trend(last)) if is_measured else None,
+        is_drifting=_is_drifting([draw[-tail:] for draw in draws]),
         noise=round(max(curve.noise for curve in curves), _PLACES),
         tokens=grown.tokens,
         kappas=tuple(_round(value) for value in kappas),
@@ -172,9 +175,9 @@ class _Smoothed:
         noise: standard deviation of the losses around the smoothed ones, in nats per token.
     """
 
-    tokens: FloatArray
-    losses: FloatArray
-    smoother: FloatArray
+    tokens: _FloatArray
+    losses: _FloatArray
+    smoother: _FloatArray
     noise: float
 
     @classmethod
@@ -188,13 +191,13 @@ class _Smoothed:
         noise = math.sqrt(np.square(losses - smoothed)[later].sum() / freedom)
         return cls(tokens, smoothed, smoother, noise)
 
-    def draw(self, random: np.random.Generator) -> FloatArray:
+    def draw(self, random: np.random.Generator) -> _FloatArray:
         """Return smoothed losses with the noise drawn again, shape (draws, evaluations)."""
         noise = self.noise * random.standard_normal((_DRAWS, len(self.losses)))
         return np.asarray((self.losses + noise) @ self.smoother.T)
 
 
-def _build_smoother(x: FloatArray) -> FloatArray:
+def _build_smoother(x: _FloatArray) -> _FloatArray:
     """Return the matrix of local linear regression over the nearest evaluations, with tricube weights."""
     smoother = np.zeros((len(x), len(x)))
     for number, centre in enumerate(x):
@@ -207,8 +210,8 @@ def _build_smoother(x: FloatArray) -> FloatArray:
 
 
 def _compute_kappas(
-    trunk_tokens: FloatArray, trunk_losses: FloatArray, after: FloatArray, losses: FloatArray, small_tokens: float
-) -> FloatArray:
+    trunk_tokens: _FloatArray, trunk_losses: _FloatArray, after: _FloatArray, losses: _FloatArray, small_tokens: float
+) -> _FloatArray:
     """Return κ(n) at each evaluation: -inf above the losses of the trunk, inf below them."""
     # The mean of the highest loss to come and the lowest one so far falls, and errs to neither side.
     to_come = np.maximum.accumulate(trunk_losses[::-1])[::-1]
@@ -218,7 +221,7 @@ def _compute_kappas(
     return np.asarray((equal - after) / small_tokens)
 
 
-def _judge(kappas: FloatArray, tail: int, low: float | None, high: float | None, tolerance: float) -> Verdict:
+def _judge(kappas: _FloatArray, tail: int, low: float | None, high: float | None, tolerance: float) -> Verdict:
     last = kappas[-tail:]
     if (last == -math.inf).any():
         return "above the trunk"
@@ -236,12 +239,19 @@ def _count_tail(evaluations: int) -> int:
     return evaluations - math.ceil(2 * evaluations / 3)
 
 
-def _measure_trend(last: FloatArray) -> float:
+def _measure_trend(last: _FloatArray) -> float:
     slope, _ = np.polyfit(np.arange(len(last)), last, 1)
     return float(slope) * (len(last) - 1)
 
 
-def _find_mixing(kappas: FloatArray, after: FloatArray, tail: int, tolerance: float) -> float:
+def _is_drifting(draws: Sequence[_FloatArray]) -> bool:
+    if not np.isfinite(draws).all():
+        return False
+    low, high = _find_interval([_measure_trend(draw) for draw in draws])
+    return low is not None and high is not None and low * high > 0
+
+
+def _find_mixing(kappas: _FloatArray, after: _FloatArray, tail: int, tolerance: float) -> float:
     """Return the tokens from which on κ(n) stays within the tolerance; inf if they lie in the last third."""
     with np.errstate(invalid="ignore"):
         is_outside = ~(np.abs(kappas - kappas[-tail:].mean()) <= tolerance)

@@ -32,10 +32,10 @@ from ..operators import find_operators, get_operator
 from ..runs.directory import RunDirectory
 from ..runs.records import EVAL_LOSS
 from ..schedule import GrowthSchedule, GrowthStage
-from ..training.batches import PER_STAGE
+from ..training.batches import PER_STAGE, keep_first_stages
 from ..training.config import RunConfig, preview_rates, preview_run
 from ..training.run_plan import with_inits
-from .catch_up import MIN_EVALUATIONS, TOLERANCE, LossTrack, estimate_mixing
+from .catch_up import MIN_EVALUATIONS, MIXING_TOLERANCE, LossTrack, estimate_mixing
 from .mixing_report import MixingReport, MixingResult
 from .probe import DEFAULT_SHARE, PlannedTrial, sum_trials
 
@@ -186,7 +186,7 @@ class MixingProbe:
     at: tuple[int, ...] = ()
     lag: int | None = None
     share: float | None = None
-    tolerance: float = TOLERANCE
+    tolerance: float = MIXING_TOLERANCE
     seeds: tuple[int, ...] = (0,)
     devices: Sequence[str] = ()
     workers: int = 1
@@ -222,14 +222,14 @@ class MixingProbe:
         root, jobs = Path(self.output_dir), self.build_jobs(growths)
         run_jobs(jobs, root, devices=self.devices, workers=self.workers, on_job_end=self.on_job_end)
         diverged = find_diverged(jobs, root)
-        trunks = {seed: self._build_trunk(growths, seed) for seed in self.seeds}
+        trunks = {seed: self._build_trunk(growths[0].target, seed) for seed in self.seeds}
         if diverged & {trunk.directory for trunk in trunks.values()}:
             raise RunError(
                 "the target from scratch diverged; lower learning_rate, and choose another output directory"
             )
         tracks = {seed: _read_track(trunk, root) for seed, trunk in trunks.items()}
         results, without_result = [], []
-        for growth, tokens in itertools.product(growths, self.count_tokens(growths)[0]):
+        for growth, tokens in itertools.product(growths, self.count_tokens()[0]):
             branches = {seed: self._build_branch(growth, tokens, seed) for seed in self.seeds}
             if diverged & {branch.directory for branch in branches.values()}:
                 without_result.append(branches[self.seeds[0]].arm)
@@ -279,7 +279,7 @@ class MixingProbe:
 
     # ---- From growths to jobs ----------------------------------------------------------------------------------
 
-    def count_tokens(self, growths: Sequence[MixingGrowth]) -> tuple[tuple[int, ...], int]:
+    def count_tokens(self) -> tuple[tuple[int, ...], int]:
         """Return the tokens of the small models, and of the grown ones.
 
         Raises:
@@ -302,15 +302,15 @@ class MixingProbe:
         """
         if not growths or len({growth.target for growth in growths}) > 1:
             raise RunError("a mixing probe needs one growth or more, all to the same target")
-        at, _ = self.count_tokens(growths)
+        at, _ = self.count_tokens()
         jobs = []
         for seed in self.seeds:
             branches = [self._build_branch(growth, tokens, seed) for growth in growths for tokens in at]
-            jobs += [self._build_trunk(growths, seed), *branches]
-        self._check_lengths(jobs, growths)
+            jobs += [self._build_trunk(growths[0].target, seed), *branches]
+        self._check_lengths(jobs)
         return sorted(add_shared_prefixes(jobs), key=lambda job: job.seed)
 
-    def _check_lengths(self, jobs: Sequence[Job], growths: Sequence[MixingGrowth]) -> None:
+    def _check_lengths(self, jobs: Sequence[Job]) -> None:
         """Refuse runs whose rate is not constant from the growth on, or that are too short to read anything from."""
         trunk, branch = jobs[0], min(jobs[1:], key=lambda job: job.preview.spans[0].steps)
         rates = np.array(trunk.preview.rates[0])
@@ -342,13 +342,13 @@ class MixingProbe:
         by_share = f"raise share to {share:g} or more, or " if share <= 1 else ""
         return f"{by_share}give {name} {tokens:,} tokens or more"
 
-    def _build_trunk(self, growths: Sequence[MixingGrowth], seed: int) -> Job:
-        at, lag = self.count_tokens(growths)
+    def _build_trunk(self, target: ModelDims, seed: int) -> Job:
+        at, lag = self.count_tokens()
         tokens = math.ceil(lag + LARGEST_KAPPA * max(at))
-        return self._build_job(_TRUNK, "target", GrowthSchedule(growths[0].target, (), tokens), lag, seed)
+        return self._build_job(_TRUNK, "target", GrowthSchedule(target, (), tokens), lag, seed)
 
     def _build_branch(self, growth: MixingGrowth, tokens: int, seed: int) -> Job:
-        at, lag = self.count_tokens([growth])
+        at, lag = self.count_tokens()
         stage = GrowthStage(find_operators(growth.small, growth.target), growth.target, lag, init=growth.init)
         schedule = with_inits(GrowthSchedule(growth.small, (stage,), tokens), self.config.training.get("growth_init"))
         name = growth.name if len(at) == 1 else f"{growth.name} at {tokens:,}"
@@ -356,7 +356,7 @@ class MixingProbe:
 
     def _build_job(self, name: str, slug: str, schedule: GrowthSchedule, lag: int, seed: int) -> Job:
         training = {
-            **self.config.training,
+            **keep_first_stages(self.config.training, 1),  # lists of equal numbers
             "eval_strategy": "steps",
             "eval_before_growth": True,
             "eval_after_growth": True,

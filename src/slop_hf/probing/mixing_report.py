@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -212,6 +213,11 @@ def describe_mixing(report: MixingReport) -> list[str]:
                 largest=f"{(report.trunks[0].tokens[-1] - result.tracks[0].tokens[-1]) / result.small_tokens:.2f}",
             )
             sentences.append(f"{reason}.")
+        elif drifts := [one.trend for one in result.estimates if one.is_drifting and one.trend is not None]:
+            sentences.append(
+                f"{result.name}: κ(n) still changes by {fmean(drifts):+.2f} within the last third, which is within "
+                "the tolerance but beyond the noise; a longer probe (lag) may settle further that way."
+            )
     if report.diverged:
         sentences.append(f"Diverged, and therefore not measured: {', '.join(report.diverged)}.")
     cost, hours = report.cost, format_significant(report.cost.seconds / 3600)
@@ -239,8 +245,10 @@ def draw_mixing(report: MixingReport, path: str | Path) -> Path:
             entries.append((shorten_name(result.name, 32), Line2D([], [], color=colour, linewidth=2.4)))
         losses.set_title("Held-out loss")
         losses.set_ylabel("nats/token")
-        losses.set_xlabel("tokens of the target from scratch; of a grown model, since its growth")
-        losses.set_xscale("log")
+        losses.set_xlabel("tokens; of a grown model, since the growth")
+        settled = [loss for track in report.trunks for loss in track.losses[len(track.losses) // 8 :]]
+        margin = 0.1 * (max(settled) - min(settled)) or 0.1  # the first descent leaves through the top
+        losses.set_ylim(min(settled) - margin, max(settled) + 2 * margin)
         kappas.set_title("κ(n): target tokens per small token")
         kappas.set_xlabel("tokens since the growth")
         shown = [one.last for result in report.results for one in result.estimates if one.last is not None]
