@@ -244,6 +244,8 @@ def test_what_growths_share_is_trained_once(config, growths, measured):
     ]
     assert measured.report.cost.tokens == sum(trial.tokens for trial in trials)
     assert measured.report.cost.flops == pytest.approx(sum(trial.flops for trial in trials))
+    longer = dataclasses.replace(measured, largest_kappa=2.0).preview(growths)
+    assert longer[1].tokens == (12 + 2 * 4) * STEP
     moments = MixingProbe(config, "none", at=(8 * STEP, 20 * STEP), lag=12 * STEP).preview(growths[:1])
     assert sum(trial.tokens for trial in moments) == STEP * (20 + 12 + 12 + 12 + 25 + 1), "one small model grows twice"
 
@@ -290,6 +292,9 @@ def test_the_report_gives_intervals_and_says_what_is_not_known(measured):
     assert seeds.kappa.mean == pytest.approx(0.7, abs=0.01)
     assert seeds.kappa_interval == (seeds.kappa.low, seeds.kappa.high)
     assert with_estimates(result, (0.8, 500), (0.8, 2000)).kappa is None, "one seed has not settled"
+    passed = with_estimates(result, (1.4, 1))
+    table = build_mixing_table(dataclasses.replace(report, results=(passed,)))
+    assert [str(cell) for cell in table.columns[1].cells] == ["above 1.25"]
     slow = with_estimates(result, (0.4, 2000, 0.001))
     assert slow.verdict == "settled" and slow.estimates[0].is_drifting and not settled.estimates[0].is_drifting
     assert "still changes by +0.0" in describe_mixing(dataclasses.replace(report, results=(settled, slow)))[2]
@@ -328,6 +333,7 @@ def test_growths_that_diverge_are_left_out(config, growths, measured, tmp_path, 
         ({}, {"share": 0.5, "lag": STEP}, "leave share out"),
         ({}, {"share": 2.0}, "share must be above 0 and at most 1, got 2"),
         ({}, {"tolerance": 0.0}, "tolerance must be positive"),
+        ({}, {"largest_kappa": -1.0}, "largest_kappa must be positive"),
         ({}, {"seeds": ()}, "seeds must be one or more"),
         ({"data.held_out": 0.0}, {}, "set data.held_out"),
         ({"training.lr_span": "stage"}, {}, "set training.lr_span to run"),

@@ -32,6 +32,7 @@ def probe_mixing(
     at: tuple[int, ...],
     lag: int | None,
     share: float | None,
+    largest_kappa: float | None,
     tolerance: float | None,
     seeds: tuple[int, ...],
     devices: tuple[str, ...],
@@ -46,7 +47,7 @@ def probe_mixing(
     """
     from ..experiments.running import find_ended  # with torch, which `slop --help` does without
     from ..probing.catch_up import MIXING_TOLERANCE
-    from ..probing.mixing import MixingProbe, build_mixing_growths
+    from ..probing.mixing import LARGEST_KAPPA, MixingProbe, build_mixing_growths
     from ..probing.mixing_report import build_mixing_table, describe_mixing, draw_mixing
 
     growths = build_mixing_growths(
@@ -58,6 +59,7 @@ def probe_mixing(
         at=at,
         lag=lag,
         share=share,
+        largest_kappa=LARGEST_KAPPA if largest_kappa is None else largest_kappa,
         tolerance=MIXING_TOLERANCE if tolerance is None else tolerance,
         seeds=seeds,
         devices=devices,

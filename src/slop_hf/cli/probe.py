@@ -76,6 +76,10 @@ def probe_command(
     at: Annotated[
         str | None, make_option(_MIXING, help="Tokens at which small models grow, such as 1e6,4e6. Default: as --lag.")
     ] = None,
+    largest_kappa: Annotated[
+        float | None,
+        make_option(_MIXING, help="Largest κ to measure: a longer target from scratch. Default: 1.25."),
+    ] = None,
     tolerance: Annotated[
         float | None,
         make_option(_MIXING, help="Distance from the settled value that counts as settled. Default: 0.1."),
@@ -99,7 +103,8 @@ def probe_command(
     With `--mixing`, small models train at a constant rate, grow to the end of your schedule in one dimension of
     `--next` each, and are compared with the target from scratch: how many of its tokens a small token is worth (κ),
     and how many tokens a grown model takes to catch up (mixing time). `--lag` is then the length of the grown models,
-    `--share` the length of the target from scratch, as a fraction of the schedule's tokens. `--inits` are compared.
+    `--share` the length of the target from scratch, as a fraction of the schedule's tokens. `--inits` tries
+    several.
 
     After an interruption, the same command continues.
 
@@ -115,7 +120,8 @@ def probe_command(
         "--write-schedule": write_schedule,
     }
     ranking |= {"--by": by if by != "utility" else None, "--objective": objective if objective != _OBJECTIVE else None}
-    _refuse_options(mixing, ranking, {"--factors": factors, "--at": at, "--tolerance": tolerance})
+    measuring = {"--factors": factors, "--at": at, "--largest-kappa": largest_kappa, "--tolerance": tolerance}
+    _refuse_options(mixing, ranking, measuring)
     if mixing:
         run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
         probe_mixing(
@@ -129,6 +135,7 @@ def probe_command(
             at=_read_moments(at),
             lag=lag_tokens,
             share=share,
+            largest_kappa=largest_kappa,
             tolerance=tolerance,
             seeds=read_seeds(seeds),
             devices=split_list(devices),

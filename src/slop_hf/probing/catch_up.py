@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RunError
-from ..io.numbers import is_finite_number
+from ..io.numbers import is_finite_number, is_positive_number
 from ..io.record import Record
 
 _FloatArray = NDArray[np.float64]
@@ -127,7 +127,7 @@ def estimate_mixing(
     ('settled', 0.8)
     """
     for name, value in {"tolerance": tolerance, "small_tokens": small_tokens}.items():
-        if not (is_finite_number(value) and value > 0):
+        if not is_positive_number(value):
             raise RunError(f"{name} must be positive and finite, got {value!r}")
     if min(len(grown.tokens), len(trunk.tokens)) < MIN_EVALUATIONS:
         raise RunError(

@@ -26,7 +26,7 @@ from ..experiments.jobs import RUNS, SEEDS_APART, Job, add_shared_prefixes, find
 from ..experiments.running import JobEndCallback, check_workers, describe_machine, run_jobs
 from ..growth import resolve_inits
 from ..io.files import check_output
-from ..io.numbers import is_finite_number, require_whole_number
+from ..io.numbers import is_finite_number, is_positive_number, require_whole_number
 from ..io.serialization import hash_json, list_versions, to_plain
 from ..operators import find_operators, get_operator
 from ..runs.directory import RunDirectory
@@ -39,7 +39,7 @@ from .catch_up import MIN_EVALUATIONS, MIXING_TOLERANCE, LossTrack, estimate_mix
 from .mixing_report import MixingReport, MixingResult
 from .probe import DEFAULT_SHARE, PlannedTrial, sum_trials
 
-#: Tokens of the trunk beyond the grown model's, over those of the small model: the largest κ that can be measured.
+#: Default of the largest κ that can be measured.
 LARGEST_KAPPA = 1.25
 #: Evaluations of a grown model; more would cost held-out passes and add little.
 _EVALUATIONS = 40
@@ -155,7 +155,7 @@ class MixingProbe:
     r"""Measures κ and the mixing time of growths to one target.
 
     For each growth the small model trains on `n_s` tokens, and the grown one on `n` further tokens; the target trains
-    from scratch on n + 1.25 n_s tokens, so that a κ of up to 1.25 can be read off. All are runs in a directory; small
+    from scratch on n + 1.25 n_s tokens, so that a κ of up to 1.25 can be read off. All are runs in a directory. Small
     models that several growths share are trained once, and an interrupted probe resumes. All evaluate held-out loss
     at the same steps, about 40 times during `n`.
 
@@ -167,6 +167,8 @@ class MixingProbe:
         lag: tokens n of the grown models. Default: the largest of `at`, or the share.
         share: without both, the tokens of the target from scratch as a share of the schedule's tokens, with n = n_s.
             Default: a tenth.
+        largest_kappa: largest κ that can be measured, which decides on the length of the target from scratch. Early in
+            training a small model may be ahead of the target, and κ above 1.25.
         tolerance: largest distance of κ(n) from its settled value after the mixing time.
         seeds: seeds; each growth is measured once per seed.
         devices, workers, on_job_end: as in `run_experiment`.
@@ -186,6 +188,7 @@ class MixingProbe:
     at: tuple[int, ...] = ()
     lag: int | None = None
     share: float | None = None
+    largest_kappa: float = LARGEST_KAPPA
     tolerance: float = MIXING_TOLERANCE
     seeds: tuple[int, ...] = (0,)
     devices: Sequence[str] = ()
@@ -202,8 +205,9 @@ class MixingProbe:
             raise RunError("the length of a mixing probe follows from share, or from at and lag: leave share out")
         if self.share is not None and not (is_finite_number(self.share) and 0 < self.share <= 1):
             raise RunError(f"share must be above 0 and at most 1, got {self.share}")
-        if not (is_finite_number(self.tolerance) and self.tolerance > 0):
-            raise RunError(f"tolerance must be positive and finite, got {self.tolerance!r}")
+        for name in ("tolerance", "largest_kappa"):
+            if not is_positive_number(value := getattr(self, name)):
+                raise RunError(f"{name} must be positive and finite, got {value!r}")
         check_seeds(self.seeds)
         check_workers(self.devices, self.workers)
         check_output(self.output_dir, "output_dir", RunError, is_directory=True)
@@ -291,7 +295,7 @@ class MixingProbe:
         total = sum(self.config.read_schedule().tokens)
         if not total:
             raise RunError("the schedule has no tokens to take a share of; give it tokens, or give at and lag")
-        tokens = max(1, round(total * (self.share or DEFAULT_SHARE) / (1 + LARGEST_KAPPA)))
+        tokens = max(1, round(total * (self.share or DEFAULT_SHARE) / (1 + self.largest_kappa)))
         return (tokens,), tokens
 
     def build_jobs(self, growths: Sequence[MixingGrowth]) -> list[Job]:
@@ -338,13 +342,13 @@ class MixingProbe:
         """Return what gives the runs so many tokens, in an argument or a share."""
         if self.at or self.lag is not None:
             return f"raise {name} to {tokens:,} tokens or more"
-        share = math.ceil(1000 * (1 + LARGEST_KAPPA) * tokens / sum(self.config.read_schedule().tokens)) / 1000
+        share = math.ceil(1000 * (1 + self.largest_kappa) * tokens / sum(self.config.read_schedule().tokens)) / 1000
         by_share = f"raise share to {share:g} or more, or " if share <= 1 else ""
         return f"{by_share}give {name} {tokens:,} tokens or more"
 
     def _build_trunk(self, target: ModelDims, seed: int) -> Job:
         at, lag = self.count_tokens()
-        tokens = math.ceil(lag + LARGEST_KAPPA * max(at))
+        tokens = math.ceil(lag + self.largest_kappa * max(at))
         return self._build_job(_TRUNK, "target", GrowthSchedule(target, (), tokens), lag, seed)
 
     def _build_branch(self, growth: MixingGrowth, tokens: int, seed: int) -> Job:

@@ -11,6 +11,7 @@ from statistics import fmean
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 
 from ..dims import ModelDims
@@ -43,7 +44,7 @@ _REASONS: dict[Verdict, str] = {
     "above the trunk": "{name}: the grown model had not come down to the first losses of the target from scratch; "
     "train it for longer (lag)",
     "below the trunk": "{name}: the grown model passed the last loss of the target from scratch, so κ is above "
-    "{largest}, the most that this probe measures",
+    "{largest}, the most that this probe measures; raise largest_kappa",
 }
 _VIEW = -0.5  # lowest κ(n) that the figure shows if all settle above
 
@@ -163,13 +164,25 @@ def tabulate_mixing(report: MixingReport) -> TextTable:
         rows.append(
             (
                 result.name,
-                result.verdict if kappa is None else _format_interval(kappa, result.kappa_interval, "{:.2f}".format),
+                _format_verdict(report, result)
+                if kappa is None
+                else _format_interval(kappa, result.kappa_interval, "{:.2f}".format),
                 f"{result.cost_ratio:.2f}",
                 NOTHING if mixing is None else _format_interval(mixing, result.mixing_interval, format_count),
                 format_power(result.flops),
             )
         )
     return TextTable(columns, tuple(rows))
+
+
+def _format_verdict(report: MixingReport, result: MixingResult) -> str:
+    is_below = result.verdict == "below the trunk"
+    return f"above {_compute_largest(report, result):.2f}" if is_below else result.verdict
+
+
+def _compute_largest(report: MixingReport, result: MixingResult) -> float:
+    """Return the largest κ that could be read off to the end of the grown model's training."""
+    return (report.trunks[0].tokens[-1] - result.tracks[0].tokens[-1]) / result.small_tokens
 
 
 def _format_interval(
@@ -210,7 +223,7 @@ def describe_mixing(report: MixingReport) -> list[str]:
                 trend=NOTHING if estimate.trend is None else f"{estimate.trend:+.2f}",
                 noise=format_significant(estimate.noise),
                 tolerance=f"{report.tolerance:g}",
-                largest=f"{(report.trunks[0].tokens[-1] - result.tracks[0].tokens[-1]) / result.small_tokens:.2f}",
+                largest=f"{_compute_largest(report, result):.2f}",
             )
             sentences.append(f"{reason}.")
         elif drifts := [one.trend for one in result.estimates if one.is_drifting and one.trend is not None]:
@@ -251,10 +264,13 @@ def draw_mixing(report: MixingReport, path: str | Path) -> Path:
         losses.set_ylim(min(settled) - margin, max(settled) + 2 * margin)
         kappas.set_title("κ(n): target tokens per small token")
         kappas.set_xlabel("tokens since the growth")
-        shown = [one.last for result in report.results for one in result.estimates if one.last is not None]
-        kappas.set_ylim(min([_VIEW, *(value - 0.2 for value in shown)]), max([1.0, *shown]) + 0.2)
+        estimates = [estimate for result in report.results for estimate in result.estimates]
+        settled = [estimate.last for estimate in estimates if estimate.last is not None]
+        high = [value for estimate in estimates for value in estimate.kappas if value is not None]
+        kappas.set_ylim(min([_VIEW, *(value - 0.2 for value in settled)]), max([1.0, *high]) + 0.2)
         for axes in (losses, kappas):
             draw_grid(axes, "y")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(tokens)))
         marks = (
             ("mixing time", {"marker": "o", "linestyle": "none"}),
             ("κ", {"linestyle": "--"}),
