@@ -1,9 +1,12 @@
 """The public names of slop_hf, each with its home; `__init__.py` loads them on first use."""
 
 from .baselines import from_scratch as from_scratch
+from .cost.growth_law import GrowthLaw as GrowthLaw
 from .cost.hours import CostModel as CostModel
 from .cost.memory import MemoryLimit as MemoryLimit
 from .cost.scaling_law import ScalingLaw as ScalingLaw
+from .cost.staged_run import StagedRun as StagedRun
+from .cost.staged_run import TrainedStage as TrainedStage
 from .data import DataConfig as DataConfig
 from .data import Mixture as Mixture
 from .data import Source as Source

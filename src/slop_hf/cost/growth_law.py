@@ -1,0 +1,452 @@
+"""`GrowthLaw`: the loss of a run that grows in stages, under its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from ..errors import PlanError
+from ..io.numbers import is_finite_number, is_positive_number
+from ..io.record import Record
+from .least_squares import fit_least_squares
+from .staged_run import GROWN_DIMENSIONS, StagedRun
+
+_Array = npt.NDArray[np.float64]
+
+#: Parts of a stage; the learning rate is taken to be constant within a part.
+PARTS = 16
+#: Fewest runs with a measured end that a law is fitted to.
+LEAST_RUNS = 6
+#: Expected error of a loss at the end of a finished run, and of one on the way there, in nats: ends count more.
+END_ERROR, WAY_ERROR = 0.03, 0.12
+#: Losses before this share of a stage are left out: warm-up and the first mixing are not modelled.
+FIRST_SHARE = 0.3
+#: Bound of the central 80% of a normal distribution, in standard deviations.
+Z80 = 1.2815515655446004
+#: Least progress, in reference tokens: the power law is infinite at 0.
+_LEAST_PROGRESS = 1e-4
+_REFIT_ITERATIONS = 4
+
+
+def _constant(prior: float, spread: float, *, is_positive: bool = True) -> Any:
+    """Return the field of a constant with a lognormal prior, or a normal one if it may be negative."""
+    return field(default=prior, metadata={"spread": spread, "is_positive": is_positive})
+
+
+@dataclass(frozen=True)
+class GrowthConstants(Record, error=PlanError):
+    """Constants of a growth law; each default is the median of its prior.
+
+    Sizes, tokens and rates are relative to the references of the law, so a gap is in nats per token at the reference.
+
+    Args:
+        irreducible: entropy of the text, in nats per token.
+        size_gap: loss above it that a model of the reference size keeps however long it is trained, in nats.
+        size_exponent, width_exponent: the size gap falls with parameters, and with the hidden size, to these powers.
+        token_gap: loss that remains after the reference tokens at the reference rate, in nats.
+        token_exponent: the token gap falls with progress to this power.
+        sharpness: exponent with which the two gaps are added; 1 as in Hoffmann et al. 2022, above 1 the smaller gap
+            counts less, as in Kaplan et al. 2020 (arXiv 2001.08361).
+        rate_half: learning rate at which a token makes half of the progress that any rate could give it, in reference
+            rates, for a model of the reference size.
+        rate_size_exponent: that rate falls with parameters to this power.
+        rate_noise: loss above the curve under the reference rate held constant, in nats.
+        noise_memory: tokens until the noise follows the rate, in reference tokens.
+        depth_forgets, inner_forgets, hidden_forgets: progress is divided by the growth factor of the dimension to this
+            power.
+        copies_forget: the same for hidden in addition, unless its new entries are random.
+        carried_forgets: progress is divided by the ratio of parameters to this power if AdamW's state is carried.
+        floor_forgets: progress is divided by the ratio of parameters to this power for each e-fold by which the loss
+            above the entropy exceeds the token gap, that is, the closer the small model is to its floor.
+        jump: loss above the curve right after growth, in nats per e-fold of parameters.
+        mixing: tokens until the jump has fallen to 1/e, in reference tokens.
+    """
+
+    irreducible: float = _constant(1.5, 0.4)
+    size_gap: float = _constant(1.0, 0.7)
+    size_exponent: float = _constant(0.2, 0.5)
+    width_exponent: float = _constant(0.2, 0.5)
+    token_gap: float = _constant(2.0, 0.7)
+    token_exponent: float = _constant(0.35, 0.3)
+    sharpness: float = _constant(1.5, 0.5)
+    rate_half: float = _constant(2.0, 1.0)
+    rate_size_exponent: float = _constant(0.5, 0.3, is_positive=False)
+    rate_noise: float = _constant(0.1, 0.7)
+    noise_memory: float = _constant(0.1, 1.0)
+    depth_forgets: float = _constant(0.3, 0.5, is_positive=False)
+    inner_forgets: float = _constant(0.3, 0.5, is_positive=False)
+    hidden_forgets: float = _constant(0.5, 0.5, is_positive=False)
+    copies_forget: float = _constant(0.0, 0.5, is_positive=False)
+    carried_forgets: float = _constant(0.0, 0.3, is_positive=False)
+    floor_forgets: float = _constant(1.0, 1.5, is_positive=False)
+    jump: float = _constant(0.3, 1.0)
+    mixing: float = _constant(0.03, 1.0)
+
+    def __post_init__(self) -> None:
+        for constant in fields(self):
+            value, is_positive = getattr(self, constant.name), constant.metadata["is_positive"]
+            if not (is_positive_number(value) if is_positive else is_finite_number(value)):
+                kind = "positive" if is_positive else "finite"
+                raise PlanError(f"{constant.name} of a growth law must be a {kind} number, got {value!r}")
+
+
+NAMES = tuple(constant.name for constant in fields(GrowthConstants))
+_IS_POSITIVE = np.array([constant.metadata["is_positive"] for constant in fields(GrowthConstants)])
+_SPREADS = np.array([constant.metadata["spread"] for constant in fields(GrowthConstants)])
+#: Spread of the constant by which two texts differ, in nats.
+_OFFSET_SPREAD = 1.0
+
+
+class References(NamedTuple):
+    """Parameters, hidden size, tokens and learning rate that the constants of a law refer to."""
+
+    parameters: float
+    width: float
+    tokens: float
+    rate: float
+
+
+class LossForecast(NamedTuple):
+    """A predicted loss at the end of a run and its central 80% interval, in nats per token."""
+
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GrowthLaw(Record, error=PlanError):
+    """The loss of a run that grows in stages, under its learning-rate schedule.
+
+    With N parameters, hidden size w, progress P and rate r, all relative to the references:
+
+        loss = irreducible + (G^q + T^q)^(1/q) + rate_noise * r' + jump'
+        G = size_gap * N^-size_exponent * w^-width_exponent,  T = token_gap * P^-token_exponent,  q = sharpness
+        dP = dtokens * r (1 + rate_half) / (r + rate_half * N^-rate_size_exponent)
+
+    r' is the rate averaged over the last tokens with the weight exp(-age / noise_memory), so that the loss falls as
+    the rate does (annealing, as in Tissue et al. 2024, arXiv 2408.11029). A grown model enters its own curve at the
+    loss, without r' and jump', that it was grown with, as in `ScalingLaw.staged_losses`; its progress there is divided
+    by what growth forgets. jump' begins with `jump * ln(N new / N old)` and falls as exp(-tokens / mixing).
+
+    The law ranks runs like those that it was fitted to, and predicts their losses; `fit` says how well.
+
+    Args:
+        constants: constants of the law.
+        references: what they refer to.
+        deviation: standard deviation of its errors for runs of an experiment that it was not fitted to, in nats.
+        replicates: constants fitted to resampled runs, one row per fit, in the order of `GrowthConstants`.
+        offsets: loss of each text above that of the text with most runs, in nats.
+        runs: number of runs that it was fitted to; 0 for a law that was given.
+        largest: most parameters, and most tokens of a run, that it was fitted to.
+
+    >>> from slop_hf.cost.staged_run import TrainedStage
+    >>> law = GrowthLaw()
+    >>> run = StagedRun((TrainedStage(1e6, 64, 1e7, (1e-3,)),))
+    >>> law.predict(run).loss > law.constants.irreducible
+    True
+    """
+
+    constants: GrowthConstants = GrowthConstants()
+    references: tuple[float, float, float, float] = (1e6, 64.0, 1e7, 1e-3)
+    deviation: float = 0.3
+    replicates: tuple[tuple[float, ...], ...] = ()
+    offsets: dict[str, float] = field(default_factory=dict)
+    runs: int = 0
+    largest: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if not all(map(is_positive_number, self.references)):
+            raise PlanError(f"references of a growth law must be positive numbers, got {self.references}")
+        if not is_finite_number(self.deviation, least=0):
+            raise PlanError(f"deviation of a growth law must be 0 or more, got {self.deviation!r}")
+        for row in self.replicates:
+            if len(row) != len(NAMES):
+                raise PlanError(f"a replicate of a growth law has {len(NAMES)} constants, got {len(row)}")
+            GrowthConstants(*row)
+
+    @classmethod
+    def fit(cls, runs: Sequence[StagedRun], *, replicates: int = 12, seed: int = 0) -> Self:
+        """Fit the constants to measured runs, by least squares with the priors as further observations.
+
+        Losses at the ends of finished runs count 16 times as much as those on the way (`END_ERROR`, `WAY_ERROR`).
+        Replicates are fits to as many runs, drawn with replacement. The deviation comes from fits that leave out one
+        experiment at a time; with a single experiment, from errors of the fit itself, which are too small for others.
+
+        Raises:
+            PlanError: for fewer than `LEAST_RUNS` finished runs with a loss at their end.
+        """
+        measured = [run for run in runs if run.end_loss is not None]
+        if len(measured) < LEAST_RUNS:
+            raise PlanError(
+                f"a growth law needs at least {LEAST_RUNS} finished runs with a loss at their end, got "
+                f"{len(measured)} of {len(runs)}: add runs whose learning-rate schedule ends"
+            )
+        references, texts = _choose_references(runs), _list_texts(runs)
+        batch = _Batch(runs, references, texts)
+        counts = np.ones(len(runs))
+        best = batch.fit(counts, _get_prior(len(texts)))
+        random = np.random.default_rng(seed)
+        draws = random.multinomial(len(runs), counts / len(runs), size=replicates).astype(float)
+        rows = [batch.fit(draw, best, _REFIT_ITERATIONS) for draw in draws]
+        return cls(
+            constants=GrowthConstants(*map(_round, _decode(best))),
+            references=references,
+            deviation=_round(_measure_deviation(batch, best)),
+            replicates=tuple(tuple(map(_round, _decode(row))) for row in rows),
+            offsets={text: _round(offset) for text, offset in zip(texts, [0.0, *best[len(NAMES) :]], strict=True)},
+            runs=len(runs),
+            largest=(
+                max(stage.parameters for run in runs for stage in run.stages),
+                max(sum(stage.tokens for stage in run.stages) for run in runs),
+            ),
+        )
+
+    def predict(self, run: StagedRun) -> LossForecast:
+        """Return the loss at the end of a run, with its central 80% interval.
+
+        Raises:
+            PlanError: for a text that the law knows nothing about, if it knows others.
+        """
+        return self.predict_all([run])[0]
+
+    def predict_all(self, runs: Sequence[StagedRun]) -> list[LossForecast]:
+        """Return `predict` for several runs, in less time."""
+        offsets = np.array([self._get_offset(run.text) for run in runs])
+        batch = _Batch(runs, References(*self.references), [""])
+        losses = batch.predict_ends(_encode(self.constants)) + offsets
+        others = [batch.predict_ends(_encode(GrowthConstants(*row))) for row in self.replicates]
+        variance = np.var(others, axis=0, ddof=1) if len(others) > 1 else np.zeros(len(runs))
+        margins = Z80 * np.sqrt(variance + self.deviation**2)
+        return [
+            LossForecast(float(loss), float(loss - margin), float(loss + margin))
+            for loss, margin in zip(losses, margins, strict=True)
+        ]
+
+    def trace(self, run: StagedRun) -> _Array:
+        """Return the predicted loss at the end of each part of each stage, stages × `PARTS`."""
+        batch = _Batch([run], References(*self.references), [""])
+        return batch.trace(_encode(self.constants))[0] + self._get_offset(run.text)
+
+    def anchor(self, runs: Sequence[StagedRun]) -> Self:
+        """Return the law for a text that it knows nothing about, from the ends of one or more finished runs of it.
+
+        Raises:
+            PlanError: if no run has an end, or the runs are of several texts.
+        """
+        texts = {run.text for run in runs}
+        ends = [run.end_loss for run in runs if run.end_loss is not None]
+        if len(texts) != 1 or len(ends) < len(runs):
+            raise PlanError(f"a law is anchored at finished runs of one text, got {len(runs)} runs of {sorted(texts)}")
+        (text,) = texts
+        known = replace(self, offsets={**self.offsets, text: 0.0})
+        offset = np.mean([end - forecast.loss for end, forecast in zip(ends, known.predict_all(runs), strict=True)])
+        return replace(self, offsets={**self.offsets, text: _round(float(offset))})
+
+    def compute_intervals(self) -> dict[str, tuple[float, float]]:
+        """Return the central 80% of the replicates of each constant; empty without replicates."""
+        if not self.replicates:
+            return {}
+        low, high = np.quantile(np.array(self.replicates), [0.1, 0.9], axis=0)
+        return {name: (float(low[number]), float(high[number])) for number, name in enumerate(NAMES)}
+
+    def _get_offset(self, text: str) -> float:
+        if not self.offsets:
+            return 0.0
+        if text not in self.offsets:
+            raise PlanError(
+                f"the law knows no run of the text {text!r} (known: {', '.join(map(repr, self.offsets))}): anchor it "
+                "at a finished run of that text"
+            )
+        return self.offsets[text]
+
+
+def _round(value: float) -> float:
+    """Return a number with six significant digits, as files hold it."""
+    return float(f"{value:.6g}")
+
+
+def _encode(constants: GrowthConstants) -> _Array:
+    """Return the constants as the vector that is fitted: positive ones as logarithms."""
+    values = np.array([getattr(constants, name) for name in NAMES])
+    return np.where(_IS_POSITIVE, np.log(np.where(_IS_POSITIVE, values, 1.0)), values)
+
+
+def _decode(vector: _Array) -> tuple[float, ...]:
+    """Return the constants of a vector; entries behind them are offsets of texts."""
+    vector = vector[: len(NAMES)]
+    return tuple(map(float, np.where(_IS_POSITIVE, np.exp(np.where(_IS_POSITIVE, vector, 0.0)), vector)))
+
+
+_PRIOR = _encode(GrowthConstants())
+
+
+def _get_prior(texts: int) -> _Array:
+    return np.concatenate([_PRIOR, np.zeros(texts - 1)])
+
+
+def _choose_references(runs: Sequence[StagedRun]) -> References:
+    """Return typical values of some runs, so that the constants depend little on one another."""
+    stages = [stage for run in runs for stage in run.stages]
+    return References(
+        *(
+            _round(math.exp(np.mean(np.log(values))))
+            for values in (
+                [stage.parameters for stage in stages],
+                [stage.width for stage in stages],
+                [sum(stage.tokens for stage in run.stages) for run in runs],
+                [max(stage.rates) for stage in stages if max(stage.rates)],
+            )
+        )
+    )
+
+
+def _list_texts(runs: Sequence[StagedRun]) -> list[str]:
+    """List the texts of some runs, the one with most runs first."""
+    texts = [run.text for run in runs]
+    return sorted(dict.fromkeys(texts), key=lambda text: -texts.count(text))
+
+
+def _measure_deviation(batch: _Batch, best: _Array) -> float:
+    """Return the standard deviation of errors at ends for an experiment that the law was not fitted to.
+
+    It is that of a normal distribution whose central 80% is as wide as that of the errors. With several experiments,
+    each is left out of one fit, and the median over experiments counts.
+    """
+    experiments = np.array(batch.experiments)
+    names = sorted(set(batch.experiments))
+    widths = []
+    for name in names:
+        left = batch.fit((experiments != name).astype(float), best, _REFIT_ITERATIONS) if len(names) > 1 else best
+        is_of = batch.is_end & (experiments[batch.where[0]] == name)
+        if is_of.any():
+            widths.append(np.quantile(np.abs(batch.compute_errors(left))[is_of], 0.8))
+    return float(np.median(widths)) / Z80
+
+
+class _Batch:
+    """Runs as arrays: R runs, K stages, M parts per stage.
+
+    A run with fewer stages than K is filled up with stages without tokens, in which nothing changes.
+    """
+
+    def __init__(self, runs: Sequence[StagedRun], references: References, texts: Sequence[str]) -> None:
+        shape = len(runs), max(len(run.stages) for run in runs)
+        self.log_size, self.log_width, self.tokens, self.copied, self.carried = (np.zeros(shape) for _ in range(5))
+        self.rates, self.log_factors = np.zeros((*shape, PARTS)), np.zeros((*shape, len(GROWN_DIMENSIONS)))
+        for r, run in enumerate(runs):
+            for k in range(shape[1]):
+                stage = run.stages[min(k, len(run.stages) - 1)]
+                self.log_size[r, k] = math.log(stage.parameters / references.parameters)
+                self.log_width[r, k] = math.log(stage.width / references.width)
+                if k < len(run.stages):
+                    self.tokens[r, k] = stage.tokens / PARTS / references.tokens
+                    self.rates[r, k] = _average_rates(stage.rates) / references.rate
+                    self.log_factors[r, k] = [math.log(stage.factors.get(name, 1.0)) for name in GROWN_DIMENSIONS]
+                    self.copied[r, k], self.carried[r, k] = stage.is_copied, stage.is_carried
+        self.log_growth = np.diff(self.log_size, axis=1, prepend=self.log_size[:, :1])
+        self.last_stage = np.array([len(run.stages) - 1 for run in runs])
+        self.experiments = [run.experiment for run in runs]
+        self._collect_losses(runs, texts)
+
+    def _collect_losses(self, runs: Sequence[StagedRun], texts: Sequence[str]) -> None:
+        rows = [
+            (r, k, round(share * PARTS) - 1, loss, share == 1 and k == len(run.stages) - 1 and run.is_finished)
+            for r, run in enumerate(runs)
+            for k, stage in enumerate(run.stages)
+            for share, loss in stage.losses
+            if stage.tokens and share >= FIRST_SHARE
+        ]
+        r, k, part, losses, is_end = zip(*rows, strict=True) if rows else ((),) * 5
+        self.where = tuple(np.array(index, dtype=int) for index in (r, k, part))
+        self.losses, self.is_end = np.array(losses, dtype=float), np.array(is_end, dtype=bool)
+        self.weights = 1 / np.where(self.is_end, END_ERROR, WAY_ERROR)
+        #: One column per text but the first: whether the run is of it.
+        self.texts = np.array([[run.text == text for text in texts[1:]] for run in runs], dtype=float)
+
+    def fit(self, counts: _Array, start: _Array, iterations: int = 40) -> _Array:
+        """Return the constants, and offsets of texts, that fit best if each run counts as often as given."""
+        weights = self.weights * np.sqrt(counts[self.where[0]])
+        prior = _get_prior(1 + self.texts.shape[1])
+        spreads = np.concatenate([_SPREADS, np.full(self.texts.shape[1], _OFFSET_SPREAD)])
+
+        def compute_residuals(vector: _Array) -> _Array:
+            return np.concatenate([self.compute_errors(vector) * weights, (vector - prior) / spreads])
+
+        return fit_least_squares(compute_residuals, start, iterations=iterations)
+
+    def compute_errors(self, vector: _Array) -> _Array:
+        """Return predicted minus measured losses."""
+        offsets = (self.texts @ vector[len(NAMES) :])[self.where[0]]
+        errors: _Array = self.trace(vector)[self.where] + offsets - self.losses
+        return errors
+
+    def predict_ends(self, vector: _Array) -> _Array:
+        """Return the loss at the end of each run."""
+        return self.trace(vector)[np.arange(len(self.last_stage)), self.last_stage, -1]
+
+    def trace(self, vector: _Array) -> _Array:
+        """Return the loss at the end of each part, R × K × M, without offsets of texts."""
+        c = GrowthConstants(*_decode(vector))
+        gaps = c.size_gap * np.exp(-c.size_exponent * self.log_size - c.width_exponent * self.log_width)
+        half = c.rate_half * np.exp(-c.rate_size_exponent * self.log_size)[..., None]
+        steps = self.tokens[..., None] * self.rates * (1 + c.rate_half) / (self.rates + half)
+        forgets = self._compute_forgetting(c)
+        noise_kept, jump_kept = np.exp(-self.tokens / c.noise_memory), np.exp(-self.tokens / c.mixing)
+        # Growth is followed stage by stage, all parts of a stage at once.
+        ages = np.arange(1, PARTS + 1)
+        losses = np.empty(self.rates.shape)
+        noise, jump = np.zeros(len(losses)), np.zeros(len(losses))
+        progress = np.full((len(losses), 1), _LEAST_PROGRESS)
+        for k in range(losses.shape[1]):
+            begin = progress[:, -1]
+            if k:
+                begin = self._grow(c, begin, gaps[:, k - 1], gaps[:, k], forgets[:, k], k)
+                jump = jump + c.jump * self.log_growth[:, k]
+            progress = begin[:, None] + np.cumsum(steps[:, k], axis=1)
+            losses[:, k] = c.irreducible + _add_gaps(c, gaps[:, k, None], progress)
+            losses[:, k] += jump[:, None] * jump_kept[:, k, None] ** ages
+            jump = jump * jump_kept[:, k] ** PARTS
+            for m in range(PARTS):
+                noise = noise * noise_kept[:, k] + (1 - noise_kept[:, k]) * self.rates[:, k, m]
+                losses[:, k, m] += c.rate_noise * noise
+        return losses
+
+    def _compute_forgetting(self, c: GrowthConstants) -> _Array:
+        """Return the logarithm by whose exponential growth divides progress, R × K, without that near a floor."""
+        by_dimension = self.log_factors @ np.array([c.depth_forgets, c.inner_forgets, c.hidden_forgets])
+        copies = c.copies_forget * self.copied * self.log_factors[..., GROWN_DIMENSIONS.index("hidden")]
+        result: _Array = by_dimension + copies + c.carried_forgets * self.carried * self.log_growth
+        return result
+
+    def _grow(
+        self, c: GrowthConstants, progress: _Array, gap: _Array, new_gap: _Array, forgets: _Array, k: int
+    ) -> _Array:
+        """Return the progress of the grown models; a model that does not grow keeps its own."""
+        above, token_gap = _add_gaps(c, gap, progress), c.token_gap * progress**-c.token_exponent
+        near_floor = c.floor_forgets * np.log(above / token_gap) * self.log_growth[:, k]
+        # Under constants far from the best ones the grown model's floor may be above the loss.
+        entered = np.maximum(above**c.sharpness - new_gap**c.sharpness, 1e-9) ** (1 / c.sharpness)
+        grown = (c.token_gap / entered) ** (1 / c.token_exponent) * np.exp(-forgets - near_floor)
+        return np.where(self.log_factors[:, k].any(axis=1), np.maximum(grown, _LEAST_PROGRESS), progress)
+
+
+def _add_gaps(c: GrowthConstants, gap: _Array, progress: _Array) -> _Array:
+    """Return the loss above the entropy: the gaps of size and of tokens together."""
+    token_gap = c.token_gap * progress**-c.token_exponent
+    total: _Array = (gap**c.sharpness + token_gap**c.sharpness) ** (1 / c.sharpness)
+    return total
+
+
+def _average_rates(rates: Sequence[float]) -> _Array:
+    """Return the mean rate in each of `PARTS` equal parts of a stage."""
+    sums = np.concatenate([[0.0], np.cumsum(rates)])
+    at = np.linspace(0, len(rates), PARTS + 1)
+    means: _Array = np.diff(np.interp(at, np.arange(len(sums)), sums)) * (PARTS / len(rates))
+    return means

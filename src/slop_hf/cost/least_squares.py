@@ -1,0 +1,52 @@
+"""Nonlinear least squares by the method of Levenberg and Marquardt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[np.float64]
+
+#: Step of the finite differences; values are of the order of 1.
+_DIFFERENCE = 1e-4
+_MOST_DAMPING = 1e8
+#: The search ends once a step lowers the sum of squares by less than this share.
+_LEAST_GAIN = 1e-5
+
+
+def fit_least_squares(compute_residuals: Callable[[_Array], _Array], start: _Array, *, iterations: int = 40) -> _Array:
+    """Return values near a minimum of the sum of squared residuals.
+
+    A step that would not lower the sum is damped more, one that does is followed by a bolder one (Marquardt 1963).
+    No value changes by more than 1 in a step.
+
+    Args:
+        compute_residuals: residuals of some values, more residuals than values.
+        start: values to begin with.
+        iterations: most steps.
+
+    >>> fit_least_squares(lambda x: np.array([x[0] - 3, 2 * (x[1] + 1), x[0] + x[1] - 2]), np.zeros(2)).round(3)
+    array([ 3., -1.])
+    """
+    values, residuals, damping = start, compute_residuals(start), 1e-2
+    for _ in range(iterations):
+        shifts = _DIFFERENCE * np.eye(len(values))
+        slopes = np.stack([compute_residuals(values + shift) - residuals for shift in shifts], axis=1) / _DIFFERENCE
+        curvature, gradient = slopes.T @ slopes, slopes.T @ residuals
+        before = residuals @ residuals
+        while damping < _MOST_DAMPING:
+            damped = curvature + damping * np.diag(np.diag(curvature) + 1e-12)
+            candidate = values - np.clip(np.linalg.solve(damped, gradient), -1, 1)
+            left = compute_residuals(candidate)
+            after = left @ left
+            if after < before:  # false for nan
+                break
+            damping *= 4
+        else:
+            return values
+        values, residuals, damping = candidate, left, damping / 5
+        if after > before * (1 - _LEAST_GAIN):
+            return values
+    return values
