@@ -261,6 +261,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--micro-batch-size 0": "--micro-batch-size",
         "--micro-batch-size=-1 --device-memory 8e10": "--micro-batch-size",
         "--precision int8": "--precision.*'bf16'",
+        "--optimizer adam": "--optimizer.*'muon'",
         "--precision fp61 --device-memory 8e10": "--precision.*'bf16'",
         "--plot plan.bmp": "plan.bmp",
         "--plot plan": "--plot|plan",

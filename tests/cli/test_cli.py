@@ -179,6 +179,18 @@ def test_dry_run_of_batches_by_stage(config, output_of, tmp_path):
         assert len(rows) == (1 if scratch else 3) and all(row["tokens"] % 128 == 0 for row in rows)
 
 
+def test_dry_run_knows_the_state_of_muon(config, output_of, tmp_path):
+    """One moment for the matrices of the layers: less memory, and its iteration's FLOPs."""
+    command = ["train", config, "-o", tmp_path / "out", "--dry-run", "--json"]
+    adamw, muon = (
+        json.loads(output_of(*command, "--set", f"training.optim={optim}")) for optim in ("adamw_torch", "muon")
+    )
+    for one, other in zip(adamw, muon, strict=True):
+        assert one["memory"]["parameters"] == other["memory"]["parameters"]
+        assert one["memory"]["optimizer"] / 2 < other["memory"]["optimizer"] < one["memory"]["optimizer"]
+        assert other["flops"] > one["flops"]
+
+
 def test_version(output_of):
     assert output_of("--version") == f"slop-hf {slop_hf.__version__}\n"
 

@@ -126,6 +126,7 @@ MEMORY = [
     ("devices", 0, "devices must be a whole number"),
     ("micro_batch_size", -1, "micro_batch_size must be a whole number"),
     ("precision", "int8", "precision must be 'bf16' or 'fp32', got 'int8'"),
+    ("optimizer", "adam", "optimizer must be 'adamw' or 'muon', got 'adam'"),
 ]
 CALIBRATION = [
     ("sequence_length", 0, "sequence_length must be a whole number, 2 or more"),

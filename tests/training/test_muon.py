@@ -18,6 +18,7 @@ from transformers import (
 
 from slop_hf import GrowthSchedule, ModelDims, RunConfig, RunDirectory, SlopTrainingArguments, grow_adamw_state
 from slop_hf.cost.flops import count_flops_per_token, count_muon_flops
+from slop_hf.cost.memory import estimate_training_memory
 from slop_hf.errors import RunError
 from slop_hf.growth import load_adamw_file, plan_growth
 from slop_hf.training.muon import ALGORITHM, MOMENTUM, MUON, MatrixPart, MuonWithAdamW, build_muon, compute_direction
@@ -207,6 +208,20 @@ def test_counted_flops_are_those_that_torch_counts(tmp_path):
         for matrix in group["params"]:
             compute_direction(torch.randn(matrix.shape), group)
     assert counter.get_total_flops() == count_muon_flops(ModelDims.from_config(model.config), model.config)
+
+
+def test_the_estimate_of_memory_counts_the_numbers_of_the_state(tmp_path):
+    model = small_model(ModelDims(16, 48, 2, 4, 2, 8))
+    optimizer = build_muon(model, arguments(tmp_path, optim="muon"), (), Ranks(), adamw_rate=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values() for name, value in state.items() if name != "step")
+    settings = {"precision": "fp32", "optimizer": "muon"}
+    dims = ModelDims.from_config(model.config)
+    assert estimate_training_memory(dims, model.config, 16, **settings).optimizer == held
+    sharded = estimate_training_memory(dims, model.config, 16, zero_stage=1, devices=2, **settings)
+    assert sharded.optimizer == held // 2
 
 
 def test_rates_of_both_follow_the_schedule_and_the_stages(tmp_path):

@@ -135,6 +135,9 @@ def plan_command(
         bool, make_option(_HARDWARE, "--checkpointing", help="Recompute activations (gradient checkpointing).")
     ] = False,
     precision: Annotated[str, make_option(_HARDWARE, help="'bf16' or 'fp32'.")] = "bf16",
+    optimizer: Annotated[
+        str, make_option(_HARDWARE, help="'adamw', or 'muon', whose state is smaller: for the memory.")
+    ] = "adamw",
     with_arms: Annotated[
         bool,
         make_option(
@@ -173,7 +176,15 @@ def plan_command(
         check_suffix(plot)
     # Without a limit, the other settings have no effect; they are checked all the same.
     room = 1.0 if device_memory is None else device_memory
-    memory = MemoryLimit(room, zero, devices, micro_batch_size, checkpointing, precision)  # type: ignore[arg-type]
+    memory = MemoryLimit(
+        room,
+        zero,
+        devices,
+        micro_batch_size,
+        checkpointing,
+        precision,
+        optimizer,  # type: ignore[arg-type]
+    )
     start = read_structure("initial", initial, source, "--initial", "--from")
     space = ConfigSpace(
         targets=[*map(ModelDims.parse, target or ()), *([read_config(destination, "--to")[0]] if destination else [])],

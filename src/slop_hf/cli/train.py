@@ -258,6 +258,7 @@ def _estimate_memory(
             micro_batch_size=micro_batch,
             checkpointing=bool(settings.get("gradient_checkpointing") if checkpointing is None else checkpointing),
             precision=precision,
+            optimizer="muon" if settings["optim"] == "muon" else "adamw",
         )
         for span, micro_batch in zip(spans, micro_batches, strict=True)
     ]

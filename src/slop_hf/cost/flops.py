@@ -49,6 +49,19 @@ def count_parameters(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG)
     return reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
 
 
+def count_layer_matrices(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> Size:
+    """Count the parameters in the matrices of the layers, which Muon updates.
+
+    >>> from slop_hf import ModelDims
+    >>> count_layer_matrices(ModelDims(768, 2048, 6, 6))
+    42467328
+    """
+    sizes = compute_axis_sizes(dims, config)
+    rows = get_architecture(config).rows(config)
+    matrices = (_numel(row, sizes) for row in rows if row.is_in_layer and row.kind == "projection")
+    return dims.num_hidden_layers * reduce(add, matrices)
+
+
 def count_flops_per_token(
     dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG, sequence_length: int = 2048
 ) -> Size:

@@ -1,4 +1,4 @@
-"""Memory of training on each device: weights, gradients, AdamW's state and activations.
+"""Memory of training on each device: weights, gradients, the optimizer's state and activations.
 
 The state is counted as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"
 (2020), section 3, activations in the manner of Korthikanti et al., "Reducing Activation Recomputation in Large
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Generic, Literal
+from typing import Generic, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,12 @@ from ..dims import LARGEST_SIZE, DimsLike, ModelConfig, ModelDims, Size
 from ..errors import PlanError
 from ..io.numbers import is_positive_number, is_whole_number, require_whole_number
 from ..io.units import format_bytes
-from .flops import DEFAULT_CONFIG, compute_axis_sizes, count_parameters
+from .flops import DEFAULT_CONFIG, compute_axis_sizes, count_layer_matrices, count_parameters
 
 Precision = Literal["bf16", "fp32"]
+OptimizerName = Literal["adamw", "muon"]
 
-#: Bytes per parameter of weight, gradient and optimizer state. In bf16 the optimizer holds float32 weights as well.
+#: Bytes per parameter of weight, gradient and AdamW's state. In bf16 the optimizer holds float32 weights as well.
 BYTES_PER_PARAMETER: dict[str, tuple[int, int, int]] = {"bf16": (2, 2, 12), "fp32": (4, 4, 8)}
 
 _FLOAT32 = 4
@@ -58,11 +59,13 @@ def estimate_training_memory(
     micro_batch_size: int = 1,
     checkpointing: bool = False,
     precision: Precision = "bf16",
+    optimizer: OptimizerName = "adamw",
 ) -> MemoryEstimate[Size]:
-    """Estimate the bytes that each device holds at the peak of an AdamW step.
+    """Estimate the bytes that each device holds at the peak of an optimizer step.
 
-    A parameter takes 16 bytes: in "bf16", 2 for its weight, 2 for its gradient and 12 for a float32 weight and the
-    moments; in "fp32" 4, 4 and 8. All are taken to be trained; a frozen one needs its weight only. ZeRO stage 1 shards
+    A parameter takes 16 bytes: in "bf16", 2 for its weight, 2 for its gradient and 12 for a float32 weight and AdamW's
+    moments; in "fp32" 4, 4 and 8. Muon has one moment instead of two for the matrices of the layers, 4 bytes less, and
+    leaves the rest to AdamW. All are taken to be trained; a frozen one needs its weight only. ZeRO stage 1 shards
     the optimizer state over the devices, stage 2 also the gradients, stage 3 also the weights. Activations belong
     to one micro-batch: the bytes that `count_saved_activations` counts, plus the gradients of the logits (`8v` per
     token) or of one layer, and with checkpointing one recomputed layer.
@@ -82,9 +85,10 @@ def estimate_training_memory(
         micro_batch_size: sequences per device in one forward pass.
         checkpointing: whether layers keep only their input and are computed again (`gradient_checkpointing`).
         precision: "bf16" or "fp32".
+        optimizer: "adamw" or "muon".
 
     Raises:
-        PlanError: for an unknown precision or ZeRO stage, or a number below 1.
+        PlanError: for an unknown precision, optimizer or ZeRO stage, or a number below 1.
 
     >>> from slop_hf import ModelDims
     >>> memory = estimate_training_memory(ModelDims(4096, 11008, 32, 32), zero_stage=1, devices=8)
@@ -96,16 +100,17 @@ def estimate_training_memory(
     activations   13.1 GB
     total         50.1 GB
     """
-    _check(zero_stage, devices, micro_batch_size, precision)
+    _check(zero_stage, devices, micro_batch_size, precision, optimizer)
     require_whole_number(sequence_length, "sequence_length", most=LARGEST_SIZE, error=PlanError)
     count = count_parameters(dims, config)
+    sizes = [count * size for size in BYTES_PER_PARAMETER[precision]]
+    if optimizer == "muon":
+        sizes[-1] -= _FLOAT32 * count_layer_matrices(dims, config)
     # ZeRO shards the optimizer first and the weights last.
     shares = [devices if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    parameters, gradients, optimizer = (
-        -(-count * size // share) for size, share in zip(BYTES_PER_PARAMETER[precision], shares, strict=True)
-    )
+    parameters, gradients, state = (-(-size // share) for size, share in zip(sizes, shares, strict=True))
     tally = _Tally.of(dims, config, sequence_length, micro_batch_size, precision)
-    return MemoryEstimate(parameters, gradients, optimizer, tally.peak(checkpointing))
+    return MemoryEstimate(parameters, gradients, state, tally.peak(checkpointing))
 
 
 def count_saved_activations(
@@ -155,10 +160,10 @@ class MemoryLimit:
     Args:
         bytes_per_device: bytes that training may take; less than the device has, since
             `estimate_training_memory` does not count everything.
-        zero_stage, devices, micro_batch_size, checkpointing, precision: see `estimate_training_memory`.
+        zero_stage, devices, micro_batch_size, checkpointing, precision, optimizer: see `estimate_training_memory`.
 
     Raises:
-        PlanError: for an unknown precision or ZeRO stage, or a number below 1.
+        PlanError: for an unknown precision, optimizer or ZeRO stage, or a number below 1.
 
     >>> from slop_hf import ModelDims
     >>> limit = MemoryLimit(72e9, zero_stage=1, devices=8)
@@ -172,13 +177,14 @@ class MemoryLimit:
     micro_batch_size: int = 1
     checkpointing: bool = False
     precision: Precision = "bf16"
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         if not is_positive_number(self.bytes_per_device):
             raise PlanError(
                 f"bytes_per_device must be a positive number, got {self.bytes_per_device!r}: give bytes, such as 72e9"
             )
-        _check(self.zero_stage, self.devices, self.micro_batch_size, self.precision)
+        _check(self.zero_stage, self.devices, self.micro_batch_size, self.precision, self.optimizer)
 
     def estimate(self, dims: DimsLike[Size], config: ModelConfig, sequence_length: int) -> MemoryEstimate[Size]:
         """Estimate the memory of structures under these settings."""
@@ -352,7 +358,7 @@ def _larger(left: Size, right: Size) -> Size:
     return np.maximum(left, right) if isinstance(left, np.ndarray) else max(left, right)
 
 
-def _check(zero_stage: int, devices: int, micro_batch_size: int, precision: str) -> None:
+def _check(zero_stage: int, devices: int, micro_batch_size: int, precision: str, optimizer: str = "adamw") -> None:
     if not (is_whole_number(zero_stage, least=0) and zero_stage <= 3):
         raise PlanError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
     for name, value in (("devices", devices), ("micro_batch_size", micro_batch_size)):
@@ -360,3 +366,5 @@ def _check(zero_stage: int, devices: int, micro_batch_size: int, precision: str)
     if precision not in BYTES_PER_PARAMETER:
         known = " or ".join(map(repr, BYTES_PER_PARAMETER))
         raise PlanError(f"precision must be {known}, got {precision!r}")
+    if optimizer not in get_args(OptimizerName):
+        raise PlanError(f"optimizer must be {' or '.join(map(repr, get_args(OptimizerName)))}, got {optimizer!r}")

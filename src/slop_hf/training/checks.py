@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..cost.flops import count_layer_matrices
 from ..data.config import ONLY
 from ..data.order import count_consumed_tokens
 from ..data.packing import MixedBlocks
@@ -19,6 +20,7 @@ from ..growth.adamw import compute_first_updates
 from ..io.serialization import Json
 from ..io.units import format_bytes
 from ..schedule import GrowthSchedule
+from .muon import MUON
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from .arguments import SlopTrainingArguments
     from .run_plan import RunPlan
 
-#: Bytes per parameter in float32: a finished stage, and a checkpoint, which adds AdamW's two moments.
-_STAGE_BYTES, _CHECKPOINT_BYTES = 4, 12
+#: Bytes of a float32 number.
+_FLOAT32 = 4
 
 #: Updates of new entries, over the learning rate, from which `describe_uncorrected_updates` warns.
 LARGEST_FIRST_UPDATE = 1.5
@@ -179,7 +181,11 @@ def describe_space_shortage(plan: RunPlan, directory: Path, checkpoints: int | N
         checkpoints: checkpoints that a stage keeps; there is one more while it is written.
     """
     sizes = [span.parameters for span in plan.spans]
-    needed = sum(sizes) * _STAGE_BYTES + max(sizes) * _CHECKPOINT_BYTES * ((checkpoints or 1) + 1)
+    largest = max(plan.spans, key=lambda span: span.parameters)
+    checkpoint = 3 * largest.parameters  # weights and AdamW's two moments; Muon has one
+    if plan.facts.optimizer == MUON:
+        checkpoint -= count_layer_matrices(largest.dims, plan.facts.model)
+    needed = (sum(sizes) + checkpoint * ((checkpoints or 1) + 1)) * _FLOAT32
     free = shutil.disk_usage(directory).free
     if needed <= free:
         return None
