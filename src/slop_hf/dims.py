@@ -54,7 +54,7 @@ class ModelDims(Record, error=DimsError):
     Args:
         hidden_size: width h of the residual stream.
         intermediate_size: width f of the feed-forward network.
-        num_hidden_layers: depth l.
+        num_hidden_layers: depth l; 0 is a model of embeddings, the final norm and the head alone.
         num_attention_heads: number a of query heads.
         num_key_value_heads: number of key/value heads; default, one per query head.
         head_dim: size of a head; default, `hidden_size // num_attention_heads`.
@@ -105,7 +105,9 @@ class ModelDims(Record, error=DimsError):
             value = getattr(self, field.name)
             if field.name == except_for:
                 continue
-            if not is_whole_number(value, least=1):
+            if field.name == "num_hidden_layers" and not is_whole_number(value, least=0):
+                raise DimsError(f"{field.name} must be a whole number, 0 or more, got {value!r}")
+            if field.name != "num_hidden_layers" and not is_whole_number(value, least=1):
                 raise DimsError(f"{field.name} must be a positive whole number, got {value!r}")
             if value > LARGEST_SIZE:
                 raise DimsError(f"{field.name} must be at most {LARGEST_SIZE:,}, got {int(value):.4g}")
@@ -144,15 +146,15 @@ class ModelDims(Record, error=DimsError):
 
         The constructor builds it, so transformers validates it. `head_dim` is always written if the family has such a
         field, since left out it would silently follow the hidden size. If the depth changes, the `layer_types` pattern
-        is repeated.
+        is repeated; a model without layers has none, and its family's pattern is taken.
         """
         settings = base_config.to_dict()  # type: ignore[attr-defined]
         grouped = "num_key_value_heads" in settings
         fields_of_family = {*settings, "head_dim"} if grouped else set(settings)
         sizes = {name: size for name, size in self.as_dict().items() if name in fields_of_family}
         types = settings.get("layer_types")
-        if types and len(types) != self.num_hidden_layers:
-            repeated = [types[layer % len(types)] for layer in range(self.num_hidden_layers)]
+        if types is not None and len(types) != self.num_hidden_layers:
+            repeated = [types[layer % len(types)] for layer in range(self.num_hidden_layers)] if types else None
             changes.setdefault("layer_types", repeated)
         return type(base_config)(**{**settings, **sizes, **changes})
 

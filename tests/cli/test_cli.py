@@ -186,8 +186,12 @@ def test_dry_run_knows_the_state_of_muon(config, output_of, tmp_path):
         json.loads(output_of(*command, "--set", f"training.optim={optim}")) for optim in ("adamw_torch", "muon")
     )
     for one, other in zip(adamw, muon, strict=True):
-        assert one["memory"]["parameters"] == other["memory"]["parameters"]
-        assert one["memory"]["optimizer"] / 2 < other["memory"]["optimizer"] < one["memory"]["optimizer"]
+        assert one["memory_bytes"]["parameters"] == other["memory_bytes"]["parameters"]
+        assert (
+            one["memory_bytes"]["optimizer"] / 2
+            < other["memory_bytes"]["optimizer"]
+            < one["memory_bytes"]["optimizer"]
+        )
         assert other["flops"] > one["flops"]
 
 

@@ -158,7 +158,7 @@ ROWS = [
     ("targets number", lambda: ConfigSpace(targets=7), "targets must be a list of ModelDims, got 7"),
     ("targets none", lambda: ConfigSpace(), "either targets or target_params"),
     ("dims huge", lambda: ModelDims(2**40, 2048, 6, 8), "hidden_size must be at most 2,147,483,647, got 1.1e"),
-    ("dims negative", lambda: ModelDims(768, 2048, -6, 6), "num_hidden_layers must be a positive whole number"),
+    ("dims negative", lambda: ModelDims(768, 2048, -6, 6), "num_hidden_layers must be a whole number, 0 or more"),
     ("dims NaN", lambda: ModelDims(768, NAN, 6, 6), "intermediate_size must be a positive whole number"),
     ("allocation sharing", lambda: TokenAllocation([1, 2], sharing="utility"), "give one number"),
     ("split shares", lambda: allocate_tokens([1, -1], 100), "do not split tokens"),

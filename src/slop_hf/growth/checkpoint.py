@@ -220,7 +220,9 @@ def plan_checkpoint_growth(
     chains: dict[str, tuple[ParameterPlan, ...]] = {}  # parameter of the last model -> its plan in each growth
     for growth in growths:
         chains = {parameter.name: (*chains.get(parameter.source, ()), parameter) for parameter in growth.parameters()}
-    sources = _match_sources(directory, growths[0], stored, {chain[0].source: chain[0] for chain in chains.values()})
+    # Several parameters may grow from one; those that take nothing from it may not say how it is stored.
+    firsts = sorted((chain[0] for chain in chains.values()), key=lambda parameter: not parameter.takes_nothing)
+    sources = _match_sources(directory, growths[0], stored, {parameter.source: parameter for parameter in firsts})
     steps = {chains[name][-1].stored_name: chains[name] for name in sorted(chains, key=_make_natural_key)}
     layouts = {name: (sources[chain[0].source].dtype, chain[-1].new_shape) for name, chain in steps.items()}
     shards = plan_shards(layouts, max_shard_size)

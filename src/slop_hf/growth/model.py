@@ -126,7 +126,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str,
 def carry_requires_grad(is_trainable: Mapping[str, bool], grown: torch.nn.Module, plan: GrowthPlan) -> None:
     """Freeze each parameter of a grown model if the one that it grows from is frozen, and else train it.
 
-    A new layer is frozen like the layer that it copies.
+    A new layer is frozen like the layer that it copies; a random one is trained.
 
     Args:
         is_trainable: `requires_grad` of each parameter of the old model, by name.
@@ -143,8 +143,11 @@ def carry_requires_grad(is_trainable: Mapping[str, bool], grown: torch.nn.Module
     ['model.embed_tokens.weight']
     """
     flags = {plan.architecture.canonical_name(name): flag for name, flag in is_trainable.items()}
+    grown_flags = {
+        parameter.name: parameter.takes_nothing or flags[parameter.source] for parameter in plan.parameters()
+    }
     for name, parameter in grown.named_parameters():
-        parameter.requires_grad_(flags[plan.find_source(plan.architecture.canonical_name(name))])
+        parameter.requires_grad_(grown_flags[plan.architecture.canonical_name(name)])
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class ParameterPlan:
 
     Args:
         name: name in the grown model.
-        source: name of the old parameter that it grows from.
+        source: name of the old parameter that it grows from. For the first layers of a model that has none, it is an
+            embedding or a norm, of which only the dtype is taken (`takes_nothing`).
         maps: axis map of each dimension.
         scale: factor of old entries, in addition to `1 / copies` along the dimension that the parameter reads.
         gain_offset: constant added to a stored gain before it is scaled, and subtracted afterwards.
@@ -82,6 +83,11 @@ class ParameterPlan:
     branch_share: float = 1.0
 
     @property
+    def takes_nothing(self) -> bool:
+        """Whether all entries are new, as in random layers."""
+        return all(segment.old is None for axis in self.maps for segment in axis.segments)
+
+    @property
     def stored_name(self) -> str:
         """Its name in a checkpoint on disk."""
         return self.row.stored_as or self.name
@@ -111,7 +117,10 @@ class ParameterPlan:
         `operators` names, for each dimension, the operator that added the block's slots; None for old slots.
         """
         distributions = [
-            WIDTH_INITS[self.inits[operator]](operator, self.row, self.row.role(dimension), self.initializer_range)
+            # Whatever the init, entries of a layer without a source are those of a new model.
+            WIDTH_INITS["random" if operator == "layer" else self.inits[operator]](
+                operator, self.row, self.row.role(dimension), self.initializer_range
+            )
             for dimension, operator in enumerate(operators)
             if operator is not None
         ]
@@ -174,7 +183,9 @@ class GrowthPlan:
 
     @cached_property
     def added_layers(self) -> frozenset[int]:
-        """New layers in which no old one lives on: every copy of an old layer after the first."""
+        """New layers in which no old one lives on: all but the first copy of each old layer."""
+        if not self.old.num_hidden_layers:
+            return frozenset(range(len(self.layers)))
         originals = {old: new for new, old in reversed(list(enumerate(self.layers)))}
         return frozenset(range(len(self.layers))) - frozenset(originals.values())
 
@@ -232,7 +243,7 @@ class GrowthPlan:
             rope = dict(read_setting(config, "rope_parameters"))
             rope["rope_theta"] = rope["rope_theta"] ** (self.new.head_dim / self.old.head_dim)
             changes["rope_parameters"] = rope
-        if (types := read_setting(config, "layer_types")) is not None and self.new.num_hidden_layers != len(types):
+        if (types := read_setting(config, "layer_types")) and self.inits.get("layer", "random") != "random":
             changes["layer_types"] = [types[layer] for layer in self.layers]
         return changes
 
@@ -275,8 +286,13 @@ class GrowthPlan:
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
         is_added, branch_share = layer in self.added_layers, 1 / self._count_copies(layer)
         maps = tuple(self.axes[axis] for axis in row.axes)
-        if is_added and self.inits.get("layer") == "random":
-            maps = tuple(AxisMap.renew(axis.old_size, axis.new_size, "layer") for axis in maps)
+        if is_added and (self.inits["layer"] == "random" or not self.old.num_hidden_layers):
+            old = maps
+            if not self.old.num_hidden_layers:
+                stand_in = self._find_stand_in(row)
+                source, old = stand_in.name, tuple(self.axes[axis] for axis in stand_in.axes)
+            sizes = zip(old, maps, strict=True)
+            maps = tuple(AxisMap.renew(axis.old_size, new.new_size, "layer") for axis, new in sizes)
         reads_copies = row.read_dimension is not None and maps[row.read_dimension].max_copies > 1
         # If the branches of a layer end in norms (Gemma 2), inserted layers are disabled by post-norm gains of 0 and
         # not by output projections of 0: a norm behind zeros multiplies their gradients by 1 / sqrt(eps).
@@ -298,6 +314,12 @@ class GrowthPlan:
             is_added=is_added,
             branch_share=branch_share,
         )
+
+    def _find_stand_in(self, row: Parameter) -> Parameter:
+        """Return a row outside the layers with as many dimensions: the embedding, or the gain of the final norm."""
+        kind = "embedding" if len(row.axes) == 2 else "norm"
+        rows = self.architecture.rows(self.source_config)
+        return next(other for other in rows if not other.is_in_layer and other.kind == kind)
 
     def _count_copies(self, layer: int | None) -> int:
         """Return the divisor of a layer's branches: under the init `scaled`, the number of copies of its old layer.
@@ -364,6 +386,10 @@ def plan_growth(
     plan = GrowthPlan(architecture, config, old, new, resolve_inits(operators, init), seed, noise)
     _check_size(plan)
     _check_family(plan)
+    if not old.num_hidden_layers and (layer_init := plan.inits.get("layer", "random")) not in ("random", "preserving"):
+        raise GrowthError(
+            f"init {layer_init!r} copies layers, but {old} has none; set the init of layer to 'random' or 'preserving'"
+        )
     _ = plan.axes, plan.layers  # raises if no valid axis map exists
     return plan
 

@@ -31,6 +31,8 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
             allocates one.
     """
     if plan.zeroed:
+        if plan.row.kind == "norm" and plan.takes_nothing:
+            return allocate_grown(tensor, plan.maps, out).fill_(-plan.gain_offset)
         if plan.row.kind == "norm":
             # New gains stay 1: new slots of the branch may hold zeros, and zero gains would leave them no gradient.
             zeros = tensor.new_full(plan.old_shape, -plan.gain_offset)

@@ -22,7 +22,8 @@ _HEAD = f"""# How exact growth is
 The numbers are the largest differences between the logits of the grown model and its source, divided by the largest
 logit. The models are small and random, and built so that mistakes show (`slop_hf.testing.build_tiny_model`).
 Each number is the worst over all cases of its row: multi-head, grouped-query and multi-query attention, tied and
-untied embeddings, the dimension multiplied by 2 and by 1.5, with and without the optional biases.
+untied embeddings, the dimension multiplied by 2 and by 1.5, with and without the optional biases. The inits `random`
+and `preserving` of layers also grow the first layers of a model that has none.
 [growth.md](growth.md) explains the operators and inits.
 
 * An init that keeps the function is exact up to {_DOUBLE} in float64 and {_SINGLE} in float32. In bfloat16 the

@@ -119,7 +119,8 @@ class Result:
 def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, *, every: bool = True) -> list[Case]:
     """Return the cases of a family: operators × inits × {MHA, GQA, MQA} × {untied, tied} × {factor 2, factor 1.5}.
 
-    Optional parameters, such as biases, exist in the cases with factor 1.5. Families whose key/value heads are fused
+    Optional parameters, such as biases, exist in the cases with factor 1.5. Two cases more grow the first layers of a
+    model without any. Families whose key/value heads are fused
     with the query heads have MHA only. All registered operators and inits are covered, including a third party's.
 
     Args:
@@ -143,6 +144,10 @@ def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, 
                     changes.update(num_attention_heads=heads, num_key_value_heads=heads)
                 settings = dict.fromkeys(flags, is_uneven)
                 cases.append(Case(model_type, operator, grow_dims(dims, changes), init, dims, tied, dtype, settings))
+    for init, tied in (("random", False), ("preserving", True)):
+        flagged = dict.fromkeys(flags, True)
+        empty = MHA.replace(num_hidden_layers=0)
+        cases.append(Case(model_type, "layer", MHA, init, empty, tied, dtype, flagged))
     return cases
 
 

@@ -46,7 +46,7 @@ def list_frozen_of_stages(
         names = stages[-1]
         if names and span.growth is not None:
             parameters = plan_growth(before.dims.to_config(config), span.growth).parameters()
-            names = frozenset(parameter.name for parameter in parameters if parameter.source in names)
+            names = frozenset(p.name for p in parameters if p.source in names and not p.takes_nothing)
         stages.append(names)
     return stages
 
