@@ -23,10 +23,8 @@ SCHEDULE = GrowthSchedule(
 )
 SETTINGS = {"schedule": SCHEDULE, "carry_optimizer_state": None, "keep_optimizer_states": True, "save_steps": 2}
 WAYS = {
-    "new": {"optimizer_state_at_growth": "new"},
-    "carried": {"optimizer_state_at_growth": "carried"},
     "kept": {"optimizer_state_at_growth": "kept", "new_parameter_rate": 1.5},
-    "muon": {"optimizer_state_at_growth": "kept", "optim": "muon", "learning_rate": 1e-3},
+    "carried by muon": {"optimizer_state_at_growth": "carried", "optim": "muon", "learning_rate": 1e-3},
 }
 
 
