@@ -182,7 +182,7 @@ def plan_command(
         devices,
         micro_batch_size,
         checkpointing,
-        precision,
+        precision,  # type: ignore[arg-type]
         optimizer,  # type: ignore[arg-type]
     )
     start = read_structure("initial", initial, source, "--initial", "--from")
