@@ -175,6 +175,7 @@ def run_rank(
     """Run a program as one rank of a launch in this process, which has nothing else to do."""
     gc.freeze()  # each stage collects garbage; that takes a second if the imported modules are searched too
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in a shell's background
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
