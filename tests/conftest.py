@@ -30,6 +30,7 @@ def pytest_collection_finish(session):
     """Let `gc.collect`, which every stage and every evaluation calls, skip what the imports of all tests have made."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_runtest_setup(item):

@@ -89,6 +89,7 @@ def assert_well_formed(record):
         assert all(len(runs) == record["repetitions"] and min(runs) >= 0 for runs in case["seconds"].values())
 
 
+@pytest.mark.slow
 def test_memory_and_scaling(benchmark, tmp_path):
     run(benchmark, tmp_path, "memory")
     records = run(benchmark, tmp_path, "scaling")

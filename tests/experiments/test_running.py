@@ -150,6 +150,7 @@ def test_only_one_process_trains_in_a_directory(experiment, another_writer, tmp_
     assert not list(root.rglob("stage-*"))
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_end_with_the_same_weights(experiment, trained, tmp_path):
     jobs, root = trained
     parallel, reported = tmp_path / "parallel", []

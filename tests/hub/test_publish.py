@@ -150,6 +150,7 @@ def test_later_results_are_published_by_the_next_call(finished, hub, api, tmp_pa
     assert "| arc_easy | acc | 0.250 | 0.0100 | – | 100 |" in card.text
 
 
+@pytest.mark.slow
 def test_stock_transformers_loads_the_same_bits(finished, hub, api, tmp_path):
     run, _ = finished
     publish(run, api)
