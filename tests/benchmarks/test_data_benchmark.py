@@ -4,9 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_it_leaves_a_record(tmp_path, monkeypatch):
     output = tmp_path / "data.json"
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # it imports its neighbours

@@ -125,6 +125,7 @@ class TestSentencePiece:
         again = train_tokenizer(iter(TEXTS), 600, "sentencepiece")
         assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
+    @pytest.mark.slow
     def test_it_loads_without_the_package_and_this_library(
         self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:

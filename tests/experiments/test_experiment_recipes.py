@@ -26,6 +26,14 @@ def runs_of(path, scale):
     return experiment, add_shared_prefixes(build_jobs(experiment))
 
 
+#: Each experiment once; the other scales are slow.
+AT_EVERY_SCALE = [
+    pytest.param(path, scale, marks=() if number == 0 or path in STUDIES else pytest.mark.slow)
+    for path in PATHS
+    for number, scale in enumerate(scale for where, scale in SCALES if where == path)
+]
+
+
 def ids(value):
     return value.stem if isinstance(value, Path) else value
 
@@ -36,7 +44,7 @@ def test_every_table_that_trains_is_here_at_every_scale():
         assert [scale for where, scale in SCALES if where == path] == ["nano", "micro", "paper"]
 
 
-@pytest.mark.parametrize(("path", "scale"), SCALES, ids=ids)
+@pytest.mark.parametrize(("path", "scale"), AT_EVERY_SCALE, ids=ids)
 def test_every_experiment_can_run(path, scale, tmp_path):
     """Offline, as in `test_every_recipe_can_run`; runs that differ in their seed alone are looked at once."""
     experiment, jobs = runs_of(path, scale)

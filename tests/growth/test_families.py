@@ -54,8 +54,9 @@ def check_refusals(results):
     return {(result.case.operator, result.case.init) for result in refused}
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family not in ("mistral", "qwen2")])
 def test_conformance(family):
+    """Some cases; the slow tests go through all, and through the families that differ from Llama in little."""
     results = check_conformance(family, every=False)
     check_refusals(results)
     grown = [result for result in results if not result.refused]

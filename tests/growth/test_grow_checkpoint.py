@@ -220,6 +220,7 @@ def test_from_the_hub(source, tmp_path, monkeypatch):
 PEAK_MIB = 128
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_few_tensors(tmp_path):
     dims = ModelDims(512, 2048, 18, 8)
     config = dims.to_config(LlamaConfig(vocab_size=2000, dtype="float32"))

@@ -52,7 +52,7 @@ def test_a_diverged_model_has_no_finite_loss(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("ddp", 3), pytest.param("zero3", 2, marks=pytest.mark.deepspeed)],
+    [pytest.param("ddp", 3, marks=pytest.mark.slow), pytest.param("zero3", 2, marks=pytest.mark.deepspeed)],
 )
 def test_several_ranks_measure_what_one_process_does(alone, tmp_path, kind, ranks):
     """In batches of the given size, as many on each rank, and with the predictions of each row once."""

@@ -40,6 +40,7 @@ def facts(path, stage, rank=0):
     return json.loads((path / "dump" / f"{stage}-rank-{rank}.json").read_text())
 
 
+@pytest.mark.slow
 def test_ddp_agrees_with_one_process(alone, tmp_path):
     ended = launch_forked("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=SETTINGS)
     assert ended.code == 0, ended.text[-4000:]
