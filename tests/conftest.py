@@ -20,6 +20,10 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
+# Imports and the collection of tests leave no garbage: searching for some takes 7 seconds.
+gc.disable()
+gc.set_threshold(20_000)
+
 # The same examples in every run: a change is judged by what it changed, not by the dice.
 settings.register_profile("steady", max_examples=50, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)
@@ -30,7 +34,7 @@ def pytest_collection_finish(session):
     """Let `gc.collect`, which every stage and every evaluation calls, skip what the imports of all tests have made."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.enable()
 
 
 def pytest_runtest_setup(item):
