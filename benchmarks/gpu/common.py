@@ -1,4 +1,4 @@
-"""What the parts share: scales, records that are written as they grow, and the machine."""
+"""Scales, records that are written after each measurement, and the machine, for all parts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass
 class PartRecord:
-    """The record of a part: written anew after each measurement, so that what is cut off loses nothing else."""
+    """The record of a part, written again after each measurement, so that an interruption loses one measurement."""
 
     path: Path
     content: Record = field(default_factory=dict)

@@ -164,7 +164,7 @@ def train(settings: Settings, trainer: str, *, is_compiled: bool) -> list[Record
 
 
 def free(settings: Settings) -> None:
-    """Free the memory of the trainer before, and count anew."""
+    """Free the memory of the last trainer, and reset the peak."""
     gc.collect()  # trainers are reference cycles
     torch.compiler.reset()
     if settings.is_gpu:

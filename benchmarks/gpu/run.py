@@ -105,7 +105,7 @@ def build_environment() -> dict[str, str]:
 
 
 def sees_gpu(environment: dict[str, str]) -> bool:
-    """Whether torch sees a CUDA device, asked in a new process: this one is to hold no memory of the device."""
+    """Whether torch sees a CUDA device. A new process looks, since this one must hold no memory of the device."""
     program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
 

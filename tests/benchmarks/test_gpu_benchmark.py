@@ -1,4 +1,4 @@
-"""What `make gpu` runs, rehearsed on the CPU; and what it says where it cannot run."""
+"""The parts of `make gpu`, rehearsed on the CPU, and its messages on a machine that cannot run them."""
 
 import gc
 import importlib

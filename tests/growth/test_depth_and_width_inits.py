@@ -1,4 +1,4 @@
-"""What the inits `middle`, `scaled` and `random` of layers and `rms_copy` of widths put into a grown model."""
+"""Values of a grown model under the inits `middle`, `scaled` and `random` of layers and `rms_copy` of widths."""
 
 import pytest
 import torch

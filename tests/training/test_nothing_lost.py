@@ -90,7 +90,7 @@ def test_a_corrupt_checkpoint_is_skipped(whole, run, damage, name, fault, caplog
     assert same_weights(whole, run.path) and losses(run.path) == losses(whole)
 
 
-def test_without_a_good_checkpoint_the_stage_begins_anew(run, caplog):
+def test_without_a_good_checkpoint_the_stage_begins_again(run, caplog):
     """AdamW starts afresh too: its state at the end of the stage before has been removed."""
     for checkpoint in run.running_dir(1).iterdir():
         flip(checkpoint / "model.safetensors")

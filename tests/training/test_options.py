@@ -140,13 +140,13 @@ class FirstSteps(TrainerCallback):
             self.seen.append((len(optimizer.state), counted))
 
 
-def test_moments_are_carried_or_start_anew(tmp_path):
-    carried, anew = FirstSteps(), FirstSteps()
+def test_moments_are_carried_or_start_at_zero(tmp_path):
+    carried, fresh = FirstSteps(), FirstSteps()
     train(tmp_path / "carried", callbacks=[carried])
-    run = train(tmp_path / "anew", callbacks=[anew], carry_optimizer_state=False, keep_optimizer_states=True)
+    run = train(tmp_path / "fresh", callbacks=[fresh], carry_optimizer_state=False, keep_optimizer_states=True)
     parameters = [len(dict(small_model(dims).named_parameters())) for dims in SHORT.structures]
     assert carried.seen == [(0, set()), (parameters[1], {4.0}), (parameters[2], {8.0})]
-    assert anew.seen == [(0, set())] * 3
+    assert fresh.seen == [(0, set())] * 3
     names = [name for name in load_file(run.optimizer_files(2)[0]) if name.startswith("step/")]
     assert {float(load_file(run.optimizer_files(2)[0])[name]) for name in names} == {4.0}
 
@@ -454,7 +454,7 @@ def test_batches_are_pinned_only_for_a_gpu_with_memory_of_its_own(tmp_path, monk
     assert SlopTrainingArguments(str(tmp_path), report_to="none").dataloader_pin_memory is pins
 
 
-def test_each_stage_is_compiled_anew(tmp_path):
+def test_each_stage_is_compiled_again(tmp_path):
     """With a compiler that leaves graphs unchanged, and gives up if one function has had too many shapes."""
     import torch._dynamo
 

@@ -89,7 +89,7 @@ class RunResult(Record, error=RunError):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run ends with a finished learning-rate schedule, as far as is known."""
+        """Whether the run is known to end with a finished learning-rate schedule."""
         return self.end_rate is not None and self.end_rate <= FINISHED_RATE
 
     @property

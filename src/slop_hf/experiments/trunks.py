@@ -22,7 +22,7 @@ MIN_TRUNK_SHARE = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the states of a run depend on, step by step.
+    """Settings on which the states of a run depend, step by step.
 
     Args:
         keys: hash of each stage's settings, structures and growths, and of all that comes before it; not of the

@@ -63,7 +63,7 @@ class LossTrack(Record, error=RunError):
 
 @dataclass(frozen=True)
 class MixingEstimate(Record, error=RunError):
-    """What the losses of one grown model say about κ and the mixing time.
+    """Estimates of κ and the mixing time from the losses of one grown model.
 
     The intervals cover 95% of the noise of held-out losses from one evaluation to the next. They do not contain the
     difference between seeds, nor between held-out texts.
