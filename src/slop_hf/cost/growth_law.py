@@ -168,7 +168,10 @@ class GrowthLaw(Record, error=PlanError):
             raise PlanError(f"deviation of a growth law must be 0 or more, got {self.deviation!r}")
         for row in self.replicates:
             if len(row) != len(NAMES):
-                raise PlanError(f"a replicate of a growth law has {len(NAMES)} constants, got {len(row)}")
+                raise PlanError(
+                    f"a replicate of a growth law has {len(NAMES)} constants, got {len(row)}: fit the law again, or "
+                    "leave its replicates out"
+                )
             GrowthConstants(*row)
 
     @classmethod
@@ -178,6 +181,11 @@ class GrowthLaw(Record, error=PlanError):
         Losses at the ends of finished runs count 16 times as much as those on the way (`END_ERROR`, `WAY_ERROR`).
         Replicates are fits to as many runs, drawn with replacement. The deviation comes from fits that leave out one
         experiment at a time; with a single experiment, from errors of the fit itself, which are too small for others.
+
+        Args:
+            runs: measured runs; losses in nats per token.
+            replicates: number of fits to resampled runs, for intervals (the bootstrap of Efron 1979).
+            seed: seed of the resampling.
 
         Raises:
             PlanError: for fewer than `LEAST_RUNS` finished runs with a loss at their end.
@@ -243,7 +251,10 @@ class GrowthLaw(Record, error=PlanError):
         texts = {run.text for run in runs}
         ends = [run.end_loss for run in runs if run.end_loss is not None]
         if len(texts) != 1 or len(ends) < len(runs):
-            raise PlanError(f"a law is anchored at finished runs of one text, got {len(runs)} runs of {sorted(texts)}")
+            raise PlanError(
+                f"a law is anchored at finished runs of one text, got {len(runs)} runs of {sorted(texts)}, "
+                f"{len(ends)} of them finished: give those of one text only, each with the loss at its end"
+            )
         (text,) = texts
         known = replace(self, offsets={**self.offsets, text: 0.0})
         offset = np.mean([end - forecast.loss for end, forecast in zip(ends, known.predict_all(runs), strict=True)])
