@@ -330,7 +330,7 @@ def test_growths_that_diverge_are_left_out(config, growths, measured, tmp_path, 
     [
         ({}, {"lag": 0}, "lag must be a whole number, 1 or more, got 0"),
         ({}, {"at": (STEP, STEP)}, "at must be different numbers of tokens"),
-        ({}, {"share": 0.5, "lag": STEP}, "leave share out"),
+        ({}, {"share": 0.5, "lag": STEP}, "give one of the two"),
         ({}, {"share": 2.0}, "share must be above 0 and at most 1, got 2"),
         ({}, {"tolerance": 0.0}, "tolerance must be positive"),
         ({}, {"largest_kappa": -1.0}, "largest_kappa must be positive"),

@@ -108,7 +108,9 @@ def build_mixing_growths(
             resolve_inits(find_operators(small, target), init)
             growths.append(MixingGrowth(name, ratio, small, target, init))
     if len({growth.name for growth in growths}) < len(growths):
-        raise RunError(f"growths must differ, got {', '.join(growth.name for growth in growths)}")
+        raise RunError(
+            f"growths must differ, got {', '.join(growth.name for growth in growths)}: leave repeated ones out"
+        )
     return growths
 
 
@@ -200,9 +202,11 @@ class MixingProbe:
             if value is not None:
                 require_whole_number(value, name, error=RunError)
         if len(set(self.at)) < len(self.at):
-            raise RunError(f"at must be different numbers of tokens, got {', '.join(map(str, self.at))}")
+            raise RunError(
+                f"at must be different numbers of tokens, got {', '.join(map(str, self.at))}: leave repeated ones out"
+            )
         if self.share is not None and (self.at or self.lag is not None):
-            raise RunError("the length of a mixing probe follows from share, or from at and lag: leave share out")
+            raise RunError("the length of a mixing probe follows from share, or from at and lag; give one of the two")
         if self.share is not None and not (is_finite_number(self.share) and 0 < self.share <= 1):
             raise RunError(f"share must be above 0 and at most 1, got {self.share}")
         for name in ("tolerance", "largest_kappa"):

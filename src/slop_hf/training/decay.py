@@ -44,8 +44,8 @@ def plan_decay(config: RunConfig, trunk: RunDirectory, step: int, decay: float =
     peak, rate = max(rates[span.number]), rates[span.number][step - span.first_step - 1]
     if rate < peak:
         raise RunError(
-            f"the learning rate at step {step} is {rate:g}, below its peak {peak:g}: a decay can begin only where the "
-            "rate is constant; choose a checkpoint after the warm-up and before the decay"
+            f"the learning rate at step {step} is {rate:g}, below its peak {peak:g}: a decay begins at the peak; "
+            "choose a checkpoint after the warm-up and before the decay"
         )
     before = step if config.training.get("lr_span") == "run" else step - span.first_step
     # Rounded, because 24 * 0.2 / 0.8 is 6.000000000000001 in floating point.
