@@ -120,7 +120,9 @@ def test_a_decay_needs_a_checkpoint_at_a_constant_rate(trunk):
     with pytest.raises(RunError, match="must have a positive number of steps"):
         plan_decay(config, run, 6, 0.0)
     cosine = RunConfig.from_yaml(trunk / "trunk.yaml", {"training.lr_scheduler_type": "cosine"})
-    with pytest.raises(RunError, match=r"learning rate at step 18 is .*, below its peak .*: a decay can begin only"):
+    with pytest.raises(
+        RunError, match=r"learning rate at step 18 is .*, below its peak .*: a decay begins at the peak"
+    ):
         plan_decay(cosine, run, 18)
 
 
