@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from slop_hf import GrowthLaw, StagedRun, TrainedStage
-from slop_hf.cost.growth_law import LEAST_RUNS, NAMES, PARTS, GrowthConstants
+from slop_hf.cost.growth_law import LEAST_RUNS, NAMES, WIDENING, Z80, GrowthConstants
+from slop_hf.cost.staged_run import PARTS, RunTable
 from slop_hf.errors import PlanError
 
 REFERENCES = 2e5, 40.0, 2e6, 3e-3
@@ -68,6 +69,45 @@ def test_a_fit_predicts_runs_that_it_has_not_seen(fitted):
         assert forecast.loss == pytest.approx(truth, abs=0.03)
         assert forecast.low < forecast.loss < forecast.high
         assert forecast == fitted.predict(run)
+
+
+def test_a_law_is_marked_with_its_scales_and_widens_outside_of_them(fitted):
+    """A hundred times the parameters and tokens: two decades each."""
+    inside, outside = StagedRun((stage(4e5, 80, 3e6),)), StagedRun((stage(4e7, 80, 7.2e8),))
+    assert fitted.scales == {"parameters": (5e4, 4e5), "tokens": (4e5, 7.2e6), "width": (24, 80)}
+    table = RunTable.of([inside, outside])
+    distances = fitted.measure_distances(table)
+    assert distances == pytest.approx([0, 8**0.5])
+    lone = dataclasses.replace(fitted, replicates=())
+    near, far = lone.predict_all([inside, outside])
+    assert near.high - near.loss == pytest.approx(Z80 * fitted.deviation)
+    assert far.high - far.loss == pytest.approx(Z80 * (fitted.deviation**2 + (WIDENING * 8**0.5) ** 2) ** 0.5)
+    own = fitted.compute_own_deviations(table)
+    assert own == pytest.approx([fitted.own_deviation, fitted.own_deviation * (1 + 8**0.5)])
+    assert 0 <= fitted.own_deviation <= 2 * fitted.deviation
+    # without a scale, a law does not know where it ends
+    assert (dataclasses.replace(fitted, scales={}).measure_distances(table) == 0).all()
+
+
+def test_what_runs_share_cancels_in_differences(fitted):
+    """Both runs end lower if the entropy is lower, in each replicate."""
+    table = RunTable.of([StagedRun((stage(1e5, 32, 2e6),)), StagedRun((stage(1e5, 32, 2.2e6),))])
+    samples = fitted.sample_ends(table)
+    assert samples.shape == (3, 2) and np.std(samples[:, 0] - samples[:, 1]) < np.std(samples[:, 0])
+    assert dataclasses.replace(fitted, replicates=()).sample_ends(table).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": {"depth": (1, 2)}}, "unknown scale 'depth'"),
+        ({"scales": {"tokens": (2.0, 1.0)}}, "the smaller first"),
+        ({"own_deviation": -1}, "own_deviation"),
+    ],
+)
+def test_wrong_marks_of_a_law_are_refused(change, message):
+    with pytest.raises(PlanError, match=message):
+        dataclasses.replace(TRUTH, **change)
 
 
 def test_intervals_of_constants_are_those_of_the_replicates(fitted):

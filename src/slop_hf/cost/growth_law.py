@@ -14,13 +14,12 @@ from typing_extensions import Self
 from ..errors import PlanError
 from ..io.numbers import is_finite_number, is_positive_number
 from ..io.record import Record
+from ..io.serialization import describe_alternatives
 from .least_squares import fit_least_squares
-from .staged_run import GROWN_DIMENSIONS, StagedRun
+from .staged_run import GROWN_DIMENSIONS, PARTS, RunTable, StagedRun
 
 _Array = npt.NDArray[np.float64]
 
-#: Parts of a stage; the learning rate is taken to be constant within a part.
-PARTS = 16
 #: Fewest runs with a measured end that a law is fitted to.
 LEAST_RUNS = 6
 #: Expected error of a loss at the end of a finished run, and of one on the way there, in nats: ends count more.
@@ -29,6 +28,9 @@ END_ERROR, WAY_ERROR = 0.03, 0.12
 FIRST_SHARE = 0.3
 #: Bound of the central 80% of a normal distribution, in standard deviations.
 Z80 = 1.2815515655446004
+#: Growth of the standard deviation outside the fitted scales, in nats per decade. Losses of language models fall by
+#: about half a nat per decade of parameters (Hoffmann et al. 2022): a law may miss more than half of that.
+WIDENING = 0.3
 #: Least progress, in reference tokens: the power law is infinite at 0.
 _LEAST_PROGRESS = 1e-4
 _REFIT_ITERATIONS = 4
@@ -112,6 +114,10 @@ class References(NamedTuple):
     rate: float
 
 
+#: Quantities of a run that a law is marked with the range of.
+SCALES = ("parameters", "tokens", "width")
+
+
 class LossForecast(NamedTuple):
     """A predicted loss at the end of a run and its central 80% interval, in nats per token."""
 
@@ -135,7 +141,9 @@ class GrowthLaw(Record, error=PlanError):
     loss, without r' and jump', that it was grown with, as in `ScalingLaw.staged_losses`; its progress there is divided
     by what growth forgets. jump' begins with `jump * ln(N new / N old)` and falls as exp(-tokens / mixing).
 
-    The law ranks runs like those that it was fitted to, and predicts their losses; `fit` says how well.
+    The law ranks runs like those that it was fitted to, and predicts their losses; `fit` says how well. Outside the
+    scales that it was fitted to, the standard deviation of a loss widens by `WIDENING` nats per decade, and the part
+    of it that runs do not share by its own size per decade.
 
     Args:
         constants: constants of the law.
@@ -145,6 +153,10 @@ class GrowthLaw(Record, error=PlanError):
         offsets: loss of each text above that of the text with most runs, in nats.
         runs: number of runs that it was fitted to; 0 for a law that was given.
         largest: most parameters, and most tokens of a run, that it was fitted to.
+        scales: smallest and largest value, by name in `SCALES`, that it was fitted to; without a name, no limit.
+        own_deviation: part of the deviation that runs of one experiment do not share, in nats: it decides between
+            them; None for all of it.
+        has_relative_rates: whether rates are shares of the peak that is usual for the compute of a run.
 
     >>> from slop_hf.cost.staged_run import TrainedStage
     >>> law = GrowthLaw()
@@ -160,12 +172,24 @@ class GrowthLaw(Record, error=PlanError):
     offsets: dict[str, float] = field(default_factory=dict)
     runs: int = 0
     largest: tuple[float, float] = (0.0, 0.0)
+    scales: dict[str, tuple[float, float]] = field(default_factory=dict)
+    own_deviation: float | None = None
+    has_relative_rates: bool = False
 
     def __post_init__(self) -> None:
         if not all(map(is_positive_number, self.references)):
             raise PlanError(f"references of a growth law must be positive numbers, got {self.references}")
         if not is_finite_number(self.deviation, least=0):
             raise PlanError(f"deviation of a growth law must be 0 or more, got {self.deviation!r}")
+        if self.own_deviation is not None and not is_finite_number(self.own_deviation, least=0):
+            raise PlanError(f"own_deviation of a growth law must be 0 or more, got {self.own_deviation!r}")
+        for name, scale in self.scales.items():
+            if name not in SCALES:
+                raise PlanError(f"unknown scale {name!r} of a growth law{describe_alternatives(name, SCALES)}")
+            if not (all(map(is_positive_number, scale)) and scale[0] <= scale[1]):
+                raise PlanError(
+                    f"the scale {name} of a growth law must be two positive numbers, the smaller first, got {scale}"
+                )
         for row in self.replicates:
             if len(row) != len(NAMES):
                 raise PlanError(
@@ -197,16 +221,17 @@ class GrowthLaw(Record, error=PlanError):
                 f"{len(measured)} of {len(runs)}: add runs whose learning-rate schedule ends"
             )
         references, texts = _choose_references(runs), _list_texts(runs)
-        batch = _Batch(runs, references, texts)
+        batch = _MeasuredBatch(runs, references, texts)
         counts = np.ones(len(runs))
         best = batch.fit(counts, _get_prior(len(texts)))
         random = np.random.default_rng(seed)
         draws = random.multinomial(len(runs), counts / len(runs), size=replicates).astype(float)
         rows = [batch.fit(draw, best, _REFIT_ITERATIONS) for draw in draws]
+        deviation, own_deviation = _measure_deviations(batch, best)
         return cls(
             constants=GrowthConstants(*map(_round, _decode(best))),
             references=references,
-            deviation=_round(_measure_deviation(batch, best)),
+            deviation=_round(deviation),
             replicates=tuple(tuple(map(_round, _decode(row))) for row in rows),
             offsets={text: _round(offset) for text, offset in zip(texts, [0.0, *best[len(NAMES) :]], strict=True)},
             runs=len(runs),
@@ -214,6 +239,8 @@ class GrowthLaw(Record, error=PlanError):
                 max(stage.parameters for run in runs for stage in run.stages),
                 max(sum(stage.tokens for stage in run.stages) for run in runs),
             ),
+            scales=_find_scales(runs),
+            own_deviation=_round(own_deviation),
         )
 
     def predict(self, run: StagedRun) -> LossForecast:
@@ -227,19 +254,53 @@ class GrowthLaw(Record, error=PlanError):
     def predict_all(self, runs: Sequence[StagedRun]) -> list[LossForecast]:
         """Return `predict` for several runs, in less time."""
         offsets = np.array([self._get_offset(run.text) for run in runs])
-        batch = _Batch(runs, References(*self.references), [""])
-        losses = batch.predict_ends(_encode(self.constants)) + offsets
-        others = [batch.predict_ends(_encode(GrowthConstants(*row))) for row in self.replicates]
+        table = RunTable.of(runs)
+        losses = self.predict_ends(table) + offsets
+        others = self.sample_ends(table)
         variance = np.var(others, axis=0, ddof=1) if len(others) > 1 else np.zeros(len(runs))
-        margins = Z80 * np.sqrt(variance + self.deviation**2)
+        widening = WIDENING * self.measure_distances(table)
+        margins = Z80 * np.sqrt(variance + self.deviation**2 + widening**2)
         return [
             LossForecast(float(loss), float(loss - margin), float(loss + margin))
             for loss, margin in zip(losses, margins, strict=True)
         ]
 
+    def predict_ends(self, table: RunTable) -> _Array:
+        """Return the loss at the end of each run of a table, in nats per token, without the offset of a text."""
+        return _Batch(table, self.references).predict_ends(_encode(self.constants))
+
+    def sample_ends(self, table: RunTable) -> _Array:
+        """Return `predict_ends` by each of the replicates, replicates × R.
+
+        Errors that runs share are alike in one row, so that differences of runs vary less than losses do.
+        """
+        batch = _Batch(table, self.references)
+        rows = [batch.predict_ends(_encode(GrowthConstants(*row))) for row in self.replicates]
+        return np.array(rows).reshape(len(rows), len(table.stages))
+
+    def measure_distances(self, table: RunTable) -> _Array:
+        """Return how far each run is outside the scales of the law, in decades; 0 inside.
+
+        Parameters and width are those of the stages, tokens those of the run. If several are outside, the distance is
+        the root of the sum of squares.
+        """
+        smallest = {"parameters": table.parameters.min(axis=1), "width": table.widths.min(axis=1)}
+        largest = {"parameters": table.parameters.max(axis=1), "width": table.widths.max(axis=1)}
+        smallest["tokens"] = largest["tokens"] = table.tokens.sum(axis=1)
+        squares = np.zeros(len(table.stages))
+        for name, (low, high) in self.scales.items():
+            excess = np.maximum(np.log10(largest[name] / high), np.log10(low / smallest[name]))
+            squares += np.maximum(excess, 0.0) ** 2
+        return np.sqrt(squares)
+
+    def compute_own_deviations(self, table: RunTable) -> _Array:
+        """Return the standard deviation of each run's error that other runs do not share, in nats."""
+        own = self.deviation if self.own_deviation is None else self.own_deviation
+        return own * (1 + self.measure_distances(table))
+
     def trace(self, run: StagedRun) -> _Array:
         """Return the predicted loss at the end of each part of each stage, stages × `PARTS`."""
-        batch = _Batch([run], References(*self.references), [""])
+        batch = _Batch(RunTable.of([run]), self.references)
         return batch.trace(_encode(self.constants))[0] + self._get_offset(run.text)
 
     def anchor(self, runs: Sequence[StagedRun]) -> Self:
@@ -324,45 +385,122 @@ def _list_texts(runs: Sequence[StagedRun]) -> list[str]:
     return sorted(dict.fromkeys(texts), key=lambda text: -texts.count(text))
 
 
-def _measure_deviation(batch: _Batch, best: _Array) -> float:
+def _find_scales(runs: Sequence[StagedRun]) -> dict[str, tuple[float, float]]:
+    """Return the smallest and largest parameters, tokens of a run, and width."""
+    stages = [stage for run in runs for stage in run.stages]
+    values = {
+        "parameters": [stage.parameters for stage in stages],
+        "tokens": [sum(stage.tokens for stage in run.stages) for run in runs],
+        "width": [stage.width for stage in stages],
+    }
+    return {name: (min(values[name]), max(values[name])) for name in SCALES}
+
+
+def _measure_deviations(batch: _MeasuredBatch, best: _Array) -> tuple[float, float]:
     """Return the standard deviation of errors at ends for an experiment that the law was not fitted to.
 
     It is that of a normal distribution whose central 80% is as wide as that of the errors. With several experiments,
-    each is left out of one fit, and the median over experiments counts.
+    each is left out of one fit, and the median over experiments counts. The second number is that of the errors less
+    the mean error of their experiment.
     """
     experiments = np.array(batch.experiments)
     names = sorted(set(batch.experiments))
-    widths = []
+    widths, own_widths = [], []
     for name in names:
         left = batch.fit((experiments != name).astype(float), best, _REFIT_ITERATIONS) if len(names) > 1 else best
         is_of = batch.is_end & (experiments[batch.where[0]] == name)
         if is_of.any():
-            widths.append(np.quantile(np.abs(batch.compute_errors(left))[is_of], 0.8))
-    return float(np.median(widths)) / Z80
+            errors = batch.compute_errors(left)[is_of]
+            widths.append(np.quantile(np.abs(errors), 0.8))
+            own_widths.append(np.quantile(np.abs(errors - errors.mean()), 0.8))
+    return float(np.median(widths)) / Z80, float(np.median(own_widths)) / Z80
 
 
 class _Batch:
-    """Runs as arrays: R runs, K stages, M parts per stage.
+    """Runs as arrays relative to the references of a law, to trace their losses: R runs, K stages, M parts."""
 
-    A run with fewer stages than K is filled up with stages without tokens, in which nothing changes.
-    """
-
-    def __init__(self, runs: Sequence[StagedRun], references: References, texts: Sequence[str]) -> None:
-        shape = len(runs), max(len(run.stages) for run in runs)
-        self.log_size, self.log_width, self.tokens, self.copied, self.carried = (np.zeros(shape) for _ in range(5))
-        self.rates, self.log_factors = np.zeros((*shape, PARTS)), np.zeros((*shape, len(GROWN_DIMENSIONS)))
-        for r, run in enumerate(runs):
-            for k in range(shape[1]):
-                stage = run.stages[min(k, len(run.stages) - 1)]
-                self.log_size[r, k] = math.log(stage.parameters / references.parameters)
-                self.log_width[r, k] = math.log(stage.width / references.width)
-                if k < len(run.stages):
-                    self.tokens[r, k] = stage.tokens / PARTS / references.tokens
-                    self.rates[r, k] = _average_rates(stage.rates) / references.rate
-                    self.log_factors[r, k] = [math.log(stage.factors.get(name, 1.0)) for name in GROWN_DIMENSIONS]
-                    self.copied[r, k], self.carried[r, k] = stage.is_copied, stage.is_carried
+    def __init__(self, table: RunTable, references: Sequence[float]) -> None:
+        relative = References(*references)
+        self.log_size = np.log(table.parameters / relative.parameters)
+        self.log_width = np.log(table.widths / relative.width)
+        self.tokens = table.tokens / PARTS / relative.tokens
+        self.rates = table.rates / relative.rate
+        self.log_factors = np.log(table.factors)
+        self.copied, self.carried = table.copied, table.carried
         self.log_growth = np.diff(self.log_size, axis=1, prepend=self.log_size[:, :1])
-        self.last_stage = np.array([len(run.stages) - 1 for run in runs])
+        self.last_stage = table.stages - 1
+
+    def predict_ends(self, vector: _Array) -> _Array:
+        """Return the loss at the end of each run."""
+        return self.trace(vector)[np.arange(len(self.last_stage)), self.last_stage, -1]
+
+    def trace(self, vector: _Array) -> _Array:
+        """Return the loss at the end of each part, R × K × M, without offsets of texts."""
+        c = GrowthConstants(*_decode(vector))
+        gaps = c.size_gap * np.exp(-c.size_exponent * self.log_size - c.width_exponent * self.log_width)
+        half = c.rate_half * np.exp(-c.rate_size_exponent * self.log_size)[..., None]
+        steps = self.tokens[..., None] * self.rates * (1 + c.rate_half) / (self.rates + half)
+        forgets = self._compute_forgetting(c)
+        noise_kept, jump_kept = np.exp(-self.tokens / c.noise_memory), np.exp(-self.tokens / c.mixing)
+        # Growth is followed stage by stage, all parts of a stage at once.
+        ages = np.arange(1, PARTS + 1)
+        losses: _Array = np.empty(self.rates.shape)
+        noise, jump = np.zeros(len(losses)), np.zeros(len(losses))
+        progress = np.full((len(losses), 1), _LEAST_PROGRESS)
+        for k in range(losses.shape[1]):
+            begin = progress[:, -1]
+            if k:
+                begin = self._grow(c, begin, gaps[:, k - 1], gaps[:, k], forgets[:, k], k)
+                jump = jump + c.jump * self.log_growth[:, k]
+            progress = begin[:, None] + np.cumsum(steps[:, k], axis=1)
+            losses[:, k] = c.irreducible + _add_gaps(c, gaps[:, k, None], progress)
+            losses[:, k] += jump[:, None] * jump_kept[:, k, None] ** ages
+            jump = jump * jump_kept[:, k] ** PARTS
+            for m in range(PARTS):
+                noise = noise * noise_kept[:, k] + (1 - noise_kept[:, k]) * self.rates[:, k, m]
+                losses[:, k, m] += c.rate_noise * noise
+        return losses
+
+    def _compute_forgetting(self, c: GrowthConstants) -> _Array:
+        """Return the logarithm by whose exponential growth divides progress, R × K, without that near a floor."""
+        by_dimension = self.log_factors @ np.array([c.depth_forgets, c.inner_forgets, c.hidden_forgets])
+        copies = c.copies_forget * self.copied * self.log_factors[..., GROWN_DIMENSIONS.index("hidden")]
+        result: _Array = by_dimension + copies + c.carried_forgets * self.carried * self.log_growth
+        return result
+
+    def _grow(
+        self, c: GrowthConstants, progress: _Array, gap: _Array, new_gap: _Array, forgets: _Array, k: int
+    ) -> _Array:
+        """Return the progress of the grown models; a model that does not grow keeps its own."""
+        grown = compute_grown_progress(c, progress, gap, new_gap, self.log_growth[:, k], forgets)
+        return np.where(self.log_factors[:, k].any(axis=1), np.maximum(grown, _LEAST_PROGRESS), progress)
+
+
+def compute_grown_progress(
+    c: GrowthConstants, progress: _Array, gap: _Array, new_gap: _Array, log_growth: _Array, forgets: _Array | float
+) -> _Array:
+    """Return the progress that grown models enter their own curves with.
+
+    Args:
+        c: constants.
+        progress: progress before growth, in reference tokens.
+        gap, new_gap: gap of size of the small and of the grown model, in nats.
+        log_growth: logarithm of the ratio of parameters.
+        forgets: logarithm by whose exponential growth divides progress, without that near a floor.
+    """
+    above, token_gap = _add_gaps(c, gap, progress), c.token_gap * progress**-c.token_exponent
+    near_floor = c.floor_forgets * np.log(above / token_gap) * log_growth
+    # Under constants far from the best ones the grown model's floor may be above the loss.
+    entered = np.maximum(above**c.sharpness - new_gap**c.sharpness, 1e-9) ** (1 / c.sharpness)
+    grown: _Array = (c.token_gap / entered) ** (1 / c.token_exponent) * np.exp(-forgets - near_floor)
+    return grown
+
+
+class _MeasuredBatch(_Batch):
+    """Runs with measured losses, to fit a law to."""
+
+    def __init__(self, runs: Sequence[StagedRun], references: Sequence[float], texts: Sequence[str]) -> None:
+        super().__init__(RunTable.of(runs), references)
         self.experiments = [run.experiment for run in runs]
         self._collect_losses(runs, texts)
 
@@ -398,66 +536,9 @@ class _Batch:
         errors: _Array = self.trace(vector)[self.where] + offsets - self.losses
         return errors
 
-    def predict_ends(self, vector: _Array) -> _Array:
-        """Return the loss at the end of each run."""
-        return self.trace(vector)[np.arange(len(self.last_stage)), self.last_stage, -1]
-
-    def trace(self, vector: _Array) -> _Array:
-        """Return the loss at the end of each part, R × K × M, without offsets of texts."""
-        c = GrowthConstants(*_decode(vector))
-        gaps = c.size_gap * np.exp(-c.size_exponent * self.log_size - c.width_exponent * self.log_width)
-        half = c.rate_half * np.exp(-c.rate_size_exponent * self.log_size)[..., None]
-        steps = self.tokens[..., None] * self.rates * (1 + c.rate_half) / (self.rates + half)
-        forgets = self._compute_forgetting(c)
-        noise_kept, jump_kept = np.exp(-self.tokens / c.noise_memory), np.exp(-self.tokens / c.mixing)
-        # Growth is followed stage by stage, all parts of a stage at once.
-        ages = np.arange(1, PARTS + 1)
-        losses = np.empty(self.rates.shape)
-        noise, jump = np.zeros(len(losses)), np.zeros(len(losses))
-        progress = np.full((len(losses), 1), _LEAST_PROGRESS)
-        for k in range(losses.shape[1]):
-            begin = progress[:, -1]
-            if k:
-                begin = self._grow(c, begin, gaps[:, k - 1], gaps[:, k], forgets[:, k], k)
-                jump = jump + c.jump * self.log_growth[:, k]
-            progress = begin[:, None] + np.cumsum(steps[:, k], axis=1)
-            losses[:, k] = c.irreducible + _add_gaps(c, gaps[:, k, None], progress)
-            losses[:, k] += jump[:, None] * jump_kept[:, k, None] ** ages
-            jump = jump * jump_kept[:, k] ** PARTS
-            for m in range(PARTS):
-                noise = noise * noise_kept[:, k] + (1 - noise_kept[:, k]) * self.rates[:, k, m]
-                losses[:, k, m] += c.rate_noise * noise
-        return losses
-
-    def _compute_forgetting(self, c: GrowthConstants) -> _Array:
-        """Return the logarithm by whose exponential growth divides progress, R × K, without that near a floor."""
-        by_dimension = self.log_factors @ np.array([c.depth_forgets, c.inner_forgets, c.hidden_forgets])
-        copies = c.copies_forget * self.copied * self.log_factors[..., GROWN_DIMENSIONS.index("hidden")]
-        result: _Array = by_dimension + copies + c.carried_forgets * self.carried * self.log_growth
-        return result
-
-    def _grow(
-        self, c: GrowthConstants, progress: _Array, gap: _Array, new_gap: _Array, forgets: _Array, k: int
-    ) -> _Array:
-        """Return the progress of the grown models; a model that does not grow keeps its own."""
-        above, token_gap = _add_gaps(c, gap, progress), c.token_gap * progress**-c.token_exponent
-        near_floor = c.floor_forgets * np.log(above / token_gap) * self.log_growth[:, k]
-        # Under constants far from the best ones the grown model's floor may be above the loss.
-        entered = np.maximum(above**c.sharpness - new_gap**c.sharpness, 1e-9) ** (1 / c.sharpness)
-        grown = (c.token_gap / entered) ** (1 / c.token_exponent) * np.exp(-forgets - near_floor)
-        return np.where(self.log_factors[:, k].any(axis=1), np.maximum(grown, _LEAST_PROGRESS), progress)
-
 
 def _add_gaps(c: GrowthConstants, gap: _Array, progress: _Array) -> _Array:
     """Return the loss above the entropy: the gaps of size and of tokens together."""
     token_gap = c.token_gap * progress**-c.token_exponent
     total: _Array = (gap**c.sharpness + token_gap**c.sharpness) ** (1 / c.sharpness)
     return total
-
-
-def _average_rates(rates: Sequence[float]) -> _Array:
-    """Return the mean rate in each of `PARTS` equal parts of a stage."""
-    sums = np.concatenate([[0.0], np.cumsum(rates)])
-    at = np.linspace(0, len(rates), PARTS + 1)
-    means: _Array = np.diff(np.interp(at, np.arange(len(sums)), sums)) * (PARTS / len(rates))
-    return means

@@ -11,8 +11,7 @@ from matplotlib import rc_context
 from matplotlib.lines import Line2D
 
 from ..cost.growth_law import Z80, GrowthLaw
-from ..cost.staged_run import StagedRun, TrainedStage
-from ..dims import ModelDims
+from ..cost.staged_run import StagedRun, TrainedStage, compute_factors
 from ..errors import RunError
 from ..io.serialization import parse
 from ..operators import resolve_inits
@@ -94,18 +93,6 @@ def _list_stages(run: RunResult, rates: Sequence[tuple[float, ...]], *, is_carri
             )
         )
     return tuple(stages)
-
-
-def compute_factors(old: ModelDims, new: ModelDims) -> dict[str, float]:
-    """Return the growth factor of each dimension of a growth law that grows.
-
-    >>> compute_factors(ModelDims(64, 128, 2, 2), ModelDims(64, 256, 4, 2))
-    {'depth': 2.0, 'inner': 2.0}
-    """
-    depth, hidden = new.num_hidden_layers / old.num_hidden_layers, new.hidden_size / old.hidden_size
-    heads = new.num_attention_heads * (new.head_dim or 1) / (old.num_attention_heads * (old.head_dim or 1))
-    inner = max(new.intermediate_size / old.intermediate_size, heads if hidden == 1 else 1.0)
-    return {name: ratio for name, ratio in (("depth", depth), ("inner", inner), ("hidden", hidden)) if ratio > 1}
 
 
 def _list_losses(run: RunResult, number: int) -> tuple[tuple[float, float], ...]:
