@@ -1,10 +1,16 @@
 """Forecasts of each experiment by a growth law fitted to the others, in docs/planning.md.
 
 python benchmarks/forecasts.py            # fits one law per record: a minute of one core
-python benchmarks/forecasts.py --check    # changes nothing; exits 1 if the page does not show the record
+python benchmarks/forecasts.py --check    # changes nothing; exits 1 if the page does not show the records
+python benchmarks/forecasts.py --new EXPERIMENT.yaml --anchor COMPARISON.json    # before its runs are trained
 
 The record is benchmarks/results/forecasts.json, with the fingerprints of the comparisons that it rests on; the table
 is made from it. benchmarks/results/growth_law.yaml is the law fitted to all records, whose errors the figure shows.
+
+`--new` forecasts the runs of an experiment by the law as it is in the repository, and writes them to
+benchmarks/results/NAME_SCALE_forecasts.json, to commit before the runs are trained. If the experiment has a text that
+the law does not know, train its shortest run first: `--anchor` takes the level from the comparison of that run. Once
+benchmarks/results/NAME_SCALE.json exists, the page shows forecasts and measurements.
 """
 
 from __future__ import annotations
@@ -27,19 +33,26 @@ from results import read_records
 from slop_hf.cost.growth_law import GrowthLaw
 from slop_hf.cost.scaling_law import ScalingLaw
 from slop_hf.cost.staged_run import StagedRun
-from slop_hf.errors import RunError
+from slop_hf.errors import RunError, SlopError
 from slop_hf.experiments.comparison import Comparison, RunResult
+from slop_hf.experiments.config import Experiment
+from slop_hf.experiments.jobs import build_jobs
 from slop_hf.experiments.planner_accuracy import compute_predictions
 from slop_hf.experiments.results import compute_rank_correlation
-from slop_hf.experiments.staged_runs import draw_residuals, list_staged_runs
+from slop_hf.experiments.staged_runs import draw_residuals, list_staged_runs, plan_staged_run
 from slop_hf.io.files import write_text
 from slop_hf.io.record import Record
+from slop_hf.io.serialization import hash_json, to_plain
+from slop_hf.io.units import NOTHING
 from slop_hf.report.tables import TextTable
 
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE, LAW = "benchmarks/results/forecasts.json", "docs/planning.md", "benchmarks/results/growth_law.yaml"
 FIGURE = "docs/images/results/growth_law_residuals.png"
 BEGIN, END = "<!-- forecasts -->\n", "<!-- end of forecasts -->\n"
+#: Markers of the forecasts made before measuring.
+EARLY_BEGIN, EARLY_END = "<!-- forecasts before measuring -->\n", "<!-- end of forecasts before measuring -->\n"
+EARLY = "_forecasts.json"
 
 #: The form of the law was chosen by its forecasts of these records. A claim rests on the others alone.
 CHOSEN_ON = ("best_nano", "longer_nano", "study_course_nano", "study_learning_rate_nano")
@@ -92,6 +105,44 @@ class Forecasts(Record, error=RunError, if_missing="`python benchmarks/forecasts
     """Forecasts of all records."""
 
     records: tuple[RecordForecast, ...]
+
+
+@dataclass(frozen=True)
+class EarlyArm(Record, error=RunError):
+    """One run, forecast before it was trained.
+
+    Args:
+        parameters, tokens: parameters and tokens of each stage.
+        low, high: central 80% interval of the growth law.
+        predicted: prediction by predictor, as in `ArmForecast`.
+    """
+
+    arm: str
+    budget: float
+    parameters: tuple[int, ...]
+    tokens: tuple[int, ...]
+    low: float
+    high: float
+    predicted: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EarlyForecasts(Record, error=RunError):
+    """Forecasts of an experiment's runs, made before they were trained.
+
+    Args:
+        text: text of the runs.
+        law: hash of the law.
+        fitted_runs: number of runs that the law was fitted to.
+        anchor: name of the run that the level was taken from, and its loss; empty if the law knew the text.
+    """
+
+    text: str
+    law: str
+    fitted_runs: int
+    anchor: str
+    anchor_loss: float | None
+    arms: tuple[EarlyArm, ...]
 
 
 def read_comparisons(root: Path) -> dict[str, Comparison]:
@@ -163,6 +214,87 @@ def forecast_record(
             )
     named = "" if anchor is None else f"{anchor.arm} ×{anchor.budget:g}"
     return RecordForecast(name, comparison.fingerprint, len(fitted), named, tuple(arms))
+
+
+def forecast_experiment(
+    experiment: Experiment, law: GrowthLaw, comparisons: Mapping[str, Comparison], anchor: Comparison | None
+) -> EarlyForecasts:
+    """Return forecasts of an experiment whose runs are not trained yet.
+
+    Args:
+        experiment: the experiment.
+        law: law that was fitted to other runs.
+        comparisons: other records, for the line of losses over FLOPs.
+        anchor: comparison with the only trained run of the experiment; None if the law knows the text.
+
+    Raises:
+        RunError: if the law or a record knows runs of the experiment.
+    """
+    jobs = [job for job in build_jobs(experiment) if job.seed == experiment.sizes.seeds[0]]
+    runs = [plan_staged_run(job.config, experiment=experiment.name) for job in jobs]
+    if any(comparison.name == experiment.name for comparison in comparisons.values()):
+        raise RunError(f"{experiment.name} has a record already: give an experiment that has not been run")
+    known = "" if anchor is None else _name_anchor(anchor)
+    digest = hash_json(to_plain(law))
+    if anchor is not None:
+        law = law.anchor(list_staged_runs(anchor))
+    ends = [run for comparison in comparisons.values() for run in comparison.runs if run.is_finished]
+    line = _fit_line([end.flops for end in ends], [end.eval_loss for end in ends])
+    arms = []
+    for job, run, forecast in zip(jobs, runs, law.predict_all(runs), strict=True):
+        if job.name == known:
+            continue
+        sizes, tokens = [stage.parameters for stage in run.stages], [stage.tokens for stage in run.stages]
+        predicted = {
+            "growth law": forecast.loss,
+            "total FLOPs": line(job.flops),
+            "scaling law": ScalingLaw().staged_losses(sizes, tokens)[-1],
+        }
+        bounds = round(forecast.low, 4), round(forecast.high, 4)
+        arms.append(
+            EarlyArm(job.arm, job.budget, tuple(map(int, sizes)), tuple(map(int, tokens)), *bounds, _round(predicted))
+        )
+    loss = None if anchor is None else anchor.runs[0].eval_loss
+    return EarlyForecasts(runs[0].text, digest, law.runs, known, loss, tuple(arms))
+
+
+def _name_anchor(anchor: Comparison) -> str:
+    """Return the name of the only run of a comparison, as its job has it."""
+    if len(anchor.runs) != 1:
+        raise RunError(
+            f"--anchor has {len(anchor.runs)} runs, expected one: forecasts must not know the others. Train the "
+            "shortest run alone: slop compare … --arm NAME"
+        )
+    (run,) = anchor.runs
+    return f"{run.arm}{f' ×{run.budget:g}' if run.budget != 1 else ''}, seed {run.seed}"
+
+
+def read_early_forecasts(root: Path) -> dict[str, EarlyForecasts]:
+    """Read the forecasts made before measuring, by the name of the record that they forecast."""
+    paths = sorted((root / RECORD).parent.glob(f"*{EARLY}"))
+    return {path.name.removesuffix(EARLY): EarlyForecasts.from_json(path) for path in paths}
+
+
+def join_measurements(name: str, early: EarlyForecasts, comparison: Comparison) -> RecordForecast:
+    """Return the forecasts with the measured losses.
+
+    Raises:
+        RunError: if a measured run differs from the forecast one in the parameters or tokens of a stage.
+    """
+    arms = []
+    for arm in early.arms:
+        results = comparison.runs_of(arm.arm, arm.budget)
+        for result in results:
+            stages = [(stage.parameters, stage.tokens) for stage in result.stages]
+            if stages != list(zip(arm.parameters, arm.tokens, strict=True)):
+                raise RunError(
+                    f"{name}: {arm.arm} ×{arm.budget:g} was run with other stages than forecast: got {stages}, "
+                    f"expected parameters {arm.parameters} and tokens {arm.tokens}"
+                )
+        if results:
+            losses = tuple(result.eval_loss for result in results)
+            arms.append(ArmForecast(arm.arm, arm.budget, losses, arm.low, arm.high, arm.predicted))
+    return RecordForecast(name, comparison.fingerprint, early.fitted_runs, early.anchor, tuple(arms))
 
 
 def _round(numbers: Mapping[str, float]) -> dict[str, float]:
@@ -328,22 +460,83 @@ def _format_row(record: str, predictor: str, arms: str, score: Score) -> tuple[s
     )
 
 
+def tabulate_early_forecasts(early: EarlyForecasts, joined: RecordForecast | None) -> TextTable:
+    """Return the table of forecasts made before measuring; measurements are blank until there are any."""
+    names = "run", "million parameters", "million tokens", "forecast", "80% interval", "measured", "error"
+    measured = {(arm.arm, arm.budget): arm for arm in joined.arms} if joined is not None else {}
+    rows = []
+    for arm in early.arms:
+        result, loss = measured.get((arm.arm, arm.budget)), arm.predicted["growth law"]
+        rows.append(
+            (
+                f"{arm.arm}{f' ×{arm.budget:g}' if arm.budget != 1 else ''}",
+                " → ".join(f"{count / 1e6:.2f}" for count in arm.parameters),
+                " + ".join(f"{count / 1e6:.2f}" for count in arm.tokens),
+                f"{loss:.3f}",
+                f"{arm.low:.3f} to {arm.high:.3f}",
+                NOTHING if result is None else f"{result.mean:.3f}",
+                NOTHING if result is None else f"{loss - result.mean:+.3f}",
+            )
+        )
+    return TextTable(tuple((name, number >= 3) for number, name in enumerate(names)), tuple(rows))
+
+
+def describe_early_forecasts(early: EarlyForecasts, joined: RecordForecast | None, deviation: float) -> str:
+    """Return in sentences what the forecasts knew, and how well each predictor did."""
+    known = (
+        f"and the loss of {early.anchor}, {early.anchor_loss:.3f}" if early.anchor_loss is not None else "and no other"
+    )
+    sentences = [f"The law knew {early.fitted_runs} runs of other experiments {known}."]
+    scores = {} if joined is None else {name: score_record(joined, name, deviation) for name in PREDICTORS}
+    for predictor, score in scores.items():
+        parts = []
+        if score.spearman is not None and math.isfinite(score.spearman):
+            parts.append(f"Spearman {score.spearman:.2f}")
+        if score.error is not None:
+            parts.append(f"mean error {score.error:.3f} nats")
+        if score.pairs:
+            parts.append(f"the right verdict in {score.right} of {score.pairs} pairs")
+        if score.inside is not None:
+            parts.append(f"{score.inside:.0%} of the losses in the 80% interval")
+        if parts:
+            sentences.append(f"{predictor[0].upper()}{predictor[1:]}: {', '.join(parts)}.")
+    return textwrap.fill(" ".join(sentences), 119) + "\n"
+
+
 def build_block(forecasts: Forecasts) -> str:
     """Return the table and the goals, as the page shows them."""
     return f"{tabulate_forecasts(forecasts).markdown()}\n{describe_goals(forecasts)}"
 
 
-def fill_page(text: str, block: str) -> str:
+def build_early_block(root: Path, forecasts: Forecasts, comparisons: Mapping[str, Comparison]) -> str:
+    """Return the tables of forecasts made before measuring, as the page shows them."""
+    deviation = measure_deviation(forecasts.records)
+    parts = []
+    for name, early in read_early_forecasts(root).items():
+        joined = join_measurements(name, early, comparisons[name]) if name in comparisons else None
+        parts.append(tabulate_early_forecasts(early, joined).markdown())
+        parts.append(describe_early_forecasts(early, joined, deviation))
+    return "\n".join(parts)
+
+
+def fill_page(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """Return a page with a block of text between its markers.
 
     Raises:
         RunError: if the page lacks a marker.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RunError(f"{PAGE} lacks {BEGIN.strip()} or {END.strip()}: put both where the table belongs")
-    return before + begin + block.rstrip("\n") + "\n" + end + after
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise RunError(f"{PAGE} lacks {begin.strip()} or {end.strip()}: put both where the table belongs")
+    return before + first + block.rstrip("\n") + "\n" + last + after
+
+
+def rebuild_page(root: Path, forecasts: Forecasts, comparisons: Mapping[str, Comparison]) -> tuple[str, str]:
+    """Return the text of the page, and the same with both blocks rebuilt."""
+    text = (root / PAGE).read_text(encoding="utf-8")
+    early = build_early_block(root, forecasts, comparisons)
+    return text, fill_page(fill_page(text, build_block(forecasts)), early, EARLY_BEGIN, EARLY_END)
 
 
 def find_outdated(root: Path, comparisons: Mapping[str, Comparison]) -> list[str]:
@@ -351,16 +544,37 @@ def find_outdated(root: Path, comparisons: Mapping[str, Comparison]) -> list[str
     forecasts = Forecasts.from_json(root / RECORD)
     known = {record.name: record.fingerprint for record in forecasts.records}
     outdated = [RECORD] if known != {name: comparison.fingerprint for name, comparison in comparisons.items()} else []
-    text = (root / PAGE).read_text(encoding="utf-8")
-    if fill_page(text, build_block(forecasts)) != text:
+    text, rebuilt = rebuild_page(root, forecasts, comparisons)
+    if rebuilt != text:
         outdated.append(PAGE)
     return outdated
+
+
+def write_early_forecasts(
+    root: Path, config: Path, anchor_path: Path | None, comparisons: Mapping[str, Comparison]
+) -> None:
+    """Forecast an experiment with the law in the repository; write the forecasts and the page.
+
+    Raises:
+        SlopError: if the experiment is malformed or known, or there is a forecast of it already.
+    """
+    experiment = Experiment.from_yaml(config)
+    path = (root / RECORD).with_name(f"{experiment.name}_{experiment.scale}{EARLY}")
+    if path.exists():
+        raise RunError(f"{path} exists: a forecast is made once, before the runs. Give the experiment another name")
+    anchor = None if anchor_path is None else Comparison.load(anchor_path)
+    early = forecast_experiment(experiment, GrowthLaw.from_yaml(root / LAW), comparisons, anchor)
+    early.to_json(path)
+    write_text(root / PAGE, rebuild_page(root, Forecasts.from_json(root / RECORD), comparisons)[1])
+    print(tabulate_early_forecasts(early, None).markdown())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Forecast or check; return the exit code, 1 if `--check` finds something out of date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("--new", type=Path, help="experiment to forecast before its runs are trained")
+    parser.add_argument("--anchor", type=Path, help="comparison.json of the only trained run of that experiment")
     parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository")
     options = parser.parse_args(arguments)
     try:
@@ -370,14 +584,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in outdated:
                 print(f"{path} is out of date; run `python benchmarks/forecasts.py`")
             return int(bool(outdated))
+        if options.new is not None:
+            write_early_forecasts(options.root, options.new, options.anchor, comparisons)
+            return 0
         forecasts, law, runs = forecast_records(comparisons)
         forecasts.to_json(options.root / RECORD)
         law.to_yaml(options.root / LAW)
         draw_residuals(law, runs, options.root / FIGURE)
-        page, block = options.root / PAGE, build_block(forecasts)
-        write_text(page, fill_page(page.read_text(encoding="utf-8"), block))
-        print(block)
-    except RunError as caught:
+        write_text(options.root / PAGE, rebuild_page(options.root, forecasts, comparisons)[1])
+        print(build_block(forecasts))
+    except SlopError as caught:
         print(f"error: {caught}", file=sys.stderr)
         return 2
     return 0

@@ -1,12 +1,18 @@
 """The table of forecasts in docs/planning.md is that of the committed records."""
 
+import dataclasses
 import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 
+from slop_hf import Comparison, Experiment, GrowthLaw
 from slop_hf.errors import RunError
+from slop_hf.experiments.comparison import Curve, RunResult, StageResult
+from slop_hf.experiments.jobs import build_jobs
+from slop_hf.experiments.staged_runs import list_staged_runs
+from slop_hf.io.serialization import to_plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +31,8 @@ def benchmark():
 @pytest.fixture
 def root(tmp_path, benchmark):
     """The files that the table depends on."""
-    for path in (benchmark.RECORD, benchmark.PAGE):
+    early = [path.relative_to(ROOT) for path in (ROOT / benchmark.RECORD).parent.glob(f"*{benchmark.EARLY}")]
+    for path in (benchmark.RECORD, benchmark.PAGE, *early):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     return tmp_path
@@ -72,6 +79,74 @@ def test_scores_by_hand(benchmark):
     assert (score.pairs, score.right, score.inside) == (15, 14, 0.5)
     assert benchmark.score_record(record, "growth law", 0.36).pairs == 1, "smaller differences are those of seeds"
     assert benchmark.score_record(record, "total FLOPs", deviation).spearman is None
+
+
+EXPERIMENT = """
+title: Two arms
+scales:
+  tiny:
+    run:
+      model: {model_type: llama}
+      data: {source: python-stdlib, vocab_size: 300, block_size: 32}
+      training: {per_device_train_batch_size: 2}
+    structures: {initial: "16,32,1,2", target: "16,32,2,2"}
+    tokens: 1280
+arms:
+  scratch: {chain: [target], budgets: [0.5, 1.0]}
+  grown: {chain: [initial, target], shares: [1, 1]}
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "two.yaml"
+    path.write_text(EXPERIMENT)
+    return Experiment.from_yaml(path)
+
+
+def measure(experiment, names):
+    """The comparison of the experiment with the named runs finished, each at a loss of 5."""
+    results = []
+    for job in build_jobs(experiment):
+        if job.name in names:
+            stages = tuple(
+                StageResult(span.name, span.dims, span.parameters, span.tokens, span.flops, 1.0, 5.0)
+                for span in job.preview.spans
+            )
+            curve = Curve((), (), (), ())
+            results.append(RunResult(job.arm, job.budget, 0, job.schedule, stages, curve, end_rate=0.0))
+    settings = {"run": to_plain(experiment.run)}
+    arms = dict.fromkeys(experiment.arms, "")
+    sizes = {"equal": "tokens", "budget": 1280}
+    return Comparison("two", "tiny", "", **sizes, arms=arms, runs=tuple(results), ledger=(), settings=settings)
+
+
+def test_an_experiment_is_forecast_from_its_anchor_and_compared_with_its_runs(benchmark, comparisons, experiment):
+    law, anchor = GrowthLaw(offsets={"other": 0.0}, runs=7), measure(experiment, ["scratch ×0.5, seed 0"])
+    early = benchmark.forecast_experiment(experiment, law, comparisons, anchor)
+    assert (early.anchor, early.anchor_loss, early.fitted_runs) == ("scratch ×0.5, seed 0", 5.0, 7)
+    assert [(arm.arm, arm.tokens) for arm in early.arms] == [("scratch", (1280,)), ("grown", (640, 640))]
+    known = law.anchor(list_staged_runs(anchor))
+    both = list_staged_runs(measure(experiment, ["scratch, seed 0", "grown, seed 0"]))
+    for arm, run in zip(early.arms, both, strict=True):
+        assert arm.predicted["growth law"] == pytest.approx(known.predict(run).loss, rel=1e-4)
+    measured = measure(experiment, ["scratch, seed 0"])
+    joined = benchmark.join_measurements("two_tiny", early, measured)
+    rows = benchmark.tabulate_early_forecasts(early, joined).rows
+    assert [row[-2] for row in rows] == ["5.000", "–"]
+    assert "The law knew 7 runs of other experiments" in benchmark.describe_early_forecasts(early, joined, 0.01)
+    other = dataclasses.replace(early, arms=(dataclasses.replace(early.arms[0], tokens=(1216,)),))
+    with pytest.raises(RunError, match="scratch ×1 was run with other stages than forecast"):
+        benchmark.join_measurements("two_tiny", other, measured)
+
+
+def test_forecasts_that_would_know_their_runs_are_refused(benchmark, comparisons, experiment):
+    law = GrowthLaw(offsets={"other": 0.0})
+    with pytest.raises(RunError, match="two has a record already"):
+        benchmark.forecast_experiment(experiment, law, {"x": measure(experiment, [])}, None)
+    anchor = measure(experiment, ["scratch, seed 0", "grown, seed 0"])
+    with pytest.raises(RunError, match="--anchor has 2 runs, expected one"):
+        benchmark.forecast_experiment(experiment, law, comparisons, anchor)
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from slop_hf import Comparison, GrowthLaw
+from slop_hf import Comparison, GrowthLaw, GrowthSchedule, GrowthStage, ModelDims, RunConfig
 from slop_hf.errors import RunError
 from slop_hf.experiments.earlier_records import add_missing_facts
-from slop_hf.experiments.staged_runs import draw_residuals, list_staged_runs
+from slop_hf.experiments.staged_runs import draw_residuals, list_staged_runs, plan_staged_run
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -44,6 +44,31 @@ def test_a_record_without_its_config_is_refused():
     comparison = dataclasses.replace(load("study_learning_rate_nano", "3e-3"), settings={})
     with pytest.raises(RunError, match="the record of learning_rate lacks the config of its runs"):
         list_staged_runs(comparison)
+
+
+@pytest.mark.parametrize(
+    "name, arm", [("study_growth_nano", "hidden copy"), ("study_course_nano", "WSD over run"), ("best_nano", "slop")]
+)
+def test_a_run_before_it_is_trained_is_the_run_without_losses(name, arm):
+    comparison = load(name, arm)
+    (run,) = list_staged_runs(comparison)
+    settings, (result,) = comparison.settings, comparison.runs
+    training = {**settings["run"]["training"], **settings["arms"].get(arm, {})}
+    config = RunConfig.from_plain({**settings["run"], "training": training}, "record")
+    planned = plan_staged_run(dataclasses.replace(config, schedule=result.schedule), experiment=comparison.name)
+    stages = tuple(dataclasses.replace(stage, losses=()) for stage in run.stages)
+    assert planned == dataclasses.replace(run, stages=stages)
+
+
+@pytest.mark.parametrize("state, is_carried", [("new", False), ("carried", True), ("kept", True)])
+def test_the_optimizer_state_at_growth_is_read_by_either_name(state, is_carried):
+    config = RunConfig(
+        schedule=GrowthSchedule(
+            ModelDims(16, 32, 1, 2), (GrowthStage(("layer",), ModelDims(16, 32, 2, 2), 4096),), 4096
+        ),
+        training={"optimizer_state_at_growth": state},
+    )
+    assert plan_staged_run(config).stages[1].is_carried == is_carried
 
 
 def test_errors_are_drawn(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from matplotlib.lines import Line2D
 
 from ..cost.growth_law import Z80, GrowthLaw
 from ..cost.staged_run import StagedRun, TrainedStage, compute_factors
+from ..dims import ModelDims
 from ..errors import RunError
-from ..io.serialization import parse
+from ..io.serialization import Json, parse
 from ..operators import resolve_inits
 from ..report.drawing import (
     RUN_COLOURS,
@@ -25,8 +26,10 @@ from ..report.drawing import (
     shorten_name,
     write_png,
 )
+from ..schedule import GrowthStage
 from ..training.config import RunConfig, preview_rates
-from .comparison import Comparison, RunResult
+from ..training.spans import StageSpan
+from .comparison import FINISHED_RATE, Comparison, RunResult, StageResult
 
 #: Rates of a stage are averaged over this many equal parts.
 _RATES = 48
@@ -52,7 +55,7 @@ def list_staged_runs(comparison: Comparison) -> list[StagedRun]:
             rates[key] = [_thin(stage) for stage in preview_rates(config).rates]
         runs.append(
             StagedRun(
-                _list_stages(run, rates[key], is_carried=bool(training.get("carry_optimizer_state"))),
+                _list_stages(run, rates[key], is_carried=_carries_state(training)),
                 experiment=comparison.name,
                 text=describe_text(shared),
                 is_finished=run.is_finished,
@@ -76,23 +79,66 @@ def _thin(rates: Sequence[float]) -> tuple[float, ...]:
 
 
 def _list_stages(run: RunResult, rates: Sequence[tuple[float, ...]], *, is_carried: bool) -> tuple[TrainedStage, ...]:
-    stages = []
-    for number, (result, stage_rates) in enumerate(zip(run.stages, rates, strict=True)):
-        growth = run.schedule.stages[number - 1] if number else None
-        inits = resolve_inits(growth.operators, growth.init) if growth else {}
-        stages.append(
-            TrainedStage(
-                parameters=result.parameters,
-                width=result.dims.hidden_size,
-                tokens=result.tokens,
-                rates=stage_rates,
-                factors=compute_factors(run.stages[number - 1].dims, result.dims) if number else {},
-                is_copied=inits.get("hidden", "random") != "random",
-                is_carried=is_carried and number > 0,
-                losses=_list_losses(run, number),
-            )
+    return tuple(
+        _build_stage(
+            result,
+            run.stages[number - 1].dims if number else None,
+            run.schedule.stages[number - 1] if number else None,
+            stage_rates,
+            is_carried=is_carried,
+            losses=_list_losses(run, number),
         )
-    return tuple(stages)
+        for number, (result, stage_rates) in enumerate(zip(run.stages, rates, strict=True))
+    )
+
+
+def _build_stage(
+    stage: StageResult | StageSpan,
+    before: ModelDims | None,
+    growth: GrowthStage | None,
+    rates: tuple[float, ...],
+    *,
+    is_carried: bool,
+    losses: tuple[tuple[float, float], ...] = (),
+) -> TrainedStage:
+    """Return a planned or finished stage; `before` is the structure that it grew from."""
+    inits = resolve_inits(growth.operators, growth.init) if growth else {}
+    return TrainedStage(
+        parameters=stage.parameters,
+        width=stage.dims.hidden_size,
+        tokens=stage.tokens,
+        rates=rates,
+        factors=compute_factors(before, stage.dims) if before else {},
+        is_copied=inits.get("hidden", "random") != "random",
+        is_carried=is_carried and before is not None,
+        losses=losses,
+    )
+
+
+def plan_staged_run(config: RunConfig, *, experiment: str = "") -> StagedRun:
+    """Return a run as a growth law sees it, before it is trained: its stages in whole steps, without losses.
+
+    Args:
+        config: model, data, training and schedule of the run.
+        experiment: name of the experiment that it belongs to.
+
+    Raises:
+        SlopError: if the run could not begin, or a learning rate depends on more than the step.
+    """
+    preview = preview_rates(config)
+    is_carried = _carries_state(config.training)
+    stages, before = [], None
+    for span, rates in zip(preview.spans, preview.rates, strict=True):
+        stages.append(_build_stage(span, before, span.growth, _thin(rates), is_carried=is_carried))
+        before = span.dims
+    is_finished = preview.end_rate <= FINISHED_RATE
+    return StagedRun(tuple(stages), experiment, describe_text(config), is_finished)
+
+
+def _carries_state(training: Mapping[str, Json]) -> bool:
+    """Whether the optimizer state grows with the weights, by the argument or by its earlier name."""
+    state = training.get("optimizer_state_at_growth")
+    return state != "new" if state is not None else bool(training.get("carry_optimizer_state"))
 
 
 def _list_losses(run: RunResult, number: int) -> tuple[tuple[float, float], ...]:
