@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from slop_hf import GrowthLaw, StagedRun, TrainedStage
-from slop_hf.cost.growth_law import LEAST_RUNS, NAMES, WIDENING, Z80, GrowthConstants
+from slop_hf.cost.growth_law import LEAST_RUNS, NAMES, WIDENING, GrowthConstants
+from slop_hf.cost.least_squares import Z80
 from slop_hf.cost.staged_run import PARTS, RunTable
 from slop_hf.errors import PlanError
 
@@ -134,6 +135,39 @@ def test_texts_differ_by_a_constant():
         law.predict(run)
     anchored = law.anchor([measure(run, shift=1.0)])
     assert anchored.predict(run).loss == pytest.approx(TRUTH.predict(runs[0]).loss + 1, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Runs of another text: two sizes from scratch, one of them longer, and one growth."""
+    runs = [StagedRun((stage(5e4, 24, tokens),), text="new") for tokens in (8e5, 1.6e6)]
+    runs += [StagedRun((stage(1e5, 32, 8e5),), text="new")]
+    runs += [StagedRun((stage(5e4, 24, 8e5), stage(1e5, 24, 8e5, factors={"depth": 2.0})), text="new")]
+    return [measure(run, shift=0.7) for run in runs]
+
+
+def test_with_a_law_as_its_prior_few_runs_suffice(few):
+    """The law is right about everything except for the level of the text, which few runs say."""
+    law = GrowthLaw.fit(few, prior=TRUTH, replicates=2)
+    far = StagedRun((stage(4e5, 80, 3e6), stage(1e6, 160, 3e6, factors={"hidden": 2.0})), text="new")
+    assert law.predict(far).loss == pytest.approx(TRUTH.predict(far).loss + 0.7, abs=0.05)
+    # The fit may move a part of the level into the entropy, but leaves the references of the prior.
+    assert list(law.offsets) == ["new"] and law.offsets["new"] > 0.3 and law.references == REFERENCES
+    with pytest.raises(PlanError, match="at least 6 finished runs"):
+        GrowthLaw.fit(few)
+    with pytest.raises(PlanError, match="at least 3 finished runs with a loss at their end, got 2 of 2"):
+        GrowthLaw.fit(few[:2], prior=TRUTH)
+
+
+def test_a_prior_that_knows_the_text_says_its_level(few):
+    prior = dataclasses.replace(TRUTH, offsets={"old": 0.0, "new": 0.7})
+    assert GrowthLaw.fit(few, prior=prior, replicates=0).offsets == {"old": 0.0, "new": pytest.approx(0.7, abs=0.03)}
+
+
+def test_a_prior_with_relative_rates_takes_the_peak_of_the_runs(few):
+    relative = dataclasses.replace(TRUTH, references=(*REFERENCES[:3], 1.0), has_relative_rates=True)
+    law = GrowthLaw.fit(few, prior=relative, replicates=0)
+    assert law.references == (*REFERENCES[:3], 3e-3) and not law.has_relative_rates
 
 
 def test_a_law_is_written_and_read(fitted, tmp_path):

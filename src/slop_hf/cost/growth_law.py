@@ -15,19 +15,19 @@ from ..errors import PlanError
 from ..io.numbers import is_finite_number, is_positive_number
 from ..io.record import Record
 from ..io.serialization import describe_alternatives
-from .least_squares import fit_least_squares
+from .least_squares import Z80, compute_deviation, draw_counts, fit_least_squares
 from .staged_run import GROWN_DIMENSIONS, PARTS, RunTable, StagedRun
 
 _Array = npt.NDArray[np.float64]
 
-#: Fewest runs with a measured end that a law is fitted to.
-LEAST_RUNS = 6
+#: Fewest runs with a measured end that a law is fitted to, without another law as its prior and with one.
+LEAST_RUNS, LEAST_RUNS_WITH_PRIOR = 6, 3
+#: Spread of a constant around another law's, as a share of its spread without one.
+_PRIOR_SHARE = 0.5
 #: Expected error of a loss at the end of a finished run, and of one on the way there, in nats: ends count more.
 END_ERROR, WAY_ERROR = 0.03, 0.12
 #: Losses before this share of a stage are left out: warm-up and the first mixing are not modelled.
 FIRST_SHARE = 0.3
-#: Bound of the central 80% of a normal distribution, in standard deviations.
-Z80 = 1.2815515655446004
 #: Growth of the standard deviation outside the fitted scales, in nats per decade. Losses of language models fall by
 #: about half a nat per decade of parameters (Hoffmann et al. 2022): a law may miss more than half of that.
 WIDENING = 0.3
@@ -199,7 +199,9 @@ class GrowthLaw(Record, error=PlanError):
             GrowthConstants(*row)
 
     @classmethod
-    def fit(cls, runs: Sequence[StagedRun], *, replicates: int = 12, seed: int = 0) -> Self:
+    def fit(
+        cls, runs: Sequence[StagedRun], *, prior: GrowthLaw | None = None, replicates: int = 12, seed: int = 0
+    ) -> Self:
         """Fit the constants to measured runs, by least squares with the priors as further observations.
 
         Losses at the ends of finished runs count 16 times as much as those on the way (`END_ERROR`, `WAY_ERROR`).
@@ -208,32 +210,36 @@ class GrowthLaw(Record, error=PlanError):
 
         Args:
             runs: measured runs; losses in nats per token.
+            prior: law whose constants, and references, the fit begins with, so that fewer runs suffice; its text is
+                another one unless it has the same name. Default: the medians of `GrowthConstants`.
             replicates: number of fits to resampled runs, for intervals (the bootstrap of Efron 1979).
             seed: seed of the resampling.
 
         Raises:
-            PlanError: for fewer than `LEAST_RUNS` finished runs with a loss at their end.
+            PlanError: for fewer finished runs with a loss at their end than `LEAST_RUNS`, or `LEAST_RUNS_WITH_PRIOR`.
         """
         measured = [run for run in runs if run.end_loss is not None]
-        if len(measured) < LEAST_RUNS:
+        least = LEAST_RUNS if prior is None else LEAST_RUNS_WITH_PRIOR
+        if len(measured) < least:
             raise PlanError(
-                f"a growth law needs at least {LEAST_RUNS} finished runs with a loss at their end, got "
+                f"a growth law needs at least {least} finished runs with a loss at their end, got "
                 f"{len(measured)} of {len(runs)}: add runs whose learning-rate schedule ends"
             )
-        references, texts = _choose_references(runs), _list_texts(runs)
-        batch = _MeasuredBatch(runs, references, texts)
-        counts = np.ones(len(runs))
-        best = batch.fit(counts, _get_prior(len(texts)))
-        random = np.random.default_rng(seed)
-        draws = random.multinomial(len(runs), counts / len(runs), size=replicates).astype(float)
-        rows = [batch.fit(draw, best, _REFIT_ITERATIONS) for draw in draws]
+        belief = _choose_belief(runs, prior)
+        batch = _MeasuredBatch(runs, belief)
+        best = batch.fit(np.ones(len(runs)), belief.medians)
+        rows = [batch.fit(draw, best, _REFIT_ITERATIONS) for draw in draw_counts(len(runs), replicates, seed)]
         deviation, own_deviation = _measure_deviations(batch, best)
         return cls(
             constants=GrowthConstants(*map(_round, _decode(best))),
-            references=references,
+            references=belief.references,
             deviation=_round(deviation),
             replicates=tuple(tuple(map(_round, _decode(row))) for row in rows),
-            offsets={text: _round(offset) for text, offset in zip(texts, [0.0, *best[len(NAMES) :]], strict=True)},
+            offsets={
+                text: _round(offset)
+                for text, offset in zip(belief.texts, [0.0, *best[len(NAMES) :]], strict=True)
+                if text or any(not run.text for run in runs)
+            },
             runs=len(runs),
             largest=(
                 max(stage.parameters for run in runs for stage in run.stages),
@@ -359,8 +365,35 @@ def _decode(vector: _Array) -> tuple[float, ...]:
 _PRIOR = _encode(GrowthConstants())
 
 
-def _get_prior(texts: int) -> _Array:
-    return np.concatenate([_PRIOR, np.zeros(texts - 1)])
+class _Belief(NamedTuple):
+    """What is known about the constants and the offsets of texts before a fit.
+
+    Args:
+        texts: the texts; the first one has no offset.
+        medians, spreads: medians and spreads of the vector that is fitted.
+    """
+
+    references: References
+    texts: list[str]
+    medians: _Array
+    spreads: _Array
+
+
+def _choose_belief(runs: Sequence[StagedRun], law: GrowthLaw | None) -> _Belief:
+    """Return the priors of `GrowthConstants`, or those around another law, for the texts of some runs."""
+    references, texts, center, offsets, share = _choose_references(runs), _list_texts(runs), _PRIOR, {"": 0.0}, 1.0
+    if law is not None:
+        rate = references.rate if law.has_relative_rates else law.references[3]
+        references, center, share = (
+            References(*law.references)._replace(rate=rate),
+            _encode(law.constants),
+            _PRIOR_SHARE,
+        )
+        offsets = law.offsets or offsets
+        texts = list(dict.fromkeys([next(iter(offsets)), *texts]))
+    medians = np.concatenate([center, [offsets.get(text, 0.0) for text in texts[1:]]])
+    spreads = np.concatenate([share * _SPREADS, np.full(len(texts) - 1, _OFFSET_SPREAD)])
+    return _Belief(references, texts, medians, spreads)
 
 
 def _choose_references(runs: Sequence[StagedRun]) -> References:
@@ -399,21 +432,20 @@ def _find_scales(runs: Sequence[StagedRun]) -> dict[str, tuple[float, float]]:
 def _measure_deviations(batch: _MeasuredBatch, best: _Array) -> tuple[float, float]:
     """Return the standard deviation of errors at ends for an experiment that the law was not fitted to.
 
-    It is that of a normal distribution whose central 80% is as wide as that of the errors. With several experiments,
-    each is left out of one fit, and the median over experiments counts. The second number is that of the errors less
-    the mean error of their experiment.
+    With several experiments, each is left out of one fit, and the median over experiments counts. The second number is
+    that of the errors less the mean error of their experiment.
     """
     experiments = np.array(batch.experiments)
     names = sorted(set(batch.experiments))
-    widths, own_widths = [], []
+    deviations, own_deviations = [], []
     for name in names:
         left = batch.fit((experiments != name).astype(float), best, _REFIT_ITERATIONS) if len(names) > 1 else best
         is_of = batch.is_end & (experiments[batch.where[0]] == name)
         if is_of.any():
             errors = batch.compute_errors(left)[is_of]
-            widths.append(np.quantile(np.abs(errors), 0.8))
-            own_widths.append(np.quantile(np.abs(errors - errors.mean()), 0.8))
-    return float(np.median(widths)) / Z80, float(np.median(own_widths)) / Z80
+            deviations.append(compute_deviation(errors))
+            own_deviations.append(compute_deviation(errors - errors.mean()))
+    return float(np.median(deviations)), float(np.median(own_deviations))
 
 
 class _Batch:
@@ -499,10 +531,10 @@ def compute_grown_progress(
 class _MeasuredBatch(_Batch):
     """Runs with measured losses, to fit a law to."""
 
-    def __init__(self, runs: Sequence[StagedRun], references: Sequence[float], texts: Sequence[str]) -> None:
-        super().__init__(RunTable.of(runs), references)
-        self.experiments = [run.experiment for run in runs]
-        self._collect_losses(runs, texts)
+    def __init__(self, runs: Sequence[StagedRun], belief: _Belief) -> None:
+        super().__init__(RunTable.of(runs), belief.references)
+        self.experiments, self._belief = [run.experiment for run in runs], belief
+        self._collect_losses(runs, belief.texts)
 
     def _collect_losses(self, runs: Sequence[StagedRun], texts: Sequence[str]) -> None:
         rows = [
@@ -522,11 +554,10 @@ class _MeasuredBatch(_Batch):
     def fit(self, counts: _Array, start: _Array, iterations: int = 40) -> _Array:
         """Return the constants, and offsets of texts, that fit best if each run counts as often as given."""
         weights = self.weights * np.sqrt(counts[self.where[0]])
-        prior = _get_prior(1 + self.texts.shape[1])
-        spreads = np.concatenate([_SPREADS, np.full(self.texts.shape[1], _OFFSET_SPREAD)])
+        medians, spreads = self._belief.medians, self._belief.spreads
 
         def compute_residuals(vector: _Array) -> _Array:
-            return np.concatenate([self.compute_errors(vector) * weights, (vector - prior) / spreads])
+            return np.concatenate([self.compute_errors(vector) * weights, (vector - medians) / spreads])
 
         return fit_least_squares(compute_residuals, start, iterations=iterations)
 

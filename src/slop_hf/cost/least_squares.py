@@ -1,4 +1,4 @@
-"""Nonlinear least squares by the method of Levenberg and Marquardt."""
+"""Nonlinear least squares by the method of Levenberg and Marquardt, and the uncertainty of a fit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ _Array = npt.NDArray[np.float64]
 #: Step of the finite differences; values are of the order of 1.
 _DIFFERENCE = 1e-4
 _MOST_DAMPING = 1e8
+#: Bound of the central 80% of a normal distribution, in standard deviations.
+Z80 = 1.2815515655446004
 #: The search ends once a step lowers the sum of squares by less than this share.
 _LEAST_GAIN = 1e-5
 
@@ -50,3 +52,18 @@ def fit_least_squares(compute_residuals: Callable[[_Array], _Array], start: _Arr
         if after > before * (1 - _LEAST_GAIN):
             return values
     return values
+
+
+def draw_counts(runs: int, replicates: int, seed: int = 0) -> list[_Array]:
+    """Return how often each run counts in each of some bootstrap replicates: as many runs, drawn with replacement.
+
+    >>> [count.sum() for count in draw_counts(5, 2)]
+    [np.float64(5.0), np.float64(5.0)]
+    """
+    draws = np.random.default_rng(seed).multinomial(runs, np.ones(runs) / runs, size=replicates)
+    return list(draws.astype(float))
+
+
+def compute_deviation(errors: _Array) -> float:
+    """Return the standard deviation of a normal distribution whose central 80% is as wide as that of some errors."""
+    return float(np.quantile(np.abs(errors), 0.8)) / Z80

@@ -5,19 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError
-from ..io.numbers import is_positive_number
+from ..io.numbers import is_finite_number, is_positive_number
+from ..io.record import Record
+from .least_squares import compute_deviation, draw_counts, fit_least_squares
+from .staged_run import StagedRun
 
+_Array = npt.NDArray[np.float64]
+_Constants: TypeAlias = tuple[float, float, float, float, float]
+
+#: Fewest runs that a law is fitted to.
+LEAST_SCALING_RUNS = 4
+#: Expected error of a loss at the end of a run, in nats per token.
+_ERROR = 0.03
+#: Medians and spreads of the lognormal priors of a fit: entropy, gap of size, its exponent, gap of tokens, its
+#: exponent. Gaps are in nats at the typical size and tokens of the runs; exponents are those of published laws.
+_PRIOR, _PRIOR_SPREADS = np.log([1.8, 0.5, 0.35, 1.0, 0.35]), np.array([0.5, 1.0, 0.3, 1.0, 0.3])
 #: Parameters of the smallest and the largest model that both fits used.
 FITTED_PARAMS = (44e6, 16e9)
 
 
 @dataclass(frozen=True)
-class ScalingLaw:
+class ScalingLaw(Record, error=PlanError):
     """`loss = irreducible + A / N^alpha + B / D^beta` for N parameters and D tokens (Hoffmann et al. 2022, Eq. 10).
 
     The loss is a cross-entropy in nats per token. The defaults are from Besiroglu et al. 2024 (arXiv 2404.10102), who
@@ -29,6 +43,9 @@ class ScalingLaw:
         irreducible: entropy of the text, in nats per token.
         params_scale, params_exponent: A and alpha.
         tokens_scale, tokens_exponent: B and beta.
+        deviation: standard deviation of its errors, in nats; None if unknown.
+        replicates: constants fitted to resampled runs, one row per fit, in the order above.
+        runs: number of runs that it was fitted to; 0 for a law that was given.
 
     Raises:
         PlanError: if a constant is not a positive number (`irreducible` may be 0).
@@ -43,11 +60,60 @@ class ScalingLaw:
     params_exponent: float = 0.3478
     tokens_scale: float = 2085.43
     tokens_exponent: float = 0.3658
+    deviation: float | None = None
+    replicates: tuple[tuple[float, ...], ...] = ()
+    runs: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in SCALING_CONSTANTS:
+            value = getattr(self, name)
             if not (is_positive_number(value) or (name == "irreducible" and value == 0)):
                 raise PlanError(f"{name} of a scaling law must be a positive number, got {value}")
+        if self.deviation is not None and not is_finite_number(self.deviation, least=0):
+            raise PlanError(f"deviation of a scaling law must be 0 or more, got {self.deviation!r}")
+        for row in self.replicates:
+            if len(row) != len(SCALING_CONSTANTS):
+                raise PlanError(
+                    f"a replicate of a scaling law has {len(SCALING_CONSTANTS)} constants, got {len(row)}: fit the "
+                    "law again, or leave its replicates out"
+                )
+            if not all(map(is_positive_number, row)):
+                raise PlanError(f"replicates of a scaling law must be positive numbers, got {row}: fit the law again")
+
+    @classmethod
+    def fit(cls, runs: Sequence[StagedRun], *, replicates: int = 12, seed: int = 0) -> ScalingLaw:
+        """Fit the constants to finished runs of one stage, by least squares with priors as further observations.
+
+        Hoffmann et al. 2022, approach 3, with squared errors of the losses, and lognormal priors around the exponents
+        of published laws, so that a few runs suffice. Runs that grow, that have no loss at their end, or whose
+        learning-rate schedule does not end are left out. Learning rates are not modelled: give runs with peaks that
+        are good at their size.
+
+        Args:
+            runs: measured runs of one text; losses in nats per token.
+            replicates: number of fits to resampled runs, for intervals (the bootstrap of Efron 1979).
+            seed: seed of the resampling.
+
+        Raises:
+            PlanError: for fewer than `LEAST_SCALING_RUNS` such runs, runs of several texts, or runs that are all of
+                one size or all of one length.
+        """
+        used = [run for run in runs if run.end_loss is not None and len(run.stages) == 1]
+        _check_runs(used, len(runs))
+        ends = _Ends(used)
+        everything = np.ones(len(used))
+        best = ends.fit(everything, _PRIOR)
+        rows = [ends.read_constants(ends.fit(counts, best)) for counts in draw_counts(len(used), replicates, seed)]
+        left_out = [ends.compute_errors(ends.fit(everything - one, best)) @ one for one in np.eye(len(used))]
+        deviation = _round(compute_deviation(np.array(left_out)))
+        return cls(*ends.read_constants(best), deviation, tuple(rows), len(used))
+
+    def compute_intervals(self) -> dict[str, tuple[float, float]]:
+        """Return the central 80% of the replicates of each constant; empty without replicates."""
+        if not self.replicates:
+            return {}
+        low, high = np.quantile(np.array(self.replicates), [0.1, 0.9], axis=0)
+        return {name: (float(low[number]), float(high[number])) for number, name in enumerate(SCALING_CONSTANTS)}
 
     def floor(self, params: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Loss after infinite training, for a number of parameters or an array of them; they are positive."""
@@ -125,5 +191,64 @@ class ScalingLaw:
         return float((self.floor(params) - ratio * self.floor(larger_params)) / (1 - ratio))
 
 
+def _check_runs(used: Sequence[StagedRun], total: int) -> None:
+    """Refuse runs that do not say what a scaling law depends on."""
+    if len(used) < LEAST_SCALING_RUNS:
+        raise PlanError(
+            f"a scaling law needs at least {LEAST_SCALING_RUNS} finished runs of one stage with a loss at their end, "
+            f"got {len(used)} of {total}: add runs from scratch whose learning-rate schedule ends"
+        )
+    if len(texts := sorted({run.text for run in used})) > 1:
+        raise PlanError(f"a scaling law is fitted to runs of one text, got {', '.join(texts)}: fit one law per text")
+    for name, what in (("parameters", "size"), ("tokens", "length")):
+        if len({getattr(run.stages[0], name) for run in used}) == 1:
+            raise PlanError(
+                f"all {len(used)} runs have {getattr(used[0].stages[0], name):,.0f} {name}, so that the effect of "
+                f"{name} is unknown: add runs of another {what}"
+            )
+
+
+class _Ends:
+    """Losses at the ends of runs of one stage; the vector that is fitted holds logarithms of positive numbers."""
+
+    def __init__(self, runs: Sequence[StagedRun]) -> None:
+        self._losses = np.array([run.end_loss for run in runs])
+        log_sizes = np.log([run.stages[0].parameters for run in runs])
+        log_tokens = np.log([run.stages[0].tokens for run in runs])
+        # Gaps of typical runs, so that the fitted numbers depend little on one another.
+        self._log_size, self._log_token = log_sizes.mean(), log_tokens.mean()
+        self._sizes, self._tokens = log_sizes - self._log_size, log_tokens - self._log_token
+
+    def compute_errors(self, vector: _Array) -> _Array:
+        """Return predicted minus measured losses."""
+        floor, size_gap, size_exponent, token_gap, token_exponent = np.exp(vector)
+        by_size, by_tokens = np.exp(-size_exponent * self._sizes), np.exp(-token_exponent * self._tokens)
+        errors: _Array = floor + size_gap * by_size + token_gap * by_tokens - self._losses
+        return errors
+
+    def fit(self, counts: _Array, start: _Array) -> _Array:
+        """Return the vector that fits best if each run counts as often as given."""
+        weights = np.sqrt(counts) / _ERROR
+
+        def compute_residuals(vector: _Array) -> _Array:
+            return np.concatenate([weights * self.compute_errors(vector), (vector - _PRIOR) / _PRIOR_SPREADS])
+
+        return fit_least_squares(compute_residuals, start)
+
+    def read_constants(self, vector: _Array) -> _Constants:
+        """Return the constants of the law."""
+        floor, size_gap, size_exponent, token_gap, token_exponent = np.exp(vector)
+        params_scale = size_gap * math.exp(size_exponent * self._log_size)
+        tokens_scale = token_gap * math.exp(token_exponent * self._log_token)
+        return _round(floor), _round(params_scale), _round(size_exponent), _round(tokens_scale), _round(token_exponent)
+
+
+def _round(value: float) -> float:
+    """Return a number with six significant digits, as files hold it."""
+    return float(f"{value:.6g}")
+
+
+#: Names of the constants of a scaling law.
+SCALING_CONSTANTS = ("irreducible", "params_scale", "params_exponent", "tokens_scale", "tokens_exponent")
 #: The constants printed by Hoffmann et al. 2022.
 HOFFMANN = ScalingLaw(1.69, 406.4, 0.34, 410.7, 0.28)

@@ -10,7 +10,8 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.lines import Line2D
 
-from ..cost.growth_law import Z80, GrowthLaw
+from ..cost.growth_law import GrowthLaw
+from ..cost.least_squares import Z80
 from ..cost.staged_run import StagedRun, TrainedStage, compute_factors
 from ..dims import ModelDims
 from ..errors import RunError
