@@ -16,9 +16,9 @@ VERBS = """
     compute continue convert copy count create darken describe disable discard draw escape estimate evaluate explain
     extract fetch find fit flush format freeze get grow guard hash hide hold inherit inspect interpolate is keep label
     list load locate lock look make mask match measure name open parse plan prepare preview print probe publish rank
-    read redirect remove render report reproduce require resolve restore resume rollback round run save score select
-    separate set share shorten show split start store sum summarise tabulate to tokenize trace train transfer wait
-    with write
+    read redirect register remove render report reproduce require resolve restore resume rollback round run save score
+    select separate set share shorten show split start store sum summarise tabulate to tokenize trace train transfer
+    wait with write
 """
 
 #: Registries of functions under the names that users write: module -> why its functions carry them.

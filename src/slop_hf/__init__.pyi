@@ -1,5 +1,7 @@
 """The public names of slop_hf, each with its home; `__init__.py` loads them on first use."""
 
+from .architectures import read_architecture as read_architecture
+from .architectures import register_architecture as register_architecture
 from .baselines import from_scratch as from_scratch
 from .cost.growth_law import GrowthLaw as GrowthLaw
 from .cost.hours import CostModel as CostModel

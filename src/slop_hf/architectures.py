@@ -1,34 +1,57 @@
 """Axis tables: for every parameter of a model family, the axis that each of its dimensions lies on.
 
 This is the one description of a family. Growth, parameter counts and FLOPs are all derived from these tables, so
-supporting another family means writing another table; no code changes.
+supporting another family means writing another table; no code changes. The tables of the families that come with
+slop-hf are the files `families/*.yaml`; a package of your own adds one under the entry-point group
+`slop_hf.families`, a script with `register_architecture` (docs/growth.md has an example).
 
 The axes and their sizes, as functions of `ModelDims`:
 
-    hidden     h   hidden_size: the residual stream
-    ffn        f   intermediate_size
-    query      q   num_attention_heads * head_dim
-    key_value  k   num_key_value_heads * head_dim
-    fused      3q  query, key and value of one head, then the next head's (GPT-NeoX)
-    head_dim   d   one head
-    vocab      v   vocab_size; growth never changes it
+    hidden            h       hidden_size: the residual stream
+    ffn               f       intermediate_size
+    query             q       num_attention_heads * head_dim
+    key_value         k       num_key_value_heads * head_dim
+    fused             3q      query, key and value of one head, then the next head's (GPT-NeoX)
+    query_key_value   q + 2k  all queries, then all keys, then all values (Phi-3, GPT-2)
+    gate_up           2f      all gates, then all of what they multiply (Phi-3)
+    head_dim          d       one head
+    vocab             v       vocab_size; growth never changes it
+    position          p       max_position_embeddings of learned positions; growth never changes it
 
-Weight matrices are listed as `torch.nn.Linear` stores them: (axis written, axis read).
+Weight matrices are listed as `torch.nn.Linear` stores them: (axis written, axis read). With `is_transposed`, as
+transformers' `Conv1D` does: (axis read, axis written).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from .dims import ModelConfig
 from .errors import ArchitectureError
+from .io.serialization import describe_alternatives, describe_unknown_key, read_yaml
 
-Axis = Literal["hidden", "ffn", "query", "key_value", "fused", "head_dim", "vocab"]
+if TYPE_CHECKING:
+    from .dims import ModelConfig
+
+Axis = Literal[
+    "hidden", "ffn", "query", "key_value", "fused", "query_key_value", "gate_up", "head_dim", "vocab", "position"
+]
 Kind = Literal["embedding", "projection", "norm", "bias", "norm_bias"]
 Role = Literal["write", "read", "norm"]
+Part = Literal["query", "key", "value"]
 LAYER = "{layer}"
+#: Group of entry points under which a package adds families: `model_type = "module:object"`.
+ENTRY_POINTS = "slop_hf.families"
+#: Axes that are made of others, one after another, each with the input of the attention that it is, if any.
+JOINED_AXES: dict[Axis, tuple[tuple[Axis, Part | None], ...]] = {
+    "query_key_value": (("query", "query"), ("key_value", "key"), ("key_value", "value")),
+    "gate_up": (("ffn", None), ("ffn", None)),
+}
 
 
 @dataclass(frozen=True)
@@ -38,22 +61,29 @@ class Parameter:
     Args:
         name: name in the state dict; `{layer}` stands for the index of a decoder layer.
         axes: axis of each dimension, outermost first.
-        kind: "projection" for the weights of a matrix product, which read their last axis; the other kinds only write.
+        kind: "projection" for the weights of a matrix product, which read one axis and write another; the other kinds
+            only write.
         exists_if: config flag that must be set for the parameter to exist; None if it always exists.
         tied_to: parameter whose storage this one shares if `tie_word_embeddings` is set.
         stored_as: name in checkpoints (and in models of older releases), if it differs from `name`.
         is_post_norm: whether it is the gain of a norm at the end of a branch, just before the residual stream.
         part: input of the attention that it produces; rotary embeddings treat queries and keys specially.
+        exists_unless: config flag that must not be set for the parameter to exist.
+        is_transposed: whether a projection reads its first dimension and writes its last.
+        is_normalised: whether a norm over all heads together follows, whose mean square new slots would change.
     """
 
     name: str
     axes: tuple[Axis, ...]
-    kind: Kind
+    kind: Kind = "projection"
     exists_if: str | None = None
     tied_to: str | None = None
     stored_as: str | None = None
     is_post_norm: bool = False
-    part: Literal["query", "key", "value"] | None = None
+    part: Part | None = None
+    exists_unless: str | None = None
+    is_transposed: bool = False
+    is_normalised: bool = False
 
     @property
     def is_in_layer(self) -> bool:
@@ -63,7 +93,14 @@ class Parameter:
     @property
     def read_dimension(self) -> int | None:
         """The dimension along which the parameter reads its input; None if it only writes."""
-        return len(self.axes) - 1 if self.kind == "projection" else None
+        if self.kind != "projection":
+            return None
+        return 0 if self.is_transposed else len(self.axes) - 1
+
+    @property
+    def write_dimension(self) -> int:
+        """The dimension along which the parameter writes its output; an embedding's is its last."""
+        return len(self.axes) - 1 if self.is_transposed or self.kind == "embedding" else 0
 
     def role(self, dimension: int) -> Role:
         """Return what the parameter does along a dimension: write the axis, read it, or scale it as a norm's gain."""
@@ -84,6 +121,16 @@ class Architecture:
         scales_embedding: whether embeddings are multiplied by sqrt(hidden_size).
         scale_follows_head_dim: whether attention scores are divided by sqrt(head_dim), and not by a config field.
         has_own_head_dim: whether the config can hold a head_dim other than hidden_size / num_attention_heads.
+        has_grouped_heads: whether there can be fewer key/value heads than query heads; never on a fused axis.
+        config_fields: config fields that have other names than Llama's, by Llama's name.
+        ffn_ratio: intermediate_size over hidden_size if the config leaves the former empty; None if it never does.
+        layer_lists: config fields that hold a list with one entry per layer.
+        defaults: values of config fields that a plain dict may leave out.
+        unsupported: config flags that growth cannot handle, each with the reason and a remedy.
+        test_settings: config fields of the small models of `slop_hf.testing`, chosen so that mistakes show.
+
+    Raises:
+        ArchitectureError: if an axis or kind is unknown, a name is given twice, or rows contradict each other.
     """
 
     model_type: str
@@ -94,6 +141,18 @@ class Architecture:
     scales_embedding: bool = False
     scale_follows_head_dim: bool = True
     has_own_head_dim: bool = True
+    has_grouped_heads: bool = True
+    config_fields: Mapping[str, str] = field(default_factory=dict)
+    ffn_ratio: int | None = None
+    layer_lists: tuple[str, ...] = ("layer_types",)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    test_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_table(self)
+        if any("fused" in row.axes for row in self.parameters):
+            object.__setattr__(self, "has_grouped_heads", False)  # a frozen dataclass sets its own fields so
 
     def rows(self, config: ModelConfig, *, tied: bool = False) -> Iterator[Parameter]:
         """Yield the rows of the parameters that a model with this config has.
@@ -102,18 +161,41 @@ class Architecture:
         """
         for row in self.parameters:
             is_tied = row.tied_to is not None and read_setting(config, "tie_word_embeddings", False)
-            exists = row.exists_if is None or read_setting(config, row.exists_if, False)
-            if exists and (tied or not is_tied):
+            exists = row.exists_if is None or self.read(config, row.exists_if)
+            excluded = row.exists_unless is not None and self.read(config, row.exists_unless)
+            if exists and not excluded and (tied or not is_tied):
                 yield row
+
+    def read(self, config: ModelConfig, name: str) -> Any:
+        """Return a field of a config by Llama's name; if it has none, the family's default, or else None."""
+        own = self.config_fields.get(name, name)
+        value = read_setting(config, own)
+        if value is None and own != name:
+            value = read_setting(config, name)
+        return self.defaults.get(own) if value is None else value
 
     def canonical_name(self, name: str) -> str:
         """Return the table's name of a parameter, given its name in a checkpoint or in an older release."""
         return next((row.name for row in self.parameters if row.stored_as == name), name)
 
     @property
+    def flags(self) -> list[str]:
+        """The config flags that decide which parameters exist, sorted."""
+        flags = {flag for row in self.parameters for flag in (row.exists_if, row.exists_unless) if flag}
+        return sorted(flags)
+
+    @property
     def has_head_norms(self) -> bool:
         """Whether the queries and keys of each head are normalised."""
         return any(row.kind == "norm" and row.axes == ("head_dim",) for row in self.parameters)
+
+    @property
+    def has_projection_norms(self) -> bool:
+        """Whether the queries, and the keys, of all heads together are normalised (OLMo 2)."""
+        return any(row.is_normalised for row in self.parameters)
+
+
+BuiltT = TypeVar("BuiltT", Parameter, Architecture)
 
 
 def read_setting(config: ModelConfig, name: str, default: Any = None) -> Any:
@@ -121,108 +203,218 @@ def read_setting(config: ModelConfig, name: str, default: Any = None) -> Any:
     return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
 
-def _layer(name: str, axes: tuple[Axis, ...], kind: Kind = "projection", **more: Any) -> Parameter:
-    return Parameter(f"model.layers.{LAYER}.{name}", axes, kind, **more)
+def _check_table(table: Architecture) -> None:
+    """Raise an `ArchitectureError` for a table that no model can have."""
+    names = [row.name for row in table.parameters]
+    where = f"the axis table of {table.model_type!r}"
+    if not names:
+        raise ArchitectureError(f"{where} has no rows; list every parameter of the model's state dict")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ArchitectureError(f"{where} has {twice[0]} twice; keep one row per parameter")
+    if table.norm not in ("rms", "layer"):
+        raise ArchitectureError(f"{where}: norm is {table.norm!r}, expected 'rms' or 'layer'")
+    for row in table.parameters:
+        unknown = [axis for axis in row.axes if axis not in get_args(Axis)]
+        if unknown or not row.axes:
+            got = repr(unknown[0]) if unknown else "no axis"
+            raise ArchitectureError(f"{where}: {row.name} has {got}, expected axes among {', '.join(get_args(Axis))}")
+        if row.kind not in get_args(Kind):
+            known = ", ".join(get_args(Kind))
+            raise ArchitectureError(f"{where}: {row.name} is of kind {row.kind!r}, expected one of {known}")
+        if row.part is not None and row.part not in get_args(Part):
+            raise ArchitectureError(
+                f"{where}: {row.name} is part {row.part!r}, expected {' or '.join(get_args(Part))}"
+            )
+        if row.tied_to is not None and row.tied_to not in names:
+            raise ArchitectureError(f"{where}: {row.name} is tied to {row.tied_to}, which has no row; correct tied_to")
 
 
-def _norm(name: str, axis: Axis = "hidden", *, is_post_norm: bool = False) -> Parameter:
-    return _layer(f"{name}.weight", (axis,), "norm", is_post_norm=is_post_norm)
+def read_architecture(path: str | Path) -> Architecture:
+    """Return the axis table in a family's YAML file.
+
+    The file has the fields of `Architecture`, with `parameters` as a mapping from each row's name to its other fields.
+    `like` names a family whose table and traits hold for all that the file leaves out; then `parameters` has the rows
+    that differ or are added, and `without` lists shell patterns (`*.bias`) of the rows that this family lacks.
+
+    Args:
+        path: YAML file; `families/*.yaml` in this package are examples.
+
+    Raises:
+        ArchitectureError: if the file does not exist, or does not hold a table.
+    """
+    where, content = str(path), read_yaml(path, error=ArchitectureError)
+    if not isinstance(content, Mapping):
+        raise ArchitectureError(f"{where}: expected the fields of a family, KEY: VALUE per line; see docs/growth.md")
+    own = dict(content)
+    like, without, parameters = own.pop("like", None), own.pop("without", ()), own.pop("parameters", {})
+    if not isinstance(parameters, Mapping) or not all(isinstance(row, Mapping) for row in parameters.values()):
+        raise ArchitectureError(f"{where}: parameters: expected one row per parameter, NAME: {{axes: [...]}}")
+    if not isinstance(without, (list, tuple)) or not all(isinstance(pattern, str) for pattern in without):
+        raise ArchitectureError(f"{where}: without: expected a list of names or patterns, got {without!r}")
+    rows = {name: _build(Parameter, {**row, "name": name}, f"{where}: {name}") for name, row in parameters.items()}
+    base = _find_base(like, where)
+    others = {row.name: row for row in base.parameters} if base else {}
+    if idle := [pattern for pattern in without if not any(fnmatchcase(name, pattern) for name in others)]:
+        raise ArchitectureError(f"{where}: without: {idle[0]!r} fits no row of {like!r}; correct it, or leave it out")
+    kept = {name: row for name, row in others.items() if not any(fnmatchcase(name, item) for item in without)}
+    traits = {**(vars(base) if base else {}), **own, "parameters": tuple({**kept, **rows}.values())}
+    return _build(Architecture, traits, where)
 
 
-_EMBEDDING = Parameter("model.embed_tokens.weight", ("vocab", "hidden"), "embedding")
-_FINAL_NORM = Parameter("model.norm.weight", ("hidden",), "norm")
-_HEAD = Parameter("lm_head.weight", ("vocab", "hidden"), "projection", tied_to="model.embed_tokens.weight")
-_ATTENTION = (
-    _layer("self_attn.q_proj.weight", ("query", "hidden"), part="query"),
-    _layer("self_attn.k_proj.weight", ("key_value", "hidden"), part="key"),
-    _layer("self_attn.v_proj.weight", ("key_value", "hidden"), part="value"),
-    _layer("self_attn.o_proj.weight", ("hidden", "query")),
-)
-_GATED_FFN = (
-    _layer("mlp.gate_proj.weight", ("ffn", "hidden")),
-    _layer("mlp.up_proj.weight", ("ffn", "hidden")),
-    _layer("mlp.down_proj.weight", ("hidden", "ffn")),
-)
-_PRE_NORMS = (_norm("input_layernorm"), _norm("post_attention_layernorm"))
-_CORE = (_EMBEDDING, *_ATTENTION, *_GATED_FFN, _FINAL_NORM, _HEAD)
+def _build(kind: type[BuiltT], content: Mapping[str, Any], where: str) -> BuiltT:
+    """Build a row or a table from plain data; pydantic would take longer to load than `slop plan` has.
+
+    Raises:
+        ArchitectureError: for an unknown or missing key, or a value of another type.
+    """
+    known = {item.name: item for item in fields(kind)}
+    if unknown := [name for name in content if name not in known]:
+        raise ArchitectureError(f"{where}: {describe_unknown_key(str(unknown[0]), known)}")
+    required = [name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
+    if missing := [name for name in required if name not in content]:
+        raise ArchitectureError(f"{where}: missing key {missing[0]!r}")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+    for name, value in values.items():
+        names = str(known[name].type).replace(" ", "")
+        expected = next((types for prefix, types in _TYPES.items() if names.startswith(prefix)), (str,))
+        is_valid = (value is None and names.endswith("|None")) or isinstance(value, expected)
+        if not is_valid or (isinstance(value, bool) and bool not in expected):
+            wanted = " or ".join("list" if kind is tuple else kind.__name__ for kind in expected)
+            raise ArchitectureError(f"{where}: {name} must be a {wanted}, got {content[name]!r}; correct the file")
+    return kind(**values)
 
 
-def _biases(rows: tuple[Parameter, ...], exists_if: str | None) -> tuple[Parameter, ...]:
-    """Return the biases of weights: each has the axis that its weight writes."""
-    names = [row.name.replace(".weight", ".bias") for row in rows]
-    return tuple(
-        replace(row, name=name, axes=row.axes[:1], kind="bias", exists_if=exists_if)
-        for row, name in zip(rows, names, strict=True)
-    )
-
-
-_ATTENTION_BIASES = _biases(_ATTENTION, "attention_bias")
-
-LLAMA = Architecture("llama", (*_CORE, *_PRE_NORMS, *_ATTENTION_BIASES, *_biases(_GATED_FFN, "mlp_bias")))
-
-MISTRAL = Architecture("mistral", (*_CORE, *_PRE_NORMS))
-
-QWEN2 = Architecture("qwen2", (*_CORE, *_PRE_NORMS, *_biases(_ATTENTION[:3], None)))  # not of the output projection
-
-QWEN3 = Architecture(
-    "qwen3",
-    (
-        *_CORE,
-        *_PRE_NORMS,
-        _norm("self_attn.q_norm", "head_dim"),
-        _norm("self_attn.k_norm", "head_dim"),
-        *_ATTENTION_BIASES,
-    ),
-)
-
-GEMMA2 = Architecture(
-    "gemma2",
-    (
-        *_CORE,
-        _norm("input_layernorm"),
-        _norm("post_attention_layernorm", is_post_norm=True),
-        _norm("pre_feedforward_layernorm"),
-        _norm("post_feedforward_layernorm", is_post_norm=True),
-        *_ATTENTION_BIASES,
-    ),
-    gain_offset=1.0,
-    scales_embedding=True,
-    scale_follows_head_dim=False,
-)
-
-
-def _neox(name: str, axes: tuple[Axis, ...], kind: Kind = "projection", exists_if: str | None = None) -> Parameter:
-    return Parameter(f"gpt_neox.layers.{LAYER}.{name}", axes, kind, exists_if)
-
-
-GPT_NEOX = Architecture(
-    "gpt_neox",
-    (
-        Parameter("gpt_neox.embed_in.weight", ("vocab", "hidden"), "embedding"),
-        _neox("input_layernorm.weight", ("hidden",), "norm"),
-        _neox("input_layernorm.bias", ("hidden",), "norm_bias"),
-        _neox("post_attention_layernorm.weight", ("hidden",), "norm"),
-        _neox("post_attention_layernorm.bias", ("hidden",), "norm_bias"),
-        _neox("attention.query_key_value.weight", ("fused", "hidden")),
-        _neox("attention.query_key_value.bias", ("fused",), "bias", exists_if="attention_bias"),
-        _neox("attention.dense.weight", ("hidden", "query")),
-        _neox("attention.dense.bias", ("hidden",), "bias", exists_if="attention_bias"),
-        _neox("mlp.dense_h_to_4h.weight", ("ffn", "hidden")),
-        _neox("mlp.dense_h_to_4h.bias", ("ffn",), "bias"),
-        _neox("mlp.dense_4h_to_h.weight", ("hidden", "ffn")),
-        _neox("mlp.dense_4h_to_h.bias", ("hidden",), "bias"),
-        Parameter("gpt_neox.final_layer_norm.weight", ("hidden",), "norm"),
-        Parameter("gpt_neox.final_layer_norm.bias", ("hidden",), "norm_bias"),
-        replace(_HEAD, tied_to="gpt_neox.embed_in.weight", stored_as="embed_out.weight"),
-    ),
-    norm="layer",
-    norm_eps="layer_norm_eps",
-    has_own_head_dim=False,
-)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT_NEOX)
+#: Beginning of a field's annotation -> types of its value; of all others, str.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "float": (int, float),
+    "int": (int,),
+    "tuple": (tuple,),
+    "Mapping": (Mapping,),
 }
+
+
+def _find_base(like: object, where: str) -> Architecture | None:
+    """Return the family that a file says it is like; None if it names none."""
+    if like is None:
+        return None
+    if not isinstance(like, str) or like not in ARCHITECTURES:
+        known = describe_alternatives(str(like), ARCHITECTURES)
+        raise ArchitectureError(f"{where}: like: no axis table for {like!r}{known}")
+    return ARCHITECTURES[like]
+
+
+#: Constants of this module for the tables of the first families.
+_CONSTANTS = ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GEMMA2", "GPT_NEOX")
+
+
+class _Families(MutableMapping[str, Architecture]):
+    """Axis tables by `model_type`; a file or an entry point is read when its family is first asked for.
+
+    Registered tables come before files, files before entry points.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        paths = {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+        first = [name.lower() for name in _CONSTANTS]
+        self._files = {name: paths[name] for name in (*first, *(name for name in paths if name not in first))}
+        self._registered: dict[str, Architecture] = {}
+        self._read: dict[str, Architecture] = {}
+
+    def __getitem__(self, model_type: str) -> Architecture:
+        if model_type in self._registered:
+            return self._registered[model_type]
+        if model_type not in self._read:
+            if model_type in self._files:
+                self._read[model_type] = read_architecture(self._files[model_type])
+            elif model_type in _find_entry_points():
+                self._read[model_type] = _load_entry_point(_find_entry_points()[model_type])
+            else:
+                raise KeyError(model_type)
+        return self._read[model_type]
+
+    def __setitem__(self, model_type: str, table: Architecture) -> None:
+        self._registered[model_type] = table
+
+    def __delitem__(self, model_type: str) -> None:
+        del self._registered[model_type]
+
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in self._registered or model_type in self._files or model_type in _find_entry_points()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys((*self._files, *self._registered, *_find_entry_points()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@cache
+def _find_entry_points() -> dict[str, EntryPoint]:
+    """Return the entry points of the installed packages that name a family, by `model_type`."""
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _load_entry_point(entry: EntryPoint) -> Architecture:
+    """Return the axis table that an entry point names: an `Architecture`, or a function that returns one."""
+    package = entry.dist.name if entry.dist is not None else "an unknown package"
+    where = f"the entry point {entry.name!r} of {package} (group {ENTRY_POINTS}, {entry.value})"
+    try:
+        table = entry.load()
+        table = table() if callable(table) else table
+    except Exception as caught:  # whatever a foreign package raises
+        raise ArchitectureError(
+            f"{where} cannot be loaded: {type(caught).__name__}: {caught}; repair or uninstall {package}"
+        ) from caught
+    if not isinstance(table, Architecture):
+        raise ArchitectureError(
+            f"{where} gives {type(table).__name__}, expected an Architecture or a function that returns one; "
+            f"correct the entry point of {package}"
+        )
+    if table.model_type != entry.name:
+        raise ArchitectureError(
+            f"{where} gives the axis table of {table.model_type!r}; name the entry point after its model_type"
+        )
+    return table
+
+
+#: The families with an axis table, by `model_type`.
+ARCHITECTURES: MutableMapping[str, Architecture] = _Families(Path(__file__).parent / "families")
+
+
+def register_architecture(architecture: Architecture | str | Path, *, replaces: bool = False) -> Architecture:
+    """Add a family to those that can grow, for this process, and return its axis table.
+
+    To add it for every process, and for the command line, let your package name it under the entry-point group
+    `slop_hf.families`.
+
+    Args:
+        architecture: axis table, or path of a family's YAML file.
+        replaces: whether it may take the place of a table of the same `model_type`.
+
+    Raises:
+        ArchitectureError: if the file does not hold a table, or the family has one and `replaces` is not set.
+
+    >>> from dataclasses import replace
+    >>> mine = replace(get_architecture({"model_type": "llama"}), model_type="my_llama")
+    >>> register_architecture(mine).model_type
+    'my_llama'
+    >>> get_architecture({"model_type": "my_llama"}) is mine
+    True
+    >>> del ARCHITECTURES["my_llama"]
+    """
+    if not isinstance(architecture, Architecture | str | Path):
+        kind = type(architecture).__name__
+        raise ArchitectureError(f"expected an Architecture or the path of a family's YAML file, got {kind}")
+    table = architecture if isinstance(architecture, Architecture) else read_architecture(architecture)
+    if table.model_type in ARCHITECTURES and not replaces:
+        raise ArchitectureError(
+            f"{table.model_type!r} has an axis table already; give yours another model_type, or set replaces=True"
+        )
+    ARCHITECTURES[table.model_type] = table
+    return table
 
 
 def get_architecture(config: ModelConfig) -> Architecture:
@@ -232,9 +424,16 @@ def get_architecture(config: ModelConfig) -> Architecture:
     'llama'
     """
     model_type = read_setting(config, "model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ArchitectureError(
             f"no axis table for model_type {model_type!r} (supported: {', '.join(ARCHITECTURES)}); "
-            "to add a family, write its table in slop_hf/architectures.py (see CONTRIBUTING.md)"
+            'to add a family, register its axis table (docs/growth.md, "Your own family")'
         )
     return ARCHITECTURES[model_type]
+
+
+def __getattr__(name: str) -> Architecture:
+    """Return the table of one of the first families by its constant, such as `LLAMA`."""
+    if name in _CONSTANTS:
+        return ARCHITECTURES[name.lower()]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

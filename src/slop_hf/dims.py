@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .architectures import ARCHITECTURES, Architecture, read_setting
 from .errors import DimsError
 from .io.numbers import is_whole_number
 from .io.record import Record
@@ -132,8 +133,11 @@ class ModelDims(Record, error=DimsError):
         ...                        "num_attention_heads": 4, "num_key_value_heads": 2}).head_dim
         16
         """
-        get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
-        values = {field.name: get(field.name) for field in fields(cls)}
+        family = _find_family(config)
+        read = family.read if family else read_setting
+        values = {field.name: read(config, field.name) for field in fields(cls)}
+        if family and family.ffn_ratio and values["intermediate_size"] is None and values["hidden_size"]:
+            values["intermediate_size"] = family.ffn_ratio * values["hidden_size"]
         missing = [name for name, value in values.items() if value is None and name not in _DERIVED]
         if missing:
             owner = "the config" if isinstance(config, Mapping) else type(config).__name__
@@ -145,17 +149,22 @@ class ModelDims(Record, error=DimsError):
         """Return a config of `base_config`'s class with these dims and `changes`, otherwise unchanged.
 
         The constructor builds it, so transformers validates it. `head_dim` is always written if the family has such a
-        field, since left out it would silently follow the hidden size. If the depth changes, the `layer_types` pattern
-        is repeated; a model without layers has none, and its family's pattern is taken.
+        field, since left out it would silently follow the hidden size. If the depth changes, the pattern of every list
+        with an entry per layer (`layer_types`) is repeated; a model without layers has none, and its family's pattern
+        is taken.
         """
         settings = base_config.to_dict()  # type: ignore[attr-defined]
+        family = _find_family(settings)
+        own_names = family.config_fields if family else {}
         grouped = "num_key_value_heads" in settings
         fields_of_family = {*settings, "head_dim"} if grouped else set(settings)
-        sizes = {name: size for name, size in self.as_dict().items() if name in fields_of_family}
-        types = settings.get("layer_types")
-        if types is not None and len(types) != self.num_hidden_layers:
-            repeated = [types[layer % len(types)] for layer in range(self.num_hidden_layers)] if types else None
-            changes.setdefault("layer_types", repeated)
+        sizes = {own_names.get(name, name): size for name, size in self.as_dict().items()}
+        sizes = {name: size for name, size in sizes.items() if name in fields_of_family}
+        for name in family.layer_lists if family else ("layer_types",):
+            values = settings.get(name)
+            if values is not None and len(values) != self.num_hidden_layers:
+                repeated = [values[layer % len(values)] for layer in range(self.num_hidden_layers)] if values else None
+                changes.setdefault(name, repeated)
         return type(base_config)(**{**settings, **sizes, **changes})
 
     def as_dict(self) -> dict[str, int]:
@@ -190,3 +199,9 @@ class ModelDims(Record, error=DimsError):
 
 
 _DERIVED = ("num_key_value_heads", "head_dim")
+
+
+def _find_family(config: ModelConfig) -> Architecture | None:
+    """Return the axis table of a config's family; None if it has none."""
+    model_type = read_setting(config, "model_type")
+    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None

@@ -106,15 +106,23 @@ def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFI
     """Return the size of every axis in the family's table; refuse a config without a whole `vocab_size`."""
     vocabulary = read_setting(config, "vocab_size")
     require_whole_number(vocabulary, "vocab_size", most=LARGEST_SIZE, error=PlanError)
-    return {
+    query, key_value = dims.num_attention_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
+    sizes = {
         "hidden": dims.hidden_size,
         "ffn": dims.intermediate_size,
-        "query": dims.num_attention_heads * dims.head_dim,
-        "key_value": dims.num_key_value_heads * dims.head_dim,
-        "fused": 3 * dims.num_attention_heads * dims.head_dim,
+        "query": query,
+        "key_value": key_value,
+        "fused": 3 * query,
+        "query_key_value": query + 2 * key_value,
+        "gate_up": 2 * dims.intermediate_size,
         "head_dim": dims.head_dim,
         "vocab": vocabulary,
     }
+    family = get_architecture(config)
+    if any("position" in row.axes for row in family.parameters):
+        sizes["position"] = family.read(config, "max_position_embeddings")
+        require_whole_number(sizes["position"], "max_position_embeddings", most=LARGEST_SIZE, error=PlanError)
+    return sizes
 
 
 def _numel(row: Parameter, sizes: Mapping[str, Size]) -> Size:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import add
 from typing import Generic, Literal, get_args
 
 import numpy as np
@@ -323,7 +325,7 @@ def _norm(row: Parameter, family: Architecture, sizes: Mapping[str, Size], eleme
     # An RMSNorm of transformers keeps its float32 input, for the square and for the product, and the normalised value
     # for the product with the gain; Gemma's multiplies by the gain before it rounds.
     normalised = _FLOAT32 if family.gain_offset else element
-    if row.axes == ("head_dim",):  # of queries or keys, which a rotation reads: that keeps nothing
+    if row.axes != ("hidden",):  # of queries or keys, which a rotation reads: that keeps nothing
         return (_FLOAT32 + normalised) * sizes["query" if ".q_norm." in row.name else "key_value"]
     return (_FLOAT32 + normalised + (0 if row.is_post_norm else element)) * sizes["hidden"]
 
@@ -333,8 +335,8 @@ def _attention(
 ) -> Size:
     """Bytes per token that attention keeps; its output is the input of the output projection."""
     # Values viewed from a fused projection keep all of it.
-    fused = any("fused" in row.axes for row in rows)
-    values = sizes["fused" if fused else "key_value"]
+    fused = next((axis for row in rows for axis in row.axes if axis in ("fused", "query_key_value")), None)
+    values = sizes[fused or "key_value"]
     logsumexp = _FLOAT32 * dims.num_attention_heads
     in_kernel = element * (2 * sizes["query"] + sizes["key_value"] + values) + logsumexp
     # Without a kernel: scores, and queries, keys, values and output of the queries' width.
@@ -351,7 +353,8 @@ def _scores(dims: DimsLike[Size], sequence_length: int, precision: Precision) ->
 
 def _ffn_width(rows: list[Parameter], sizes: Mapping[str, Size]) -> Size:
     """Elements per token that enter the ffn's activation and, with a gate, the product; as many leave them."""
-    return sizes["ffn"] * sum(row.kind == "projection" and row.axes[0] == "ffn" for row in rows)
+    written = [row.axes[row.write_dimension] for row in rows if row.kind == "projection"]
+    return reduce(add, (sizes[axis] for axis in written if axis in ("ffn", "gate_up")))
 
 
 def _larger(left: Size, right: Size) -> Size:

@@ -34,7 +34,7 @@ from .safetensors_io import (
     read_tensor,
     write_tensor,
 )
-from .tensors import allocate_grown, assemble
+from .tensors import allocate_grown, assemble, split_parts
 
 #: `exp_avg`, `exp_avg_sq` and `step`, by parameter name.
 AdamWState = dict[str, dict[str, torch.Tensor]]
@@ -141,6 +141,11 @@ def grow_moment(
         )
     if (power == 1 and (has_no_gradient or plan.zeroed)) or (step == "per_parameter" and plan.is_added):
         return allocate_grown(moment, plan.maps, out).zero_()
+    if plan.joined_dimension is not None:
+        grown = allocate_grown(moment, plan.maps, out)
+        for old, new_part, part in split_parts(moment, grown, plan):
+            grow_moment(old, part, power, step=step, has_no_gradient=has_no_gradient, out=new_part)
+        return grown
     # A mean in float64, once rounded to float32, does not depend on the number of threads that sum it.
     new = ZERO if power == 1 or step != "keep" else InitDistribution(float(moment.double().mean()), 0.0)
     if plan.zeroed:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from ..architectures import Axis
+from ..architectures import JOINED_AXES, Axis
 from ..dims import ModelDims
 from ..errors import GrowthError
 
@@ -38,7 +38,8 @@ class AxisMap:
     """The origin of every slot of a grown axis.
 
     A map is stored as a few segments, from the first slot to the last without a gap, because tensors are copied and
-    filled block by block: one block for each combination of segments, one per dimension.
+    filled block by block: one block for each combination of segments, one per dimension. `parts` are the maps of the
+    axes that a joined axis consists of, and empty for all others.
 
     >>> AxisMap.append(2, 4, "ffn").source
     [0, 1, None, None]
@@ -48,6 +49,23 @@ class AxisMap:
 
     old_size: int
     segments: tuple[Segment, ...]
+    parts: tuple[AxisMap, ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[AxisMap]) -> AxisMap:
+        """Put axes one after another, as a fused weight does; `parts` keeps their own maps.
+
+        >>> AxisMap.join([AxisMap.append(2, 3, "mha"), AxisMap.identity(1)]).source
+        [0, 1, None, 2]
+        """
+        segments: list[Segment] = []
+        start = old_start = 0
+        for part in parts:
+            for segment in part.segments:
+                old = None if segment.old is None else segment.old + old_start
+                segments.append(segment._replace(start=segment.start + start, old=old))
+            start, old_start = start + part.new_size, old_start + part.old_size
+        return cls(old_start, tuple(segments), tuple(parts))
 
     @classmethod
     def identity(cls, size: int) -> AxisMap:
@@ -120,12 +138,19 @@ class AxisMap:
     @property
     def is_identity(self) -> bool:
         """Whether every slot stays where it is and none is added."""
+        if self.parts:
+            return all(part.is_identity for part in self.parts)
         return self.segments == (Segment(0, self.old_size, 0),)
 
     @property
     def max_copies(self) -> int:
         """The largest number of slots that come from one old slot."""
         return max(segment.copies for segment in self.segments)
+
+    @property
+    def has_even_copies(self) -> bool:
+        """Whether equally many slots come from each old slot, whatever the number of new ones."""
+        return len({segment.copies for segment in self.segments if segment.old is not None}) <= 1
 
     @property
     def source(self) -> list[int | None]:
@@ -145,6 +170,8 @@ class AxisMap:
         """
         if self.max_copies == 1:
             return self
+        if self.parts:
+            return AxisMap.join([part.originals for part in self.parts])
         seen: set[int] = set()
         segments: list[Segment] = []
         for segment in self.segments:
@@ -176,7 +203,7 @@ def _continues(segment: Segment, slot: int | None, copies: int) -> bool:
 
 
 def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) -> dict[Axis, AxisMap]:
-    """Build the map of every axis except the vocabulary, which growth leaves alone.
+    """Build the map of every axis except the vocabulary and the positions, which growth leaves alone.
 
     The init of each operator decides whether additional slots are copies or new. Raises a `GrowthError` if query heads
     would be separated from the key/value head that they attend with.
@@ -196,7 +223,7 @@ def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) ->
         unit = old.head_dim * parts
         return AxisMap.from_source(source, count * unit, "mha", unit)
 
-    return {
+    maps: dict[Axis, AxisMap] = {
         "hidden": hidden,
         "ffn": ffn,
         "query": map_heads(queries, old.num_attention_heads).grow_units(head),
@@ -204,6 +231,7 @@ def build_axis_maps(old: ModelDims, new: ModelDims, inits: Mapping[str, str]) ->
         "fused": map_heads(queries, old.num_attention_heads, parts=3),
         "head_dim": head,
     }
+    return {**maps, **{name: AxisMap.join([maps[axis] for axis, _ in parts]) for name, parts in JOINED_AXES.items()}}
 
 
 def _find_head_sources(old: ModelDims, new: ModelDims, *, copy: bool) -> tuple[list[int | None], list[int | None]]:

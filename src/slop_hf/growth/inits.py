@@ -64,14 +64,16 @@ def preserving(operator: str, row: Parameter, role: Role, initializer_range: flo
     New slots of `hidden` are written with zeros (`GrowthPlan.config_changes` and the norm gains compensate for them);
     new slots of `ffn`, heads and `head_dim` are read with zeros. With zeros on both sides, the gradients of the new
     slots would stay zero. The key rows of new slots within a head are zero too, since the attention scores would
-    otherwise read them.
+    otherwise read them. If a norm takes the mean square of all heads together, new heads write zero queries and keys
+    (`GrowthPlan` compensates for their number), and learn through their values first. Their gains are random, or new
+    heads with the same keys would stay equal.
     """
     if role == "norm":
-        return ONE
+        return InitDistribution(1.0, initializer_range) if operator == "mha" else ONE
     if operator == "hidden":
         is_zero = role == "write"
     else:
-        is_zero = role == "read" or (operator == "head_dim" and row.part == "key")
+        is_zero = role == "read" or row.is_normalised or (operator == "head_dim" and row.part == "key")
     return ZERO if is_zero else InitDistribution(0.0, initializer_range)
 
 

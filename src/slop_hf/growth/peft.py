@@ -222,7 +222,8 @@ def _plan_adapter(
     if part == "modules_to_save":
         return base
     row = tied_row or base.row
-    written, read = (1, 0) if row.kind == "embedding" else (0, 1)
+    written = row.write_dimension
+    read = 1 - written
     if part in ("lora_A", "lora_embedding_A"):
         row = Parameter(match[0], (_RANK, row.axes[read]), "projection")
         maps: tuple[AxisMap, ...] = (AxisMap.identity(old.shape[0]), base.maps[read])
@@ -231,8 +232,10 @@ def _plan_adapter(
         scale = float(plan.residual_copies) if tied_row else 1.0
         return replace(base, row=row, maps=maps, scale=scale, is_centred=False, zeroed=False)
     if rest == "bias":
-        row, maps = Parameter(match[0], (row.axes[written],), "bias", part=row.part), base.maps[written : written + 1]
+        bias = Parameter(match[0], (row.axes[written],), "bias", part=row.part, is_normalised=row.is_normalised)
+        row, maps = bias, base.maps[written : written + 1]
     else:
-        row = Parameter(match[0], (row.axes[written], _RANK), "projection", part=row.part)
+        axes: tuple[Axis, ...] = (row.axes[written], _RANK)
+        row = Parameter(match[0], axes, "projection", part=row.part, is_normalised=row.is_normalised)
         maps = (base.maps[written], AxisMap.identity(old.shape[-1]))
     return replace(base, row=row, maps=maps, noise=0.0)

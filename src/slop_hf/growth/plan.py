@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..architectures import LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
+from ..architectures import JOINED_AXES, LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
 from ..cost.flops import count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
@@ -44,6 +44,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LOG_FLOAT32_MAX = 88.7
 
 
+PartT = TypeVar("PartT")
+
+
 @dataclass(frozen=True)
 class ParameterPlan:
     """How one parameter of the grown model is computed.
@@ -63,6 +66,7 @@ class ParameterPlan:
         is_added: whether the parameter belongs to an added layer: no parameter of the old model lives on in it.
         branch_share: share of its layer in what the copies of the old layer add to the residual stream: under the init
             `scaled`, one over their number, else 1. All its gradients, times the scale, shrink alike.
+        part_scales: factor of each part of a fused parameter, in place of `scale`; empty for all others.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -81,6 +85,37 @@ class ParameterPlan:
     initializer_range: float
     is_added: bool = False
     branch_share: float = 1.0
+    part_scales: tuple[float, ...] = ()
+
+    @cached_property
+    def joined_dimension(self) -> int | None:
+        """The dimension along which a fused parameter holds several others; None for all others."""
+        return next((dimension for dimension, axis in enumerate(self.maps) if axis.parts), None)
+
+    @cached_property
+    def parts(self) -> tuple[ParameterPlan, ...]:
+        """The plans of what a fused parameter holds (queries, keys, values), in order; empty for all others."""
+        dimension = self.joined_dimension
+        if dimension is None:
+            return ()
+
+        def put(items: tuple[PartT, ...], item: PartT) -> tuple[PartT, ...]:
+            return (*items[:dimension], item, *items[dimension + 1 :])
+
+        names, axis = JOINED_AXES[self.row.axes[dimension]], self.maps[dimension]
+        return tuple(
+            replace(
+                self,
+                name=f"{self.name}[{number}]",
+                row=replace(self.row, axes=put(self.row.axes, name), part=part),
+                maps=put(self.maps, part_map),
+                scale=scale,
+                part_scales=(),
+            )
+            for number, ((name, part), part_map, scale) in enumerate(
+                zip(names, axis.parts, self.part_scales, strict=True)
+            )
+        )
 
     @property
     def takes_nothing(self) -> bool:
@@ -108,7 +143,7 @@ class ParameterPlan:
     @property
     def is_identity(self) -> bool:
         """Whether the grown parameter equals the old one."""
-        computes = self.scale != 1.0 or self.is_centred or self.noise or self.zeroed
+        computes = set((self.scale, *self.part_scales)) != {1.0} or self.is_centred or self.noise or self.zeroed
         return not computes and all(axis.is_identity for axis in self.maps)
 
     def choose_distribution(self, operators: Sequence[str | None]) -> InitDistribution:
@@ -166,14 +201,28 @@ class GrowthPlan:
     @property
     def preserves(self) -> bool:
         """Whether the grown model computes the same function as the old one, up to rounding."""
-        is_whole = self.new.hidden_size % self.old.hidden_size == 0
-        inits = self.inits.items()
-        return all(init in EXACT or (init == "rms_copy" and (is_whole or name != "hidden")) for name, init in inits)
+        return all(
+            init in EXACT or (init == "rms_copy" and self._copies_evenly(name)) for name, init in self.inits.items()
+        )
+
+    def _copies_evenly(self, operator: str) -> bool:
+        """Whether copies of an operator keep the mean squares of all norms."""
+        axes: list[Axis] = ["hidden"] if operator == "hidden" else self._normalised_axes if operator == "mha" else []
+        return all(self.axes[axis].has_even_copies for axis in axes)
+
+    @property
+    def _normalised_axes(self) -> list[Axis]:
+        """The axes of heads that a norm takes the mean square of: those of queries and keys in OLMo 2."""
+        rows = self.architecture.parameters
+        return list(dict.fromkeys(row.axes[row.write_dimension] for row in rows if row.is_normalised))
 
     @cached_property
     def axes(self) -> dict[Axis, AxisMap]:
-        vocab = AxisMap.identity(read_setting(self.source_config, "vocab_size"))
-        return {**build_axis_maps(self.old, self.new, self.inits), "vocab": vocab}
+        config, axes = self.source_config, build_axis_maps(self.old, self.new, self.inits)
+        axes["vocab"] = AxisMap.identity(read_setting(config, "vocab_size"))
+        if any("position" in row.axes for row in self.architecture.parameters):
+            axes["position"] = AxisMap.identity(self.architecture.read(config, "max_position_embeddings"))
+        return axes
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -240,11 +289,16 @@ class GrowthPlan:
             changes[architecture.norm_eps] = read_setting(config, architecture.norm_eps) * self.residual_share
         if self.new.head_dim != self.old.head_dim and self.inits["head_dim"] != "spread":
             # Pair i turns at theta^(-2i / head_dim); this theta keeps the frequency of every old pair.
-            rope = dict(read_setting(config, "rope_parameters"))
-            rope["rope_theta"] = rope["rope_theta"] ** (self.new.head_dim / self.old.head_dim)
-            changes["rope_parameters"] = rope
-        if (types := read_setting(config, "layer_types")) and self.inits.get("layer", "random") != "random":
-            changes["layer_types"] = [types[layer] for layer in self.layers]
+            rope, power = read_setting(config, "rope_parameters"), self.new.head_dim / self.old.head_dim
+            tables = {
+                name: {**table, "rope_theta": table["rope_theta"] ** power}
+                for name, table in _list_rope_tables(rope).items()
+            }
+            changes["rope_parameters"] = tables.get("", tables)
+        if self.inits.get("layer", "random") != "random":
+            for name in architecture.layer_lists:
+                if values := read_setting(config, name):
+                    changes[name] = [values[layer] for layer in self.layers]
         return changes
 
     def config(self) -> PreTrainedConfig:
@@ -298,12 +352,14 @@ class GrowthPlan:
         # not by output projections of 0: a norm behind zeros multiplies their gradients by 1 / sqrt(eps).
         has_post_norms = any(row.is_post_norm for row in self.architecture.parameters)
         adds_to_residual = row.is_in_layer and (row.is_post_norm if has_post_norms else writes_residual)
+        share = branch_share if adds_to_residual else 1.0
+        joined = JOINED_AXES.get(row.axes[row.write_dimension], ())
         return ParameterPlan(
             name=name,
             source=source,
             row=row,
             maps=maps,
-            scale=self._compute_scale(row) * (branch_share if adds_to_residual else 1.0),
+            scale=self._compute_scale(row) * share,
             gain_offset=self.architecture.gain_offset if row.kind == "norm" else 0.0,
             is_centred=self.needs_centring and writes_residual,
             noise=self.noise * initializer_range if reads_copies else 0.0,
@@ -313,6 +369,7 @@ class GrowthPlan:
             initializer_range=initializer_range,
             is_added=is_added,
             branch_share=branch_share,
+            part_scales=tuple(self._compute_scale(replace(row, part=part)) * share for _, part in joined),
         )
 
     def _find_stand_in(self, row: Parameter) -> Parameter:
@@ -347,9 +404,22 @@ class GrowthPlan:
             scale /= math.sqrt(widening)  # the family multiplies by sqrt(hidden_size), which has grown
         if row.part == "query" and self.architecture.scale_follows_head_dim and self.inits.get("head_dim") in EXACT:
             scale *= math.sqrt(self.new.head_dim / self.old.head_dim)  # scores are divided by sqrt(head_dim)
-        if row.part in ("query", "key") and self.architecture.has_head_norms:
+        if row.part in ("query", "key") and (
+            self.architecture.has_head_norms or self.architecture.has_projection_norms
+        ):
             scale *= math.sqrt(share)  # the norms of heads share the epsilon that the residual stream has changed
+        if self.inits.get("mha") in EXACT and (factor := self._find_normalised_share(row)) != 1.0:
+            # With zeros in the new heads, their mean square stays if the old heads grow by 1 / sqrt(share); the gain
+            # takes that back.
+            scale *= math.sqrt(factor) if row.kind == "norm" else 1 / math.sqrt(factor)
         return scale
+
+    def _find_normalised_share(self, row: Parameter) -> float:
+        """Return the share of old slots and their copies in an axis of heads with a norm over it, else 1."""
+        axis = row.axes[row.write_dimension]
+        if axis not in self._normalised_axes or not (row.is_normalised or row.kind == "norm"):
+            return 1.0
+        return self.axes[axis].max_copies * self.axes[axis].old_size / self.axes[axis].new_size
 
 
 def plan_growth(
@@ -427,26 +497,58 @@ def _check_family(plan: GrowthPlan) -> None:
             f"the config has a quantization_config ({_name_quantization(quantization)}), but only weights in full "
             "precision can grow; if they are, remove it from the config, and else dequantise them first"
         )
-    if not architecture.has_own_head_dim:
-        if new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim:
-            raise GrowthError(
-                f"{model_type} takes head_dim from hidden_size / num_attention_heads: "
-                f"grow both together, so that head_dim stays {plan.old.head_dim}"
-            )
-        if new.num_key_value_heads != new.num_attention_heads:
-            raise GrowthError(f"{model_type} has one key/value head per query head; grow both together")
+    for flag, reason in architecture.unsupported.items():
+        if architecture.read(plan.source_config, flag):
+            raise GrowthError(f"{model_type} with {flag} cannot grow: {reason}")
+    if not architecture.has_own_head_dim and (
+        new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim
+    ):
+        raise GrowthError(
+            f"{model_type} takes head_dim from hidden_size / num_attention_heads: "
+            f"grow both together, so that head_dim stays {plan.old.head_dim}"
+        )
+    if not architecture.has_grouped_heads and new.num_key_value_heads != new.num_attention_heads:
+        raise GrowthError(f"{model_type} has one key/value head per query head; grow both together")
     if "head_dim" in plan.inits:
-        if architecture.has_head_norms and plan.inits["head_dim"] in EXACT:
+        if (architecture.has_head_norms or architecture.has_projection_norms) and plan.inits["head_dim"] in EXACT:
+            norms = "each head" if architecture.has_head_norms else "all heads together"
             raise GrowthError(
-                f"{model_type} normalises each head, which new slots of head_dim would change; "
+                f"{model_type} normalises {norms}, which new slots of head_dim would change; "
                 "only init 'random' can grow it, and not exactly"
             )
         _check_rope(plan)
+    _check_normalised_heads(plan)
     if plan.needs_centring and read_setting(plan.source_config, "tie_word_embeddings", False):
         raise GrowthError(
             f"hidden of a {model_type} model with tied embeddings cannot be padded exactly, because its LayerNorm "
             "subtracts the mean; use init 'random', or 'copy' to a whole multiple"
         )
+
+
+def _check_normalised_heads(plan: GrowthPlan) -> None:
+    """Reject new heads that would change the mean square of all heads, or could never learn."""
+    model_type, init = plan.architecture.model_type, plan.inits.get("mha")
+    if init not in EXACT or not plan.architecture.has_projection_norms:
+        return
+    uneven = [axis for axis in plan._normalised_axes if not plan.axes[axis].has_even_copies]
+    if uneven:
+        raise GrowthError(
+            f"{model_type} normalises all heads together, so init 'copy' has to copy all of them equally often: grow "
+            f"{plan.old.num_attention_heads} query and {plan.old.num_key_value_heads} key/value heads to whole "
+            "multiples, or use init 'rms_copy', which is then not exact"
+        )
+    if plan.axes["key_value"].new_slots:
+        raise GrowthError(
+            f"{model_type} normalises all heads together, so new key/value heads would begin with keys and queries of "
+            f"0 and never learn; keep num_key_value_heads at {plan.old.num_key_value_heads}, or use init 'copy' and a "
+            "whole multiple, or 'random'"
+        )
+
+
+def _list_rope_tables(rope: Mapping[str, Json]) -> dict[str, Mapping[str, Json]]:
+    """Return the settings of rotary embeddings by type of layer (Gemma 3); "" if all layers have the same ones."""
+    tables = {name: table for name, table in rope.items() if isinstance(table, Mapping)}
+    return tables if tables and len(tables) == len(rope) else {"": rope}
 
 
 def _name_quantization(quantization: object) -> str:
@@ -456,8 +558,15 @@ def _name_quantization(quantization: object) -> str:
 
 def _check_rope(plan: GrowthPlan) -> None:
     """Reject a growth of head_dim that cannot keep the rotary frequencies."""
-    rope, init = read_setting(plan.source_config, "rope_parameters"), plan.inits["head_dim"]
-    if not isinstance(rope, Mapping) or "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    rope = read_setting(plan.source_config, "rope_parameters")
+    tables = _list_rope_tables(rope) if isinstance(rope, Mapping) else {"": {}}
+    for layer_type, table in tables.items():
+        _check_rope_table(plan, table, layer_type)
+
+
+def _check_rope_table(plan: GrowthPlan, rope: Mapping[str, Json], layer_type: str) -> None:
+    init = plan.inits["head_dim"]
+    if "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise GrowthError("head_dim can only grow under full rotary embeddings with a single rope_theta")
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -473,8 +582,9 @@ def _check_rope(plan: GrowthPlan) -> None:
     if kind == "yarn" and init in EXACT:
         # Yarn rounds the ends of its ramp to whole pairs and clips them at head_dim - 1: no formula says whether the
         # frequencies stay, so compare them.
+        arguments = {"layer_type": layer_type} if layer_type else {}
         old, grown = (
-            ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0]
+            ROPE_INIT_FUNCTIONS[kind](config, "cpu", **arguments)[0]
             for config in (plan.old.to_config(plan.source_config), plan.config())
         )
         pairs = [slot for slot, source in enumerate(plan.axes["head_dim"].source[: len(grown)]) if source is not None]

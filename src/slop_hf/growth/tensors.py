@@ -30,6 +30,11 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
         out: tensor of shape `plan.new_shape`, with the dtype and device of the old one, to write the result into; None
             allocates one.
     """
+    if plan.joined_dimension is not None:
+        grown = allocate_grown(tensor, plan.maps, out)
+        for old, new, part in split_parts(tensor, grown, plan):
+            grow_parameter(old, part, new)
+        return grown
     if plan.zeroed:
         if plan.row.kind == "norm" and plan.takes_nothing:
             return allocate_grown(tensor, plan.maps, out).fill_(-plan.gain_offset)
@@ -53,13 +58,27 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
         return scale if read_dimension is None else scale / segments[read_dimension].copies
 
     grown = assemble(source, plan.maps, plan.choose_distribution, compute_factor, numbers, out)
-    if plan.noise:
-        add_zero_sum_noise(grown, plan.maps[-1], plan.noise, numbers)
+    if plan.noise and read_dimension is not None:
+        add_zero_sum_noise(grown.movedim(read_dimension, -1), plan.maps[read_dimension], plan.noise, numbers)
         # Rows that must write zeros would write the rounding error of the noise's sum, which later layers magnify.
-        for segment in plan.maps[0].segments:
-            if segment.old is None and not plan.choose_distribution([segment.operator, None]).std:
-                grown[segment.start : segment.start + segment.length] = 0
+        written = plan.row.write_dimension
+        for segment in plan.maps[written].segments:
+            operators = [segment.operator if dimension == written else None for dimension in range(grown.dim())]
+            if segment.old is None and not plan.choose_distribution(operators).std:
+                grown.narrow(written, segment.start, segment.length).zero_()
     return grown
+
+
+def split_parts(
+    old: torch.Tensor, grown: torch.Tensor, plan: ParameterPlan
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, ParameterPlan]]:
+    """Yield views of the parts of a fused parameter, or of its moment, before and after growth, each with its plan."""
+    dimension = plan.joined_dimension
+    assert dimension is not None
+    parts = plan.maps[dimension].parts
+    olds = old.split([part.old_size for part in parts], dimension)
+    news = grown.split([part.new_size for part in parts], dimension)
+    yield from zip(olds, news, plan.parts, strict=True)
 
 
 def assemble(

@@ -195,10 +195,12 @@ def _measure_copies_spread(model: PreTrainedModel, plan: GrowthPlan) -> float | 
     weights = _get_canonical_weights(model, plan)
     spread = total = 0.0
     for parameter in plan.parameters():
-        axis = parameter.maps[-1]
-        if parameter.row.read_dimension is None or axis.max_copies == 1 or parameter.zeroed:
+        if (read := parameter.row.read_dimension) is None:
             continue
-        weight = weights[parameter.name].detach().double().cpu()
+        axis = parameter.maps[read]
+        if axis.max_copies == 1 or parameter.zeroed:
+            continue
+        weight = weights[parameter.name].detach().double().cpu().movedim(read, -1)
         slots, olds = torch.tensor([(slot, old) for slot, old in enumerate(axis.source) if old is not None]).T
         count = torch.bincount(olds, minlength=axis.old_size).clamp(min=1)
         copies = weight[..., slots]

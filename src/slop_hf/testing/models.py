@@ -51,7 +51,8 @@ def build_tiny_model(
     fields: dict[str, object] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     if getattr(base, "sliding_window", None):
         fields["sliding_window"] = WINDOW
-    fields |= {"initializer_range": 0.2, "tie_word_embeddings": tied, table.norm_eps: 1e-3, **config}
+    fields |= {"initializer_range": 0.2, "tie_word_embeddings": tied, table.norm_eps: 1e-3}
+    fields |= {**table.test_settings, **config}
     with torch.random.fork_rng(devices=[]):
         # Not `.to(dtype)` at the end: it would round the rotary frequencies too, which loading a model does not do.
         model = AutoModelForCausalLM.from_config(

@@ -129,9 +129,8 @@ def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, 
         every: False for one case per operator and init, in which factor, attention and tying take turns.
     """
     table = get_architecture({"model_type": model_type})
-    is_grouped = any("key_value" in row.axes for row in table.parameters)
-    flags = sorted({row.exists_if for row in table.parameters if row.exists_if})
-    sources = [(dims, tied) for tied in (False, True) for dims in ((MHA, GQA, MQA) if is_grouped else (MHA,))]
+    heads = (MHA, GQA, MQA) if table.has_grouped_heads else (MHA,)
+    sources = [(dims, tied) for tied in (False, True) for dims in heads]
     cases = []
     pairs = ((operator, init) for operator, inits in INITS.items() for init in inits)
     for number, (operator, init) in enumerate(pairs):
@@ -140,12 +139,14 @@ def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, 
                 name = get_operator(operator).fields[0]
                 changes = {name: getattr(dims, name) * (3 if is_uneven else 4) // 2}
                 if name == "hidden_size" and not table.has_own_head_dim:
-                    heads = changes[name] // dims.head_dim
-                    changes.update(num_attention_heads=heads, num_key_value_heads=heads)
-                settings = dict.fromkeys(flags, is_uneven)
+                    changes["num_attention_heads"] = changes[name] // dims.head_dim
+                    changes["num_key_value_heads"] = (
+                        changes["num_attention_heads"] * dims.num_key_value_heads // dims.num_attention_heads
+                    )
+                settings = dict.fromkeys(table.flags, is_uneven)
                 cases.append(Case(model_type, operator, grow_dims(dims, changes), init, dims, tied, dtype, settings))
     for init, tied in (("random", False), ("preserving", True)):
-        flagged = dict.fromkeys(flags, True)
+        flagged = dict.fromkeys(table.flags, True)
         empty = MHA.replace(num_hidden_layers=0)
         cases.append(Case(model_type, "layer", MHA, init, empty, tied, dtype, flagged))
     return cases
