@@ -28,7 +28,7 @@ def runs_of(path, scale):
 
 #: Each experiment once; the other scales are slow.
 AT_EVERY_SCALE = [
-    pytest.param(path, scale, marks=() if number == 0 or path in STUDIES else pytest.mark.slow)
+    pytest.param(path, scale, marks=() if number == 0 else pytest.mark.slow)
     for path in PATHS
     for number, scale in enumerate(scale for where, scale in SCALES if where == path)
 ]

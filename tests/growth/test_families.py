@@ -54,9 +54,9 @@ def check_refusals(results):
     return {(result.case.operator, result.case.init) for result in refused}
 
 
-@pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family not in ("mistral", "qwen2")])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_conformance(family):
-    """Some cases; the slow tests go through all, and through the families that differ from Llama in little."""
+    """Some cases of two families; the slow tests go through all cases of all families."""
     results = check_conformance(family, every=False)
     check_refusals(results)
     grown = [result for result in results if not result.refused]

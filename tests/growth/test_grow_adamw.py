@@ -91,7 +91,7 @@ def test_stacked_layers_take_the_moments_of_their_source():
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grown_optimizer_steps_on(tied, fused):
     """No new entry moves by more than about the learning rate in its first step: the stale step does no harm."""
-    model, optimizer = trained(steps=200, tie_word_embeddings=tied)
+    model, optimizer = trained(steps=60, tie_word_embeddings=tied)
     plan = plan_growth(model.config, "ffn", 80)
     state = grow_adamw_state(read_adamw_state(optimizer, model), plan)
     grown = build_model(model, plan, grow_weights(dict(model.named_parameters()), plan))

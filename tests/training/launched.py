@@ -173,6 +173,7 @@ def run_rank(
     environment: dict[str, str], main: Callable[[dict[str, Any]], None], settings: dict[str, Any], log: str
 ) -> None:
     """Run a program as one rank of a launch in this process, which has nothing else to do."""
+    gc.enable()
     gc.freeze()  # each stage collects garbage; that takes a second if the imported modules are searched too
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in a shell's background

@@ -25,7 +25,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LAUNCHED = HERE / "launched.py"
 #: What ranks import sooner or later; `torch._inductor` and `networkx` are imported by ZeRO-3's first step.
-PRELOADED = ["launched", "launched_evaluation", "slop_hf.training.zero3", "torch._inductor.compile_fx", "networkx"]
+PRELOADED = [
+    "before_imports",
+    "launched",
+    "launched_evaluation",
+    "slop_hf.training.zero3",
+    "torch._inductor.compile_fx",
+    "networkx",
+]
 
 
 @dataclass(frozen=True)
