@@ -1,4 +1,4 @@
-"""The tiny recipe on a mixture of seven sources, on two ranks."""
+"""The tiny recipe on a mixture of seven sources, in one process and on two ranks."""
 
 import sys
 import time
@@ -52,7 +52,15 @@ def run(kind, recipe, output, *more):
     assert "5 stages" in launch.text
 
 
-@pytest.fixture(scope="module", params=["ddp", pytest.param("zero3", marks=[pytest.mark.slow, pytest.mark.deepspeed])])
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    """The run in one process."""
+    output = tmp_path_factory.mktemp("runs") / "alone"
+    build_trainer(RunConfig.from_yaml(recipe), output).train()
+    return output
+
+
+@pytest.fixture(scope="module", params=["ddp", pytest.param("zero3", marks=pytest.mark.deepspeed)])
 def kind(request):
     if request.param == "zero3":
         pytest.importorskip("deepspeed")
@@ -76,14 +84,14 @@ def log_of(output):
     ]
 
 
-def test_two_ranks_end_where_one_process_does(recipe, two, tmp_path):
-    build_trainer(RunConfig.from_yaml(recipe), tmp_path / "one").train()
-    for alone, shared in zip(RunDirectory(tmp_path / "one").records(), RunDirectory(two).records(), strict=True):
-        assert (shared.devices, shared.global_step) == (2, alone.global_step)
-        assert shared.eval_loss == pytest.approx(alone.eval_loss, abs=1e-5), "the same blocks count, once each"
-        assert shared.eval_losses == pytest.approx(alone.eval_losses, abs=1e-5)
-        assert shared.data == alone.data and shared.data_fingerprint == alone.data_fingerprint != ""
-        assert largest_difference(tmp_path / "one", two, alone.name) < 1e-5, "Adam magnifies rounding"
+@pytest.mark.slow
+def test_two_ranks_end_where_one_process_does(alone, two):
+    for one, shared in zip(RunDirectory(alone).records(), RunDirectory(two).records(), strict=True):
+        assert (shared.devices, shared.global_step) == (2, one.global_step)
+        assert shared.eval_loss == pytest.approx(one.eval_loss, abs=1e-5), "the same blocks count, once each"
+        assert shared.eval_losses == pytest.approx(one.eval_losses, abs=1e-5)
+        assert shared.data == one.data and shared.data_fingerprint == one.data_fingerprint != ""
+        assert largest_difference(alone, two, one.name) < 1e-5, "Adam magnifies rounding"
 
 
 @pytest.mark.slow
@@ -104,9 +112,9 @@ def test_a_killed_and_resumed_run_logs_the_same(kind, recipe, two, tmp_path):
     assert largest_difference(output, two, "stage-4-layer") == 0.0
 
 
-def test_the_consumed_tokens_of_a_mixture(two):
+def test_the_consumed_tokens_of_a_mixture(alone):
     """Every stage records its tokens per source; shares follow the weights, and ranges are contiguous."""
-    records = RunDirectory(two).records()
+    records = RunDirectory(alone).records()
     ends = dict.fromkeys(WEIGHTS, 0)
     for record in records:
         assert [source.source for source in record.data] == list(WEIGHTS)

@@ -218,6 +218,7 @@ def test_ddp_agrees_with_one_process(whole, tmp_path):
     assert largest_difference(tmp_path / "out", whole[0], "stage-3-ffn") < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_zero3_counts_the_steps_of_each_age(tmp_path):
     """Each age is a group of its own, because ZeRO-3 counts the steps of a group."""

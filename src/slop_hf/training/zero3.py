@@ -54,11 +54,13 @@ _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 2**20
 def prepare_for_cpus() -> None:
     """Set DeepSpeed up for ranks without an accelerator.
 
-    Its operator for ranks that share memory is turned off: compiling it takes a minute. And large tensors return
-    their memory when they are freed: glibc would keep it, in pieces too small for the next stage's tensors, and one
-    of two ranks would end up holding as much as a single process.
+    Its operator for ranks that share memory is turned off: compiling it takes a minute. It finds the number of ranks
+    in the environment, as under its own launcher: without it, it starts a process to count them for each gradient.
+    And large tensors return their memory when they are freed: glibc would keep it, in pieces too small for the next
+    stage's tensors, and one of two ranks would end up holding as much as a single process.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
