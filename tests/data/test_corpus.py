@@ -184,6 +184,7 @@ def test_the_cache_lies_in_the_hugging_face_home(
     assert folder_of(prepare_data(changed(config, cache_dir=None))).parent == tmp_path / "home/slop_hf/sources"
 
 
+@pytest.mark.slow
 def test_another_process_and_place_give_the_same_fingerprint(tmp_path: Path) -> None:
     # Another process has other hash seeds, in Python as in Rust.
     settings = {**SETTINGS, "max_documents": 20}

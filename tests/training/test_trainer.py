@@ -117,6 +117,7 @@ def test_held_out_loss_is_the_models(finished):
     assert run.records()[2].eval_loss == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stages_are_stock_checkpoints(finished):
     run, *_ = finished
     code = (
