@@ -38,6 +38,7 @@ TRAIN = "train run.yaml -o out"
 COMPARE = "compare experiment.yaml -o out"
 PROBE = "probe run.yaml -o out"
 CALIBRATE = "calibrate --structures '16,32,1,2; 128,512,4,4'"
+LOSSES = "calibrate --loss run.yaml --share 0.5"
 TOKENIZER = "data train-tokenizer run.yaml -o out"
 SCORE = "eval run --tasks perplexity --text notes.txt"
 RECIPE_RUN = "grow_1b.py --config run.yaml --output-dir out"
@@ -68,6 +69,7 @@ YAML_INPUTS = (
     f"{TRAIN} --dry-run --schedule",
     "compare -o out --dry-run",
     "probe -o out --dry-run",
+    "calibrate --dry-run --loss",
     f"{PROBE} --dry-run --schedule",
     "rollback run --to-stage 1 --schedule",
     "eval run --tasks perplexity --data",
@@ -466,6 +468,31 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--from nowhere": "--from nowhere",
         "--initial 16,32,1,2 --from model --target 128,512,4,4": "either --initial or --from",
         "--dry-run --batch-size 0": "--batch-size",
+        "--share 0.1": "--share: give --loss",
+        "--runs out --workers 2 --prior plan.yaml": "--prior, --runs, --workers: give --loss",
+        "--loss": "--loss",
+        "--loss run.yaml": "buys . steps.*batch_tokens",
+        "--loss run.yaml --dry-run": "buys . steps.*batch_tokens",
+    },
+    LOSSES: {
+        "--steps 3 --tied": "--steps, --tied: --loss",
+        "--share 2": "--share must be above 0 and at most 1, got 2",
+        "--share 0": "--share must be above 0",
+        "--share nan": "--share must be above 0",
+        "--share all": "--share",
+        "--prior missing.yaml": "missing.yaml: no such file",
+        "--prior run.yaml": "run.yaml: unknown key",
+        "--set data.held_out=0": "data.held_out",
+        "--set data.held_outt=0.1": "held_outt.*held_out",
+        "--set data": "key=value",
+        "--set training.stage_learning_rates=[1e-3,1e-4,1e-4]": "stage_learning_rates",
+        "--set model.pretrained=model": "model.pretrained",
+        "--workers 0": "--workers",
+        "--devices 0": "--devices.*CUDA",
+        "--devices x": "--devices",
+        "--runs notes.txt": "--runs notes.txt",
+        "--runs notes.txt/out": "notes.txt",
+        "-o folder": "--output folder",
     },
     CALIBRATE: {
         "--steps 0": "--steps",

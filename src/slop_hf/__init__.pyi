@@ -40,6 +40,7 @@ from .pipeline import train_run as train_run
 from .planning.explain import explain as explain
 from .planning.planner import SlopPlanner as SlopPlanner
 from .planning.space import ConfigSpace as ConfigSpace
+from .probing.loss_calibration import LossCalibration as LossCalibration
 from .probing.mixing import MixingProbe as MixingProbe
 from .probing.probe import Probe as Probe
 from .report import build_comparison_table as build_comparison_table

@@ -17,13 +17,18 @@ from ..errors import PlanError
 from ..io.files import check_output
 from ..io.serialization import Json
 from ..io.units import format_bytes, format_count
+from .calibrate_loss import calibrate_loss
 from .model_config import build_config, read_structure
-from .options import AsJson
+from .options import AsJson, make_option, split_list
 from .shared import print_json, print_table, redirect_prints
 
 if TYPE_CHECKING:
     from ..training.calibration import StepTimes
 
+_LOSS = "Losses instead of hours"
+#: Parameters of the command for hours and losses, and those that need `--loss`.
+_COMMON_OPTIONS = ("output", "dry_run", "as_json")
+_LOSS_OPTIONS = ("loss", "share", "prior", "runs", "change", "workers", "devices")
 #: Structures that take a few minutes on a small CPU. On a GPU they would measure Python's overhead.
 LADDER = (
     ModelDims(128, 384, 4, 2),
@@ -35,6 +40,7 @@ LADDER = (
 
 
 def calibrate_command(
+    context: typer.Context,
     structures: Annotated[
         str | None,
         typer.Option(
@@ -64,24 +70,69 @@ def calibrate_command(
     ] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Measure the CPU even if there is a GPU.")] = False,
     seed: Annotated[int, typer.Option(help="Random seed of weights and tokens.")] = 0,
+    loss: Annotated[
+        Path | None, make_option(_LOSS, "--loss", help="Fit a law of losses instead, for this run's YAML file.")
+    ] = None,
+    share: Annotated[
+        float | None, make_option(_LOSS, help="Share of that run's FLOPs to spend. Default: 0.05.")
+    ] = None,
+    prior: Annotated[Path | None, make_option(_LOSS, help="Law to begin the fit with. Default: wide priors.")] = None,
+    runs: Annotated[
+        Path | None, make_option(_LOSS, help="Directory of the short runs. Default: runs/calibrate-NAME.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        make_option(_LOSS, "--set", help="Change a value of the YAML file: training.learning_rate=1e-3"),
+    ] = None,
+    workers: Annotated[
+        int, make_option(_LOSS, min=1, help="Parallel runs on CPUs; each gets its share of the cores.")
+    ] = 1,
+    devices: Annotated[str, make_option(_LOSS, help="CUDA devices to spread the runs over, such as 0,1,2,3.")] = "",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write, for `slop plan --cost-model`.")
-    ] = Path("cost_model.yaml"),
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write. Default: cost_model.yaml, or growth_law.yaml with --loss."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured; measure nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the speed of this hardware: train a few structures for a few steps, and fit a cost model.
+    """Measure the speed of this hardware, or losses on your data, and fit a model to plan with.
 
-    Measure as you will train: same batch, sequence length, precision and, above all, sizes, while the machine does
-    nothing else. The built-in ladder is for CPUs. On a GPU, give the structures of your plan and a batch that fills
-    it.
+    Speed: a few structures train for a few steps, and a cost model is fitted to their times. Measure as you will
+    train: same batch, sequence length, precision and, above all, sizes, while the machine does nothing else. The
+    built-in ladder is for CPUs. On a GPU, give the structures of your plan and a batch that fills it.
+
+    Losses, with `--loss run.yaml`: your run's structures train on its data for a share of its FLOPs, and a growth law
+    is fitted to them. The runs are the initial model and the target from scratch, your schedule, each at several
+    lengths, and a mixing probe of each growth (`slop probe --mixing`). You see the plan and its cost first, and at the
+    end the forecast for your run with its 80% interval. Steps that runs share are trained once; after an interruption,
+    the same command continues.
 
     Examples:
 
     `slop calibrate -o cost.yaml`, then `slop plan … --cost-model cost.yaml`
 
     `slop calibrate --initial 768,2048,6,6 --target 2048,5632,16,16 --batch-size 8 --sequence-length 2048`
+
+    `slop calibrate --loss run.yaml --share 0.05 --dry-run`, then the same with `-o law.yaml`
     """
+    _refuse_options(context, is_loss=loss is not None)
+    if loss is not None:
+        calibrate_loss(
+            loss,
+            output or Path("growth_law.yaml"),
+            share=share,
+            prior=prior,
+            runs=runs,
+            change=change,
+            devices=split_list(devices),
+            workers=workers,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+        return
+    output = output or Path("cost_model.yaml")
     config = build_config(source, vocab_size, tied=tied)
     sizes = _choose_structures(structures, initial, source, target, destination)
     check_output(output, "--output", PlanError)
@@ -116,6 +167,20 @@ def calibrate_command(
         )
     cost_model.to_yaml(output)
     _show_result(cost_model, sorted(times, key=lambda time: sizes.index(time.dims)), output, as_json=as_json)
+
+
+def _refuse_options(context: typer.Context, *, is_loss: bool) -> None:
+    """Refuse options of the other kind of calibration."""
+    present = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in _COMMON_OPTIONS and (name in _LOSS_OPTIONS) != is_loss and source is not None:
+            present += [parameter.opts[0]] * (source.name == "COMMANDLINE")
+    if present and is_loss:
+        raise PlanError(f"{', '.join(present)}: --loss measures losses with the settings of its file; leave this out")
+    if present:
+        raise PlanError(f"{', '.join(present)}: give --loss and the file of a run, too, or leave this out")
 
 
 def _choose_structures(

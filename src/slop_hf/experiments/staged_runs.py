@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def list_staged_runs(comparison: Comparison) -> list[StagedRun]:
         training = {**shared.training, **(changes.get(run.arm, {}) if isinstance(changes, dict) else {})}
         key = run.arm, run.budget
         if key not in rates:
-            config = dataclasses.replace(shared, schedule=run.schedule, training=training)
+            config = replace(shared, schedule=run.schedule, training=training)
             rates[key] = [_thin(stage) for stage in preview_rates(config).rates]
         runs.append(
             StagedRun(
@@ -134,6 +134,13 @@ def plan_staged_run(config: RunConfig, *, experiment: str = "") -> StagedRun:
         before = span.dims
     is_finished = preview.end_rate <= FINISHED_RATE
     return StagedRun(tuple(stages), experiment, describe_text(config), is_finished)
+
+
+def measure_staged_run(config: RunConfig, result: RunResult, *, experiment: str = "") -> StagedRun:
+    """Return a finished run with its held-out losses; arguments and errors as for `plan_staged_run`."""
+    planned = plan_staged_run(config, experiment=experiment)
+    stages = [replace(stage, losses=_list_losses(result, number)) for number, stage in enumerate(planned.stages)]
+    return replace(planned, stages=tuple(stages))
 
 
 def _carries_state(training: Mapping[str, Json]) -> bool:

@@ -43,7 +43,8 @@ from .probe import DEFAULT_SHARE, PlannedTrial, sum_trials
 LARGEST_KAPPA = 1.25
 #: Evaluations of a grown model; more would cost held-out passes and add little.
 _EVALUATIONS = 40
-_TRUNK = "target from scratch"
+#: Name of the run that growths are compared with.
+TRUNK = "target from scratch"
 
 
 @dataclass(frozen=True)
@@ -273,17 +274,10 @@ class MixingProbe:
         Raises:
             SlopError: if some run could not begin.
         """
-        trials = []
-        for job in self.build_jobs(growths):
+        jobs = self.build_jobs(growths)
+        for job in jobs:
             preview_run(job.config, job.sibling_file(Path(self.output_dir), "preview"))  # a path without a run
-            end = job.preview.spans[-1].end_step if job.end_step is None else job.end_step
-            (before, paid), (tokens, flops) = job.count_until(job.first_step), job.count_until(end)
-            stages = [
-                span.name for span in job.preview.spans if span.first_step < end and span.end_step > job.first_step
-            ]
-            parent = None if job.parent is None else job.parent.as_posix()
-            trials.append(PlannedTrial(job.name, tuple(stages), tokens - before, flops - paid, parent))
-        return trials
+        return plan_trials(jobs)
 
     # ---- From growths to jobs ----------------------------------------------------------------------------------
 
@@ -308,6 +302,16 @@ class MixingProbe:
         Raises:
             RunError: if growths or their settings cannot be measured, or the tokens do not suffice.
         """
+        jobs = self.build_runs(growths)
+        self._check_lengths(jobs)
+        return sorted(add_shared_prefixes(jobs), key=lambda job: job.seed)
+
+    def build_runs(self, growths: Sequence[MixingGrowth]) -> list[Job]:
+        """Return `build_jobs` without trunks; their lengths are not checked.
+
+        Raises:
+            RunError: without growths, or for several targets.
+        """
         if not growths or len({growth.target for growth in growths}) > 1:
             raise RunError("a mixing probe needs one growth or more, all to the same target")
         at, _ = self.count_tokens()
@@ -315,8 +319,7 @@ class MixingProbe:
         for seed in self.seeds:
             branches = [self._build_branch(growth, tokens, seed) for growth in growths for tokens in at]
             jobs += [self._build_trunk(growths[0].target, seed), *branches]
-        self._check_lengths(jobs)
-        return sorted(add_shared_prefixes(jobs), key=lambda job: job.seed)
+        return jobs
 
     def _check_lengths(self, jobs: Sequence[Job]) -> None:
         """Refuse runs whose rate is not constant from the growth on, or that are too short to read anything from."""
@@ -353,16 +356,23 @@ class MixingProbe:
     def _build_trunk(self, target: ModelDims, seed: int) -> Job:
         at, lag = self.count_tokens()
         tokens = math.ceil(lag + self.largest_kappa * max(at))
-        return self._build_job(_TRUNK, "target", GrowthSchedule(target, (), tokens), lag, seed)
+        return self.build_job(TRUNK, "target", GrowthSchedule(target, (), tokens), seed)
 
     def _build_branch(self, growth: MixingGrowth, tokens: int, seed: int) -> Job:
         at, lag = self.count_tokens()
         stage = GrowthStage(find_operators(growth.small, growth.target), growth.target, lag, init=growth.init)
         schedule = with_inits(GrowthSchedule(growth.small, (stage,), tokens), self.config.training.get("growth_init"))
         name = growth.name if len(at) == 1 else f"{growth.name} at {tokens:,}"
-        return self._build_job(name, f"{growth.dimension}-{growth.factor:.3g}", schedule, lag, seed)
+        return self.build_job(name, f"{growth.dimension}-{growth.factor:.3g}", schedule, seed)
 
-    def _build_job(self, name: str, slug: str, schedule: GrowthSchedule, lag: int, seed: int) -> Job:
+    def build_job(self, name: str, slug: str, schedule: GrowthSchedule, seed: int) -> Job:
+        """Return a run with the settings of the probe, which evaluates as often as the grown models do.
+
+        Args:
+            name: name of the run, for messages.
+            slug: beginning of the name of its directory.
+        """
+        _, lag = self.count_tokens()
         training = {
             **keep_first_stages(self.config.training, 1),  # lists of equal numbers
             "eval_strategy": "steps",
@@ -403,6 +413,18 @@ class MixingProbe:
             estimates=tuple(estimates),
             flops=first.flops,
         )
+
+
+def plan_trials(jobs: Sequence[Job]) -> list[PlannedTrial]:
+    """Return what some jobs would train, without the steps that they take over from a trunk."""
+    trials = []
+    for job in jobs:
+        end = job.preview.spans[-1].end_step if job.end_step is None else job.end_step
+        (before, paid), (tokens, flops) = job.count_until(job.first_step), job.count_until(end)
+        stages = [span.name for span in job.preview.spans if span.first_step < end and span.end_step > job.first_step]
+        parent = None if job.parent is None else job.parent.as_posix()
+        trials.append(PlannedTrial(job.name, tuple(stages), tokens - before, flops - paid, parent))
+    return trials
 
 
 def _check_config(config: RunConfig) -> None:
