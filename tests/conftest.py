@@ -35,7 +35,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 def pytest_collection_finish(session):
     """Let `gc.collect`, which every stage and every evaluation calls, skip what the imports of all tests have made."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

@@ -175,10 +175,9 @@ def compared(model, operator, new, init):
 
 
 @pytest.mark.parametrize(
-    ("family", "dims"),
-    [("llama", PLAIN), ("llama", OWN_HEAD), ("gemma2", GROUPED), ("qwen3", GROUPED)],
+    ("family", "dims", "tied"),
+    [("llama", PLAIN, False), ("llama", OWN_HEAD, True), ("gemma2", GROUPED, True), ("qwen3", GROUPED, False)],
 )
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("operator", "new", "init"), GROWTHS)
 def test_old_entries_take_the_moments_of_their_new_gradient(family, dims, tied, operator, new, init):
     if family == "qwen3" and operator == "head_dim":

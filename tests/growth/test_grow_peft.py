@@ -93,10 +93,9 @@ def error(one, other):
     return ((one - other).abs().max() / other.abs().max()).item()
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("operator", "new", "init"), EXACT)
-def test_logits_stay(operator, new, init, tied):
-    model = adapted(base_model(tie_word_embeddings=tied))
+def test_logits_stay(operator, new, init):
+    model = adapted(base_model(tie_word_embeddings=True))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     grown = grow_model(model, operator, new, init=init)
     assert isinstance(grown, PeftModel) and type(grown.get_base_model()) is LlamaForCausalLM
