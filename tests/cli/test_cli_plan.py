@@ -14,7 +14,9 @@ import yaml
 from transformers import LlamaConfig
 
 from slop_hf import GrowthSchedule, ModelDims, SlopPlanner
+from slop_hf.cli.model_config import read_config
 from slop_hf.cli.shared import print_if_slow
+from slop_hf.cost.flops import count_parameters
 from slop_hf.cost.hours import CostModel
 
 START = ["plan", "--initial", "768,2048,6,6"]
@@ -50,6 +52,19 @@ def test_plan_from_a_model(tmp_path, output_of):
                 tie_word_embeddings=True).save_pretrained(tmp_path)  # fmt: skip
     done = output_of("plan", "--from", tmp_path, "--target", "128,256,4,8", "--json")
     assert json.loads(done)["schedules"][0]["initial"] == ModelDims(64, 128, 2, 4).as_dict()
+
+
+def test_plan_from_a_model_with_other_names_of_its_fields(tmp_path, output_of):
+    """GPT-2: its sizes, an ffn of four times the width, and its learned positions, which count as parameters."""
+    config = {"model_type": "gpt2", "vocab_size": 100, "n_positions": 32, "tie_word_embeddings": True}
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
+    done = output_of("plan", "--from", tmp_path, "--target", "128,512,4,8", "--json")
+    assert json.loads(done)["schedules"][0]["initial"] == ModelDims(64, 256, 2, 4).as_dict()
+    longer = {**config, **sizes, "n_positions": 64}
+    assert read_config(str(tmp_path), "--from")[1] == config
+    dims = ModelDims(64, 256, 2, 4)
+    assert count_parameters(dims, longer) - count_parameters(dims, config) == 32 * 64
 
 
 OPTIONS = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from slop_hf import ModelDims
 from slop_hf.architectures import get_architecture
@@ -68,3 +68,21 @@ def test_arrays_answer_like_single_structures():
 def test_unknown_family_names_the_known_ones():
     with pytest.raises(ArchitectureError, match=r"'gpt_j' \(supported: llama, "):
         count_parameters(STRUCTURES[0], {"model_type": "gpt_j", "vocab_size": 10})
+
+
+@pytest.mark.parametrize(
+    ("fields", "dims"),
+    [
+        ({"model_type": "gpt2", "n_positions": 32}, ModelDims(64, 256, 2, 4)),
+        ({"model_type": "phi3"}, STRUCTURES[1]),
+        ({"model_type": "stablelm", "use_parallel_residual": True}, STRUCTURES[1]),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else None,
+)
+def test_count_equals_the_models_of_other_families(fields, dims):
+    fields = {**fields, "vocab_size": 130, "tie_word_embeddings": False}
+    config = dims.to_config(AutoConfig.for_model(**fields, pad_token_id=None))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert count_parameters(dims, config) == count_parameters(dims, fields) == model.num_parameters()
+    assert ModelDims.from_config(config.to_dict()) == dims

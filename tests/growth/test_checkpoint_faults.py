@@ -84,7 +84,7 @@ def test_invalid_requests(source, tmp_path, monkeypatch):
         grow_checkpoint(source, target, [GrowthStage(("ffn",), ModelDims(32, 80, 2, 4))], 64)
     with pytest.raises(GrowthError, match="max_shard_size must be"):
         grow_checkpoint(source, target, "ffn", 64, max_shard_size="large")
-    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    (source / "config.json").write_text('{"model_type": "bloom"}')
     with pytest.raises(ArchitectureError, match="no axis table"):
         grow_checkpoint(source, target, "ffn", 64)
     assert in_the_open(tmp_path) == ["source"]

@@ -4,15 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
-    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen3Config,
 )
 
 from slop_hf import ModelDims, grow_adamw_state, grow_optimizer_file, grow_optimizer_state_dict
+from slop_hf.architectures import ARCHITECTURES
 from slop_hf.errors import GrowthError
 from slop_hf.growth import (
     GrownStateReader,
@@ -116,7 +115,6 @@ def test_state_of_another_model_is_refused():
 
 # --- the rule for old entries, compared with gradients ---
 
-FAMILIES = {"llama": LlamaConfig, "gemma2": Gemma2Config, "qwen3": Qwen3Config, "gpt_neox": GPTNeoXConfig}
 PLAIN, GROUPED, OWN_HEAD = ModelDims(16, 24, 2, 4), ModelDims(16, 24, 2, 4, 2), ModelDims(16, 24, 2, 4, 2, 6)
 GROWTHS = [
     ("layer", 5, "preserving"),
@@ -137,9 +135,9 @@ def random_model(family, dims, **settings):
     torch.manual_seed(0)
     if family == "llama":
         settings.update(attention_bias=True, mlp_bias=True)
-    config = dims.to_config(FAMILIES[family](vocab_size=50, initializer_range=0.2, **settings))
+    config = dims.to_config(AutoConfig.for_model(family, vocab_size=50, initializer_range=0.2, **settings))
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).double()
+    model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -187,6 +185,32 @@ def test_old_entries_take_the_moments_of_their_new_gradient(family, dims, tied, 
     model = random_model(family, dims, tie_word_embeddings=tied)
     for parameter, actual, expected, scale in compared(model, operator, new, init):
         # The families compute their norms in float32.
+        assert (actual - expected).abs().max() < 2e-5 * scale, parameter.name
+
+
+@pytest.mark.parametrize(
+    ("family", "dims", "operator", "new", "init"),
+    [
+        ("phi3", GROUPED, "mha", 8, "copy"),
+        ("phi3", OWN_HEAD, "head_dim", 12, "preserving"),
+        ("phi3", GROUPED, "ffn", 60, "copy"),
+        ("gpt2", PLAIN, "ffn", 60, "copy"),
+        ("gpt2", PLAIN, "hidden", {"hidden_size": 48, "num_attention_heads": 12}, "copy"),
+        ("olmo2", GROUPED, "mha", 8, "preserving"),
+        ("olmo2", GROUPED, "mha", 8, "copy"),
+        ("olmo2", GROUPED, "hidden", 40, "preserving"),
+        ("gemma3_text", GROUPED, "hidden", 40, "preserving"),
+        ("stablelm", GROUPED, "hidden", {"hidden_size": 48, "num_attention_heads": 12}, "copy"),
+    ],
+)
+def test_moments_of_other_families_are_those_of_their_gradients(family, dims, operator, new, init):
+    """Of parts of fused weights, transposed weights, and heads under a common norm too."""
+    table = ARCHITECTURES[family]
+    settings = {**table.test_settings, "tie_word_embeddings": False, "pad_token_id": None}
+    if operator == "hidden" and table.norm == "layer":
+        new = {"num_key_value_heads": new["num_attention_heads"] * dims.num_key_value_heads // 4, **new}
+    model = random_model(family, dims, **settings)
+    for parameter, actual, expected, scale in compared(model, operator, new, init):
         assert (actual - expected).abs().max() < 2e-5 * scale, parameter.name
 
 

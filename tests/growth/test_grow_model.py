@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, LlamaForCausalLM
 
 from slop_hf import GrowthStage, ModelDims, grow_model
 from slop_hf.errors import ArchitectureError, DimsError, GrowthError
@@ -180,9 +180,9 @@ def test_unknown_init_and_family():
         GrowthError, match=r"unknown init 'zero' for operator 'ffn' \(known: random, preserving, copy, rms_copy\)"
     ):
         grow_model(llama(), "ffn", 100, init="zero")
-    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
-    with pytest.raises(ArchitectureError, match="no axis table for model_type 'gpt2'"):
-        grow_model(gpt2, "layer", 2)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=50))
+    with pytest.raises(ArchitectureError, match="no axis table for model_type 'bloom'"):
+        grow_model(bloom, "layer", 2)
 
 
 def test_a_model_that_its_table_does_not_describe():

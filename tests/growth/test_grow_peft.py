@@ -19,6 +19,7 @@ from transformers import (
 from slop_hf import ModelDims, grow_model
 from slop_hf.errors import GrowthError
 from slop_hf.growth import build_model, extract_base_model, grow_weights, is_peft_model, plan_growth
+from slop_hf.testing import GQA, MHA, MQA, build_tiny_model
 
 peft = pytest.importorskip("peft")
 LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
@@ -117,6 +118,24 @@ def test_logits_stay_in_every_family(family, operator, new, init):
     if (family, operator) in (("qwen3", "head_dim"), ("gpt_neox", "head_dim"), ("gpt_neox", "mha")):
         pytest.skip("this family cannot grow so")
     model = adapted(base_model(family, dims), targets=targets)
+    assert error(logits(grow_model(model, operator, new, init=init)), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "operator", "new", "init"),
+    [
+        ("phi3", ["qkv_proj", "gate_up_proj", "o_proj"], "mha", 8, "preserving"),
+        ("phi3", ["qkv_proj", "gate_up_proj", "o_proj"], "head_dim", 24, "spread"),
+        ("phi3", ["qkv_proj", "gate_up_proj"], "ffn", 80, "copy"),
+        ("gpt2", ["c_attn", "c_proj", "c_fc"], "ffn", 80, "preserving"),
+        ("gpt2", ["c_attn", "c_proj"], "hidden", {"hidden_size": 96, "num_attention_heads": 8}, "copy"),
+        ("olmo2", LINEAR, "mha", 6, "preserving"),
+        ("stablelm", LINEAR, "layer", 3, "preserving"),
+    ],
+)
+def test_adapters_of_fused_and_transposed_weights(family, targets, operator, new, init):
+    dims = MQA if family == "olmo2" else MHA if family == "gpt2" else GQA
+    model = adapted(build_tiny_model(family, dims), targets=targets)
     assert error(logits(grow_model(model, operator, new, init=init)), logits(model)) < 1e-5
 
 

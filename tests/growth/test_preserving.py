@@ -25,11 +25,10 @@ def growths(draw):
     table = ARCHITECTURES[family]
     exact = draw(st.sampled_from([True, True, False]))
     kv = draw(st.integers(1, 3))
-    heads = kv * (draw(st.integers(1, 3)) if table.has_own_head_dim else 1)
-    head_dim = 2 * draw(st.integers(2, 4))
+    heads = kv * (draw(st.integers(1, 3)) if table.has_grouped_heads else 1)
+    unit = 4 if "rope_parameters" in table.test_settings else 2  # half of a head may be rotated, and by pairs
+    head_dim = unit * draw(st.integers(2, 4))
     hidden = heads * (2 * draw(st.integers(1, 4)) if table.has_own_head_dim else head_dim)
-    if not table.has_own_head_dim:
-        kv = heads
     layers, ffn = draw(st.integers(1, 3)), draw(st.integers(1, 24))
     old = ModelDims(hidden, ffn, layers, heads, kv, head_dim)
 
@@ -40,7 +39,9 @@ def growths(draw):
     changes = {}
     if "mha" in wanted:
         more_kv = kv + draw(st.integers(0, 2))
-        group = heads // kv + draw(st.integers(0, 2)) if table.has_own_head_dim else 1
+        group = heads // kv + (draw(st.integers(0, 2)) if table.has_grouped_heads else 0)
+        if table.has_projection_norms and exact:  # new keys would not learn
+            more_kv = kv
         changes.update(num_attention_heads=more_kv * group, num_key_value_heads=more_kv)
     new_heads = changes.get("num_attention_heads", heads)
     if not table.has_own_head_dim:
@@ -65,8 +66,11 @@ def growths(draw):
         choices = [init for init in INITS[name] if is_exact(name, init, old, new) == exact]
         if name == "head_dim" and not multiple and "spread" in choices:
             choices.remove("spread")
-        if name == "head_dim" and table.has_head_norms:
+        if name == "head_dim" and (table.has_head_norms or table.has_projection_norms):
             choices = ["random"]
+        if name == "mha" and table.has_projection_norms and exact:
+            even = new.num_attention_heads % old.num_attention_heads == 0
+            choices = ["preserving", "copy", "rms_copy"] if even else ["preserving"]
         if name == "hidden" and table.norm == "layer" and tied and exact:
             choices = ["copy", "rms_copy"] if new.hidden_size % old.hidden_size == 0 else ["random", "rms_copy"]
         inits[name] = draw(st.sampled_from(choices))

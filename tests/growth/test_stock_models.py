@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from slop_hf import grow_checkpoint, grow_model
@@ -19,8 +20,14 @@ def list_stored_names(directory):
         return set(file.keys())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+#: The families with names of their own; those of the others are Llama's.
+FAMILIES = [(family, tied) for family in ("llama", "gpt_neox", "gpt2", "phi3") for tied in (False, True)]
+OTHERS = [(family, tied) for family in ARCHITECTURES for tied in (False, True) if (family, tied) not in FAMILIES]
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [*FAMILIES, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+)
 def test_files_have_the_names_of_the_source(family, tied, tmp_path):
     """transformers 4 reads `embed_out.weight` and gives a model without it a random head."""
     model = build_tiny_model(family, MHA, tied=tied)
@@ -34,6 +41,20 @@ def test_files_have_the_names_of_the_source(family, tied, tmp_path):
     assert len(names) == 4 and all(stored == names["source"] for stored in names.values())
     assert ("embed_out.weight" in names["grown"]) == (family == "gpt_neox" and not tied)
     assert compute_logit_error(grown, AutoModelForCausalLM.from_pretrained(tmp_path / "grown")) == 0
+
+
+def test_a_checkpoint_without_the_base_models_name_grows(tmp_path):
+    """As GPT-2 was published: no `transformer.` before the names, and masks among the tensors."""
+    model = build_tiny_model("gpt2", MHA, tied=True)
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    save_file(tensors, file, metadata={"format": "pt"})
+    grow_checkpoint(tmp_path / "source", tmp_path / "grown", "layer", 4, init="preserving", progress=False)
+    assert "transformer.h.3.attn.c_attn.weight" in list_stored_names(tmp_path / "grown")
+    grown, info = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and compute_logit_error(model, grown) < 1e-6
 
 
 def test_a_subclass_keeps_its_output_embeddings():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from slop_hf import (
     GrowthReceipt,
@@ -79,7 +79,7 @@ def make(tmp_path_factory):
         config=config,
         bare=LlamaModel(config),
         classifier=LlamaForSequenceClassification(config),
-        gpt2=GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)),
+        bloom=BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=50)),
         on_meta=on_meta,
         changed=changed,
         integers=integers,
@@ -127,7 +127,7 @@ ROWS = {
     "wrapped": (lambda m: grow_model(torch.nn.DataParallel(m.model), "ffn", 60), r"DataParallel; grow model\.module"),
     "meta": (lambda m: grow_model(m.on_meta, "ffn", 60), "on the meta device"),
     "integers": (lambda m: grow_model(m.integers, "ffn", 60), "norm.weight has dtype torch.int8.*quantisation"),
-    "family": (lambda m: grow_model(m.gpt2, "ffn", 60), "no axis table for model_type 'gpt2'"),
+    "family": (lambda m: grow_model(m.bloom, "ffn", 60), "no axis table for model_type 'bloom'"),
     "changed config": (lambda m: grow_model(m.changed, "ffn", 60), r"\[40, 48\], but the model's config makes it"),
     "no adapters": (lambda m: extract_base_model(m.model), "expected a PeftModel, got LlamaForCausalLM"),
     # operators and dims

@@ -318,7 +318,10 @@ def test_exact_growth_keeps_the_held_out_loss_over_a_boundary(tmp_path, init):
         assert set(after.init.values()) <= {"preserving", init}
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt_neox", "gemma2", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "olmo2"))],
+)
 def test_every_familys_stages_load_as_they_were(tmp_path, family):
     """Names on disk, ties, biases and several norms per layer: the loaded model computes the same."""
     config = AutoConfig.for_model(family, vocab_size=40, max_position_embeddings=BLOCK)

@@ -86,7 +86,11 @@ WRONG_VALUES = [
     ("schedule.initial_tokens", "many", "schedule.initial_tokens: "),
     # The model.
     ("model.model_type", "lama", "model.model_type 'lama' cannot be grown; did you mean 'llama'?"),
-    ("model.model_type", "bert", "cannot be grown (known: llama, mistral, qwen2, qwen3, gemma2, gpt_neox)"),
+    (
+        "model.model_type",
+        "bert",
+        "cannot be grown (known: llama, mistral, qwen2, qwen3, gemma2, gpt_neox, gemma3_text, gpt2, ",
+    ),
     ("model.tie_word_embeddings", "maybe", "expected bool, got str (value: 'maybe')"),
     (
         "model.num_hidden_layers",

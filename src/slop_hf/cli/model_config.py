@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..architectures import ARCHITECTURES, read_setting
 from ..cost.flops import DEFAULT_CONFIG
 from ..dims import ModelConfig, ModelDims
 from ..errors import DimsError, PlanError
@@ -42,7 +43,18 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]
         dims = ModelDims.from_config(config)
     except DimsError as caught:
         raise PlanError(f"{option} {path}: {caught}") from None
-    return dims, {name: config[name] for name in _KEPT_BY_GROWTH if name in config}
+    kept = dict.fromkeys((*_KEPT_BY_GROWTH, *_list_family_fields(config)))
+    return dims, {name: config[name] for name in kept if name in config}
+
+
+def _list_family_fields(config: ModelConfig) -> list[str]:
+    """Return the fields of a config, other than the dims, that decide on the parameters of its family."""
+    family = ARCHITECTURES.get(str(read_setting(config, "model_type")))
+    if family is None:
+        return []
+    has_positions = any("position" in row.axes for row in family.parameters)
+    name = "max_position_embeddings"
+    return [*family.flags, *([family.config_fields.get(name, name)] if has_positions else [])]
 
 
 def read_structure(which: str, text: str | None, source: str | None, *options: str) -> ModelDims:

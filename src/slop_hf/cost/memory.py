@@ -73,7 +73,8 @@ def estimate_training_memory(
     token) or of one layer, and with checkpointing one recomputed layer.
 
     The estimate is close for Llama, Mistral and Qwen, an approximation for the other families, and too low without
-    fused attention (transformers computes Gemma 2's soft-capped scores in full). Not counted: fragmentation,
+    fused attention (transformers computes Gemma 2's soft-capped scores in full) and, by up to a factor of two, for
+    GPT-2, whose activation is written out in single operations. Not counted: fragmentation,
     communication buffers, the layer that ZeRO-3 gathers, temporaries of the optimizer step, the model's buffers and
     the CUDA context; leave room for them. Tensor parallelism is not considered. A model with float32 weights under
     bf16 autocast (Trainer's `bf16=True` without DeepSpeed) takes more: see `count_saved_activations`.

@@ -72,7 +72,7 @@ COPIED_FILES = (
 )
 
 #: Buffers that older releases of transformers saved and newer ones compute.
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.(bias|masked_bias))$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attention|attn)\.(bias|masked_bias))$")
 
 _OTHER_FILES_BYTES = 2**16  # config and receipt
 
@@ -328,12 +328,14 @@ def _match_sources(
     family = growth.architecture.model_type
     mismatch = f"unlike the axis table of {family!r}; merge adapters and undo quantisation before growing"
     classes = read_setting(growth.source_config, "architectures") or []
-    if others := [name for name in classes if not str(name).endswith("ForCausalLM")]:
+    if others := [name for name in classes if not str(name).endswith(("ForCausalLM", "LMHeadModel"))]:
         mismatch = (
             f"unlike the axis table of {family!r}; it is a {others[0]}, and only causal language models can grow"
         )
     for source, parameter in parameters.items():
-        name = next((name for name in (parameter.stored_source, source) if name in stored), None)
+        # Early checkpoints of GPT-2 leave out the name of the base model.
+        names = (parameter.stored_source, source, source.partition(".")[2])
+        name = next((name for name in names if name in stored), None)
         if name is None:
             raise GrowthError(f"{directory} has no {parameter.stored_source}, {mismatch}")
         tensor = stored[name]

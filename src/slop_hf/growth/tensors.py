@@ -30,11 +30,6 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
         out: tensor of shape `plan.new_shape`, with the dtype and device of the old one, to write the result into; None
             allocates one.
     """
-    if plan.joined_dimension is not None:
-        grown = allocate_grown(tensor, plan.maps, out)
-        for old, new, part in split_parts(tensor, grown, plan):
-            grow_parameter(old, part, new)
-        return grown
     if plan.zeroed:
         if plan.row.kind == "norm" and plan.takes_nothing:
             return allocate_grown(tensor, plan.maps, out).fill_(-plan.gain_offset)
@@ -43,6 +38,11 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
             zeros = tensor.new_full(plan.old_shape, -plan.gain_offset)
             return assemble(zeros, plan.maps, plan.choose_distribution, lambda segments: 1.0, out=out)
         return allocate_grown(tensor, plan.maps, out).zero_()
+    if plan.joined_dimension is not None:
+        grown = allocate_grown(tensor, plan.maps, out)
+        for old, new, part in split_parts(tensor, grown, plan):
+            grow_parameter(old, part, new)
+        return grown
     # Compute in float32 at least: a half-precision weight is rounded once, when it is stored.
     exact = torch.promote_types(tensor.dtype, torch.float32)
     source = tensor.detach()

@@ -255,7 +255,8 @@ class RunConfig(Record, error=RunError):
                         raise RunError(f"model.{name} is {value}, but {pretrained} has {actual}; leave it out")
             else:
                 base = AutoConfig.for_model(settings.pop("model_type", DEFAULT_FAMILY))
-                _refuse_unknown(settings, [*base.to_dict(), "rope_theta", "attn_implementation"], "model")
+                known = [*base.to_dict(), *base.attribute_map, "rope_theta", "attn_implementation"]
+                _refuse_unknown(settings, known, "model")
                 config = dims.to_config(type(base)(**{"vocab_size": vocab_size, **settings}))
             return _set_attention(config, self.attention)
         except SlopError:
@@ -443,7 +444,10 @@ def find_vocab_size(config: RunConfig) -> int:
 def _read_schedule(config: RunConfig, args: SlopTrainingArguments, *, scratch: bool) -> GrowthSchedule:
     """Return the run's schedule; from scratch, a schedule of the target alone, with the last stage's arguments."""
     schedule = config.read_schedule()
-    for name, size in schedule.initial.as_dict().items():
+    family = ARCHITECTURES.get(str(config.model.get("model_type", DEFAULT_FAMILY)))
+    sizes = schedule.initial.as_dict()
+    own_names = {own: sizes[name] for name, own in family.config_fields.items() if name in sizes} if family else {}
+    for name, size in {**sizes, **own_names}.items():
         if config.model.get(name, size) != size:
             raise RunError(
                 f"model.{name} is {config.model[name]!r}, but the schedule decides on sizes, and begins with {size}; "
