@@ -49,6 +49,12 @@ INITS: dict[str, tuple[str, ...]] = {
 }
 assert INITS.keys() == OPERATORS.keys()
 
+#: The operator of the vocabulary, which is not among the dims: no schedule grows it, only `grow_model`,
+#: `grow_checkpoint` and `slop grow` do.
+VOCABULARY = "vocab"
+#: Inits of its new rows. All keep the logits of the old tokens; the first is the default.
+VOCABULARY_INITS = ("mean", "zeros", "random")
+
 
 def get_operator(name: str) -> Operator:
     """Return the operator with this name; raise a `GrowthError` if it is unknown."""
@@ -86,6 +92,31 @@ def resolve_inits(operators: Sequence[str], init: str | Mapping[str, str] | None
                 f"unknown init {name!r} for operator {operator!r}{describe_alternatives(str(name), INITS[operator])}"
             )
     return {operator: names.get(operator) or INITS[operator][0] for operator in operators}
+
+
+def resolve_vocabulary_init(init: str | Mapping[str, str] | None) -> str:
+    """Return the name of the init of a larger vocabulary's new rows.
+
+    Args:
+        init: name, or mapping from the operator "vocab" to it; None takes the default.
+
+    Raises:
+        GrowthError: if there is no such init, or the mapping names another operator.
+
+    >>> resolve_vocabulary_init(None), resolve_vocabulary_init({"vocab": "zeros"})
+    ('mean', 'zeros')
+    """
+    if isinstance(init, Mapping):
+        if unknown := [name for name in init if name != VOCABULARY]:
+            raise GrowthError(
+                f"init names {unknown[0]!r}, but only the vocabulary grows; grow the dims before or after it"
+            )
+        init = init.get(VOCABULARY)
+    name = VOCABULARY_INITS[0] if init is None else init
+    if name not in VOCABULARY_INITS:
+        alternatives = describe_alternatives(str(name), VOCABULARY_INITS)
+        raise GrowthError(f"unknown init {name!r} for operator {VOCABULARY!r}{alternatives}")
+    return name
 
 
 def find_operators(old: ModelDims, new: ModelDims) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ..errors import GrowthError
 from ..io.files import check_output
 from ..io.serialization import read_json, read_yaml
 from ..io.units import format_duration
-from ..operators import find_operators, grow_dims
+from ..operators import VOCABULARY, find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
 from .options import AsJson, split_list
 from .shared import print_json
@@ -31,6 +31,10 @@ def grow_command(
     num_attention_heads: Annotated[int | None, typer.Option(min=1, help="New number of query heads.")] = None,
     num_key_value_heads: Annotated[int | None, typer.Option(min=1, help="New number of key/value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="New size of a head.")] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="New number of tokens, alone: init mean (default), zeros or random."),
+    ] = None,
     schedule: Annotated[
         Path | None,
         typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages."),
@@ -78,17 +82,25 @@ def grow_command(
     missing = f"{directory} is not a model directory"
     config = read_json(directory / "config.json", if_missing=missing, error=GrowthError)
     old = ModelDims.from_config(config)
-    stages = _read_stages(schedule, config, sizes, init) if schedule else [_build_stage(directory, old, sizes, init)]
     settings: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
     settings |= {} if noise is None else {"noise": noise}
+    growth: tuple[Any, ...]
+    if vocab_size is not None:
+        if sizes or schedule:
+            raise GrowthError("--vocab-size grows the vocabulary alone: give the other sizes in a growth of their own")
+        growth, settings = (VOCABULARY, vocab_size), {**settings, "init": _read_inits(init)}
+    elif schedule:
+        growth = (_read_stages(schedule, config, sizes, init),)
+    else:
+        growth = ([_build_stage(directory, old, sizes, init)],)
     if dry_run:
-        plan = slop_hf.plan_checkpoint_growth(source, output, stages, **settings)
+        plan = slop_hf.plan_checkpoint_growth(source, output, *growth, **settings)
         if as_json:
             print_json(plan.as_dict())
         else:
             print(f"would grow {plan}")
         return
-    receipt = slop_hf.grow_checkpoint(source, output, stages, threads=threads, verify=verify, **settings)
+    receipt = slop_hf.grow_checkpoint(source, output, *growth, threads=threads, verify=verify, **settings)
     if as_json:
         print(receipt.to_json(), end="")
         return

@@ -166,6 +166,7 @@ class CheckpointPlan:
             "to": str(self.new),
             "inits": self.inits,
             "stages": [{"to": str(growth.new), "inits": dict(growth.inits)} for growth in self.growths],
+            **({"vocab_size": size} if (size := self.growths[-1].vocab_size) else {}),
             "preserves": self.preserves,
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
@@ -179,7 +180,8 @@ class CheckpointPlan:
         lines = [f"{self.source} {self.old} to {self.target} {self.new}"]
         for number, growth in enumerate(self.growths, start=1):
             inits = ", ".join(f"{operator} by {init}" for operator, init in growth.inits.items())
-            lines.append(f"  growth {number}: {inits} -> {growth.new}" + ("" if growth.preserves else "  (not exact)"))
+            new = str(growth.new) if growth.vocab_size is None else f"{growth.vocab_size:,} tokens"
+            lines.append(f"  growth {number}: {inits} -> {new}" + ("" if growth.preserves else "  (not exact)"))
         for shard in self.shards:
             lines.append(f"  {shard.file}: {len(shard.tensors)} tensors, {format_bytes(shard.nbytes)}")
         if self.copied_files:

@@ -91,8 +91,26 @@ def rms_copy(operator: str, row: Parameter, role: Role, initializer_range: float
     return preserving(operator, row, role, initializer_range)
 
 
+def zeros(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
+    """Begin new tokens with zeros: their logits are 0, and their embeddings add nothing to the residual stream."""
+    return ZERO
+
+
+def mean(operator: str, row: Parameter, role: Role, initializer_range: float) -> InitDistribution:
+    """Begin new tokens with the mean of the old rows (`tensors.grow_parameter` computes it).
+
+    The logit of a new token is then the mean of the old logits, and its probability at most the average of the old
+    ones, by Jensen's inequality: new tokens take little from them.
+
+    Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models" (2021).
+    """
+    return ZERO
+
+
 WIDTH_INITS: dict[str, WidthInit] = {
     "random": random,
+    "mean": mean,
+    "zeros": zeros,
     "preserving": preserving,
     # `copy` has new slots only if hidden is not a whole number of tiles; `spread` only puts them elsewhere.
     "copy": preserving,

@@ -24,7 +24,7 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.numbers import is_finite_number, is_whole_number
 from ..io.serialization import Json
-from ..operators import find_operators, get_operator, grow_dims
+from ..operators import VOCABULARY, find_operators, get_operator, grow_dims, resolve_vocabulary_init
 from ..schedule import GrowthStage
 from .axes import AxisMap, build_axis_maps
 from .inits import EXACT, LAYER_INITS, WIDTH_INITS, InitDistribution, resolve_inits
@@ -173,6 +173,7 @@ class GrowthPlan:
         old, new: structures before and after growth.
         inits: init of each operator that grows.
         noise: standard deviation of the noise on copies, as a fraction of `initializer_range`.
+        vocab_size: number of tokens after growth; None if it stays.
 
     Raises:
         GrowthError: for an unknown init, or a seed or noise that is not a number of its kind.
@@ -185,9 +186,13 @@ class GrowthPlan:
     inits: Mapping[str, str]
     seed: int
     noise: float = DEFAULT_NOISE
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        inits = resolve_inits(tuple(dict.fromkeys((*self.inits, *find_operators(self.old, self.new)))), self.inits)
+        if self.vocab_size is not None:
+            inits = {VOCABULARY: resolve_vocabulary_init(self.inits)}
+        else:
+            inits = resolve_inits(tuple(dict.fromkeys((*self.inits, *find_operators(self.old, self.new)))), self.inits)
         if not is_whole_number(self.seed):
             raise GrowthError(f"seed must be a whole number, got {self.seed!r}")
         if not is_finite_number(self.noise, least=0) or self.noise > LARGEST_NOISE:
@@ -200,7 +205,12 @@ class GrowthPlan:
 
     @property
     def preserves(self) -> bool:
-        """Whether the grown model computes the same function as the old one, up to rounding."""
+        """Whether the grown model computes the same function as the old one, up to rounding.
+
+        A larger vocabulary leaves the logits of the old tokens as they are, whatever its init.
+        """
+        if self.vocab_size is not None:
+            return True
         return all(
             init in EXACT or (init == "rms_copy" and self._copies_evenly(name)) for name, init in self.inits.items()
         )
@@ -219,7 +229,8 @@ class GrowthPlan:
     @cached_property
     def axes(self) -> dict[Axis, AxisMap]:
         config, axes = self.source_config, build_axis_maps(self.old, self.new, self.inits)
-        axes["vocab"] = AxisMap.identity(read_setting(config, "vocab_size"))
+        old_tokens = read_setting(config, "vocab_size")
+        axes["vocab"] = AxisMap.append(old_tokens, self.vocab_size or old_tokens, VOCABULARY)
         if any("position" in row.axes for row in self.architecture.parameters):
             axes["position"] = AxisMap.identity(self.architecture.read(config, "max_position_embeddings"))
         return axes
@@ -283,6 +294,8 @@ class GrowthPlan:
         """Return the config fields, other than the dims, that the growth changes."""
         changes: dict[str, Json] = {}
         config, architecture = self.source_config, self.architecture
+        if self.vocab_size is not None:
+            changes["vocab_size"] = self.vocab_size
         if self.residual_share != 1.0:
             # RMSNorm divides by sqrt(ms + eps). Here ms' = share * ms: with eps' = share * eps the quotient changes by
             # 1 / sqrt(share), which the gains make up for (`_compute_scale`).
@@ -440,6 +453,12 @@ def plan_growth(
         raise GrowthError(f"expected the config of a transformers model, or its dict, got {type(config).__name__}")
     architecture = get_architecture(config)
     old = ModelDims.from_config(config)
+    if operator == VOCABULARY:
+        inits = {VOCABULARY: resolve_vocabulary_init(init)}
+        tokens = _read_vocabulary(config, new_dims)
+        plan = GrowthPlan(architecture, config, old, old, inits, seed, noise, tokens)
+        _check_family(plan)
+        return plan
     if isinstance(operator, GrowthStage):
         if new_dims is not None or init is not None:
             raise GrowthError("a stage brings its own dims and init; leave out new_dims and init")
@@ -462,6 +481,21 @@ def plan_growth(
         )
     _ = plan.axes, plan.layers  # raises if no valid axis map exists
     return plan
+
+
+def _read_vocabulary(config: ModelConfig, size: object) -> int:
+    """Return the number of tokens that a vocabulary is to grow to; refuse any that is not larger."""
+    old = read_setting(config, "vocab_size")
+    if isinstance(size, Mapping) and list(size) == ["vocab_size"]:
+        size = size["vocab_size"]
+    if not is_whole_number(size):
+        raise GrowthError(f"new_dims must be the new vocab_size, a whole number, got {size!r}")
+    new = int(cast(int, size))
+    if new <= old:
+        raise GrowthError(f"vocab_size is {old}, and growth can only enlarge it, got {new}; ask for more tokens")
+    if new > MOST_SLOTS:
+        raise GrowthError(f"vocab_size would be {new:,}, but growth takes at most {MOST_SLOTS:,}; ask for less")
+    return new
 
 
 def require_plan(plan: object) -> None:

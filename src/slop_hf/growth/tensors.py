@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 
+from ..operators import VOCABULARY
 from .axes import AxisMap, Segment
 from .inits import InitDistribution
 from .plan import ParameterPlan
@@ -58,6 +59,11 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
         return scale if read_dimension is None else scale / segments[read_dimension].copies
 
     grown = assemble(source, plan.maps, plan.choose_distribution, compute_factor, numbers, out)
+    if plan.inits.get(VOCABULARY) == "mean" and VOCABULARY in plan.row.axes:
+        tokens = plan.row.axes.index(VOCABULARY)
+        first, count = plan.maps[tokens].old_size, len(plan.maps[tokens].new_slots)
+        mean = source.mean(dim=tokens, keepdim=True, dtype=torch.float64)  # which does not depend on threads
+        grown.narrow(tokens, first, count).copy_(mean)
     if plan.noise and read_dimension is not None:
         add_zero_sum_noise(grown.movedim(read_dimension, -1), plan.maps[read_dimension], plan.noise, numbers)
         # Rows that must write zeros would write the rounding error of the noise's sum, which later layers magnify.

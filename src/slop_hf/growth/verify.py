@@ -57,11 +57,12 @@ def probe_growth(
         tokens = torch.randint(vocab, (PROBE_SHAPE[0], length), generator=generator)
     _check_tokens(tokens, read_setting(source.config, "vocab_size"))
     tokens = tokens.to(source.device)
-    before, loss_before = _forward(source, tokens)
+    vocab = read_setting(source.config, "vocab_size")
+    before, loss_before = _forward(source, tokens, vocab)
     # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
     other = torch.float64 if source.dtype == torch.float32 else torch.float32
-    reference, _ = _forward(copy.deepcopy(source).to(other), tokens)
-    after, loss_after = _forward(grown, tokens.to(grown.device))
+    reference, _ = _forward(copy.deepcopy(source).to(other), tokens, vocab)
+    after, loss_after = _forward(grown, tokens.to(grown.device), vocab)
     size = before.abs().max()
     if not torch.isfinite(size) or not torch.isfinite(after).all():
         raise GrowthError("the probe's logits are not finite; the source or the growth is broken")
@@ -86,7 +87,7 @@ def _check_models(source: PreTrainedModel, grown: PreTrainedModel, plan: GrowthP
         if any(parameter.is_meta for parameter in model.parameters()):
             raise GrowthError(f"{name} is on the meta device, which holds no values; load its weights first")
     sizes = [read_setting(model.config, "vocab_size") for model in (source, grown)]
-    if sizes[0] != sizes[1]:
+    if sizes[1] != ((plan.vocab_size if plan else None) or sizes[0]):
         raise GrowthError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens: these models are no growth's")
     if plan is not None:
         require_plan(plan)
@@ -138,13 +139,13 @@ def combine_hashes(named: Iterable[tuple[str, str]]) -> str:
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
-def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return the logits in float64 and the next-token loss, both in evaluation mode."""
+def _forward(model: PreTrainedModel, tokens: torch.Tensor, vocab: int) -> tuple[torch.Tensor, float]:
+    """Return the logits of the first `vocab` tokens in float64 and the next-token loss, in evaluation mode."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=tokens, use_cache=False).logits.double().cpu()
+            logits = model(input_ids=tokens, use_cache=False).logits[..., :vocab].double().cpu()
     finally:
         model.train(training)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().cpu())
