@@ -37,6 +37,8 @@ GROW = "grow model -o grown --num-hidden-layers 4"
 TRAIN = "train run.yaml -o out"
 COMPARE = "compare experiment.yaml -o out"
 PROBE = "probe run.yaml -o out"
+ADVISE = "advise --flops 1e18"
+MODEL_ADVISE = f"advise --initial {SMALL} --already-seen 1e9"
 CALIBRATE = "calibrate --structures '16,32,1,2; 128,512,4,4'"
 LOSSES = "calibrate --loss run.yaml --share 0.5"
 TOKENIZER = "data train-tokenizer run.yaml -o out"
@@ -60,6 +62,8 @@ WRONG_FILES = {
 #: Options and arguments that take a YAML file.
 YAML_INPUTS = (
     f"{PLAN} --cost-model",
+    f"{ADVISE} --cost-model",
+    f"{ADVISE} --law",
     "grow model -o grown --schedule",
     "data inspect",
     "data tokenize",
@@ -89,6 +93,7 @@ WRONG_MODELS = {
 }
 MODEL_INPUTS = (
     "plan --target 128,256,4,8 --from",
+    f"{ADVISE} --already-seen 0 --from",
     f"plan --initial {SMALL} --to",
     "calibrate --target 128,256,4,8 --dry-run --from",
     f"calibrate --initial {SMALL} --dry-run --to",
@@ -112,7 +117,7 @@ RUN_INPUTS = (
     "probe run.yaml -o out --dry-run --from",
 )
 #: Options that take a file to write, and those that take a directory.
-FILE_OUTPUTS = (f"{PLAN} -o", "reproduce -o", f"{CALIBRATE} --cpu -o")
+FILE_OUTPUTS = (f"{PLAN} -o", f"{ADVISE} --data notes.txt -o", "reproduce -o", f"{CALIBRATE} --cpu -o")
 DIRECTORY_OUTPUTS = ("report run -o", f"{TOKENIZER[:-2]}", "train run.yaml -o", "grow model --num-hidden-layers 4 -o")
 
 #: Command lines by what they begin with: how they go on, and a pattern of the message.
@@ -217,6 +222,17 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--objective delta_parms": "'delta_parms'.*'delta_params'",
         "--objective ''": "objective",
         "--objective flops": "--tokens",
+        "--objective final_loss": "give --flops",
+        "--objective final_loss --flops 0": "give --flops",
+        "--objective final_loss --flops nan": "give --flops",
+        "--objective final_loss --flops lots": "--flops",
+        "--objective final_loss --flops 1e13 --tokens 1e9": "give --flops",
+        "--objective final_loss --flops 1e13 --pretrained": "--already-seen",
+        "--objective final_loss --flops 1e13 --explain": "no value per stage",
+        "--objective final_loss --flops 1": "give more",
+        "--flops 1e13": "give --tokens",
+        "--objective final_loss --flops 1e13 --law missing.yaml": "missing.yaml",
+        "--objective final_loss --flops 1e13 --law unknown.yaml": "unknown key 'nonsense'",
         "--objective hours": "--tokens",
         "--mode twice": "--mode.*'once'",
         "--mode onec": "'onec'.*did you mean 'once'",
@@ -273,6 +289,55 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--through 32,128,2,2": "shrink|pass through",
         "--through 64,128,3,4": "--through",
         "--cost-model papers": "papers",
+    },
+    "advise": {
+        "": "exactly one of --flops, --tokens and --hours",
+        "--flops 1e18 --tokens 1e9": "exactly one",
+        "--flops lots": "--flops",
+        "--tokens 1e9": "--target",
+        "--hours 10": "--cost-model",
+        "--hours=-1 --device H100": "--hours",
+        "--hours 10 --device H1000": "H1000.*slop calibrate",
+        "--hours 10 --device H100 --mfu 40": "--mfu",
+        "--hours 10 --device H100 --mfu nan": "--mfu",
+        "--hours 10 --device H100 --cost-model paper": "either --cost-model or --device",
+    },
+    ADVISE: {
+        "--flops 0": "--flops",
+        "--flops nan": "--flops",
+        "--flops=-1": "--flops",
+        "--flops 1e3": "no model|give more",
+        "--already-seen 1e9": "--initial",
+        f"--initial {SMALL}": "--already-seen is missing",
+        "--from model": "--already-seen is missing",
+        f"--from model --initial {SMALL}": "either --from or --initial",
+        "--initial 64,128,2 --already-seen 0": "--initial.*hidden,ffn,layers,heads",
+        "--target 64,128,2": "--target.*hidden,ffn,layers,heads",
+        "--vocab-size 0": "--vocab-size",
+        "--sequence-length 0": "--sequence-length",
+        "--device-memory 0": "--device-memory",
+        "--device-memory 1000": "--device-memory",
+        "--devices 0": "--devices",
+        "--zero 7": "--zero",
+        "--micro-batch-size 0": "--micro-batch-size",
+        "--precision int8": "--precision.*'bf16'",
+        "--law unknown.yaml": "unknown key 'nonsense'",
+        "--cost-model papers": "papers",
+        "--row 0 --data notes.txt -o run.yaml": "--row",
+        "--row 99": "--row must be from 1 to",
+        "--plot plan.bmp": "plan.bmp",
+        "--plot folder": "folder",
+        "-o out.yaml": "--data",
+        "--nonsense 1": "--nonsense",
+    },
+    MODEL_ADVISE: {
+        "--flops 1e18 --already-seen=-1": "--already-seen",
+        "--flops 1e18 --already-seen nan": "--already-seen",
+        "--flops 1e18 --already-seen 1e30": "--already-seen",
+        f"--flops 1e18 --target {SMALL}": "--target is the model itself",
+        "--flops 1e18 --target 32,64,2,2": "shrink",
+        "--tokens 1e30": "--tokens",
+        "--flops 1e18 --device-memory 1000": "does not fit",
     },
     "grow model -o grown": {
         "": "--num-hidden-layers",

@@ -75,6 +75,7 @@ OPTIONS = {
     "hours": ["--objective", "hours", "--sharing", "utility"],
     "loss per hour": ["--objective", "loss_per_hour"],
     "repeated": ["--mode", "repeated", "--stages", "4"],
+    "final loss": ["--mode", "joint", "--max-stages", "2", "--objective", "final_loss", "--flops", "1e9"],
     "joint": ["--mode", "joint", "--stages", "2", "--objective", "loss_per_hour"],
     "free": ["--mode", "repeated", "--objective", "hours", "--stage-price", "1e-12", "--max-stages", "5"],
     "limits": ["--max-factor", "3", "--tensor-parallel", "2", "--through", "16,64,4,2"],
@@ -86,11 +87,14 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_train_accepts_every_schedule(options, tmp_path, config, output_of):
-    common = ["plan", "--initial", "16,32,2,2", "--tokens", "4e3", "--hidden-multiple", "8", "--ffn-multiple", "16"]
+    has_stage_terms = "--flops" not in options
+    common = ["plan", "--initial", "16,32,2,2", "--hidden-multiple", "8", "--ffn-multiple", "16"]
+    common += ["--tokens", "4e3", "--explain"] if has_stage_terms else []
     target = [] if "--target" in options else ["--target", "32,64,4,4"]
     path = tmp_path / "plan.yaml"
-    answer = json.loads(output_of(*common, *target, *options, "-o", path, "--explain", "--json"))
-    assert answer["schedules"] and answer["choices"]
+    answer = json.loads(output_of(*common, *target, *options, "-o", path, "--json"))
+    assert answer["schedules"] and bool(answer["choices"]) == has_stage_terms
+    assert ("search" in answer) != has_stage_terms
     assert {arm["name"] for arm in answer["arms"]} >= {
         "plan",
         "from_scratch",
@@ -125,9 +129,11 @@ def test_no_verdict_on_tokens_that_teach_nothing(output_of):
     assert "No verdict on growth" in text and "ln(vocabulary) = 10.37" in text and "1258" not in text
     answer = json.loads(output_of(*tiny, "--json"))
     assert answer["favours_growth"] is None and not any("loss" in arm for arm in answer["arms"])
-    small = output_of("plan", "--initial", "64,128,2,4", "--target", "128,256,4,8", "--tokens", "1e9")
-    assert "It is a guess: the law was fitted to models of 44M to 16B parameters" in " ".join(small.split())
-    assert "a guess" not in output_of(*PAPER, "--tokens", "65e9")
+    small = " ".join(
+        output_of("plan", "--initial", "64,128,2,4", "--target", "128,256,4,8", "--tokens", "1e9").split()
+    )
+    assert "utside what this law was fitted to (" in small and "parameters, fitted to 44M to 16B" in small
+    assert "utside what" not in output_of(*PAPER, "--tokens", "65e9")
 
 
 def test_remarks_on_plans_that_could_mislead(output_of):
@@ -196,12 +202,38 @@ def test_a_slow_search_says_so_once(monkeypatch, slop):
     assert code == 0 and err.count("still searching") == 1
 
 
-def test_plan_says_what_is_better_than_growth(output_of):
-    text = output_of(*PAPER, "--tokens", "65e9")
-    assert "favours no growth: from scratch reaches a loss of" in text
-    assert "favours growth" in output_of(*PAPER, "--tokens", "3e9")
-    assert "unknown" in output_of(*PAPER, "--tokens", "65e9", "--pretrained")
+def test_plan_compares_growth_with_the_best_way_not_to_grow(output_of):
+    """With 65B tokens from scratch is as good; without growing at all, the initial model falls far behind."""
+    text = " ".join(output_of(*PAPER, "--tokens", "65e9").split())
+    assert "Too close to call: this schedule is predicted to end" in text and "“from scratch, this target”" in text
+    answer = json.loads(output_of(*PAPER, "--tokens", "65e9", "--json"))
+    options = {option["kind"]: option for option in answer["advice"]["options"]}
+    assert set(options) == {"growth", "unchanged", "scratch_target", "scratch_best"}
+    assert options["growth"]["schedule"]["stages"] == answer["schedules"][0]["stages"]
+    assert options["unchanged"]["loss"] > options["scratch_target"]["loss"] + 0.1
+    assert all(option["flops"] == pytest.approx(options["growth"]["flops"], rel=1e-6) for option in options.values())
+    assert answer["favours_growth"] is None and answer["advice"]["verdict"]["kind"] == "too_close"
+    unknown = output_of(*PAPER, "--tokens", "65e9", "--pretrained")
+    assert "unknown" in unknown and "--already-seen" in unknown
+    assert "advice" not in json.loads(output_of(*PAPER, "--tokens", "65e9", "--pretrained", "--json"))
     assert "from scratch" not in output_of(*PAPER, "--tokens", "65e9", "--no-arms")
+
+
+def test_a_plan_for_a_finished_model_is_compared_with_training_it_on(output_of):
+    few = [*START, "--target", "1280,3584,40,10", "--pretrained", "--already-seen", "1e12", "--tokens", "1e9"]
+    answer = json.loads(output_of(*few, "--json"))
+    first, second, *_ = answer["advice"]["options"]
+    assert (first["kind"], second["kind"]) == ("unchanged", "growth") and second["difference"] > 0.05
+    assert "nats above “go on without growing”" in " ".join(output_of(*few).split())
+
+
+def test_plan_by_the_final_loss_says_how_it_was_found(output_of):
+    command = [*START, "--target", TARGETS[0], "--objective", "final_loss", "--flops", "1e20", "--no-arms"]
+    text = " ".join(output_of(*command).split())
+    search = json.loads(output_of(*command, "--json"))["search"]
+    assert "final loss" in text and f"Exact: the best of all {search['compared']:,} runs" in text
+    span = {"run": "one learning-rate schedule over the run", "stage": "a learning-rate schedule per stage"}
+    assert f"Schedule 1 has {span[search['runs'][0]['span']]}" in text
 
 
 def test_plan_explains(output_of):

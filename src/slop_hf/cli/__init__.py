@@ -15,6 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import SlopError
+from .advise import advise_command
 from .calibrate import calibrate_command
 from .compare import compare_command
 from .data import data_app
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("advise", cls=Command)(advise_command)
 app.command("plan", cls=Command)(plan_command)
 app.command("probe", cls=Command)(probe_command)
 app.command("grow", cls=Command)(grow_command)

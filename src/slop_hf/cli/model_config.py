@@ -1,4 +1,4 @@
-"""Structures and model configs from command-line options, read without transformers."""
+"""Structures, model configs and growth laws from command-line options, read without transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ..architectures import ARCHITECTURES, read_setting
 from ..cost.flops import DEFAULT_CONFIG
+from ..cost.growth_law import GrowthLaw
+from ..cost.law_transfer import load_default_law
 from ..dims import ModelConfig, ModelDims
 from ..errors import DimsError, PlanError
 from ..io.hub_address import Address
@@ -86,6 +88,20 @@ def parse_structure(text: str, option: str) -> ModelDims:
         return ModelDims.parse(text)
     except DimsError as caught:
         raise PlanError(f"{option} {text}: {caught}") from None
+
+
+def read_law(path: str | None) -> GrowthLaw:
+    """Read the growth law of `--law`; None is the one that comes along.
+
+    Raises:
+        PlanError: if the file holds no law.
+    """
+    if path is None:
+        return load_default_law()
+    law = GrowthLaw.from_yaml(path)
+    if law == GrowthLaw():
+        raise PlanError(f"--law {path}: empty, it holds no constants; give a file that `slop calibrate --loss` wrote")
+    return law
 
 
 def build_config(source: str | None, vocab_size: int | None, *, tied: bool) -> ModelConfig:

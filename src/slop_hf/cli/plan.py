@@ -11,24 +11,25 @@ from typing import Annotated
 from rich.console import Console
 
 from ..architectures import read_setting
-from ..baselines import Arm, compare_at_equal_flops, is_growth_favoured
+from ..baselines import Arm, compare_at_equal_flops
 from ..baselines.comparison import compute_chance_loss
 from ..cost.flops import count_parameters
 from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
-from ..cost.scaling_law import FITTED_PARAMS
 from ..dims import ModelConfig, ModelDims
 from ..errors import PlanError
 from ..io.files import check_output
 from ..io.units import format_count, format_significant
 from ..operators import OPERATORS
 from ..paper import tables as paper
+from ..planning.advice import Advice, Question, judge_schedule
 from ..planning.explain import Choice, explain
-from ..planning.objectives import OBJECTIVES, Objective
+from ..planning.final_loss import LossSettings, SearchOutcome
+from ..planning.objectives import FINAL_LOSS, OBJECTIVE_NAMES, OBJECTIVES, Objective, get_title
 from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
-from .model_config import build_config, read_config, read_structure
+from .model_config import build_config, read_config, read_law, read_structure
 from .options import AsJson, make_option, split_list
 from .shared import print_if_slow, print_json, print_table
 
@@ -95,7 +96,7 @@ def plan_command(
         str, make_option(_SEARCH, help=f"Dimensions with stages of their own, from {', '.join(OPERATORS)}.")
     ] = "layer,ffn,hidden",
     objective: Annotated[
-        str, make_option(_SEARCH, help=f"Objective to rank schedules by: {', '.join(OBJECTIVES)}.")
+        str, make_option(_SEARCH, help=f"Objective to rank schedules by: {', '.join(OBJECTIVE_NAMES)}.")
     ] = "delta_params",
     mode: Annotated[
         str,
@@ -112,6 +113,13 @@ def plan_command(
     top_k: Annotated[int, make_option(_SEARCH, "--top-k", "-k", help="Number of schedules.")] = 5,
     tokens: Annotated[
         str | None, make_option(_TOKENS, help="Tokens of the run, e.g. 65e9, or of each stage: 25e9,10e9,10e9,10e9.")
+    ] = None,
+    flops: Annotated[
+        float | None, make_option(_TOKENS, help="Training FLOPs of the run, e.g. 1e20, for --objective final_loss.")
+    ] = None,
+    law: Annotated[
+        str | None,
+        make_option(_TOKENS, help="Growth law for --objective final_loss: a file. Default: the one that comes along."),
     ] = None,
     sharing: Annotated[
         str, make_option(_TOKENS, help="'paper': 2.5 : 1 : 1 : …; 'utility': equal marginal utility at each growth.")
@@ -211,6 +219,7 @@ def plan_command(
         tensor_parallel=tensor_parallel,
         memory=None if device_memory is None else memory,
     )
+    loss_law = read_law(law)
     planner = SlopPlanner(
         start,
         space,
@@ -223,14 +232,18 @@ def plan_command(
         stage_price=stage_price,
         max_factor=max_factor,
         through=[ModelDims.parse(text) for text in through or ()],
+        loss=LossSettings(loss_law),
     )
+    outcomes = list[SearchOutcome]()
     with print_if_slow(_SLOW):
         schedules = planner.plan(
             top_k,
             tokens=_read_tokens(tokens),
+            flops=flops,
             initial_share=0.0 if pretrained else PAPER_INITIAL_SHARE,
             already_seen=already_seen,
             sharing=sharing,  # type: ignore[arg-type]
+            observe=outcomes.append,
         )
     config = space.config
     # Only what the user said: another vocabulary than the default one is no mistake.
@@ -238,11 +251,24 @@ def plan_command(
     planned_for = {name: read_setting(config, name) for name in is_given if is_given[name] or source is not None}
     schedules = [replace(schedule, **planned_for) for schedule in schedules]
     best = schedules[0]
-    arms, choices = list[Arm](), list[Choice]()
-    if with_arms and tokens is not None:
+    arms, choices, advice = list[Arm](), list[Choice](), None
+    if with_arms and any(best.tokens):
         arms = compare_at_equal_flops(
             best, config, sequence_length, planner.cost_model, planner.law, already_seen=already_seen
         )
+        if best.initial_tokens or already_seen:
+            spent = best.flops(config, sequence_length)
+            question = Question(
+                spent,
+                start=best.initial,
+                already_seen=already_seen,
+                target=best.target,
+                config=config,
+                sequence_length=sequence_length,
+                cost_model=planner.cost_model,
+                law=loss_law,
+            )
+            advice = judge_schedule(question, best)
     if with_choices:
         with print_if_slow(_SLOW):
             choices = explain(planner, best, already_seen)
@@ -252,22 +278,28 @@ def plan_command(
         others = [(arm.name, arm.schedule) for arm in arms[1:]]
         draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot)
     if as_json:
-        favours_growth = is_growth_favoured(arms) if arms else None
+        favours_growth = None if advice is None else _read_verdict(advice, config)
         results = {"schedules": schedules, "arms": arms, "favours_growth": favours_growth, "choices": choices}
-        print_json({"objective": objective, **results})
+        results |= {} if advice is None else {"advice": advice}
+        searches = [{"search": outcome} for outcome in outcomes]
+        print_json({"objective": objective, **results, **(searches[0] if searches else {})})
         return
     console = Console()
     _show_schedules(schedules, config, objective, wide=wide)
     steps = zip(best.structures, map(_format_tokens, best.tokens), strict=True)
     path = "1: " + " → ".join(f"{dims} {count}".strip() for dims, count in steps)
     console.print(path if len(path) <= console.width else path.replace(" → ", "\n   → "), highlight=False)
+    for outcome in outcomes:
+        spans = {"run": "one learning-rate schedule over the run", "stage": "a learning-rate schedule per stage"}
+        console.print(f"{outcome.describe()} Schedule 1 has {spans[outcome.runs[0].span]}.", highlight=False)
     for remark in _list_remarks(best, objective, sharing):
         console.print(remark, highlight=False)
     if choices:
         _show_choices(choices, OBJECTIVES[objective])
     if arms:
         _show_arms(arms)
-        console.print(_judge_growth(arms, config), highlight=False)
+        for line in _describe_verdict(advice, config):
+            console.print(line, highlight=False)
     if output is not None:
         print(f"schedule 1 written to {output}")
     if plot is not None:
@@ -302,7 +334,7 @@ def _show_schedules(schedules: Sequence[GrowthSchedule], config: ModelConfig, ob
     caption = f"target: (hidden, ffn, layers, heads); ranked by {objective}, best first"
     print_table(
         f"Growth from {initial}, {format_count(count_parameters(initial, config))} parameters",
-        (">", "order", "target", ">params", *(f">{OBJECTIVES[name].title}" for name in shown)),
+        (">", "order", "target", ">params", *(f">{get_title(name)}" for name in shown)),
         [
             (
                 str(rank),
@@ -319,6 +351,8 @@ def _show_schedules(schedules: Sequence[GrowthSchedule], config: ModelConfig, ob
 
 
 def _format_score(objective: str, value: float) -> str:
+    if objective == FINAL_LOSS:
+        return f"{value:.4f}"
     return _format_hours(value) if objective == "hours" else f"{value:.3g}"
 
 
@@ -381,29 +415,34 @@ def _show_arms(arms: Sequence[Arm]) -> None:
     )
 
 
-def _judge_growth(arms: Sequence[Arm], config: ModelConfig) -> str:
-    """Return a sentence that says whether the prediction favours growth at all."""
-    losses, is_favoured = {arm.name: arm.loss for arm in arms}, is_growth_favoured(arms)
-    plan, scratch = losses["plan"], losses["from_scratch"]
-    target = count_parameters(arms[0].schedule.target, config)
-    if scratch is None or (plan is None and arms[0].schedule.initial_tokens):
-        return (
-            f"No verdict on growth: for so few tokens the scaling law predicts a loss above ln(vocabulary) = "
+def _is_below_chance(advice: Advice, config: ModelConfig) -> bool:
+    """Whether the law predicts less than the loss of guessing, for the schedule and for a way not to grow."""
+    losses = [min(o.loss for o in advice.options if (o.kind == "growth") == is_grown) for is_grown in (True, False)]
+    return max(losses) < compute_chance_loss(config)
+
+
+def _read_verdict(advice: Advice, config: ModelConfig) -> bool | None:
+    """Return whether the verdict is to grow; None if it is neither that nor the contrary."""
+    return {"grow": True, "do_not_grow": False}.get(advice.verdict.kind) if _is_below_chance(advice, config) else None
+
+
+def _describe_verdict(advice: Advice | None, config: ModelConfig) -> list[str]:
+    """Return sentences that say whether growth pays at all."""
+    if advice is None:
+        return ["Whether growth pays is unknown: give the initial model's training tokens with --already-seen."]
+    if not _is_below_chance(advice, config):
+        return [
+            f"No verdict on growth: for so few tokens the law predicts a loss above ln(vocabulary) = "
             f"{compute_chance_loss(config):.2f}, which is that of guessing."
-        )
-    if plan is None:
-        return "Whether growth pays is unknown: give the initial model's training tokens with --already-seen."
-    verdict = (
-        f"The prediction favours growth: loss {plan:.4f}, from scratch {scratch:.4f} at the same FLOPs."
-        if is_favoured
-        else f"The prediction favours no growth: from scratch reaches a loss of {scratch:.4f} with the same FLOPs, "
-        f"this schedule {plan:.4f}."
-    )
-    low, high = FITTED_PARAMS
-    if not low <= target <= high:
-        sizes = f"{format_count(low)} to {format_count(high)} parameters, the target has {format_count(target)}"
-        verdict += f" It is a guess: the law was fitted to models of {sizes}."
-    return verdict
+        ]
+    names = {"growth": "this schedule", "scratch_target": "from scratch, the same target"}
+    rows = [f"{names.get(o.kind, o.label)} {o.loss:.3f}" for o in advice.options]
+    share = advice.options[0].error
+    return [
+        f"Losses by a growth law, at the same FLOPs: {'; '.join(rows)} (± {share:.2f}, mostly shared).",
+        advice.verdict.sentence,
+        "`slop advise` looks for better ways.",
+    ]
 
 
 def _format_tokens(count: float) -> str:

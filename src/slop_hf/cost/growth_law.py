@@ -157,6 +157,9 @@ class GrowthLaw(Record, error=PlanError):
         own_deviation: part of the deviation that runs of one experiment do not share, in nats: it decides between
             them; None for all of it.
         has_relative_rates: whether rates are shares of the peak that is usual for the compute of a run.
+        most_kept: largest share of a model's progress that growth keeps; None for no limit.
+        catch_up: tokens over which a grown model gains what it keeps beyond the small model's loss, as a share of the
+            small model's progress; 0 if it has it at once.
 
     >>> from slop_hf.cost.staged_run import TrainedStage
     >>> law = GrowthLaw()
@@ -175,6 +178,8 @@ class GrowthLaw(Record, error=PlanError):
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
     own_deviation: float | None = None
     has_relative_rates: bool = False
+    most_kept: float | None = None
+    catch_up: float = 0.0
 
     def __post_init__(self) -> None:
         if not all(map(is_positive_number, self.references)):
@@ -183,6 +188,10 @@ class GrowthLaw(Record, error=PlanError):
             raise PlanError(f"deviation of a growth law must be 0 or more, got {self.deviation!r}")
         if self.own_deviation is not None and not is_finite_number(self.own_deviation, least=0):
             raise PlanError(f"own_deviation of a growth law must be 0 or more, got {self.own_deviation!r}")
+        if not is_finite_number(self.catch_up, least=0):
+            raise PlanError(f"catch_up of a growth law must be 0 or more, got {self.catch_up!r}")
+        if self.most_kept is not None and not is_positive_number(self.most_kept):
+            raise PlanError(f"most_kept of a growth law must be a positive number, got {self.most_kept!r}")
         for name, scale in self.scales.items():
             if name not in SCALES:
                 raise PlanError(f"unknown scale {name!r} of a growth law{describe_alternatives(name, SCALES)}")
@@ -273,14 +282,14 @@ class GrowthLaw(Record, error=PlanError):
 
     def predict_ends(self, table: RunTable) -> _Array:
         """Return the loss at the end of each run of a table, in nats per token, without the offset of a text."""
-        return _Batch(table, self.references).predict_ends(_encode(self.constants))
+        return self._build_batch(table).predict_ends(_encode(self.constants))
 
     def sample_ends(self, table: RunTable) -> _Array:
         """Return `predict_ends` by each of the replicates, replicates × R.
 
         Errors that runs share are alike in one row, so that differences of runs vary less than losses do.
         """
-        batch = _Batch(table, self.references)
+        batch = self._build_batch(table)
         rows = [batch.predict_ends(_encode(GrowthConstants(*row))) for row in self.replicates]
         return np.array(rows).reshape(len(rows), len(table.stages))
 
@@ -306,7 +315,7 @@ class GrowthLaw(Record, error=PlanError):
 
     def trace(self, run: StagedRun) -> _Array:
         """Return the predicted loss at the end of each part of each stage, stages × `PARTS`."""
-        batch = _Batch(RunTable.of([run]), self.references)
+        batch = self._build_batch(RunTable.of([run]))
         return batch.trace(_encode(self.constants))[0] + self._get_offset(run.text)
 
     def anchor(self, runs: Sequence[StagedRun]) -> Self:
@@ -333,6 +342,9 @@ class GrowthLaw(Record, error=PlanError):
             return {}
         low, high = np.quantile(np.array(self.replicates), [0.1, 0.9], axis=0)
         return {name: (float(low[number]), float(high[number])) for number, name in enumerate(NAMES)}
+
+    def _build_batch(self, table: RunTable) -> _Batch:
+        return _Batch(table, self.references, self.most_kept, self.catch_up)
 
     def _get_offset(self, text: str) -> float:
         if not self.offsets:
@@ -451,7 +463,10 @@ def _measure_deviations(batch: _MeasuredBatch, best: _Array) -> tuple[float, flo
 class _Batch:
     """Runs as arrays relative to the references of a law, to trace their losses: R runs, K stages, M parts."""
 
-    def __init__(self, table: RunTable, references: Sequence[float]) -> None:
+    def __init__(
+        self, table: RunTable, references: Sequence[float], most_kept: float | None = None, catch_up: float = 0.0
+    ) -> None:
+        self.most_kept, self.catch_up = math.inf if most_kept is None else most_kept, catch_up
         relative = References(*references)
         self.log_size = np.log(table.parameters / relative.parameters)
         self.log_width = np.log(table.widths / relative.width)
@@ -480,11 +495,14 @@ class _Batch:
         noise, jump = np.zeros(len(losses)), np.zeros(len(losses))
         progress = np.full((len(losses), 1), _LEAST_PROGRESS)
         for k in range(losses.shape[1]):
-            begin = progress[:, -1]
+            begin = before = progress[:, -1]
+            trained = np.cumsum(steps[:, k], axis=1)
             if k:
-                begin = self._grow(c, begin, gaps[:, k - 1], gaps[:, k], forgets[:, k], k)
+                begin = self._grow(c, before, gaps[:, k - 1], gaps[:, k], forgets[:, k], k)
                 jump = jump + c.jump * self.log_growth[:, k]
-            progress = begin[:, None] + np.cumsum(steps[:, k], axis=1)
+            progress = begin[:, None] + trained
+            if k and self.catch_up:
+                progress -= self._compute_lag(c, before, begin, gaps[:, k - 1 : k + 1], trained)
             losses[:, k] = c.irreducible + _add_gaps(c, gaps[:, k, None], progress)
             losses[:, k] += jump[:, None] * jump_kept[:, k, None] ** ages
             jump = jump * jump_kept[:, k] ** PARTS
@@ -505,7 +523,16 @@ class _Batch:
     ) -> _Array:
         """Return the progress of the grown models; a model that does not grow keeps its own."""
         grown = compute_grown_progress(c, progress, gap, new_gap, self.log_growth[:, k], forgets)
-        return np.where(self.log_factors[:, k].any(axis=1), np.maximum(grown, _LEAST_PROGRESS), progress)
+        grown = np.minimum(np.maximum(grown, _LEAST_PROGRESS), self.most_kept * progress)
+        return np.where(self.log_factors[:, k].any(axis=1), grown, progress)
+
+    def _compute_lag(self, c: GrowthConstants, before: _Array, begin: _Array, gaps: _Array, trained: _Array) -> _Array:
+        """Return the progress that grown models have not gained yet: what they keep beyond the small model's loss."""
+        # without a growth of parameters, nothing is forgotten near the floor
+        preserved = compute_grown_progress(c, before, gaps[:, 0], gaps[:, 1], np.zeros(len(before)), 0.0)
+        beyond = np.where(begin == before, 0.0, np.maximum(begin - preserved, 0.0))
+        lag: _Array = beyond[:, None] * np.exp(-trained / (self.catch_up * before[:, None]))
+        return lag
 
 
 def compute_grown_progress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -20,7 +21,7 @@ _Array = npt.NDArray[np.float64]
 RateSpan: TypeAlias = Literal["run", "stage"]
 RATE_SPANS: tuple[RateSpan, ...] = ("run", "stage")
 #: Points per part of a stage at which the rate is computed.
-_POINTS = 8
+_POINTS = 4
 #: Largest share of the run for the warm-up and the decay together.
 _MOST = 1.0
 
@@ -58,27 +59,38 @@ class RateSchedule(Record, error=PlanError):
                 f"rewarm {self.rewarm:g} must be at most 1: lower them"
             )
 
-    def compute(self, tokens: _Array) -> _Array:
+    def compute(self, tokens: _Array, begins: _Array | float = 0.0, ends: _Array | float = 1.0) -> _Array:
         """Return the mean rate in each of `PARTS` equal parts of each stage, as a share of the peak.
 
         Args:
             tokens: tokens of each stage, R × K; a stage without tokens has no rate that matters.
+            begins, ends: where the parts of a stage begin and end, as shares of its tokens.
 
         Returns:
             Rates, R × K × `PARTS`.
         """
         points = (np.arange(PARTS * _POINTS) + 0.5) / (PARTS * _POINTS)
+        firsts, lasts = (np.broadcast_to(edge, tokens.shape)[..., None] for edge in (begins, ends))
+        within = firsts + (lasts - firsts) * points
         if self.span == "run":
             total = tokens.sum(axis=1, keepdims=True)
-            begins = np.cumsum(tokens, axis=1) - tokens
-            at = (begins[..., None] + tokens[..., None] * points) / total[..., None]
-            rates = self._compute_factor(at)
+            before = np.cumsum(tokens, axis=1) - tokens
+            rates = self._compute_factor((before[..., None] + tokens[..., None] * within) / total[..., None])
             if self.rewarm:
-                rates[:, 1:] *= np.minimum(points / self.rewarm, 1.0)
+                rates[:, 1:] *= np.minimum(within[:, 1:] / self.rewarm, 1.0)
         else:
-            rates = np.broadcast_to(self._compute_factor(points), (*tokens.shape, len(points)))
+            rates = self._compute_factor(within)
         means: _Array = rates.reshape(*tokens.shape, PARTS, _POINTS).mean(axis=-1)
         return means
+
+    def find_decays(self, tokens: _Array) -> _Array:
+        """Return where each stage begins to decay, as a share of its tokens, R × K; 1 if it does not."""
+        if self.span == "stage":
+            return np.full(tokens.shape, 1 - self.decay)
+        decay = self.decay * tokens.sum(axis=1, keepdims=True)
+        after = np.cumsum(tokens[:, ::-1], axis=1)[:, ::-1] - tokens
+        decaying = np.clip(decay - after, 0.0, tokens)
+        return 1 - np.divide(decaying, tokens, out=np.zeros_like(decaying), where=tokens > 0)
 
     def _compute_factor(self, at: _Array) -> _Array:
         """Return the rate at a share of the span, as a share of the peak."""
@@ -120,3 +132,16 @@ def compute_usual_peak(flops: float) -> float:
     if not is_positive_number(flops):
         raise PlanError(f"flops must be a positive number, got {flops!r}: give the training FLOPs of the run")
     return float(min(0.3118 * flops**-0.125, 0.01))
+
+
+def compute_usual_batch(flops: float, tokens: int, block_size: int) -> int:
+    """Return the tokens per optimizer step that are usual for the compute of a run: `0.292 * FLOPs^0.3271`.
+
+    The source is that of `compute_usual_peak`. The batch is a power of two of blocks, and a run has at least about a
+    hundred steps.
+
+    >>> compute_usual_batch(1e20, 20_000_000_000, 2048)
+    1048576
+    """
+    usual = min(0.292 * flops**0.3271, tokens / 100)
+    return int(2 ** max(0, round(math.log2(max(usual, 1.0) / block_size)))) * block_size

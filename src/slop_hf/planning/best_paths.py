@@ -11,7 +11,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -159,6 +159,31 @@ class GrowthGraph:
                 )
             spent = totals[following]
         return alternatives
+
+    def count_paths(self, start: int, goals: Sequence[int], stages: int) -> int:
+        """Return the number of paths with so many edges from a start to any of several goals, at most 2^53."""
+        origins, targets = self._allowed_edges
+        counts: FloatArray = np.zeros(len(self.structures.dims))
+        counts[list(goals)] = 1
+        for _ in range(stages):
+            counts = np.bincount(origins, weights=counts[targets], minlength=len(counts)).astype(np.float64)
+        return int(min(counts[start], 2.0**53))
+
+    def list_between(self, before: int, after: int) -> list[int]:
+        """Return the vertices that a path may visit between two others, with one edge to each."""
+        origins, targets = self._allowed_edges
+        leaving, arriving = targets[origins == before], origins[targets == after]
+        return [int(vertex) for vertex in leaving[np.isin(leaving, arriving)]]
+
+    def list_after(self, vertex: int) -> list[int]:
+        """Return the vertices that an edge leads to."""
+        origins, targets = self._allowed_edges
+        return [int(target) for target in targets[origins == vertex]]
+
+    @cached_property
+    def _allowed_edges(self) -> tuple[IntArray, IntArray]:
+        """The origins and targets of the edges that a path may use."""
+        return self.edges.origins[~self._forbidden], self.edges.targets[~self._forbidden]
 
     def _continue(
         self, vertex: int, spent: float, cost: StageCost, number: int, remaining: FloatArray

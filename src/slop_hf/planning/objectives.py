@@ -2,7 +2,7 @@
 
 An objective is a pure function of a `Step`, one stage of many schedules at once, and a rule that joins the stages:
 their product or their sum, of which the smallest or the largest is best. To add one, write the function and register
-it in `OBJECTIVES`.
+it in `OBJECTIVES`. `FINAL_LOSS` is the one that no sum over stages gives.
 """
 
 from __future__ import annotations
@@ -130,6 +130,20 @@ OBJECTIVES: dict[str, Objective] = {
         loss_per_hour, "sum", "largest", "loss / hour", needs_tokens=True, needs_cost_model=True, needs_start=True
     ),
 }
+
+
+#: Objective of whole runs, by the loss that a growth law predicts for their end; see `planning.final_loss`.
+FINAL_LOSS = "final_loss"
+OBJECTIVE_NAMES = (*OBJECTIVES, FINAL_LOSS)
+
+
+def get_title(name: str) -> str:
+    """Return the heading of an objective's column.
+
+    >>> get_title("flops"), get_title("final_loss")
+    ('FLOPs', 'final loss')
+    """
+    return "final loss" if name == FINAL_LOSS else OBJECTIVES[name].title
 
 
 def evaluate_objective(objective: Objective, structures: DimsTable, budget: Budget) -> FloatArray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 from types import NoneType
@@ -15,13 +16,24 @@ from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
 from ..dims import IntArray, ModelDims
 from ..errors import GrowthError, PlanError
-from ..io.numbers import is_finite_number, require_whole_number
+from ..io.numbers import is_finite_number, is_positive_number, require_whole_number
 from ..io.serialization import describe_alternatives
 from ..operators import OPERATORS, find_operators, get_operator
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule, GrowthStage
 from .best_paths import GrowthGraph, StageCost, build_grid_edges, check_size, count_edges, round_for_ties
 from .budget import Budget, Sharing, TokenAllocation, share_tokens_by_utility
 from .constraints import PathConstraints, is_at_least
+from .final_loss import (
+    SEED_COSTS,
+    FinalLossSearch,
+    LossSettings,
+    Path,
+    PlannedRun,
+    SearchOutcome,
+    compute_no_cost,
+    list_indexed_graphs,
+    list_neighbours,
+)
 from .grid import (
     OWN_FIELD,
     GrowthGrid,
@@ -31,13 +43,12 @@ from .grid import (
     get_grid_key,
     list_axis_values,
 )
-from .objectives import OBJECTIVES, Objective, evaluate_objective
+from .objectives import FINAL_LOSS, OBJECTIVE_NAMES, OBJECTIVES, Objective, evaluate_objective
 from .orderings import find_best_orders
 from .space import ConfigSpace, check_structures
 from .structures import BoolArray, CostInputs, DimsArray, DimsTable
 
 Mode: TypeAlias = Literal["once", "repeated", "joint"]
-Path: TypeAlias = tuple[ModelDims, ...]
 
 
 class ScheduleProbe(Protocol):
@@ -53,6 +64,10 @@ _MAX_SCHEDULES = 10_000
 #: Targets, and growths of all grids together, that modes `repeated` and `joint` search within about ten minutes.
 _MAX_GRAPH_TARGETS = 100_000
 _MAX_TOTAL_EDGES = 2_000_000_000
+#: Orders, and paths of the other modes, that objective `final_loss` compares one by one.
+_MOST_ORDERS, _MOST_PATHS = 20_000, 2_000
+#: Paths per number of stages that its search begins with if there are more, by each of `SEED_COSTS`.
+_SEEDS = 4
 #: Each target gets a grid of its own only if there are no more targets than this.
 _MAX_SEPARATE_GRIDS = 64
 
@@ -78,9 +93,11 @@ class SlopPlanner:
         initial: structure to grow from.
         space: targets, and limits on every structure on the way.
         operators: dimensions to grow, in any order.
-        objective: a name in `OBJECTIVES`.
+        objective: a name in `OBJECTIVES`, or `final_loss`, the loss at the end by a growth law. Each schedule is then
+            the best of its path over the tokens of its stages and the span of the learning-rate schedule.
         cost_model: device hours of the hardware, for objectives that need them.
         law: scaling law that predicts losses.
+        loss: growth law and grid of objective `final_loss`; default, the law that comes along.
         mode: see the table.
         stages: number of growth stages; None for mode `once`, or to let the planner choose.
         max_stages: largest number of stages if the planner chooses.
@@ -104,6 +121,7 @@ class SlopPlanner:
     objective: str = "delta_params"
     cost_model: CostModel | None = None
     law: ScalingLaw = field(default_factory=ScalingLaw)
+    loss: LossSettings | None = None
     mode: Mode = "once"
     stages: int | None = None
     max_stages: int = 6
@@ -125,12 +143,15 @@ class SlopPlanner:
             raise PlanError(f"operators must be one or more different names, got {list(self.operators)}")
         for name in self.operators:
             get_operator(name)
-        if self.objective not in OBJECTIVES:
-            raise PlanError(f"unknown objective {self.objective!r}{describe_alternatives(self.objective, OBJECTIVES)}")
+        if self.objective not in OBJECTIVE_NAMES:
+            alternatives = describe_alternatives(self.objective, OBJECTIVE_NAMES)
+            raise PlanError(f"unknown objective {self.objective!r}{alternatives}")
         if self.mode not in ("once", "repeated", "joint"):
             alternatives = describe_alternatives(str(self.mode), ["once", "repeated", "joint"], list_all=False)
             raise PlanError(f"mode must be 'once', 'repeated' or 'joint', got {self.mode!r}{alternatives}")
-        if self._objective.needs_cost_model and self.cost_model is None:
+        if not isinstance(self.loss, (LossSettings, NoneType)):
+            raise PlanError(f"loss must be LossSettings, got {self.loss!r}")
+        if not self._is_of_runs and self._objective.needs_cost_model and self.cost_model is None:
             raise PlanError(f"objective {self.objective!r} needs hours: give a cost model, see `slop calibrate`")
         if self.max_factor is not None and not (is_finite_number(self.max_factor) and self.max_factor > 1):
             raise PlanError(f"max_factor must be a number above 1, such as 2, got {self.max_factor}")
@@ -154,6 +175,10 @@ class SlopPlanner:
             )
         if not is_finite_number(self.stage_price, least=0):
             raise PlanError(f"stage_price must be 0 or more, got {self.stage_price}")
+        if self._is_of_runs:
+            if self.stage_price:
+                raise PlanError("objective 'final_loss' has no use for a stage_price; choose flops or hours")
+            return
         if self.stage_price and not self._objective.compares_stages:
             raise PlanError(f"objective {self.objective!r} has no use for a stage_price; choose flops or hours")
         if self.mode != "once" and self.stages is None and not self._objective.compares_stages:
@@ -164,7 +189,17 @@ class SlopPlanner:
             )
 
     @property
+    def _is_of_runs(self) -> bool:
+        """Whether the objective is the loss of whole runs, and not a sum over stages."""
+        return self.objective == FINAL_LOSS
+
+    @property
     def _objective(self) -> Objective:
+        if self._is_of_runs:
+            raise PlanError(
+                "objective 'final_loss' has no value per stage: the loss depends on the whole run; use another "
+                "objective to explain a schedule"
+            )
         return OBJECTIVES[self.objective]
 
     @property
@@ -181,10 +216,12 @@ class SlopPlanner:
         top_k: int = 5,
         *,
         tokens: float | Sequence[float] | None = None,
+        flops: float | None = None,
         initial_share: float = PAPER_INITIAL_SHARE,
         already_seen: float = 0.0,
         sharing: Sharing = "paper",
         probe: ScheduleProbe | None = None,
+        observe: Callable[[SearchOutcome], object] | None = None,
     ) -> list[GrowthSchedule]:
         """Find the best schedules, best first, all different.
 
@@ -194,6 +231,7 @@ class SlopPlanner:
         Args:
             top_k: largest number of schedules.
             tokens: training tokens of the whole run, or one number per stage, the initial model's first.
+            flops: training FLOPs of the whole run, for objective `final_loss`, which splits them itself.
             initial_share: the initial model's share of the tokens, relative to one growth stage (the paper's rule); 0
                 for an already trained model.
             already_seen: tokens that the initial model was trained on before.
@@ -201,11 +239,27 @@ class SlopPlanner:
                 (`share_tokens_by_utility`) after they are ranked with the paper's shares.
             probe: callable that re-ranks the schedules by short trial runs, such as a `Probe`; None keeps the
                 planner's order.
+            observe: function that is called with the outcome of the search under objective `final_loss`.
 
         Raises:
             PlanError: if no schedule exists; the message says what is in the way.
         """
         allocation = TokenAllocation(tokens, initial_share, already_seen, sharing)
+        if self._is_of_runs:
+            if tokens is not None or sharing != "paper":
+                raise PlanError("objective 'final_loss' splits the budget itself: give flops, and leave tokens out")
+            if not initial_share and not already_seen:
+                raise PlanError(
+                    "objective 'final_loss' has to know how good the initial model is: give the tokens that it was "
+                    "trained on (already_seen), or leave pretrained out"
+                )
+            outcome = self.search_final_loss(top_k, flops=flops, already_seen=already_seen)
+            if observe is not None:
+                observe(outcome)
+            schedules = [self.build_planned_schedule(run, already_seen) for run in outcome.runs]
+            return schedules if probe is None else _rerank(schedules, probe)
+        if flops is not None:
+            raise PlanError(f"flops are for objective 'final_loss', got objective {self.objective!r}: give tokens")
         self._check_request(top_k, allocation)
         targets = self._find_reachable_targets()
         search = self._search_orders if self.mode == "once" else self._search_graphs
@@ -216,6 +270,75 @@ class SlopPlanner:
             paths = [(path, self._share_by_utility(path, allocation)) for path, _ in paths]
         schedules = [self._build_schedule(path, budget) for path, budget in paths]
         return schedules if probe is None else _rerank(schedules, probe)
+
+    def search_final_loss(self, top_k: int = 5, *, flops: float | None, already_seen: float = 0.0) -> SearchOutcome:
+        """Return the runs with the least predicted loss at a budget, the best of each path, and how they were found.
+
+        Every path of the mode is compared if there are at most `_MOST_PATHS`; otherwise paths are improved one
+        structure at a time, from some with little, with even and with early growth.
+
+        Args:
+            top_k: largest number of runs.
+            flops: training FLOPs of each run.
+            already_seen: tokens that the initial model was trained on before, under a schedule that has ended.
+
+        Raises:
+            PlanError: without a budget, if no path exists, or there are too many targets.
+        """
+        require_whole_number(top_k, "top_k", most=_MAX_SCHEDULES, error=PlanError)
+        if not is_positive_number(flops):
+            wrong = "" if flops is None else f", got {flops!r}"
+            raise PlanError(f"objective 'final_loss' needs a budget: give flops, such as 1e20{wrong}")
+        settings = replace(self.loss or LossSettings(), already_seen=already_seen)
+        search = FinalLossSearch(self._inputs, float(flops or 0.0), settings)
+        targets = self._find_reachable_targets()
+        if self.mode == "once":
+            paths, list_changes = self._list_orders(targets), None
+        else:
+            paths, list_changes = self._list_graph_paths([targets.at(number) for number in range(len(targets))])
+        if not paths:
+            raise PlanError(self._explain_no_path())
+        return search.rank(paths, top_k) if list_changes is None else search.improve(paths, list_changes, top_k)
+
+    def build_planned_schedule(self, run: PlannedRun, already_seen: float = 0.0) -> GrowthSchedule:
+        """Return the schedule of a run, with its scores by all objectives."""
+        schedule = self._build_schedule(run.path, Budget(run.tokens, already_seen))
+        return replace(schedule, scores={FINAL_LOSS: run.loss, **schedule.scores})
+
+    def _list_orders(self, targets: DimsArray) -> list[Path]:
+        """Return the paths on which each dimension grows once, in every order to every target."""
+        count = len(targets) * math.factorial(len(self.operators))
+        if count > _MOST_ORDERS:
+            raise PlanError(
+                f"{count:,} orders of growth are too many to compare by their final loss (at most {_MOST_ORDERS:,}); "
+                "lower tolerance or narrow the bounds"
+            )
+        return find_best_orders(
+            self.initial, targets, self._list_stage_fields(), self._inputs, self.constraints, compute_no_cost, count
+        )
+
+    def _list_graph_paths(
+        self, goals: Sequence[ModelDims]
+    ) -> tuple[list[Path], Callable[[Path], Sequence[Path]] | None]:
+        """Return all paths to the goals, or some and a function that lists their neighbours."""
+        longest = sum(len(axis) - (name != "mha") for name, axis in self.list_axes(goals).items())
+        first, last = (1, self.max_stages) if self.stages is None else (self.stages, self.stages)
+        numbers = range(first, min(last, longest) + 1)
+        graphs = list(self._build_graphs(goals))
+        total = sum(graph.count_paths(grid.start, grid.goals, number) for grid, graph in graphs for number in numbers)
+        is_small = total <= _MOST_PATHS
+        costs = (compute_no_cost,) if is_small else SEED_COSTS
+        paths = [
+            tuple(graph.structures.dims.at(vertex) for vertex in vertices)
+            for grid, graph in graphs
+            for number in numbers
+            for cost in costs
+            for _, vertices in islice(
+                graph.find_best_paths(grid.start, grid.goals, number, cost, fixed_cost=True),
+                None if is_small else _SEEDS,
+            )
+        ]
+        return paths, None if is_small else partial(list_neighbours, list_indexed_graphs(graphs))
 
     def _check_request(self, top_k: int, allocation: TokenAllocation) -> None:
         require_whole_number(top_k, "top_k", most=_MAX_SCHEDULES, error=PlanError)
@@ -295,12 +418,17 @@ class SlopPlanner:
     def _search_orders(self, targets: DimsArray, allocation: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
         """Return the best paths on which each dimension grows once."""
         budget = allocation.budget(len(self.operators))
+        cost, _ = self.stage_cost(budget)
+        fields = self._list_stage_fields()
+        paths = find_best_orders(self.initial, targets, fields, self._inputs, self.constraints, cost, top_k)
+        return [(path, budget) for path in paths]
+
+    def _list_stage_fields(self) -> dict[str, list[str]]:
+        """Return the fields that grow in the stage of each operator if each dimension grows once."""
         stage_fields = {name: [*OPERATORS[name].fields] for name in self.operators}
         for name in self._followers:
             stage_fields["hidden"] += OPERATORS[name].fields
-        cost, _ = self.stage_cost(budget)
-        paths = find_best_orders(self.initial, targets, stage_fields, self._inputs, self.constraints, cost, top_k)
-        return [(path, budget) for path in paths]
+        return stage_fields
 
     def _search_graphs(self, targets: DimsArray, allocation: TokenAllocation, top_k: int) -> list[tuple[Path, Budget]]:
         """Return the best paths whose stages grow a dimension, or several, by any amount."""
