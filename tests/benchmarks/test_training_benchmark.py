@@ -72,9 +72,10 @@ def test_memory(record):
     for case in result["cases"]:
         one, ranks = case["peak_bytes"].values()
         assert case["ratio"] == max(ranks) / max(one)
-        for name, peaks in case["peak_bytes"].items():
+        for number, (name, peaks) in enumerate(case["peak_bytes"].items()):
             (peak,), (base,), (above,) = peaks, case["baseline_bytes"][name], case["above_baseline_bytes"][name]
-            assert peak - base == above > 0
+            # Each is the largest of the ranks, and the ranks may differ.
+            assert 0 < peak - base <= above and (number or peak - base == above)
             assert 2**26 < base < peak
             seen = case["phase_peak_bytes"][name].values()
             assert max(phase["anonymous"] for phase in seen) == case["anonymous_peak_bytes"][name][0] < peak

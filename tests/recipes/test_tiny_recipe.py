@@ -15,7 +15,7 @@ from launching import ROOT, ForkedLaunch, largest_difference
 
 from slop_hf import RunConfig, RunDirectory, build_trainer
 
-SHARE = 60  # divisor of the recipe's tokens
+SHARE = 40  # divisor of the recipe's tokens
 
 
 @pytest.fixture(scope="module")
