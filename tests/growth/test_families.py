@@ -315,6 +315,20 @@ def test_sliding_windows_stay_with_their_layers(family):
             check(Case(family, "layer", dims.replace(num_hidden_layers=5), init, dims, settings=extra))
 
 
+def test_layers_without_positions_stay_so():
+    """SmolLM3: `no_rope_layers` follows the layers, and a deeper model begins with the pattern repeated."""
+    dims = GQA.replace(num_hidden_layers=3)
+    model = build_tiny_model("smollm3", dims, torch.float64, no_rope_layers=[1, 0, 1])
+    rotated = build_tiny_model("smollm3", dims, torch.float64, no_rope_layers=[1, 1, 1])
+    assert compute_logit_error(model, rotated) > 0.01
+    for init, pattern in (("preserving", [1, 1, 0, 0, 1]), ("stack", [1, 0, 1, 1, 0])):
+        grown = grow_model(model, "layer", 5, init=init)
+        assert grown.config.no_rope_layers == pattern and len(grown.config.layer_types) == 5
+        assert [layer.self_attn.use_rope for layer in grown.model.layers] == pattern
+    assert compute_logit_error(model, grow_model(model, "layer", 5, init="preserving")) < 1e-10
+    assert dims.replace(num_hidden_layers=4).to_config(model.config).no_rope_layers == [1, 0, 1, 1]
+
+
 def test_an_inserted_layer_learns_in_new_hidden_slots():
     """The gains of its post-norms are zero, and its branches write zeros to new slots: one of them must not be 0."""
     new = GQA.replace(num_hidden_layers=3, hidden_size=72)
