@@ -40,8 +40,9 @@ def growths(draw):
     if "mha" in wanted:
         more_kv = kv + draw(st.integers(0, 2))
         group = heads // kv + (draw(st.integers(0, 2)) if table.has_grouped_heads else 0)
-        if table.has_projection_norms and exact:  # new keys would not learn
+        if table.has_projection_norms and exact:  # refused: new keys, or new slots of keys, would not learn
             more_kv = kv
+            wanted -= {"head_dim"}
         changes.update(num_attention_heads=more_kv * group, num_key_value_heads=more_kv)
     new_heads = changes.get("num_attention_heads", heads)
     if not table.has_own_head_dim:

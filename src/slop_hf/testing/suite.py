@@ -306,9 +306,10 @@ def _check_gradients(case: Case, plan: GrowthPlan, grown: PreTrainedModel) -> fl
     for p in plan.parameters():
         _require(not p.zeroed or bool(live[p.name].any()), case, f"{p.name} of an inserted layer has no gradient")
     for _ in range(STEPS_TO_LIFE):
-        if not (dead := _find_dead_slots(plan, live)):
+        if not _find_dead_slots(plan, live):
             break
         live = {name: entries | live[name] for name, entries in _step_and_find_live(grown).items()}
+    dead = _find_dead_slots(plan, live)
     _require(not dead, case, f"new slots of {dead} have no gradient in {STEPS_TO_LIFE} steps")
     return float(is_live.double().mean()) if len(is_live) else 1.0
 
