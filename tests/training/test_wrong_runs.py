@@ -89,7 +89,7 @@ WRONG_VALUES = [
     (
         "model.model_type",
         "bert",
-        "cannot be grown (known: llama, mistral, qwen2, qwen3, gemma2, gpt_neox, gemma3_text, gpt2, ",
+        "cannot be grown (known: llama, mistral, qwen2, qwen3, gemma2, gpt_neox, gemma, gemma3_text, gpt2, ",
     ),
     ("model.tie_word_embeddings", "maybe", "expected bool, got str (value: 'maybe')"),
     (
