@@ -164,7 +164,7 @@ def test_autocast_takes_as_much_more_as_the_docstring_says():
     ("family", "precision", "tolerance"),
     [(family, precision, 0.02) for family in ("mistral", "qwen2", "qwen3") for precision in DTYPES]
     + [("gpt_neox", precision, 0.1) for precision in DTYPES]
-    + [(family, "fp32", 0.1) for family in ("olmo2", "gemma3_text", "phi3", "stablelm")],
+    + [(family, "fp32", 0.1) for family in ("olmo2", "gemma3_text", "phi3", "stablelm", "starcoder2")],
 )
 def test_other_families(family, precision, tolerance):
     dims = ModelDims(64, 256, 3, 4)

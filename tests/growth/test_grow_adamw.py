@@ -201,6 +201,7 @@ def test_old_entries_take_the_moments_of_their_new_gradient(family, dims, tied, 
         ("olmo2", GROUPED, "hidden", 40, "preserving"),
         ("gemma3_text", GROUPED, "hidden", 40, "preserving"),
         ("granite", GROUPED, "hidden", 40, "copy"),
+        ("starcoder2", GROUPED, "layer", 5, "preserving"),
         ("stablelm", GROUPED, "hidden", {"hidden_size": 48, "num_attention_heads": 12}, "copy"),
     ],
 )
