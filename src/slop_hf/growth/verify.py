@@ -50,14 +50,13 @@ def probe_growth(
         GrowthError: if the logits are not finite, or the models, the plan and the tokens do not fit each other.
     """
     _check_models(source, grown, plan)
+    vocab = read_setting(source.config, "vocab_size")
     if tokens is None:
         length = min(PROBE_SHAPE[1], source.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        vocab = read_setting(source.config, "vocab_size")
         tokens = torch.randint(vocab, (PROBE_SHAPE[0], length), generator=generator)
-    _check_tokens(tokens, read_setting(source.config, "vocab_size"))
+    _check_tokens(tokens, vocab)
     tokens = tokens.to(source.device)
-    vocab = read_setting(source.config, "vocab_size")
     before, loss_before = _forward(source, tokens, vocab)
     # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
     other = torch.float64 if source.dtype == torch.float32 else torch.float32
@@ -86,13 +85,13 @@ def _check_models(source: PreTrainedModel, grown: PreTrainedModel, plan: GrowthP
             raise GrowthError(f"{name} must be a model in memory, got {kind}; load it with from_pretrained")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise GrowthError(f"{name} is on the meta device, which holds no values; load its weights first")
+    if plan is not None:
+        require_plan(plan)
     sizes = [read_setting(model.config, "vocab_size") for model in (source, grown)]
     if sizes[1] != ((plan.vocab_size if plan else None) or sizes[0]):
         raise GrowthError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens: these models are no growth's")
-    if plan is not None:
-        require_plan(plan)
-        if (dims := ModelDims.from_config(grown.config)) != plan.new:
-            raise GrowthError(f"the plan grows to {plan.new}, but the grown model has {dims}; pass its own plan")
+    if plan is not None and (dims := ModelDims.from_config(grown.config)) != plan.new:
+        raise GrowthError(f"the plan grows to {plan.new}, but the grown model has {dims}; pass its own plan")
 
 
 def _check_tokens(tokens: object, vocab: int) -> None:
