@@ -75,6 +75,7 @@ def test_unknown_family_names_the_known_ones():
     [
         ({"model_type": "gpt2", "n_positions": 32}, ModelDims(64, 256, 2, 4)),
         ({"model_type": "phi3"}, STRUCTURES[1]),
+        ({"model_type": "seed_oss", "attention_out_bias": True}, STRUCTURES[2]),
         ({"model_type": "starcoder2", "use_bias": False}, STRUCTURES[1]),
         ({"model_type": "stablelm", "use_parallel_residual": True}, STRUCTURES[1]),
     ],

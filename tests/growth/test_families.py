@@ -286,6 +286,7 @@ def test_partial_rotary_embeddings_of_gpt_neox(share):
 WINDOWED = {
     "gemma2": {"query_pre_attn_scalar": 12},
     "gemma3_text": {},
+    "olmo3": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     "mistral": {},
 }
