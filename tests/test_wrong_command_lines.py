@@ -230,6 +230,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--objective final_loss --flops 1e13 --pretrained": "--already-seen",
         "--objective final_loss --flops 1e13 --explain": "no value per stage",
         "--objective final_loss --flops 1": "give more",
+        "--objective final_loss --flops 1e13 --initial 64,128,0,4": "an initial structure with layers",
         "--flops 1e13": "give --tokens",
         "--objective final_loss --flops 1e13 --law missing.yaml": "missing.yaml",
         "--objective final_loss --flops 1e13 --law unknown.yaml": "unknown key 'nonsense'",
@@ -331,6 +332,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--nonsense 1": "--nonsense",
     },
     MODEL_ADVISE: {
+        "--initial 64,128,0,2 --flops 1e15": "an initial structure with layers",
         "--flops 1e18 --already-seen=-1": "--already-seen",
         "--flops 1e18 --already-seen nan": "--already-seen",
         "--flops 1e18 --already-seen 1e30": "--already-seen",

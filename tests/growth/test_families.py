@@ -493,6 +493,14 @@ def test_heads_that_a_norm_over_all_heads_forbids(dims, new, init, message):
         grow_model(build_tiny_model("olmo2", dims), "mha", new, init=init)
 
 
+def test_heads_that_a_norm_over_all_heads_sees_grow_apart_from_their_size():
+    inits = {"mha": "preserving", "head_dim": "random"}
+    larger = GQA.replace(num_attention_heads=8, head_dim=GQA.head_dim * 2)
+    stage = GrowthStage(("mha", "head_dim"), larger, init=inits)
+    with pytest.raises(GrowthError, match="grow head_dim and the heads in growths of their own"):
+        plan_growth(build_tiny_model("olmo2", GQA).config, stage)
+
+
 def test_uneven_copies_of_normalised_heads_are_not_exact():
     case = Case("olmo2", "mha", GQA.replace(num_attention_heads=6), "rms_copy", GQA)
     assert not check(case).preserves

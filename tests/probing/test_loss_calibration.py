@@ -6,6 +6,7 @@ import json
 import pytest
 import yaml
 from filelock import FileLock
+from run_files import write_run_file
 
 from slop_hf import GrowthLaw, GrowthSchedule, GrowthStage, LossCalibration, ModelDims, RunConfig
 from slop_hf.errors import RunError
@@ -25,30 +26,13 @@ SHARE = 0.1
 def run_file(tmp_path_factory):
     """A run of tiny models over a few text files, with a cosine in each stage."""
     home = tmp_path_factory.mktemp("planned")
-    (home / "texts").mkdir()
-    for number in range(20):
-        (home / "texts" / f"{number}.txt").write_text(" ".join(str(number * k) for k in range(60)))
-    content = {
-        "schedule": yaml.safe_load(SCHEDULE.to_yaml()),
-        "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
-        "data": {
-            "source": str(home / "texts"),
-            "vocab_size": 300,
-            "block_size": 32,
-            "held_out": 0.1,
-            "cache_dir": str(home / "cache"),
-        },
-        "training": {
-            "per_device_train_batch_size": 4,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
+    training = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
     }
-    (home / "run.yaml").write_text(yaml.safe_dump(content))
-    return home / "run.yaml"
+    return write_run_file(home, yaml.safe_load(SCHEDULE.to_yaml()), training)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from run_files import write_run_file
 
 from slop_hf import GrowthSchedule, GrowthStage, MixingProbe, ModelDims
 from slop_hf.errors import DivergedError, RunError, SlopError
@@ -171,31 +172,14 @@ def test_a_schedule_without_growth_needs_dimensions():
 def run_file(tmp_path_factory):
     """A run of small models over a few text files, at a constant rate."""
     home = tmp_path_factory.mktemp("mixing")
-    (home / "texts").mkdir()
-    for number in range(20):
-        (home / "texts" / f"{number}.txt").write_text(" ".join(str(number * k) for k in range(60)))
-    content = {
-        "schedule": yaml.safe_load(SCHEDULE.to_yaml()),
-        "model": {"tie_word_embeddings": True, "max_position_embeddings": 32},
-        "data": {
-            "source": str(home / "texts"),
-            "vocab_size": 300,
-            "block_size": 32,
-            "held_out": 0.1,
-            "cache_dir": str(home / "cache"),
-        },
-        "training": {
-            "per_device_train_batch_size": 2,
-            "learning_rate": 3e-3,
-            "lr_span": "run",
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 2,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
+    training = {
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "lr_span": "run",
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
     }
-    (home / "run.yaml").write_text(yaml.safe_dump(content))
-    return home / "run.yaml"
+    return write_run_file(home, yaml.safe_load(SCHEDULE.to_yaml()), training)
 
 
 @pytest.fixture(scope="module")

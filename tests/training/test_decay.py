@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from launching import environment
+from run_files import write_run_file
 from safetensors.torch import load_file
 
 from slop_hf import RunConfig, RunDirectory
@@ -26,31 +26,15 @@ SCHEDULE = {
 def trunk(tmp_path_factory):
     """The file of a run of 8 and 24 steps at a constant rate, and its directory, with all checkpoints."""
     home = tmp_path_factory.mktemp("trunk")
-    (home / "texts").mkdir()
-    for number in range(40):
-        (home / "texts" / f"{number}.txt").write_text(" ".join(str(number * k) for k in range(60)))
-    content = {
-        "schedule": SCHEDULE,
-        "model": {"max_position_embeddings": 32},
-        "data": {
-            "source": str(home / "texts"),
-            "vocab_size": 300,
-            "block_size": 32,
-            "held_out": 0.2,
-            "cache_dir": str(home / "cache"),
-        },
-        "training": {
-            "per_device_train_batch_size": 2,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "lr_span": "run",
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 2,
-            "save_steps": 6,
-            "keep_checkpoints": True,
-        },
+    training = {
+        "per_device_train_batch_size": 2,
+        "lr_span": "run",
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "save_steps": 6,
+        "keep_checkpoints": True,
     }
-    (home / "trunk.yaml").write_text(yaml.safe_dump(content))
+    write_run_file(home, SCHEDULE, training, texts=40, held_out=0.2).rename(home / "trunk.yaml")
     train_run(RunConfig.from_yaml(home / "trunk.yaml"), home / "trunk")
     return home
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..architectures import read_setting
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..cost.hours import CostModel
-from ..cost.scaling_law import ScalingLaw
+from ..cost.scaling_law import ScalingLaw, compute_chance_loss
 from ..dims import ModelConfig
 from ..errors import PlanError
 from ..io.numbers import is_finite_number
@@ -87,15 +85,6 @@ def compare_at_equal_flops(
         hours = None if cost_model is None else float(sum(map(cost_model.hours, costs, arm.tokens)))
         arms.append(Arm(name, arm, arm.flops(config, sequence_length), sum(arm.tokens), hours, loss))
     return arms
-
-
-def compute_chance_loss(config: ModelConfig = DEFAULT_CONFIG) -> float:
-    """Return the loss of a model that has learnt nothing, ln(vocab_size): no model trains to more.
-
-    >>> round(compute_chance_loss(), 2)
-    10.37
-    """
-    return math.log(read_setting(config, "vocab_size"))
 
 
 def is_growth_favoured(arms: Sequence[Arm]) -> bool | None:

@@ -19,7 +19,16 @@ from ..io.units import format_bytes, format_count, format_significant
 from ..paper import tables as paper
 from ..planning.advice import Advice, AdvisedOption, Question, advise, build_run
 from .model_config import build_config, parse_structure, read_config, read_law
-from .options import AsJson, make_option
+from .options import (
+    AsJson,
+    Checkpointing,
+    DeviceMemory,
+    MemoryDevices,
+    MicroBatchSize,
+    PrecisionName,
+    ZeroStage,
+    make_option,
+)
 from .shared import print_json, print_table
 
 _MODEL, _BUDGET, _HARDWARE, _OUTPUT = "Model", "Budget", "Hardware", "Output"
@@ -59,16 +68,12 @@ def advise_command(
         str | None, make_option(_HARDWARE, help="Name of the device, such as H100, at --mfu instead of a cost model.")
     ] = None,
     mfu: Annotated[float, make_option(_HARDWARE, help="Assumed share of the device's peak speed in bf16.")] = 0.4,
-    device_memory: Annotated[
-        float | None, make_option(_HARDWARE, help="Bytes per device, e.g. 80e9; larger models are left out.")
-    ] = None,
-    devices: Annotated[int, make_option(_HARDWARE, help="Number of devices that share the training state.")] = 1,
-    zero: Annotated[int, make_option(_HARDWARE, help="ZeRO stage, 0 to 3.")] = 0,
-    micro_batch_size: Annotated[int, make_option(_HARDWARE, help="Sequences per device in a forward pass.")] = 1,
-    checkpointing: Annotated[
-        bool, make_option(_HARDWARE, "--checkpointing", help="Recompute activations (gradient checkpointing).")
-    ] = False,
-    precision: Annotated[str, make_option(_HARDWARE, help="'bf16' or 'fp32'.")] = "bf16",
+    device_memory: DeviceMemory = None,
+    devices: MemoryDevices = 1,
+    zero: ZeroStage = 0,
+    micro_batch_size: MicroBatchSize = 1,
+    checkpointing: Checkpointing = False,
+    precision: PrecisionName = "bf16",
     law: Annotated[
         str | None, make_option(_OUTPUT, help="Growth law: a file. Default: the one that comes along.")
     ] = None,

@@ -11,12 +11,12 @@ from rich.console import Console
 
 import slop_hf
 
-from ..cost.growth_law import GrowthLaw
 from ..cost.least_squares import Z80
 from ..errors import PlanError, RunError
 from ..io.files import check_output
 from ..io.units import format_count, format_duration, format_power
 from .job_progress import show_job_progress
+from .model_config import read_law
 from .options import read_changes
 from .shared import print_json, print_table
 
@@ -44,7 +44,7 @@ def calibrate_loss(
     check_output(output, "--output", PlanError)
     check_output(figure, "the figure next to --output", PlanError)
     check_output(root, "--runs", RunError, is_directory=True)
-    law = None if prior is None else GrowthLaw.from_yaml(prior)
+    law = None if prior is None else read_law(prior, "--prior")
     run = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
 
     from ..experiments.running import find_ended  # with torch, which `slop --help` does without

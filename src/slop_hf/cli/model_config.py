@@ -90,8 +90,8 @@ def parse_structure(text: str, option: str) -> ModelDims:
         raise PlanError(f"{option} {text}: {caught}") from None
 
 
-def read_law(path: str | None) -> GrowthLaw:
-    """Read the growth law of `--law`; None is the one that comes along.
+def read_law(path: str | Path | None, option: str = "--law") -> GrowthLaw:
+    """Read the growth law that an option names; None is the one that comes along.
 
     Raises:
         PlanError: if the file holds no law.
@@ -100,7 +100,9 @@ def read_law(path: str | None) -> GrowthLaw:
         return load_default_law()
     law = GrowthLaw.from_yaml(path)
     if law == GrowthLaw():
-        raise PlanError(f"--law {path}: empty, it holds no constants; give a file that `slop calibrate --loss` wrote")
+        raise PlanError(
+            f"{option} {path}: empty, it holds no constants; give a file that `slop calibrate --loss` wrote"
+        )
     return law
 
 

@@ -11,6 +11,14 @@ import typer
 from ..errors import RunError
 from ..io.serialization import Json, parse_yaml
 
+_HARDWARE = "Hardware"
+
+
+def make_option(panel: str, *names: str, **settings: Any) -> Any:
+    """Return a typer option that `--help` lists in a panel of its command."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value of the YAML file: training.learning_rate=1e-3")
@@ -19,10 +27,17 @@ Devices = Annotated[str, typer.Option(help="CUDA devices to spread the runs over
 Run = Annotated[Path, typer.Argument(help="Run directory.")]
 Workers = Annotated[int, typer.Option(min=1, help="Parallel runs on CPUs; each gets its share of the cores.")]
 
-
-def make_option(panel: str, *names: str, **settings: Any) -> Any:
-    """Return a typer option that `--help` lists in a panel of its command."""
-    return typer.Option(*names, rich_help_panel=panel, **settings)
+# Memory of a device, in the panel "Hardware" of `slop plan` and `slop advise`.
+DeviceMemory = Annotated[
+    float | None, make_option(_HARDWARE, help="Bytes per device, e.g. 80e9; larger models are left out.")
+]
+MemoryDevices = Annotated[int, make_option(_HARDWARE, help="Number of devices that share the training state.")]
+ZeroStage = Annotated[int, make_option(_HARDWARE, help="ZeRO stage, 0 to 3.")]
+MicroBatchSize = Annotated[int, make_option(_HARDWARE, help="Sequences per device in a forward pass.")]
+Checkpointing = Annotated[
+    bool, make_option(_HARDWARE, "--checkpointing", help="Recompute activations (gradient checkpointing).")
+]
+PrecisionName = Annotated[str, make_option(_HARDWARE, help="'bf16' or 'fp32'.")]
 
 
 def split_list(text: str) -> tuple[str, ...]:

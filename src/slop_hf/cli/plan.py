@@ -12,7 +12,6 @@ from rich.console import Console
 
 from ..architectures import read_setting
 from ..baselines import Arm, compare_at_equal_flops
-from ..baselines.comparison import compute_chance_loss
 from ..cost.flops import count_parameters
 from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
@@ -30,9 +29,22 @@ from ..planning.planner import SlopPlanner
 from ..planning.space import ConfigSpace
 from ..schedule import PAPER_INITIAL_SHARE, GrowthSchedule
 from .model_config import build_config, read_config, read_law, read_structure
-from .options import AsJson, make_option, split_list
+from .options import (
+    AsJson,
+    Checkpointing,
+    DeviceMemory,
+    MemoryDevices,
+    MicroBatchSize,
+    PrecisionName,
+    ZeroStage,
+    make_option,
+    split_list,
+)
 from .shared import print_if_slow, print_json, print_table
+from .wording import name_options
 
+#: `favours_growth` in JSON by the kind of a verdict; None for the others.
+_VERDICTS = {"grow": True, "do_not_grow": False}
 _SLOW = "still searching; a coarser --hidden-multiple or --ffn-multiple, fewer --stages or --mode once is faster"
 _START, _SPACE, _SEARCH, _TOKENS, _HARDWARE, _OUTPUT = "From and to", "Space", "Search", "Tokens", "Hardware", "Output"
 
@@ -119,7 +131,10 @@ def plan_command(
     ] = None,
     law: Annotated[
         str | None,
-        make_option(_TOKENS, help="Growth law for --objective final_loss: a file. Default: the one that comes along."),
+        make_option(
+            _TOKENS,
+            help="Growth law of the verdict and of --objective final_loss: a file. Default: the one that comes along.",
+        ),
     ] = None,
     sharing: Annotated[
         str, make_option(_TOKENS, help="'paper': 2.5 : 1 : 1 : …; 'utility': equal marginal utility at each growth.")
@@ -133,16 +148,12 @@ def plan_command(
     cost_model: Annotated[
         str, make_option(_HARDWARE, help="'paper' (its A100 hours), or a file written by `slop calibrate`.")
     ] = "paper",
-    device_memory: Annotated[
-        float | None, make_option(_HARDWARE, help="Bytes per device, e.g. 80e9; larger structures are left out.")
-    ] = None,
-    devices: Annotated[int, make_option(_HARDWARE, help="Number of devices that share the training state.")] = 1,
-    zero: Annotated[int, make_option(_HARDWARE, help="ZeRO stage, 0 to 3.")] = 0,
-    micro_batch_size: Annotated[int, make_option(_HARDWARE, help="Sequences per device in a forward pass.")] = 1,
-    checkpointing: Annotated[
-        bool, make_option(_HARDWARE, "--checkpointing", help="Recompute activations (gradient checkpointing).")
-    ] = False,
-    precision: Annotated[str, make_option(_HARDWARE, help="'bf16' or 'fp32'.")] = "bf16",
+    device_memory: DeviceMemory = None,
+    devices: MemoryDevices = 1,
+    zero: ZeroStage = 0,
+    micro_batch_size: MicroBatchSize = 1,
+    checkpointing: Checkpointing = False,
+    precision: PrecisionName = "bf16",
     optimizer: Annotated[
         str, make_option(_HARDWARE, help="'adamw', or 'muon', whose state is smaller: for the memory.")
     ] = "adamw",
@@ -251,24 +262,26 @@ def plan_command(
     planned_for = {name: read_setting(config, name) for name in is_given if is_given[name] or source is not None}
     schedules = [replace(schedule, **planned_for) for schedule in schedules]
     best = schedules[0]
-    arms, choices, advice = list[Arm](), list[Choice](), None
+    arms, choices, advice, no_verdict = list[Arm](), list[Choice](), None, ""
     if with_arms and any(best.tokens):
         arms = compare_at_equal_flops(
             best, config, sequence_length, planner.cost_model, planner.law, already_seen=already_seen
         )
-        if best.initial_tokens or already_seen:
-            spent = best.flops(config, sequence_length)
-            question = Question(
-                spent,
-                start=best.initial,
-                already_seen=already_seen,
-                target=best.target,
-                config=config,
-                sequence_length=sequence_length,
-                cost_model=planner.cost_model,
-                law=loss_law,
-            )
+        question = Question(
+            best.flops(config, sequence_length),
+            start=best.initial,
+            already_seen=already_seen,
+            target=best.target,
+            config=config,
+            sequence_length=sequence_length,
+            cost_model=planner.cost_model,
+            law=loss_law,
+        )
+        try:
             advice = judge_schedule(question, best)
+        except PlanError as caught:
+            reason = name_options(str(caught), {"already_seen": "--already-seen"})
+            no_verdict = f"No verdict on growth: {reason}"
     if with_choices:
         with print_if_slow(_SLOW):
             choices = explain(planner, best, already_seen)
@@ -278,7 +291,7 @@ def plan_command(
         others = [(arm.name, arm.schedule) for arm in arms[1:]]
         draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot)
     if as_json:
-        favours_growth = None if advice is None else _read_verdict(advice, config)
+        favours_growth = None if advice is None else _VERDICTS.get(advice.verdict.kind)
         results = {"schedules": schedules, "arms": arms, "favours_growth": favours_growth, "choices": choices}
         results |= {} if advice is None else {"advice": advice}
         searches = [{"search": outcome} for outcome in outcomes]
@@ -298,7 +311,7 @@ def plan_command(
         _show_choices(choices, OBJECTIVES[objective])
     if arms:
         _show_arms(arms)
-        for line in _describe_verdict(advice, config):
+        for line in [no_verdict] if advice is None else _describe_verdict(advice):
             console.print(line, highlight=False)
     if output is not None:
         print(f"schedule 1 written to {output}")
@@ -415,26 +428,10 @@ def _show_arms(arms: Sequence[Arm]) -> None:
     )
 
 
-def _is_below_chance(advice: Advice, config: ModelConfig) -> bool:
-    """Whether the law predicts less than the loss of guessing, for the schedule and for a way not to grow."""
-    losses = [min(o.loss for o in advice.options if (o.kind == "growth") == is_grown) for is_grown in (True, False)]
-    return max(losses) < compute_chance_loss(config)
-
-
-def _read_verdict(advice: Advice, config: ModelConfig) -> bool | None:
-    """Return whether the verdict is to grow; None if it is neither that nor the contrary."""
-    return {"grow": True, "do_not_grow": False}.get(advice.verdict.kind) if _is_below_chance(advice, config) else None
-
-
-def _describe_verdict(advice: Advice | None, config: ModelConfig) -> list[str]:
+def _describe_verdict(advice: Advice) -> list[str]:
     """Return sentences that say whether growth pays at all."""
-    if advice is None:
-        return ["Whether growth pays is unknown: give the initial model's training tokens with --already-seen."]
-    if not _is_below_chance(advice, config):
-        return [
-            f"No verdict on growth: for so few tokens the law predicts a loss above ln(vocabulary) = "
-            f"{compute_chance_loss(config):.2f}, which is that of guessing."
-        ]
+    if advice.verdict.chance_growth is None:
+        return [advice.verdict.sentence]
     names = {"growth": "this schedule", "scratch_target": "from scratch, the same target"}
     rows = [f"{names.get(o.kind, o.label)} {o.loss:.3f}" for o in advice.options]
     share = advice.options[0].error

@@ -15,7 +15,14 @@ from ..errors import PlanError
 from ..io.numbers import is_finite_number, is_positive_number
 from ..io.record import Record
 from ..io.serialization import describe_alternatives
-from .least_squares import Z80, compute_deviation, draw_counts, fit_least_squares
+from .least_squares import (
+    Z80,
+    compute_deviation,
+    compute_intervals,
+    draw_counts,
+    fit_least_squares,
+    round_constant,
+)
 from .staged_run import GROWN_DIMENSIONS, PARTS, RunTable, StagedRun
 
 _Array = npt.NDArray[np.float64]
@@ -152,7 +159,6 @@ class GrowthLaw(Record, error=PlanError):
         replicates: constants fitted to resampled runs, one row per fit, in the order of `GrowthConstants`.
         offsets: loss of each text above that of the text with most runs, in nats.
         runs: number of runs that it was fitted to; 0 for a law that was given.
-        largest: most parameters, and most tokens of a run, that it was fitted to.
         scales: smallest and largest value, by name in `SCALES`, that it was fitted to; without a name, no limit.
         own_deviation: part of the deviation that runs of one experiment do not share, in nats: it decides between
             them; None for all of it.
@@ -174,7 +180,6 @@ class GrowthLaw(Record, error=PlanError):
     replicates: tuple[tuple[float, ...], ...] = ()
     offsets: dict[str, float] = field(default_factory=dict)
     runs: int = 0
-    largest: tuple[float, float] = (0.0, 0.0)
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
     own_deviation: float | None = None
     has_relative_rates: bool = False
@@ -240,22 +245,18 @@ class GrowthLaw(Record, error=PlanError):
         rows = [batch.fit(draw, best, _REFIT_ITERATIONS) for draw in draw_counts(len(runs), replicates, seed)]
         deviation, own_deviation = _measure_deviations(batch, best)
         return cls(
-            constants=GrowthConstants(*map(_round, _decode(best))),
+            constants=GrowthConstants(*map(round_constant, _decode(best))),
             references=belief.references,
-            deviation=_round(deviation),
-            replicates=tuple(tuple(map(_round, _decode(row))) for row in rows),
+            deviation=round_constant(deviation),
+            replicates=tuple(tuple(map(round_constant, _decode(row))) for row in rows),
             offsets={
-                text: _round(offset)
+                text: round_constant(offset)
                 for text, offset in zip(belief.texts, [0.0, *best[len(NAMES) :]], strict=True)
                 if text or any(not run.text for run in runs)
             },
             runs=len(runs),
-            largest=(
-                max(stage.parameters for run in runs for stage in run.stages),
-                max(sum(stage.tokens for stage in run.stages) for run in runs),
-            ),
             scales=_find_scales(runs),
-            own_deviation=_round(own_deviation),
+            own_deviation=round_constant(own_deviation),
         )
 
     def predict(self, run: StagedRun) -> LossForecast:
@@ -334,14 +335,11 @@ class GrowthLaw(Record, error=PlanError):
         (text,) = texts
         known = replace(self, offsets={**self.offsets, text: 0.0})
         offset = np.mean([end - forecast.loss for end, forecast in zip(ends, known.predict_all(runs), strict=True)])
-        return replace(self, offsets={**self.offsets, text: _round(float(offset))})
+        return replace(self, offsets={**self.offsets, text: round_constant(float(offset))})
 
     def compute_intervals(self) -> dict[str, tuple[float, float]]:
         """Return the central 80% of the replicates of each constant; empty without replicates."""
-        if not self.replicates:
-            return {}
-        low, high = np.quantile(np.array(self.replicates), [0.1, 0.9], axis=0)
-        return {name: (float(low[number]), float(high[number])) for number, name in enumerate(NAMES)}
+        return compute_intervals(NAMES, self.replicates)
 
     def _build_batch(self, table: RunTable) -> _Batch:
         return _Batch(table, self.references, self.most_kept, self.catch_up)
@@ -355,11 +353,6 @@ class GrowthLaw(Record, error=PlanError):
                 "at a finished run of that text"
             )
         return self.offsets[text]
-
-
-def _round(value: float) -> float:
-    """Return a number with six significant digits, as files hold it."""
-    return float(f"{value:.6g}")
 
 
 def _encode(constants: GrowthConstants) -> _Array:
@@ -378,7 +371,7 @@ _PRIOR = _encode(GrowthConstants())
 
 
 class _Belief(NamedTuple):
-    """What is known about the constants and the offsets of texts before a fit.
+    """The priors of the constants and of the offsets of texts.
 
     Args:
         texts: the texts; the first one has no offset.
@@ -413,7 +406,7 @@ def _choose_references(runs: Sequence[StagedRun]) -> References:
     stages = [stage for run in runs for stage in run.stages]
     return References(
         *(
-            _round(math.exp(np.mean(np.log(values))))
+            round_constant(math.exp(np.mean(np.log(values))))
             for values in (
                 [stage.parameters for stage in stages],
                 [stage.width for stage in stages],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,31 @@ def draw_counts(runs: int, replicates: int, seed: int = 0) -> list[_Array]:
     """
     draws = np.random.default_rng(seed).multinomial(runs, np.ones(runs) / runs, size=replicates)
     return list(draws.astype(float))
+
+
+def round_constant(value: float) -> float:
+    """Return a number with six significant digits, as files of laws hold it.
+
+    >>> round_constant(1 / 3)
+    0.333333
+    """
+    return float(f"{value:.6g}")
+
+
+def compute_intervals(names: Sequence[str], replicates: Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Return the central 80% of the replicates of each constant; empty without replicates.
+
+    Args:
+        names: names of the constants.
+        replicates: constants fitted to resampled runs, one row per fit.
+
+    >>> compute_intervals(["a"], [[1.0], [2.0], [3.0]])
+    {'a': (1.2, 2.8)}
+    """
+    if not replicates:
+        return {}
+    low, high = np.quantile(np.array(replicates), [0.1, 0.9], axis=0)
+    return {name: (float(low[number]), float(high[number])) for number, name in enumerate(names)}
 
 
 def compute_deviation(errors: _Array) -> float:

@@ -22,8 +22,6 @@ RateSpan: TypeAlias = Literal["run", "stage"]
 RATE_SPANS: tuple[RateSpan, ...] = ("run", "stage")
 #: Points per part of a stage at which the rate is computed.
 _POINTS = 4
-#: Largest share of the run for the warm-up and the decay together.
-_MOST = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class RateSchedule(Record, error=PlanError):
         for name in ("warmup", "decay", "rewarm"):
             if not is_finite_number(getattr(self, name), least=0):
                 raise PlanError(f"{name} must be a share of the span from 0 to 1, got {getattr(self, name)!r}")
-        if self.warmup + self.decay > _MOST or self.rewarm > _MOST:
+        if self.warmup + self.decay > 1 or self.rewarm > 1:
             raise PlanError(
                 f"warmup {self.warmup:g} and decay {self.decay:g} must leave their span a share of 0 or more, and "
                 f"rewarm {self.rewarm:g} must be at most 1: lower them"

@@ -10,10 +10,13 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..architectures import read_setting
+from ..dims import ModelConfig
 from ..errors import PlanError
 from ..io.numbers import is_finite_number, is_positive_number
 from ..io.record import Record
-from .least_squares import compute_deviation, draw_counts, fit_least_squares
+from .flops import DEFAULT_CONFIG
+from .least_squares import compute_deviation, compute_intervals, draw_counts, fit_least_squares, round_constant
 from .staged_run import StagedRun
 
 _Array = npt.NDArray[np.float64]
@@ -105,15 +108,12 @@ class ScalingLaw(Record, error=PlanError):
         best = ends.fit(everything, _PRIOR)
         rows = [ends.read_constants(ends.fit(counts, best)) for counts in draw_counts(len(used), replicates, seed)]
         left_out = [ends.compute_errors(ends.fit(everything - one, best)) @ one for one in np.eye(len(used))]
-        deviation = _round(compute_deviation(np.array(left_out)))
+        deviation = round_constant(compute_deviation(np.array(left_out)))
         return cls(*ends.read_constants(best), deviation, tuple(rows), len(used))
 
     def compute_intervals(self) -> dict[str, tuple[float, float]]:
         """Return the central 80% of the replicates of each constant; empty without replicates."""
-        if not self.replicates:
-            return {}
-        low, high = np.quantile(np.array(self.replicates), [0.1, 0.9], axis=0)
-        return {name: (float(low[number]), float(high[number])) for number, name in enumerate(SCALING_CONSTANTS)}
+        return compute_intervals(SCALING_CONSTANTS, self.replicates)
 
     def floor(self, params: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Loss after infinite training, for a number of parameters or an array of them; they are positive."""
@@ -240,12 +240,22 @@ class _Ends:
         floor, size_gap, size_exponent, token_gap, token_exponent = np.exp(vector)
         params_scale = size_gap * math.exp(size_exponent * self._log_size)
         tokens_scale = token_gap * math.exp(token_exponent * self._log_token)
-        return _round(floor), _round(params_scale), _round(size_exponent), _round(tokens_scale), _round(token_exponent)
+        return (
+            round_constant(floor),
+            round_constant(params_scale),
+            round_constant(size_exponent),
+            round_constant(tokens_scale),
+            round_constant(token_exponent),
+        )
 
 
-def _round(value: float) -> float:
-    """Return a number with six significant digits, as files hold it."""
-    return float(f"{value:.6g}")
+def compute_chance_loss(config: ModelConfig = DEFAULT_CONFIG) -> float:
+    """Return the loss of a model that has learnt nothing, ln(vocab_size): no model trains to more.
+
+    >>> round(compute_chance_loss(), 2)
+    10.37
+    """
+    return math.log(read_setting(config, "vocab_size"))
 
 
 #: Names of the constants of a scaling law.

@@ -159,9 +159,16 @@ def average_rates(rates: Sequence[float]) -> npt.NDArray[np.float64]:
 def compute_factors(old: ModelDims, new: ModelDims) -> dict[str, float]:
     """Return the growth factor of each dimension of a growth law that grows.
 
+    Raises:
+        PlanError: for growth from no layers, which has no factor.
+
     >>> compute_factors(ModelDims(64, 128, 2, 2), ModelDims(64, 256, 4, 2))
     {'depth': 2.0, 'inner': 2.0}
     """
+    if not old.num_hidden_layers:
+        raise PlanError(
+            f"a growth law says nothing about growth from no layers, got {old}: give an initial structure with layers"
+        )
     depth, hidden = new.num_hidden_layers / old.num_hidden_layers, new.hidden_size / old.hidden_size
     heads = new.num_attention_heads * (new.head_dim or 1) / (old.num_attention_heads * (old.head_dim or 1))
     inner = max(new.intermediate_size / old.intermediate_size, heads if hidden == 1 else 1.0)

@@ -571,6 +571,11 @@ def _check_normalised_heads(plan: GrowthPlan) -> None:
             f"{plan.old.num_attention_heads} query and {plan.old.num_key_value_heads} key/value heads to whole "
             "multiples, or use init 'rms_copy', which is then not exact"
         )
+    if plan.new.head_dim != plan.old.head_dim:
+        raise GrowthError(
+            f"{model_type} normalises all heads together, which new slots of head_dim would change: grow head_dim and "
+            "the heads in growths of their own"
+        )
     if plan.axes["key_value"].new_slots:
         raise GrowthError(
             f"{model_type} normalises all heads together, so new key/value heads would begin with keys and queries of "

@@ -19,6 +19,7 @@ from ..cost.law_transfer import load_default_law
 from ..cost.least_squares import Z80
 from ..cost.memory import MemoryLimit
 from ..cost.rate_schedule import RATE_SPANS, RateSchedule, RateSpan, compute_usual_batch, compute_usual_peak
+from ..cost.scaling_law import compute_chance_loss
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError, PlanError
 from ..io.numbers import is_positive_number
@@ -176,12 +177,13 @@ class AdvisedOption:
 
 @dataclass(frozen=True)
 class AdviceVerdict:
-    """What to do.
+    """A verdict on growth.
 
     Args:
         kind: "grow", "do_not_grow", "too_close" to call, or "outside" the scales that the law was fitted to.
         sentence: one sentence for people.
-        chance_growth: chance that the best growth ends below the best option without growth; None without a growth.
+        chance_growth: chance that the best growth ends below the best option without growth; None without a growth, or
+            if the law predicts more than the loss of guessing.
         growth_pays_from: smallest power of two times the budget, up to 64 times, at which that growth ends lowest
             with a chance of 80%, also compared with the best size from scratch there; None without one, or a model.
     """
@@ -221,13 +223,14 @@ def describe_option(kind: OptionKind, schedule: GrowthSchedule) -> str:
     if kind == "scratch_best":
         return "from scratch, best size"
     total, done, parts = sum(schedule.tokens), 0, []
+    names = {"num_hidden_layers": "layers", "hidden_size": "hidden", "intermediate_size": "ffn"}
     for number, (before, stage) in enumerate(zip(schedule.structures, schedule.stages, strict=False)):
         done += schedule.tokens[number]
-        names = ("num_hidden_layers", "layers"), ("hidden_size", "hidden"), ("intermediate_size", "ffn")
         old, new = before.as_dict(), stage.dims.as_dict()
-        changes = [f"{name} {old[field]}→{new[field]}" for field, name in names if old[field] != new[field]]
-        if "hidden_size" in [field for field, _ in names if old[field] != new[field]]:
-            changes = [change for change in changes if not change.startswith("ffn")]
+        changed = [field for field in names if old[field] != new[field]]
+        if "hidden_size" in changed:  # ffn grows with it
+            changed = [field for field in changed if field != "intermediate_size"]
+        changes = [f"{names[field]} {old[field]}→{new[field]}" for field in changed]
         parts.append(f"{', '.join(changes) or stage.label} at {done / total:.0%}")
     return "grow " + ", then ".join(parts)
 
@@ -273,7 +276,7 @@ def judge_schedule(question: Question, schedule: GrowthSchedule) -> Advice:
         PlanError: if neither the initial model nor the schedule has tokens before the first growth.
     """
     if not (schedule.initial_tokens or question.already_seen):
-        raise PlanError("whether growth pays is unknown: give already_seen, the initial model's training tokens")
+        raise PlanError("the training tokens of the initial model are unknown: give already_seen")
     searches = _Searches(question)
     tokens = np.array([schedule.tokens], dtype=np.float64)
     search = searches.get_search(question.already_seen)
@@ -335,7 +338,7 @@ class _Searches:
         self._searches: dict[tuple[float, float], FinalLossSearch] = {}
 
     def get_search(self, seen: float, budget: float | None = None) -> FinalLossSearch:
-        """Return the search for models trained on so many tokens before, at a budget."""
+        """Return the search for models trained on this many tokens before, at a budget."""
         key = seen, budget or self.budget
         if key not in self._searches:
             settings = LossSettings(self.question.law, spans=("run",), already_seen=seen, slack=_SLACK)
@@ -530,14 +533,15 @@ def _judge(
     others = [number for number, option in enumerate(options) if option.kind != "growth"]
     if not grown or not others:
         return AdviceVerdict("do_not_grow", "Do not grow: no growth is possible within these limits.", None)
-    chance_loss = math.log(read_setting(searches.question.config, "vocab_size"))
-    if options[0].loss > chance_loss:
+    chance_loss = compute_chance_loss(searches.question.config)
+    growth, other = grown[0], others[0]
+    # A user's own schedule is compared only if the law has a loss for it.
+    if (max if is_given else min)(options[growth].loss, options[other].loss) > chance_loss:
         sentence = (
-            "Outside what this law can say: for so few FLOPs it predicts a loss above ln(vocabulary) = "
+            "No verdict on growth: for so few FLOPs the law predicts a loss above ln(vocabulary) = "
             f"{chance_loss:.2f}, which is that of guessing."
         )
         return AdviceVerdict("outside", sentence, None)
-    growth, other = grown[0], others[0]
     chance = samples.compute_chance(growth, [other])
     difference, error = samples.compare(growth, other)
     is_open = chance < SURE and not is_given and searches.question.start is not None
@@ -628,8 +632,8 @@ def _list_remarks(question: Question, options: Sequence[AdvisedOption]) -> tuple
         remarks.append(f"The model has seen {seen} tokens; the first option adds {share:.2g} times as many.")
     if question.law.has_relative_rates:
         remarks.append(
-            "Losses of one stage are those of a published law, growth's effects those of models of under 1M "
-            "parameters: their errors are widened for that. Fit a law to your own runs for narrower ones."
+            "The law takes losses of one stage from a published law, and effects of growth from models of under 1M "
+            "parameters, with wider errors. Fit a law to your own runs for narrower ones."
         )
     return tuple(remarks)
 

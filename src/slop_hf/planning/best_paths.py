@@ -161,7 +161,7 @@ class GrowthGraph:
         return alternatives
 
     def count_paths(self, start: int, goals: Sequence[int], stages: int) -> int:
-        """Return the number of paths with so many edges from a start to any of several goals, at most 2^53."""
+        """Return the number of paths of a number of edges from a start to any of several goals, at most 2^53."""
         origins, targets = self._allowed_edges
         counts: FloatArray = np.zeros(len(self.structures.dims))
         counts[list(goals)] = 1

@@ -99,14 +99,20 @@ def list_larger(start: ModelDims) -> list[ModelDims]:
     ]
     wider = []
     for heads in [number for number in HEADS if number > start.num_attention_heads][:2]:
-        hidden, remainder = divmod(start.hidden_size * heads, start.num_attention_heads)
-        kv_heads, odd = divmod(heads * start.num_key_value_heads, start.num_attention_heads)
-        if remainder or odd or hidden % SMALL_MULTIPLE:
-            continue
-        ffn = round_size(Fraction(start.intermediate_size, start.hidden_size) * hidden)
-        wider.append(ModelDims(hidden, ffn, layers, heads, kv_heads, start.head_dim))
+        if scaled := _scale_width(start, heads):
+            wider.append(scaled)
     both = [dims.replace(num_hidden_layers=depth) for dims in wider for depth in depths]
     return list(dict.fromkeys([*deeper, *larger_ffn, *wider, *both]))
+
+
+def _scale_width(dims: ModelDims, heads: int) -> ModelDims | None:
+    """Return a structure with another number of heads, and widths in proportion; None if they are no usual ones."""
+    hidden, remainder = divmod(dims.hidden_size * heads, dims.num_attention_heads)
+    kv_heads, odd = divmod(heads * dims.num_key_value_heads, dims.num_attention_heads)
+    if remainder or odd or not kv_heads or hidden % SMALL_MULTIPLE or hidden % heads:
+        return None
+    ffn = round_size(Fraction(dims.intermediate_size, dims.hidden_size) * hidden)
+    return ModelDims(hidden, ffn, dims.num_hidden_layers, heads, kv_heads, dims.head_dim)
 
 
 def list_smaller(target: ModelDims) -> list[ModelDims]:
@@ -121,14 +127,8 @@ def list_smaller(target: ModelDims) -> list[ModelDims]:
     shallow = [target.replace(num_hidden_layers=depth) for depth in depths]
     narrow = []
     for heads in reversed([number for number in HEADS if number < target.num_attention_heads][-2:]):
-        hidden, remainder = divmod(target.hidden_size * heads, target.num_attention_heads)
-        kv_heads, odd = divmod(heads * target.num_key_value_heads, target.num_attention_heads)
-        if remainder or odd or not kv_heads or hidden % SMALL_MULTIPLE or hidden % heads:
-            continue
-        ffn = min(
-            round_size(Fraction(target.intermediate_size, target.hidden_size) * hidden), target.intermediate_size
-        )
-        narrow.append(ModelDims(hidden, ffn, layers, heads, kv_heads, target.head_dim))
+        if scaled := _scale_width(target, heads):
+            narrow.append(scaled.replace(intermediate_size=min(scaled.intermediate_size, target.intermediate_size)))
     both = [dims.replace(num_hidden_layers=depth) for dims in narrow for depth in depths]
     return list(dict.fromkeys([*shallow, *narrow, *both]))
 

@@ -54,8 +54,8 @@ class LossSettings:
         steps: token shares of stages are multiples of 1 / steps.
         is_copied, is_carried: as in `TrainedStage`, for all growths.
         relative_rate: peak learning rate over the usual one.
-        slack: of the runs of a path whose losses are within so many nats of the best, the one that grows first counts.
-            Only if all runs are compared.
+        slack: difference in nats that does not count: of the runs of a path that are this close to its best, the one
+            that grows first is taken. Only if all runs are compared.
 
     Raises:
         PlanError: for settings out of range.
@@ -189,7 +189,7 @@ class FinalLossSearch:
         self._peak = rate * settings.relative_rate
 
     def count_runs(self, stages: int) -> int:
-        """Return the number of runs on the grid of a path with so many structures."""
+        """Return the number of runs on the grid of a path with a number of structures."""
         return len(self._list_shares(stages)) * len(self._list_spans(stages))
 
     def rank(self, paths: Sequence[Path], top_k: int) -> SearchOutcome:

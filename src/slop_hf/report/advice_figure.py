@@ -51,7 +51,7 @@ def draw_advice(question: Question, advice: Advice, path: str | Path) -> Figure:
         axes.set_xlabel("training FLOPs" if advice.unit == "flops" else "device hours")
         axes.set_ylabel("predicted loss at the end (nats per token)")
         draw_grid(axes, "y")
-        axes.set_title("What each option would give", loc="left", parse_math=False)
+        axes.set_title("Predicted losses of the options", loc="left", parse_math=False)
         draw_legend(figure, entries, letters=100)
         with write_file(path) as temporary:
             figure.savefig(temporary, format=Path(path).suffix[1:].lower())
