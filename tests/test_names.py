@@ -18,7 +18,7 @@ VERBS = """
     judge keep label list load locate lock look make mask match measure name open parse plan prepare preview print
     probe publish rank read redirect register remove render report reproduce require resolve restore resume rollback
     round run save score select separate set share shorten show split start store sum summarise tabulate to tokenize
-    trace train transfer wait with write
+    trace train transfer upscale wait with write
 """
 
 #: Registries of functions under the names that users write: module -> why its functions carry them.

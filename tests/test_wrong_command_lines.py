@@ -34,6 +34,7 @@ SMALL = "64,128,2,4"
 PLAN = f"plan --initial {SMALL} --target 128,256,4,8"
 SIZE = "plan --initial 768,2048,6,6 --target-params 1e9"
 GROW = "grow model -o grown --num-hidden-layers 4"
+UPSCALE = "upscale model -o deeper --already-seen 1e9 --sequence-length 32"
 TRAIN = "train run.yaml -o out"
 COMPARE = "compare experiment.yaml -o out"
 PROBE = "probe run.yaml -o out"
@@ -98,6 +99,7 @@ MODEL_INPUTS = (
     "calibrate --target 128,256,4,8 --dry-run --from",
     f"calibrate --initial {SMALL} --dry-run --to",
     "grow -o grown --num-hidden-layers 4",
+    "upscale -o deeper --already-seen 1e9",
     "eval --tasks perplexity --text notes.txt",
 )
 #: What is not a run, and a pattern of the message.
@@ -117,8 +119,20 @@ RUN_INPUTS = (
     "probe run.yaml -o out --dry-run --from",
 )
 #: Options that take a file to write, and those that take a directory.
-FILE_OUTPUTS = (f"{PLAN} -o", f"{ADVISE} --data notes.txt -o", "reproduce -o", f"{CALIBRATE} --cpu -o")
-DIRECTORY_OUTPUTS = ("report run -o", f"{TOKENIZER[:-2]}", "train run.yaml -o", "grow model --num-hidden-layers 4 -o")
+FILE_OUTPUTS = (
+    f"{PLAN} -o",
+    f"{ADVISE} --data notes.txt -o",
+    "reproduce -o",
+    f"{CALIBRATE} --cpu -o",
+    f"{UPSCALE} --run",
+)
+DIRECTORY_OUTPUTS = (
+    "report run -o",
+    f"{TOKENIZER[:-2]}",
+    "train run.yaml -o",
+    "grow model --num-hidden-layers 4 -o",
+    "upscale model --already-seen 1e9 -o",
+)
 
 #: Command lines by what they begin with: how they go on, and a pattern of the message.
 ROWS: Mapping[str, Mapping[str, str]] = {
@@ -381,6 +395,50 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--max-shard-size ''": "--max-shard-size",
         "--dry-run -o model": "exists",
         "-o notes.txt": "notes.txt",
+    },
+    "upscale": {
+        "": "CHECKPOINT",
+        "model": "--output",
+        "model -o deeper": "--already-seen is missing",
+        "model -o deeper --already-seen 1e9 --sequence-length 100000": "max_position_embeddings",
+        "model/config.json -o deeper --already-seen 1e9 --sequence-length 32": "not a model directory",
+    },
+    UPSCALE: {
+        "--already-seen 0": "--already-seen must be a positive number",
+        "--already-seen=-1": "--already-seen",
+        "--already-seen nan": "--already-seen",
+        "--already-seen 1e30": "--already-seen",
+        "--layers 2": "2 layers are not more than the checkpoint's 2: give --layers 3 or more",
+        "--layers 0": "--layers",
+        "--layers=-4": "--layers",
+        "--layers 2.5": "--layers",
+        "--layers 10000000": "10,?000,?000",
+        "--layers 4 --by 2": "either `--layers` or `--by`",
+        "--by 1": "--by must be a factor above 1",
+        "--by 1.1": "2 layers are not more",
+        "--by nan": "--by",
+        "--by inf": "--by",
+        "--by 1e30": "num_hidden_layers",
+        "--init no": "unknown init 'no'",
+        "--init ''": "init",
+        "--init copy": "unknown init 'copy'",
+        "--seed 1.5": "--seed",
+        "--tokens 0": "--tokens",
+        "--tokens nan": "--tokens",
+        "--tokens 1e30": "--tokens",
+        "--sequence-length 0": "--sequence-length",
+        "--data missing/deeper/texts": "missing/deeper/texts",
+        "--law unknown.yaml": "unknown key 'nonsense'",
+        "--device-memory 0": "--device-memory",
+        "--device-memory 1000": "does not fit.*has 1.00 kB|does not fit",
+        "--devices 0": "--devices",
+        "--zero 7": "--zero",
+        "--micro-batch-size 0": "--micro-batch-size",
+        "--precision int8": "--precision.*'bf16'",
+        "--max-shard-size huge": "--max-shard-size",
+        "--run run.yaml": "run.yaml exists already; choose a new file",
+        "--run deeper/run.yaml": "next to it",
+        "--dry-run -o model": "model exists already; choose a new directory",
     },
     "grow": {"": "SOURCE", "model": "--output", "model --output": "--output"},
     TRAIN: {

@@ -25,7 +25,7 @@ def test_errors_reach_the_shell():
     assert done.stderr == "error: unknown operator 'depth' (known: layer, mha, ffn, hidden, head_dim)\n"
 
 
-@pytest.mark.parametrize("command", ["plan", "grow", "train", "rollback", "report", "reproduce"])
+@pytest.mark.parametrize("command", ["plan", "grow", "upscale", "train", "rollback", "report", "reproduce"])
 def test_help_teaches(command, output_of):
     text = output_of(command, "--help")
     assert f"slop {command}" in text and "Example" in text and "--json" in text

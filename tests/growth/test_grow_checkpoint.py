@@ -17,8 +17,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 
 from slop_hf import GrowthReceipt, GrowthStage, ModelDims, grow_checkpoint, grow_model, plan_checkpoint_growth
@@ -120,6 +124,60 @@ def test_a_chain_equals_growths_in_memory_one_after_the_other(tmp_path, stages, 
         expected = grow_model(expected, stage, seed=5 + number, noise=0.2)
     assert_same(tmp_path / "grown", expected)
     assert receipt.dims == stages[-1].dims and receipt.source_hash == hash_weights(load(source).named_parameters())
+
+
+def merge_by_passthrough(source, target, slices):
+    """Write a checkpoint whose layers are those of ranges of a source, as mergekit's `passthrough` does."""
+    tensors = load_file(source / "model.safetensors")
+    merged = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
+    for new, old in enumerate(layer for start, stop in slices for layer in range(start, stop)):
+        begin, replacement = f"model.layers.{old}.", f"model.layers.{new}."
+        merged |= {
+            replacement + name.removeprefix(begin): tensor.clone()
+            for name, tensor in tensors.items()
+            if name.startswith(begin)
+        }
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = new + 1
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][old] for start, stop in slices for old in range(start, stop)]
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(merged, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("layers", "init", "slices"),
+    [
+        (6, "stack", [(0, 4), (0, 2)]),
+        (9, "stack", [(0, 4), (0, 4), (0, 1)]),
+        (6, "middle", [(0, 2), (1, 3), (2, 4)]),
+        (5, "interleave", [(0, 1), (0, 4)]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("make", "config", "settings"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {}),
+        (
+            Olmo3ForCausalLM,
+            Olmo3Config,
+            {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        ),
+        (SeedOssForCausalLM, SeedOssConfig, {"attention_out_bias": True}),
+    ],
+)
+def test_deeper_checkpoints_equal_a_passthrough_merge(tmp_path, make, config, settings, layers, init, slices):
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    dims = DIMS.replace(num_hidden_layers=4)
+    source = save(tmp_path / "source", make, config, torch.bfloat16, dims=dims, **settings, **special)
+    merged = load(merge_by_passthrough(source, tmp_path / "merged", slices))
+    grow_checkpoint(source, tmp_path / "grown", "layer", layers, init=init)
+    grown = load(tmp_path / "grown")
+    assert_same(tmp_path / "grown", merged)
+    tokens = torch.arange(20).view(2, 10)
+    assert torch.equal(grown(tokens).logits, merged(tokens).logits)
 
 
 def test_growths_of_a_chain_draw_different_numbers(source, tmp_path):

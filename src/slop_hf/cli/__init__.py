@@ -29,6 +29,7 @@ from .reproduce import reproduce_command
 from .rollback import rollback_command
 from .shared import make_streams_printable, print_error, set_verbosity
 from .train import train_command
+from .upscale import upscale_command
 from .wording import Command
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command("advise", cls=Command)(advise_command)
 app.command("plan", cls=Command)(plan_command)
 app.command("probe", cls=Command)(probe_command)
 app.command("grow", cls=Command)(grow_command)
+app.command("upscale", cls=Command)(upscale_command)
 app.add_typer(data_app, name="data")
 app.command("train", cls=Command)(train_command)
 app.command("compare", cls=Command)(compare_command)

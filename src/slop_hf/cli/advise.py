@@ -128,13 +128,13 @@ def advise_command(
     if not 1 <= row <= len(advice.options):
         raise PlanError(f"--row must be from 1 to {len(advice.options)}, the rows of the table, got {row}")
     if output is not None:
-        write_text(output, to_yaml(build_run(question, advice.options[row - 1], data or "", source)))
+        write_text(output, to_yaml(build_run(question, advice.options[row - 1], data, source)))
     if plot is not None:
         draw_advice(question, advice, plot)
     if as_json:
         print_json(advice)
         return
-    _show_page(question, advice)
+    show_advice(question, advice)
     if output is not None:
         print(f"row {row} written to {output}")
     if plot is not None:
@@ -180,7 +180,8 @@ def _choose_cost_model(cost_model: str | None, device: str | None, mfu: float) -
     return CostModel(1 / (peak * mfu * 3600), hardware=f"{device} at {mfu:.0%} of its peak, assumed")
 
 
-def _show_page(question: Question, advice: Advice) -> None:
+def show_advice(question: Question, advice: Advice) -> None:
+    """Print the options of an answer as a table, their stages, and the verdict."""
     console = Console()
     has_hours = question.cost_model is not None
     names = ("", "option", ">params", *[">hours"] * has_hours, ">memory", ">loss", ">vs row 1", ">best")

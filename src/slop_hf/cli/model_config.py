@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..architectures import ARCHITECTURES, read_setting
@@ -26,6 +27,15 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]
             only the config is fetched.
         option: option that names the source, for error messages.
     """
+    return split_config(read_whole_config(source, option), f"{option} {source}")
+
+
+def read_whole_config(source: str, option: str) -> dict[str, object]:
+    """Read the config of a model; arguments as for `read_config`.
+
+    Raises:
+        PlanError: if there is none, or it is not an object of settings.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -41,10 +51,23 @@ def read_config(source: str, option: str) -> tuple[ModelDims, dict[str, object]]
     config = read_json(path, if_missing=remedy, error=PlanError)
     if not isinstance(config, dict):
         raise PlanError(f"{path}: not an object of settings; {remedy}")
+    return config
+
+
+def split_config(config: Mapping[str, object], where: str) -> tuple[ModelDims, dict[str, object]]:
+    """Return the structure that a config describes, and the part of the config that growth does not change.
+
+    Args:
+        config: config of a model as plain data.
+        where: name of the config, for error messages.
+
+    Raises:
+        PlanError: if it describes no structure.
+    """
     try:
         dims = ModelDims.from_config(config)
     except DimsError as caught:
-        raise PlanError(f"{option} {path}: {caught}") from None
+        raise PlanError(f"{where}: {caught}") from None
     kept = dict.fromkeys((*_KEPT_BY_GROWTH, *_list_family_fields(config)))
     return dims, {name: config[name] for name in kept if name in config}
 

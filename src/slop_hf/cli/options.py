@@ -27,7 +27,7 @@ Devices = Annotated[str, typer.Option(help="CUDA devices to spread the runs over
 Run = Annotated[Path, typer.Argument(help="Run directory.")]
 Workers = Annotated[int, typer.Option(min=1, help="Parallel runs on CPUs; each gets its share of the cores.")]
 
-# Memory of a device, in the panel "Hardware" of `slop plan` and `slop advise`.
+# Memory of a device, in the panel "Hardware" of `slop plan`, `slop advise` and `slop upscale`.
 DeviceMemory = Annotated[
     float | None, make_option(_HARDWARE, help="Bytes per device, e.g. 80e9; larger models are left out.")
 ]

@@ -30,7 +30,7 @@ from ..architectures import read_setting
 from ..cost.flops import count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
-from ..io.files import list_abandoned, require_path, write_directory, write_text
+from ..io.files import list_abandoned, require_absent, require_path, write_directory, write_text
 from ..io.hub_address import Address
 from ..io.hub_client import read_hub
 from ..io.model_errors import explain_load_error
@@ -211,8 +211,7 @@ def plan_checkpoint_growth(
     require_path(source, "source", error=GrowthError)
     require_path(target, "target", error=GrowthError)
     target = Path(target)
-    if target.exists() or target.is_symlink():
-        raise GrowthError(f"{target} exists already; choose a new directory, nothing is overwritten")
+    require_absent(target, "directory", error=GrowthError)
     directory = find_checkpoint_directory(source)
     growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise)
     stored = read_checkpoint_headers(directory)

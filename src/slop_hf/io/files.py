@@ -173,6 +173,22 @@ def check_output(
         raise error(f"{label} cannot be written: no permission to write in {nearest}")
 
 
+def require_absent(path: str | os.PathLike[str], kind: str, *, error: type[SlopError] = SlopError) -> None:
+    """Refuse an existing file, directory or link as the target of something new.
+
+    Args:
+        path: path to write later.
+        kind: what to choose instead, for the message: "file" or "directory".
+        error: class of error to raise.
+
+    >>> require_absent(".", "directory")
+    Traceback (most recent call last):
+    slop_hf.errors.SlopError: . exists already; choose a new directory, nothing is overwritten
+    """
+    if os.path.lexists(path):
+        raise error(f"{os.fspath(path)} exists already; choose a new {kind}, nothing is overwritten")
+
+
 def require_path(value: object, name: str, *, error: type[SlopError] = SlopError) -> None:
     """Refuse anything but a path.
 

@@ -638,13 +638,15 @@ def _list_remarks(question: Question, options: Sequence[AdvisedOption]) -> tuple
     return tuple(remarks)
 
 
-def build_run(question: Question, option: AdvisedOption, data: str, source: str | None = None) -> dict[str, Json]:
+def build_run(
+    question: Question, option: AdvisedOption, data: str | None, source: str | None = None
+) -> dict[str, Json]:
     """Return the content of a file for `slop train` that runs an option.
 
     Args:
         question: question that the option answers.
         option: one of its options.
-        data: source of the training text, as `data.source` names it.
+        data: source of the training text, as `data.source` names it; None to leave it out, to be filled in.
         source: model directory or Hub id of the model; None if it has no name.
     """
     settings = {name: read_setting(question.config, name) for name in ("model_type", "vocab_size")}
@@ -654,7 +656,8 @@ def build_run(question: Question, option: AdvisedOption, data: str, source: str 
         model: dict[str, Json] = {"pretrained": source, **settings}
     else:
         model = {**settings, "max_position_embeddings": question.sequence_length}
-    text: dict[str, Json] = {"source": data, "block_size": question.sequence_length}
+    text: dict[str, Json] = {} if data is None else {"source": data}
+    text |= {"block_size": question.sequence_length}
     text |= {"vocab_size": settings["vocab_size"]} if source is None else {"tokenizer": source}
     schedule = RateSchedule(option.lr_span)
     training: dict[str, Json] = {
