@@ -9,8 +9,8 @@ Records are written by `slop compare --record benchmarks/results/NAME.json`. In 
     <!-- end -->
 
 encloses text made from a record. KIND is `table`, `countings`, `sentences`, `stages`, `ledger`, `predictions`,
-`agreement`, `figure` (loss against FLOPs), `figure-seconds`, `figure-losses` or `figure-utility`. The figures are in
-docs/images/results; those that a document shows are drawn from their records.
+`agreement`, `figure` (loss against FLOPs), `figure-seconds`, `figure-losses`, `figure-savings` or `figure-utility`.
+The figures are in docs/images/results; those that a document shows are drawn from their records.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def _fill(text: str) -> str:
 
 
 #: Name of a comparison's figure by the kind of its block.
-FIGURE_KINDS = {"figure": "loss", "figure-seconds": "seconds", "figure-losses": "losses", "figure-utility": "utility"}
+FIGURE_KINDS = {
+    "figure": "loss",
+    **{f"figure-{name}": name for name in COMPARISON_FIGURES if name != "loss"},
+}
 TEXT_KINDS: dict[str, Callable[[Comparison], str]] = {
     "table": lambda comparison: tabulate_arms(comparison).markdown(),
     "countings": lambda comparison: tabulate_countings(comparison).markdown(),

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from comparisons import FLOPS, comparison
 from matplotlib.image import imread
+from matplotlib.markers import CARETUPBASE
 from PIL import Image
 
 from slop_hf.errors import RunError
 from slop_hf.experiments import final_losses as dots
 from slop_hf.experiments import loss_curves as figures
+from slop_hf.experiments import savings
 from slop_hf.experiments.comparison import Curve
 from slop_hf.experiments.final_losses import draw_final_losses, draw_scatter
 from slop_hf.experiments.loss_curves import draw_arm_curves
-from slop_hf.experiments.results import compute_flops_saved
+from slop_hf.experiments.results import compute_flops_saved, compute_saving
+from slop_hf.experiments.savings import draw_savings
 from slop_hf.report import drawing
 
 
@@ -29,7 +32,7 @@ def drawn(monkeypatch):
     made = []
     new = drawing.create_figure
     monkeypatch.setattr(drawing, "DPI", 72)
-    for module in (figures, dots):
+    for module in (figures, dots, savings):
         monkeypatch.setattr(module, "create_figure", lambda *size: made.append(new(*size)) or made[-1])
     return made
 
@@ -93,6 +96,28 @@ def test_only_ends_are_marked_as_such(tmp_path, drawn, budgets, end_rate, square
     draw_arm_curves(replace(record, runs=tuple(runs)), tmp_path / "loss.png")
     marks = {line.get_marker(): len(line.get_xdata()) for line in drawn[0].axes[0].lines}
     assert (marks.get("s", 0), marks.get("o", 0)) == (squares, rings)
+
+
+def test_savings_are_drawn_against_tokens_per_parameter(tmp_path, drawn):
+    record = comparison(8, budgets={"from-scratch": (0.25, 0.5, 1.0), "slop": (0.5, 1.0), "not-grown": (0.5, 1.0)})
+    path = draw_savings(record, tmp_path / "savings.png")
+    axes = drawn[0].axes[0]
+    parameters = record.runs_of("from-scratch")[0].parameters
+    line = next(line for line in axes.lines if line.get_color() == drawing.RUN_COLOURS[0])
+    budgets = (0.5, 1.0)
+    assert list(line.get_xdata()) == [record.runs_of("slop", budget)[0].tokens / parameters for budget in budgets]
+    expected = [compute_saving(record, "slop", budget) for budget in budgets]
+    assert list(line.get_ydata()) == pytest.approx([saving.shares.mean for saving in expected])
+    carets = [line for line in axes.lines if line.get_marker() == CARETUPBASE]
+    assert expected[1].is_bound and expected[1].shares.mean in [y for caret in carets for y in caret.get_ydata()]
+    assert overlapping(drawn[0]) == [] and inked(path, drawing.RUN_COLOURS[0]) > 50
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend[0] == "slop" and legend[-2:] == ["as many FLOPs as from-scratch", "lower bound"]
+
+
+@pytest.mark.parametrize("budgets", [{}, {"from-scratch": (0.5, 1.0)}])
+def test_savings_need_two_budgets_of_an_arm(tmp_path, budgets):
+    assert draw_savings(comparison(2, budgets=budgets), tmp_path / "savings.png") is None
 
 
 def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):

@@ -25,6 +25,7 @@ from slop_hf.experiments.results import (
     compute_flops_saved,
     compute_loss_at,
     compute_rank_correlation,
+    compute_saving,
     is_saving_bound,
 )
 
@@ -94,6 +95,24 @@ def test_only_the_end_of_a_finished_schedule_reaches_a_loss(runs, cost, is_bound
     assert (saved and saved.values) == (None if math.isinf(cost) else (pytest.approx(1 - cost / 100),))
     assert is_saving_bound(record, "slop") == is_bound
     assert compute_flops_saved(record, "scratch").values == (0.0,)
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes", "expected"),
+    [
+        pytest.param(3.2, {}, (1 - 40 / BETWEEN, False), id="halfway between two budgets"),
+        pytest.param(3.4, {}, (1 - 40 / 50, False), id="at the end of the shorter run"),
+        pytest.param(2.9, {}, (1 - 40 / 100, True), id="below the longest run, a lower bound"),
+        pytest.param(3.5, {}, None, id="above the shortest run"),
+        pytest.param(3.2, {"end_rate": 1.0}, None, id="a schedule that has not ended"),
+        pytest.param(3.2, {"seed": 1}, None, id="no shared seed"),
+    ],
+)
+def test_the_saving_at_the_arms_own_loss(loss, changes, expected):
+    record = comparison(scratch(0, 3.0), scratch(0, 3.4, 0.5), slop(loss, flops=40.0, **changes))
+    saving = compute_saving(record, "slop", 1.0)
+    assert (saving and (*saving.shares.values, saving.is_bound)) == (expected and pytest.approx(expected))
+    assert compute_saving(record, "scratch", 0.5) is None
 
 
 def test_a_reference_whose_rate_is_still_high_is_no_goal():

@@ -199,6 +199,46 @@ def compute_cost_to_loss(runs: Sequence[RunResult], loss: float, unit: Literal["
     return min(costs, default=math.inf)
 
 
+@dataclass(frozen=True)
+class Saving:
+    """The FLOPs that an arm saves at one of its budgets.
+
+    Args:
+        shares: 1 − the arm's FLOPs / those with which the reference would end at the same loss, by seed.
+        is_bound: whether the saving is only a lower bound, because with some seed the reference's longest run ends
+            above that loss.
+    """
+
+    shares: Spread
+    is_bound: bool
+
+
+def compute_saving(comparison: Comparison, arm: str, budget: float) -> Saving | None:
+    """Return what an arm saves at its own final loss at a budget, compared with the reference's ladder of budgets.
+
+    The reference's FLOPs lie on the straight line between the ends of two of its runs, over their logarithm
+    (`compute_cost_to_loss`). Losses fall less and less, so this line lies above them, and a saving is overstated by a
+    little: the closer the reference's budgets, the less.
+
+    None for the reference itself, if the two share no seed, and if with some seed the loss is above that of the
+    reference's shortest run, whose FLOPs say nothing then.
+    """
+    shares, is_bound = [], False
+    if arm == comparison.reference:
+        return None
+    for run in _select_finished(comparison.runs_of(arm, budget)):
+        matching = [one for one in comparison.runs if (one.arm, one.seed) == (comparison.reference, run.seed)]
+        ladder = sorted(_select_finished(matching), key=lambda one: one.total_flops)
+        if not ladder:
+            continue
+        if run.eval_loss > ladder[0].eval_loss:
+            return None
+        flops = compute_cost_to_loss(ladder, run.eval_loss)
+        is_bound |= flops == math.inf
+        shares.append(1 - run.total_flops / min(flops, ladder[-1].total_flops))
+    return Saving(Spread(tuple(shares)), is_bound) if shares else None
+
+
 def compute_loss_at(runs: Sequence[RunResult], cost: float, unit: Unit) -> float | None:
     """Return the loss with which a run of a certain cost would end, from an arm's runs with one seed.
 
@@ -230,6 +270,7 @@ class Counting:
         passes: passes over the training data; None if unknown.
         equal_flops: loss minus the reference's at the same FLOPs.
         equal_tokens: loss minus the reference's at the same tokens.
+        saving: FLOPs that the arm saves at its own loss.
         gap_closed: share of the distance between the initial structure without growth and the reference that the arm
             has covered, all on the same tokens: 1 is as good as the reference, 0 no better than without growth.
         best_size: the arm without growth with the lowest loss at the same FLOPs, of all sizes.
@@ -247,6 +288,7 @@ class Counting:
     passes: float | None
     equal_flops: Spread | None
     equal_tokens: Spread | None
+    saving: Saving | None
     gap_closed: Spread | None
     best_size: str | None
     against_best_size: Spread | None
@@ -287,6 +329,7 @@ def _count(comparison: Comparison, arm: str, budget: float) -> Counting:
         passes=first.passes,
         equal_flops=None if is_reference else _subtract(runs, at_flops),
         equal_tokens=None if is_reference else _subtract(runs, at_tokens),
+        saving=compute_saving(comparison, arm, budget),
         gap_closed=_compute_gap_closed(runs, small_losses, at_tokens),
         best_size=best_size,
         against_best_size=None if best_size is None else sizes[best_size][1],

@@ -18,6 +18,7 @@ from .comparison import Comparison, Cost
 from .results import (
     ArmResult,
     Counting,
+    Saving,
     Spread,
     compute_arm_results,
     compute_countings,
@@ -94,6 +95,7 @@ def tabulate_countings(comparison: Comparison) -> TextTable:
         f"FLOPs of {baseline}": lambda counting: _format_ratio(counting.relative_flops),
         "equal FLOPs": lambda counting: format_differences(counting.equal_flops),
         "equal tokens": lambda counting: format_differences(counting.equal_tokens),
+        "saved at its loss": lambda counting: _format_own_saving(counting.saving),
         "gap closed": lambda counting: _format_percent(counting.gap_closed) if counting.gap_closed else NOTHING,
         _BEST_SIZE: lambda counting: counting.best_size or NOTHING,
         "vs best size": lambda counting: format_differences(counting.against_best_size),
@@ -231,6 +233,10 @@ def _format_saving(comparison: Comparison, result: ArmResult) -> str:
     if saved is None:
         return _NOT_REACHED
     return f"{'≥ ' if result.is_bound else ''}{_format_percent(saved)}"
+
+
+def _format_own_saving(saving: Saving | None) -> str:
+    return NOTHING if saving is None else f"{'≥ ' if saving.is_bound else ''}{_format_percent(saving.shares)}"
 
 
 def _format_percent(spread: Spread) -> str:

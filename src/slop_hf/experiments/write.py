@@ -19,6 +19,7 @@ from .jobs import add_shared_prefixes, build_jobs
 from .loss_curves import draw_arm_curves
 from .planner_accuracy import describe_planner_accuracy, draw_utility, tabulate_predictions
 from .running import JobEndCallback, describe_machine, run_experiment
+from .savings import draw_savings
 from .summary_text import summarise_comparison
 from .tables import tabulate_arm_stages, tabulate_arms, tabulate_countings, tabulate_ledger
 
@@ -54,6 +55,14 @@ COMPARISON_FIGURES = {
         "One dot per seed, a bar at their mean, and on the right the mean ± the sample standard deviation. The dashed "
         "line and its band are the mean and the range of the arm that the others are compared with.",
         draw_final_losses,
+    ),
+    "savings": ComparisonFigure(
+        "FLOPs saved against tokens per parameter",
+        "1 − FLOPs of an arm / FLOPs with which the reference would end at the same loss, on the line between the "
+        "ends of two of its runs, over log FLOPs; means over seeds, and bars from the lowest to the highest. Below 0 "
+        "the arm needs more FLOPs. Dashed arms do not grow. A caret marks a lower bound: the reference's longest run "
+        "ends above that loss.",
+        draw_savings,
     ),
     "utility": ComparisonFigure(
         "Predicted and measured marginal utility",
@@ -93,6 +102,8 @@ COUNTING_COLUMN_MEANINGS = {
     "same FLOPs, the optimizer's included: on the line between the ends of two of its runs, over log FLOPs; nothing "
     "is extrapolated.",
     "equal tokens": "the same at equal tokens, which costs fewer FLOPs if the arm begins small.",
+    "saved at its loss": "1 − FLOPs / the FLOPs with which the compared arm would end at the same loss, on that line; "
+    "≥: its longest run ends above that loss.",
     "gap closed": "at equal tokens, the share of the distance between the initial structure without growth and the "
     "compared arm that the arm has covered: 100% is as good as that arm.",
     "best size not grown": "of the other arms without growth, whatever their size, the one with the lowest loss at "
