@@ -179,8 +179,10 @@ def test_accelerate_reads_its_configurations(path):
     config = load_config_from_file(str(path))
     zero3 = path.stem.endswith("zero3")
     assert (config.distributed_type == "DEEPSPEED") is zero3
+    fsdp2 = path.stem.endswith("fsdp2")
+    assert (config.distributed_type == "FSDP") is fsdp2 and (not fsdp2 or config.fsdp_config["fsdp_version"] == 2)
     assert config.num_processes % config.num_machines == 0
-    assert not config.use_cpu  # it would turn DeepSpeed off
+    assert not config.use_cpu  # it would turn DeepSpeed and FSDP off
     if zero3:
         # accelerate rejects all other settings if there is a file.
         assert set(config.deepspeed_config) <= {

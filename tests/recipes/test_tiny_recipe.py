@@ -60,7 +60,7 @@ def alone(recipe, tmp_path_factory):
     return output
 
 
-@pytest.fixture(scope="module", params=["ddp", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+@pytest.fixture(scope="module", params=["ddp", pytest.param("zero3", marks=pytest.mark.deepspeed), "fsdp2"])
 def kind(request):
     if request.param == "zero3":
         pytest.importorskip("deepspeed")

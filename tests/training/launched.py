@@ -72,13 +72,18 @@ class Dump(TrainerCallback):
             "steps": steps,
             "groups": groups,
             "held": held(self.trainer),
-            "is_compiled": bool(getattr(self.trainer.model_wrapped, "is_compiled", False)),  # by DeepSpeed
+            "is_compiled": is_compiled(self.trainer.model_wrapped),
         }
         (self.directory / f"{span.number}-rank-{args.process_index}.json").write_text(json.dumps(facts))
         if args.process_index == 0:
             save_file(
                 {name: value.clone() for name, value in tensors.items()}, self.directory / f"{span.number}.safetensors"
             )
+
+
+def is_compiled(wrapped: Any) -> bool:
+    """Whether DeepSpeed or accelerate has compiled a model."""
+    return bool(getattr(wrapped, "is_compiled", False)) or hasattr(wrapped, "_orig_mod")
 
 
 def numbers_of_groups(trainer: Any) -> list[int]:
@@ -94,6 +99,10 @@ def numbers_of_groups(trainer: Any) -> list[int]:
 
 def held(trainer: Any) -> int:
     """Count the numbers of weights, float32 masters and moments on this rank; shared memory counts once."""
+    if trainer.is_fsdp_enabled:
+        optimizer = trainer.optimizer.optimizer
+        moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+        return sum(tensor.to_local().numel() for tensor in [*trainer.model.parameters(), *moments])
     if trainer.deepspeed is None:
         return 3 * sum(parameter.numel() for parameter in trainer.model.parameters())
     zero = trainer.deepspeed.optimizer
@@ -163,6 +172,7 @@ def main(settings: dict[str, Any]) -> None:
     run = trainer(
         output, schedule=schedule, model=model, callbacks=callbacks, per_device_train_batch_size=batch, **arguments
     )
+    del model  # FSDP2 wraps it in place
     for callback in callbacks:
         callback.trainer = run
     torch.manual_seed(0)

@@ -44,13 +44,13 @@ class Ended:
 
 
 def command(kind: str, ranks: int, script: Path = LAUNCHED) -> list[str]:
-    """Return the command of a launch: "plain" in one process, "ddp", or "zero3"."""
+    """Return the command of a launch: "plain" in one process, "ddp", "zero3", or "fsdp2"."""
     python = [sys.executable, "-m"]
     if kind == "plain":
         return [sys.executable, str(script)]
     if kind == "ddp":
         return [*python, "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone", str(script)]
-    config = ROOT / "recipes" / "accelerate" / "cpu_zero3.yaml"
+    config = ROOT / "recipes" / "accelerate" / f"cpu_{kind}.yaml"
     launch = [*python, "accelerate.commands.launch", "--config_file", str(config)]
     return [*launch, "--num_processes", str(ranks), "--main_process_port", "0", str(script)]
 
@@ -185,6 +185,12 @@ def _list_environments(kind: str, ranks: int) -> list[dict[str, str]]:
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
             "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": ROOT / "recipes" / "accelerate" / "zero3.json",
+        }
+    if kind == "fsdp2":
+        shared |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         }
     each = ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))
     return [{name: str(value) for name, value in one.items()} for one in each]

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a run under ZeRO-3 loses at most the steps since the last checkpoint."""
+"""SIGKILL at any moment of a run under ZeRO-3 or FSDP2 loses at most the steps since the last checkpoint."""
 
 import json
 import random
@@ -12,16 +12,20 @@ from training_runs import BLOCK, SCHEDULE
 from slop_hf import GrowthSchedule, RunDirectory
 from slop_hf.io.serialization import to_plain
 
-pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
+pytestmark = pytest.mark.slow
 
 BLOCKS_PER_STEP = 12  # one, two, three and four ranks can share it
 STEPS = 15
 SAVE_STEPS = 4
-RUNS = 5
+#: Runs under each strategy.
+RUNS = {"zero3": 5, "fsdp2": 2}
 #: Kills of each run: at any event, and within two seconds of the end of a stage.
 KILLS, KILLS_AT_ENDS = 4, 2
-#: Launches of the last run after its kills; the other runs keep two ranks.
-OTHERS = [("zero3", 3), ("zero3", 1), ("plain", 1), ("ddp", 2), ("zero3", 2), ("zero3", 3)]
+#: Launches of the last run after its kills; the other runs keep two ranks and their strategy.
+OTHERS = {
+    "zero3": [("zero3", 3), ("zero3", 1), ("plain", 1), ("ddp", 2), ("zero3", 2), ("zero3", 3)],
+    "fsdp2": [("zero3", 3), ("fsdp2", 1), ("plain", 1), ("fsdp2", 3), ("zero3", 2), ("ddp", 2)],
+}
 SETTINGS = {"arguments": {"learning_rate": 1e-3, "save_steps": SAVE_STEPS}, "dropout": 0.1}
 
 
@@ -92,21 +96,25 @@ def read_calls(output: Path) -> dict[str, list[str]]:
     return calls
 
 
-def test_thirty_kills(schedule, tmp_path, capfd):
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("strategy", RUNS)
+def test_runs_that_are_killed_end_as_if_they_were_not(strategy, schedule, tmp_path, capfd):
+    """Six times each."""
     pytest.importorskip("deepspeed")
     whole = tmp_path / "whole"
-    launch = start("zero3", 2, schedule, whole)
+    launch = start(strategy, 2, schedule, whole)
     wait_for(0, whole, launch)
     began = time.perf_counter()
     wait_for(len(events(whole)) - 1, whole, launch)
     between = (time.perf_counter() - began) / (len(events(whole)) - 1)
     assert launch.wait() == 0, launch.text
     dice, kills = random.Random(0), 0
-    for number in range(RUNS):
+    for number in range(RUNS[strategy]):
+        is_last = number == RUNS[strategy] - 1
         output = tmp_path / f"killed-{number}"
-        others = iter(OTHERS if number == RUNS - 1 else [])
+        others = iter(OTHERS[strategy] if is_last else [])
         for event, seconds in choose_moments(dice, output, between):
-            kind, ranks = next(others, ("zero3", 2))
+            kind, ranks = next(others, (strategy, 2))
             launch = start(kind, ranks, schedule, output)
             wait_for(event, output, launch)
             time.sleep(seconds)
@@ -115,12 +123,12 @@ def test_thirty_kills(schedule, tmp_path, capfd):
             assert launch.is_killed or launch.wait() == 0, launch.text
             with capfd.disabled():
                 print(f"\n{number}: {kind} on {ranks}, {describe(output)}", end="", flush=True)
-        launch = start("zero3", 2, schedule, output)
+        launch = start(strategy, 2, schedule, output)
         assert launch.wait() == 0, f"{describe(output)}\n{launch.text}"
 
         difference = largest_difference(whole, output)
         # Another number of ranks draws other dropout masks after the checkpoint, so weights end only close by.
-        assert difference < 0.1 if number == RUNS - 1 else difference == 0.0, "as many ranks end with the same bits"
+        assert difference < 0.1 if is_last else difference == 0.0, "as many ranks end with the same bits"
         names = {path.name for path in output.iterdir()} - {".lock"}
         assert names == {"schedule.yaml", "run.json", "settings.json", *SCHEDULE.stage_names}, "nothing is left over"
         assert not list(output.rglob(".*ing"))
@@ -129,4 +137,4 @@ def test_thirty_kills(schedule, tmp_path, capfd):
         calls = read_calls(output)
         assert list(calls) == ["0", "1", "2", "3"]
         assert all(set(repeated[1:]) <= {"True"} for repeated in calls.values()), calls
-    assert kills >= 25
+    assert kills >= 5 * RUNS[strategy]

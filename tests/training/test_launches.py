@@ -1,4 +1,4 @@
-"""Several ranks compute what one process does: DistributedDataParallel, and DeepSpeed ZeRO-3 on two ranks."""
+"""Several ranks compute what one process does: DistributedDataParallel, DeepSpeed ZeRO-3 and FSDP2 on two ranks."""
 
 import json
 
@@ -24,14 +24,20 @@ def alone(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """The run under ZeRO-3 on two ranks, with its dumps."""
-    pytest.importorskip("deepspeed")
-    path = tmp_path_factory.mktemp("zero3")
+SHARDED = [pytest.param("zero3", marks=pytest.mark.deepspeed), "fsdp2"]
+
+
+@pytest.fixture(scope="module", params=SHARDED)
+def sharded(request, tmp_path_factory):
+    """The run under ZeRO-3 and under FSDP2 on two ranks, with its dumps."""
+    if request.param == "zero3":
+        pytest.importorskip("deepspeed")
+    path = tmp_path_factory.mktemp(request.param)
     (path / "dump").mkdir()
     arguments = {**SETTINGS, "keep_optimizer_states": True, "max_shard_size": "20KB"}
-    ended = launch_forked("zero3", 2, output=path / "out", batch=BATCH // 2, dump=path / "dump", arguments=arguments)
+    ended = launch_forked(
+        request.param, 2, output=path / "out", batch=BATCH // 2, dump=path / "dump", arguments=arguments
+    )
     assert ended.code == 0, ended.text[-4000:]
     return path
 
@@ -50,8 +56,7 @@ def test_ddp_agrees_with_one_process(alone, tmp_path):
     assert record.devices == 2 and record.total_tokens == RunDirectory(alone).records()[-1].total_tokens
 
 
-@pytest.mark.deepspeed
-def test_zero3_agrees_with_one_process(alone, sharded):
+def test_shards_agree_with_one_process(alone, sharded):
     for stage in SCHEDULE.stage_names:
         assert largest_difference(alone, sharded / "out", stage) < TOLERANCE
     one, two = (RunDirectory(path).history() for path in (alone, sharded / "out"))
@@ -63,14 +68,15 @@ def test_zero3_agrees_with_one_process(alone, sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.deepspeed
-def test_zero3_compiles_each_stage(alone, tmp_path):
+@pytest.mark.parametrize("kind", SHARDED)
+def test_each_stage_is_compiled(kind, alone, tmp_path):
     """With a compiler that traces forward and backward pass, and runs the graphs as they are."""
-    pytest.importorskip("deepspeed")
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
     (tmp_path / "dump").mkdir()
     settings = {**SETTINGS, "torch_compile": True, "torch_compile_backend": "aot_eager"}
     ended = launch_forked(
-        "zero3", 2, output=tmp_path / "out", batch=BATCH // 2, dump=tmp_path / "dump", arguments=settings
+        kind, 2, output=tmp_path / "out", batch=BATCH // 2, dump=tmp_path / "dump", arguments=settings
     )
     assert ended.code == 0, ended.text[-4000:]
     for number, stage in enumerate(SCHEDULE.stage_names):
@@ -78,7 +84,6 @@ def test_zero3_compiles_each_stage(alone, tmp_path):
         assert largest_difference(alone, tmp_path / "out", stage) < TOLERANCE
 
 
-@pytest.mark.deepspeed
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_sharded_stage_begins_with_the_states_of_growth_in_memory(sharded, number):
     """Masters and both moments, to the last bit, after passing through the parts of two ranks."""
@@ -95,7 +100,6 @@ def test_a_sharded_stage_begins_with_the_states_of_growth_in_memory(sharded, num
         assert state["step"] == facts(sharded, number)["step"] == number * STEPS
 
 
-@pytest.mark.deepspeed
 def test_states_are_sharded(sharded):
     """No rank holds more weights and moments than its part, padded; masters are the weights themselves."""
     for number, dims in enumerate(SCHEDULE.structures):
@@ -105,13 +109,11 @@ def test_states_are_sharded(sharded):
             assert each <= facts(sharded, number, rank)["held"] <= each + 3 * len(sizes)
 
 
-@pytest.mark.deepspeed
 def test_engines_of_earlier_stages_are_gone(sharded):
     """With their models and states, which would otherwise stay in memory to the end of the run."""
     assert [facts(sharded, number, rank)["alive"] for number in range(4) for rank in (0, 1)] == [1] * 8
 
 
-@pytest.mark.deepspeed
 def test_groups_of_a_sharded_stage(sharded):
     """Matrices decay, norms do not; the rate warms up again."""
     for number, dims in enumerate(SCHEDULE.structures):
@@ -123,7 +125,6 @@ def test_groups_of_a_sharded_stage(sharded):
         assert decayed["lr"] == others["lr"] == 0.0
 
 
-@pytest.mark.deepspeed
 def test_sharded_files_are_a_stock_checkpoint(sharded):
     """Both ranks write; the files load as one model."""
     stage = RunDirectory(sharded / "out").stage_dir(3)
@@ -175,20 +176,22 @@ def test_frozen_parameters_under_ddp(partly_frozen, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.deepspeed
-def test_terminated_under_zero3_and_finished_on_one_rank(partly_frozen, tmp_path):
+@pytest.mark.parametrize("kind", SHARDED)
+def test_terminated_on_two_ranks_and_finished_on_one(kind, partly_frozen, tmp_path):
     """SIGTERM to one rank: all save at the same step, and the launch ends well; with frozen parameters.
 
     The second launch accumulates gradients, without a warning that accelerate has not been told.
     """
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
     path, stop = tmp_path / "out", 2 * STEPS + 3
     settings = {"frozen": FROZEN, "arguments": SETTINGS}
-    begun = launch_forked("zero3", 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, **settings)
+    begun = launch_forked(kind, 2, output=path, batch=BATCH // 2, at={stop: "terminate"}, on=1, **settings)
     assert begun.code == 0, begun.text[-4000:]
     assert "resume to continue" in begun.text
     names = {one.name for one in RunDirectory(path).running_dir(2).iterdir()}
     assert f"checkpoint-{stop + 1}" in names, "a step later, when all ranks know"
-    ended = launch_forked("zero3", 1, output=path, batch=BATCH // 2, **settings)
+    ended = launch_forked(kind, 1, output=path, batch=BATCH // 2, **settings)
     assert ended.code == 0, ended.text[-4000:]
     assert "mismatch" not in ended.text
     check_frozen(path, partly_frozen)

@@ -66,7 +66,12 @@ def find_changed(path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["plain", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.deepspeed)],
+    [
+        "plain",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.deepspeed),
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_muon_updates_the_matrices_of_the_layers_and_nothing_else(kind, tmp_path):
     """With a rate of 0 for AdamW, what moves is what Muon moves; counted in numbers."""
@@ -115,12 +120,13 @@ def test_ddp_agrees_with_one_process(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.deepspeed
-def test_zero3_interrupted_agrees_with_one_process(whole, tmp_path):
-    pytest.importorskip("deepspeed")
+@pytest.mark.parametrize("kind", [pytest.param("zero3", marks=pytest.mark.deepspeed), "fsdp2"])
+def test_interrupted_on_shards_agrees_with_one_process(kind, whole, tmp_path):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
     settings = {"output": tmp_path / "out", "batch": BATCH // 2, "arguments": MUON_RUN}
-    assert launch_forked("zero3", 2, **settings, at={STEPS + 5: "interrupt"}).code != 0
-    ended = launch_forked("zero3", 2, **settings)
+    assert launch_forked(kind, 2, **settings, at={STEPS + 5: "interrupt"}).code != 0
+    ended = launch_forked(kind, 2, **settings)
     assert ended.code == 0, ended.text[-4000:]
     assert largest_difference(tmp_path / "out", whole) < TOLERANCE
 

@@ -219,10 +219,11 @@ def test_ddp_agrees_with_one_process(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.deepspeed
-def test_zero3_counts_the_steps_of_each_age(tmp_path):
+@pytest.mark.parametrize("kind", [pytest.param("zero3", marks=pytest.mark.deepspeed), "fsdp2"])
+def test_shards_count_the_steps_of_each_age(kind, tmp_path):
     """Each age is a group of its own, because ZeRO-3 counts the steps of a group."""
-    pytest.importorskip("deepspeed")
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
     stages = [replace(stage, tokens=BATCH * BLOCK) for stage in DEEP.stages[:2]]
     short = GrowthSchedule(DEEP.initial, tuple(stages), initial_tokens=BATCH * BLOCK)
     short.to_yaml(tmp_path / "schedule.yaml")
@@ -230,7 +231,7 @@ def test_zero3_counts_the_steps_of_each_age(tmp_path):
     settings = {**LAUNCHED, "save_steps": 100}
     trainer(tmp_path / "one", model=small_model(DEEP.initial, dropout=0.0), **{**settings, "schedule": short}).train()
     ended = launch_forked(
-        "zero3",
+        kind,
         2,
         output=tmp_path / "two",
         schedule=tmp_path / "schedule.yaml",

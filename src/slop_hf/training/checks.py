@@ -23,6 +23,8 @@ from ..schedule import GrowthSchedule
 from .muon import MUON
 
 if TYPE_CHECKING:
+    from accelerate import ParallelismConfig
+    from accelerate.utils import FullyShardedDataParallelPlugin
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
     from .arguments import SlopTrainingArguments
@@ -172,6 +174,29 @@ def check_deepspeed_config(config: Mapping[str, Json], *, needs_groups: bool = F
             raise RunError(f"{name} is not supported: growth and AdamW need float32 masters; leave it out")
     if "scheduler" in config:
         raise RunError("DeepSpeed's `scheduler` does not know the stages; leave it out and set lr_scheduler_type")
+
+
+def check_fsdp2(plugin: FullyShardedDataParallelPlugin, parallelism: ParallelismConfig | None, precision: str) -> None:
+    """Refuse settings of FSDP2 whose states could not be read, or not exactly, for a growth.
+
+    Args:
+        plugin: accelerate's settings of FSDP2.
+        parallelism: accelerate's other kinds of parallelism; None without them.
+        precision: accelerate's mixed precision: "no", "bf16" or "fp16".
+    """
+    if plugin.activation_checkpointing:
+        raise RunError(
+            "fsdp_activation_checkpointing is not supported: it changes the names of parameters; leave it out and set "
+            "gradient_checkpointing among the training arguments"
+        )
+    if plugin.ignored_modules is not None:
+        raise RunError("fsdp_ignored_modules is not supported: ranks would train them apart; leave it out")
+    sizes = () if parallelism is None else ("dp_replicate_size", "tp_size", "cp_size", "sp_size")
+    for name in sizes:
+        if getattr(parallelism, name, 1) != 1:
+            raise RunError(f"{name} {getattr(parallelism, name)} is not supported next to FSDP2; leave it out")
+    if precision not in ("no", "bf16"):
+        raise RunError(f"{precision} under FSDP2 is not supported: it would sum gradients in {precision}; use bf16")
 
 
 def describe_space_shortage(plan: RunPlan, directory: Path, checkpoints: int | None) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from accelerate.utils import str_to_bool
 
 from ..errors import OtherRankError, RunError, SlopError
+from ..io.serialization import read_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -30,12 +32,14 @@ EXIT_SECONDS = 10.0
 ERROR_CODE, LOST_CODE, INTERRUPTED_CODE = 2, 1, 130
 #: The environment variable in which gloo looks for the network interface to use.
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+#: The environment variable by which transformers loads a model on the first rank only.
+_LOADS_ON_FIRST = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 #: What gloo and NCCL say if another process has ended.
 _LOST_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def prepare_launch(args: TrainingArguments) -> None:
-    """Name the backend of ranks on CPUs, and complete the environment of DeepSpeed if it is used.
+    """Name the backend of ranks on CPUs, and complete the environment of DeepSpeed and FSDP if they are used.
 
     Without a named backend, each of several ranks on CPUs takes itself for the only one. `accelerate launch` without
     a configuration sets no rank, and DeepSpeed would look for MPI. Without an accelerator, DeepSpeed would compile an
@@ -48,9 +52,8 @@ def prepare_launch(args: TrainingArguments) -> None:
     Raises:
         RunError: for a launch that cannot train a staged run.
     """
-    # Refused here, by its settings: on CPUs, transformers would leave FSDP out without a word.
-    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-        raise RunError("FSDP is not supported; shard with DeepSpeed ZeRO-3 (recipes/accelerate), or launch without")
+    if uses_fsdp(args):
+        _prepare_fsdp(args)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = args.use_cpu or not torch.cuda.is_available()
     if ranks > 1:
@@ -60,7 +63,7 @@ def prepare_launch(args: TrainingArguments) -> None:
     by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
     if args.deepspeed is None and not by_launcher:
         # Otherwise accelerate would look for a device, find none, and let every rank train alone.
-        args.use_cpu = args.use_cpu or (on_cpu and ranks > 1)
+        args.use_cpu = args.use_cpu or (on_cpu and (ranks > 1 or uses_fsdp(args)))
         return
     if args.use_cpu:
         raise RunError("use_cpu turns DeepSpeed off; leave it out: without a GPU DeepSpeed runs on the CPU by itself")
@@ -78,6 +81,47 @@ def prepare_launch(args: TrainingArguments) -> None:
     from . import zero3
 
     zero3.prepare_for_cpus()
+
+
+def uses_fsdp(args: TrainingArguments) -> bool:
+    """Whether FSDP was asked for, by the training arguments or by `accelerate launch`."""
+    return bool(args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def _prepare_fsdp(args: TrainingArguments) -> None:
+    """Refuse FSDP of version 1 and launches that FSDP cannot use, and let every rank load whole checkpoints.
+
+    `cpu_ram_efficient_loading` leaves a model that is loaded on another rank than the first empty, until FSDP shards
+    it; but a finished model, for example, is loaded to be returned.
+    """
+    config = args.fsdp_config or {}
+    if isinstance(config, str):
+        config = read_json(Path(config), if_missing="give the settings of FSDP themselves", error=RunError)
+    config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
+    version = str(config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1"))
+    if version != "2":
+        raise RunError(
+            f"FSDP version {version} is not supported; set fsdp_version: 2 in the configuration of "
+            "`accelerate launch`, as recipes/accelerate/eight_gpus_fsdp2.yaml does"
+        )
+    if "RANK" not in os.environ:
+        raise RunError(
+            "FSDP needs processes of a launch; start it with `accelerate launch --config_file "
+            "recipes/accelerate/eight_gpus_fsdp2.yaml`, or with cpu_fsdp2.yaml without a GPU"
+        )
+    if args.use_cpu and torch.cuda.is_available():
+        raise RunError("use_cpu turns FSDP off; leave it out, or launch without FSDP")
+    loads = str_to_bool(str(config.get("cpu_ram_efficient_loading", "false")).lower()) or str_to_bool(
+        os.environ.get(_LOADS_ON_FIRST, "false")
+    )
+    if loads and dist.is_initialized():
+        raise RunError(
+            "fsdp_cpu_ram_efficient_loading may have left the model empty on this rank; set it to false, or make "
+            "SlopTrainingArguments before the model"
+        )
+    os.environ[_LOADS_ON_FIRST] = "false"
+    if args.fsdp:
+        args.fsdp_config = {**config, "cpu_ram_efficient_loading": False}
 
 
 def choose_gloo_interface() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ..architectures import LAYER, get_architecture
@@ -121,11 +121,17 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sharded = [g for g in self.param_groups if g[ALGORITHM] == MUON and any(p in self.shards for p in g["params"])]
-        for group in sharded:
-            for flat in group["params"]:
-                self._step_shards(group, flat)
-        whole = [group for group in self.param_groups if not any(group is other for other in sharded)]
+        whole = []
+        for group in self.param_groups:
+            if group[ALGORITHM] != MUON:
+                whole.append(group)
+            elif any(parameter in self.shards for parameter in group["params"]):
+                for flat in group["params"]:
+                    self._step_shards(group, flat)
+            elif any(isinstance(parameter, DTensor) for parameter in group["params"]):
+                self._step_rows(group)
+            else:
+                whole.append(group)
         for optimizer, is_muon in ((self._muon, True), (self._adamw, False)):
             optimizer.state = self.state
             optimizer.param_groups = [group for group in whole if (group[ALGORITHM] == MUON) == is_muon]
@@ -133,43 +139,61 @@ class MuonWithAdamW(Optimizer):
         return loss
 
     def _step_shards(self, group: Mapping[str, Any], flat: torch.Tensor) -> None:
-        """Update this rank's parts of matrices, as `torch.optim.Muon` updates whole ones."""
+        """Update this rank's parts of matrices in a flat tensor, as `torch.optim.Muon` updates whole ones."""
         if flat.grad is None:
             return
-        state = self.state[flat]
-        if MOMENTUM not in state:
-            state[MOMENTUM] = torch.zeros_like(flat)
-        momentum: torch.Tensor = state[MOMENTUM].lerp_(flat.grad, 1 - group["momentum"])
-        update = flat.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+        update = self._compute_update(group, flat)
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        shards, ranks = self.shards[flat], self._ranks
-        for first in range(0, len(shards), ranks.count):
-            _orthogonalize_one_per_rank(update, shards[first : first + ranks.count], group, ranks)
-        for shard in shards:
-            part = slice(shard.start, shard.start + shard.size)
-            flat[part].add_(update[part], alpha=-group["lr"] * _adjust_rate(group, shard.shape))
+        shards = self.shards[flat]
+        parts = [update[shard.start : shard.start + shard.size] for shard in shards]
+        shapes = [shard.shape for shard in shards]
+        _orthogonalize(parts, shapes, group, self._ranks)
+        for shard, part in zip(shards, parts, strict=True):
+            rate = group["lr"] * _adjust_rate(group, shard.shape)
+            flat[shard.start : shard.start + shard.size].add_(part, alpha=-rate)
+
+    def _step_rows(self, group: Mapping[str, Any]) -> None:
+        """Update this rank's rows of the matrices of a group (FSDP2), as `torch.optim.Muon` updates whole ones."""
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        for first in range(0, len(matrices), self._ranks.count):
+            batch = matrices[first : first + self._ranks.count]
+            parts = [self._ranks.pad_rows(self._compute_update(group, matrix), matrix.shape) for matrix in batch]
+            _orthogonalize(parts, [matrix.shape for matrix in batch], group, self._ranks)
+            for matrix, part in zip(batch, parts, strict=True):
+                rows = matrix.to_local()
+                rows.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * _adjust_rate(group, matrix.shape)
+                rows.add_(part[: rows.numel()].view_as(rows).to(rows.device), alpha=-rate)
+
+    def _compute_update(self, group: Mapping[str, Any], parameter: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the update before it is made orthogonal; the momentum advances."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(parameter)
+        gradient, momentum = _take_local(parameter.grad), _take_local(state[MOMENTUM])
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
 
 
-def _orthogonalize_one_per_rank(
-    update: torch.Tensor, shards: Sequence[MatrixPart], group: Mapping[str, Any], ranks: Ranks
+def _take_local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _orthogonalize(
+    parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], group: Mapping[str, Any], ranks: Ranks
 ) -> None:
-    """Replace matrices in this rank's flat tensor by orthogonal ones, each of which another rank computes."""
-    own: torch.Tensor | None = None
-    for owner, shard in enumerate(shards):
-        part = update[shard.start : shard.start + shard.size].to(ranks.device)
-        whole = part
-        if ranks.count > 1:
-            whole = part.new_empty(shard.size * ranks.count)
-            dist.all_gather_into_tensor(whole, part.contiguous())
-        if owner == ranks.rank:
-            own = compute_direction(whole[: math.prod(shard.shape)].view(shard.shape), group)
-    for owner, shard in enumerate(shards):
-        whole = update.new_zeros(shard.size * ranks.count, device=ranks.device)
-        if owner == ranks.rank and own is not None:
-            whole[: own.numel()] = own.reshape(-1)
-        if ranks.count > 1:
-            dist.broadcast(whole, src=owner)
-        update[shard.start : shard.start + shard.size] = whole[shard.size * ranks.rank :][: shard.size]
+    """Replace matrices, of which this rank has the given parts, by orthogonal ones; each rank computes its share."""
+    for first in range(0, len(parts), ranks.count):
+        batch = range(first, min(first + ranks.count, len(parts)))
+        own: torch.Tensor | None = None
+        for owner, number in enumerate(batch):
+            whole = ranks.gather_parts(parts[number].to(ranks.device), shapes[number], owner)
+            if whole is not None:
+                own = compute_direction(whole, group)
+        for owner, number in enumerate(batch):
+            part, value = parts[number], own if owner == ranks.rank else None
+            part.copy_(ranks.cut_part(value, part.numel(), owner, part.dtype))
 
 
 def compute_direction(matrix: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,54 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def gather_parts(self, part: torch.Tensor, shape: Sequence[int], owner: int) -> torch.Tensor | None:
+        """Return a whole tensor on its owner, given the part of each rank; None on the other ranks.
+
+        All ranks gather, by the connections of training: with a different owner each time, every rank would have to
+        connect to every other one.
+
+        Args:
+            part: flat part of this rank on `device`, of the same size on all ranks; the parts of all ranks, one after
+                another, are the tensor, and padding at the end.
+            shape: shape of the whole tensor.
+        """
+        flat = part
+        if self.count > 1:
+            flat = part.new_empty(part.numel() * self.count)
+            dist.all_gather_into_tensor(flat, part.contiguous())
+            if self.rank != owner:
+                return None
+        return flat[: math.prod(shape)].view(tuple(shape))
+
+    def cut_part(
+        self, value: torch.Tensor | None, size: int, owner: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return this rank's flat part of a tensor that its owner has: the reverse of `gather_parts`.
+
+        Args:
+            value: the whole tensor; None on the other ranks.
+            size: numbers in the part of one rank, with padding.
+        """
+        flat = torch.empty(size * self.count, dtype=dtype, device=self.device)
+        if value is not None:
+            flat[: value.numel()].copy_(value.flatten(), non_blocking=True)
+            flat[value.numel() :] = 0  # the padding
+        if self.count > 1:
+            dist.broadcast(flat, src=owner)  # by the connections of training, as in `gather_parts`
+        return flat[size * self.rank :][:size]
+
+    def pad_rows(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Return this rank's rows of a tensor as a flat part on `device`, for `gather_parts`.
+
+        FSDP2 gives each rank equally many rows, rounded up; the last parts are smaller or empty.
+
+        Args:
+            shape: shape of the whole tensor.
+        """
+        part = rows.new_zeros(math.ceil(shape[0] / self.count) * math.prod(shape[1:]), device=self.device)
+        part[: rows.numel()] = rows.flatten()
+        return part
 
     def raise_any(self, error: Exception | None) -> None:
         """Raise an error on every rank if one rank has one: the others would wait for that rank in vain."""

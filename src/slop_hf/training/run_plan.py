@@ -71,6 +71,7 @@ def plan_run(
     optimizer: str = "",
     dtype: str = "",
     begun: RunFacts | None = None,
+    strategy: str = "replicated",
 ) -> RunPlan:
     """Lay out a run, and refuse arguments that do not fit the schedule or the devices.
 
@@ -82,6 +83,7 @@ def plan_run(
         data: fingerprint of the training data; "" if unknown.
         vocabulary, sample, optimizer, dtype: as in `RunFacts`; "" if unknown.
         begun: facts of the run if it has begun: it keeps its batches on any number of devices.
+        strategy: how the devices hold the model (see `describe_settings`).
     """
     stages = len(schedule.structures)
     per_step = count_blocks_per_step(args, block_size, devices, stages)
@@ -116,7 +118,7 @@ def plan_run(
         if span.growth is not None:  # refuse now what the boundary would refuse after hours
             growth_seed, noise = args.growth_seed + span.number, args.growth_noise
             plan_growth(before.dims.to_config(config), span.growth, seed=growth_seed, noise=noise)
-    return RunPlan(schedule, facts, spans, batches, rates, describe_settings(args, batches, devices))
+    return RunPlan(schedule, facts, spans, batches, rates, describe_settings(args, batches, devices, strategy))
 
 
 def _describe_model(config: ModelConfig) -> dict[str, Json]:

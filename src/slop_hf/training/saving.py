@@ -66,12 +66,14 @@ class Snapshot:
     Args:
         states: its weights and AdamW's state.
         model: the model, for its config.
+        model_class: class of the stock model; FSDP2 puts the model into a class of its own.
         trainer_state: state of the trainer, with the log so far.
         max_shard_size: largest file of weights or optimizer state, such as "2GB".
     """
 
     states: States
     model: PreTrainedModel
+    model_class: type[PreTrainedModel]
     processing_class: PreTrainedTokenizerBase | None
     trainer_state: TrainerState
     max_shard_size: str
@@ -81,7 +83,7 @@ class Snapshot:
         states = self.states
         config = copy.deepcopy(self.model.config)
         config.use_cache = True  # Trainer turns it off, and would leave it so in every published config
-        config.architectures = [type(self.model).__name__]
+        config.architectures = [self.model_class.__name__]
         config.dtype = states.get_dtype(next(iter(states.shapes)), WEIGHT)
         written = save_states(states, config, directory, self.max_shard_size)
         with states.ranks.raise_on_all(), hide_progress_bars():

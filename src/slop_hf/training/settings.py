@@ -32,7 +32,9 @@ CHANGEABLE = (
 )
 
 
-def describe_settings(args: SlopTrainingArguments, batches: Sequence[Batches], devices: int) -> dict[str, Json]:
+def describe_settings(
+    args: SlopTrainingArguments, batches: Sequence[Batches], devices: int, strategy: str
+) -> dict[str, Json]:
     """Return the settings as plain data, as JSON gives them back.
 
     The batches are those that the run trains in: the tokens of a step stay as they were when the run began, whatever
@@ -41,10 +43,11 @@ def describe_settings(args: SlopTrainingArguments, batches: Sequence[Batches], d
     Args:
         batches: batch of one device in each stage.
         devices: number of devices that share a step.
+        strategy: how they hold the model: "replicated" (one process, DistributedDataParallel), "zero3" or "fsdp2".
     """
     values = args.to_dict()
     settings = {name: values[name] for name in CHANGEABLE if name in values}
-    settings["devices"] = devices
+    settings["devices"], settings["strategy"] = devices, strategy
     settings["micro_batch_sizes"] = [batch.micro_batch_size for batch in batches]
     settings["accumulation_steps"] = [batch.accumulation_steps for batch in batches]
     plain: dict[str, Json] = json.loads(json.dumps(settings, default=str))

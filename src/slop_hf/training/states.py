@@ -1,7 +1,7 @@
 """`States`: weights and AdamW's state, one parameter at a time. `Strategy`: how the ranks hold the model.
 
 This file is for one process and for DistributedDataParallel, under which every rank holds the whole model; `zero3.py`
-is for DeepSpeed ZeRO-3.
+is for DeepSpeed ZeRO-3, `fsdp2.py` for FSDP2.
 """
 
 from __future__ import annotations
@@ -151,6 +151,9 @@ class Strategy:
 
     def begin_stage(self, micro_batch_size: int, accumulation_steps: int) -> None:
         """Make the settings that a stage needs before its model is prepared."""
+
+    def keep_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note a stage's optimizer before accelerate prepares it."""
 
     def finish_preparation(self, wrapped: torch.nn.Module) -> None:
         """Adjust a stage's model after it was wrapped for training."""

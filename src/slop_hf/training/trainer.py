@@ -53,6 +53,7 @@ from .checks import (
 from .divergence import NonFiniteLossGuard
 from .freezing import find_frozen, freeze_parameters, list_frozen_of_stages
 from .held_out_loss import HeldOutLoss
+from .launch import uses_fsdp
 from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler, set_new_parameter_rates
 from .leftovers import remove_leftovers
 from .loggers import continue_curves
@@ -95,16 +96,17 @@ class SlopTrainer(Trainer):
     Parameters that are frozen (`requires_grad` False) when training begins stay frozen, and so do copies of frozen
     layers.
 
-    It runs in one process, in several processes that each hold the model (DistributedDataParallel), or under DeepSpeed
-    ZeRO-3. No rank ever holds a whole sharded model: at a boundary, states pass through the stage's files one
-    parameter at a time. `runs.directory.RunDirectory` describes the files. Checkpoints inside a stage follow
-    `save_steps`, and can be resumed from with another number of processes.
+    It runs in one process, in several processes that each hold the model (DistributedDataParallel), under DeepSpeed
+    ZeRO-3 or under FSDP2. No rank ever holds a whole sharded model: at a boundary, states pass through the stage's
+    files one parameter at a time. `runs.directory.RunDirectory` describes the files. Checkpoints inside a stage follow
+    `save_steps`, and can be resumed from with another number of processes and under another of these strategies.
 
     After SIGTERM or Ctrl-C the trainer saves a checkpoint and stops. It does the same if a callback sets
     `control.should_training_stop`; after the last step of a stage, the stage is finished instead.
 
     It overrides private methods of `Trainer` (`_init_training_state`, `_prepare_for_training`, `_save_checkpoint`,
-    `_load_rng_state`, `_maybe_log_save_evaluate`); `tests/training` fails if a release of transformers changes them.
+    `_load_rng_state`, `_maybe_log_save_evaluate`), and `create_accelerator_and_postprocess`; `tests/training` fails if
+    a release of transformers changes them.
 
     Args:
         model: initial model, with the schedule's initial dims.
@@ -121,6 +123,7 @@ class SlopTrainer(Trainer):
     # Attributes of `Trainer`, whose types mypy does not read.
     args: SlopTrainingArguments
     control: TrainerControl
+    is_fsdp_enabled: bool
     model: Any
     model_wrapped: Any
     optimizer: Any
@@ -170,13 +173,7 @@ class SlopTrainer(Trainer):
         self.schedule, self.spans = self.plan.schedule, self.plan.spans
         check_document_mask(self.blocks, model, [batches.micro_batch_size for batches in self.plan.batches])
         check_scheduler(args, self.spans)
-        self._strategy = Strategy(self.ranks)
-        if self.is_deepspeed_enabled:
-            from . import zero3
-
-            self._strategy = zero3.Zero3Strategy(
-                self.accelerator, self.ranks, needs_groups=self._splits_groups or self.plan.facts.optimizer == MUON
-            )
+        self._strategy = self._choose_strategy()
         # Traits that later models share with the first one, whose parameters may be gone by then.
         self._model_class, self._dtype = type(model), model.dtype
         self._attention, self._generation_config = model.config._attn_implementation, model.generation_config
@@ -207,6 +204,28 @@ class SlopTrainer(Trainer):
         self.add_callback(self._stop)
         self.add_callback(StageEnd(lambda: self._span.end_step))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`, but with FSDP2 also on CPUs."""
+        super().create_accelerator_and_postprocess()
+        if uses_fsdp(self.args) and not self.is_fsdp_enabled:
+            from . import fsdp2
+
+            fsdp2.enable_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _choose_strategy(self) -> Strategy:
+        """Return the strategy of the launch; refuse settings of it whose states could not be carried over a growth."""
+        if self.is_deepspeed_enabled:
+            from . import zero3
+
+            needs_groups = self._splits_groups or self.plan.facts.optimizer == MUON
+            return zero3.Zero3Strategy(self.accelerator, self.ranks, needs_groups=needs_groups)
+        if self.is_fsdp_enabled:
+            from . import fsdp2
+
+            return fsdp2.Fsdp2Strategy(self.accelerator, self.ranks)
+        return Strategy(self.ranks)
+
     def _plan_run(self, model: PreTrainedModel, schedule: GrowthSchedule, block_size: int) -> RunPlan:
         tokenizer = self.processing_class
         return plan_run(
@@ -223,6 +242,7 @@ class SlopTrainer(Trainer):
             # DeepSpeed updates float32 masters, whatever the weights are.
             dtype=str(torch.float32 if self.is_deepspeed_enabled else model.dtype).removeprefix("torch."),
             begun=self.ranks.from_first(RunFacts.load(self.run)),
+            strategy="zero3" if self.is_deepspeed_enabled else "fsdp2" if self.is_fsdp_enabled else "replicated",
         )
 
     def _build_timer(self) -> RunTimer:
@@ -416,7 +436,9 @@ class SlopTrainer(Trainer):
 
     def _take_snapshot(self) -> Snapshot:
         states = self._strategy.get_states(self)
-        return Snapshot(states, self.model, self.processing_class, self.state, self.args.max_shard_size)
+        return Snapshot(
+            states, self.model, self._model_class, self.processing_class, self.state, self.args.max_shard_size
+        )
 
     def _drop_optimizer_state(self, number: int) -> None:
         """Remove the optimizer state of a finished stage, now that the next one has enough to resume from."""
@@ -534,6 +556,7 @@ class SlopTrainer(Trainer):
         if is_fresh and self._splits_groups:
             keeps = self.args.optimizer_state_at_growth == "kept"
             split_groups(optimizer, self.model, self._added[number], number, has_own_steps=keeps)
+        self._strategy.keep_groups(optimizer)
         return optimizer
 
     def _compute_adamw_rate(self) -> float:

@@ -7,7 +7,6 @@ Every parameter, its float32 master and AdamW's moments are cut into one equal p
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
 import warnings
@@ -220,16 +219,8 @@ class Zero3States:
             part = safe_get_local_optimizer_state(parameter, key)
         else:
             part = safe_get_local_fp32_param(parameter) if name in self._trained else parameter.ds_tensor
-        flat = part = part.detach().flatten().to(self.ranks.device, torch.float32)
-        if self.ranks.count > 1:
-            # All ranks gather, by the connections of training: to a different owner each time, every rank would have
-            # to connect to every other one.
-            flat = part.new_empty(part.numel() * self.ranks.count)
-            dist.all_gather_into_tensor(flat, part)
-            if self.ranks.rank != owner:
-                return None
-        shape = parameter.ds_shape
-        return flat[: math.prod(shape)].view(shape)
+        part = part.detach().flatten().to(self.ranks.device, torch.float32)
+        return self.ranks.gather_parts(part, parameter.ds_shape, owner)
 
     def make_moments(self, steps: Mapping[str, float], momentum: Collection[str] = ()) -> None:
         # torch counts in a tensor (on the parameters' device for fused kernels), DeepSpeed's own optimizers in an int.
@@ -248,14 +239,7 @@ class Zero3States:
     @torch.no_grad()
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
         parameter = self._parameters[name]
-        size = parameter.ds_tensor.numel()
-        flat = torch.empty(size * self.ranks.count, dtype=torch.float32, device=self.ranks.device)
-        if value is not None:
-            flat[: value.numel()].copy_(value.flatten(), non_blocking=True)
-            flat[value.numel() :] = 0  # the padding
-        if self.ranks.count > 1:
-            dist.broadcast(flat, src=owner)  # by the connections of training, as in `gather`
-        part = flat[size * self.ranks.rank :][:size]
+        part = self.ranks.cut_part(value, parameter.ds_tensor.numel(), owner)
         if key != WEIGHT:
             safe_set_local_optimizer_state(parameter, part, key)
         elif name in self._trained:
