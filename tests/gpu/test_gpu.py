@@ -30,6 +30,7 @@ GROWTH = GrowthSchedule(
     SCHEDULE.initial, (GrowthStage(("layer", "ffn", "hidden", "mha"), SCHEDULE.target, TOKENS),), TOKENS
 )
 ZERO3 = Path(__file__).parents[2] / "recipes/accelerate/zero3_gpu.json"
+FSDP2 = ZERO3.with_name("eight_gpus_fsdp2.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +159,24 @@ def test_perplexity_is_that_of_the_cpu(device):
     )
 
 
-@pytest.mark.deepspeed
-def test_zero3_on_one_rank(device, on_cpu, tmp_path):
-    pytest.importorskip("deepspeed")
+@pytest.mark.parametrize("kind", [pytest.param("zero3", marks=pytest.mark.deepspeed), "fsdp2"])
+def test_shards_on_one_rank(kind, device, on_cpu, tmp_path):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
     if device == "cpu":
-        pytest.skip("tests/training launches ZeRO-3 on CPUs")
+        pytest.skip("tests/training launches ZeRO-3 and FSDP2 on CPUs")
     GROWTH.to_yaml(tmp_path / "schedule.yaml")
     settings = {
         "output": str(tmp_path / "run"),
         "schedule": str(tmp_path / "schedule.yaml"),
-        "arguments": {"deepspeed": str(ZERO3), "use_cpu": False, "eval_after_growth": False},
+        "arguments": {"use_cpu": False, "eval_after_growth": False},
     }
+    command = [sys.executable]
+    if kind == "zero3":
+        settings["arguments"]["deepspeed"] = str(ZERO3)
+    else:
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "1"]
     program = Path(training_runs.__file__).with_name("launched.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, program, json.dumps(settings)], env=environment, check=True, timeout=120)
+    subprocess.run([*command, program, json.dumps(settings)], env=environment, check=True, timeout=120)
     assert dict(losses(tmp_path / "run")) == pytest.approx(on_cpu, abs=1e-3)

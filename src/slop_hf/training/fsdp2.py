@@ -6,7 +6,6 @@ A tensor is cut along its first dimension into equal numbers of rows per rank; t
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def enable_on_cpus(accelerator: Accelerator, settings: dict[str, Any] | None) -> None:
-    """Let accelerate shard over ranks without an accelerator, for which it leaves FSDP out without a word.
+    """Let accelerate shard over ranks on CPUs, on which it ignores that FSDP was asked for.
 
     Args:
         settings: settings of FSDP among the training arguments; None if they are in the environment.
@@ -63,7 +62,9 @@ class Fsdp2Strategy(Strategy):
         # Otherwise each rank would add up whole gradients until the last micro-batch of a step.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self._accelerator, self._plugin = accelerator, plugin
-        self._groups: list[list[torch.Tensor]] = []  # parameters of each group, if the model was sharded here
+        #: A stage's optimizer and the parameters of its groups, until it is prepared.
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._groups: list[list[torch.Tensor]] = []
 
     def build_empty_model(
         self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
@@ -81,20 +82,20 @@ class Fsdp2Strategy(Strategy):
         return model
 
     def keep_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        self._groups = []
-        if any(isinstance(parameter, DTensor) for parameter in optimizer.param_groups[0]["params"]):
-            self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._optimizer = optimizer
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
 
     def finish_preparation(self, wrapped: torch.nn.Module) -> None:
-        """Give the optimizer the parameters that it was made with.
+        """Give the optimizer of a model that was sharded here the parameters that it was made with.
 
-        accelerate tells the parameters apart by the addresses of their memory, and a rank without a single row of two
-        of them has none for either.
+        accelerate distinguishes parameters by the addresses of their memory, and a rank without any rows of two
+        parameters has no memory for either.
         """
-        if self._groups:
-            (optimizer,) = self._accelerator._optimizers
-            for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
+        assert self._optimizer is not None
+        for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
+            if any(isinstance(parameter, DTensor) for parameter in parameters):
                 group["params"] = parameters
+        self._optimizer, self._groups = None, []
 
     def get_states(self, trainer: Trainer) -> Fsdp2States:
         model = getattr(trainer.model, "_orig_mod", trainer.model)  # compiled
@@ -104,7 +105,6 @@ class Fsdp2Strategy(Strategy):
 
     def release(self, wrapped: torch.nn.Module) -> None:
         """Free the memory of a sharded model, which its maker may still hold."""
-        self._groups = []
         _reshard(wrapped)
         for parameter in wrapped.parameters():
             if isinstance(parameter, DTensor):
@@ -131,6 +131,5 @@ class Fsdp2States(ReplicatedStates):
     def put(self, name: str, key: str, value: torch.Tensor | None, owner: int) -> None:
         tensor = cast(DTensor, self._get_tensor(name, key))
         rows = tensor.to_local()
-        size = math.ceil(tensor.shape[0] / self.ranks.count) * math.prod(tensor.shape[1:])
-        part = self.ranks.cut_part(value, size, owner, rows.dtype)
+        part = self.ranks.cut_part(value, self.ranks.count_rows_part(tensor.shape), owner, rows.dtype)
         rows.copy_(part[: rows.numel()].view_as(rows))

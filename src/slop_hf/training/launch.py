@@ -91,8 +91,8 @@ def uses_fsdp(args: TrainingArguments) -> bool:
 def _prepare_fsdp(args: TrainingArguments) -> None:
     """Refuse FSDP of version 1 and launches that FSDP cannot use, and let every rank load whole checkpoints.
 
-    `cpu_ram_efficient_loading` leaves a model that is loaded on another rank than the first empty, until FSDP shards
-    it; but a finished model, for example, is loaded to be returned.
+    `cpu_ram_efficient_loading` leaves models empty that other ranks than the first load, until FSDP shards them; but
+    a finished model is loaded without being sharded.
     """
     config = args.fsdp_config or {}
     if isinstance(config, str):

@@ -131,15 +131,23 @@ class Ranks:
             dist.broadcast(flat, src=owner)  # by the connections of training, as in `gather_parts`
         return flat[size * self.rank :][:size]
 
-    def pad_rows(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Return this rank's rows of a tensor as a flat part on `device`, for `gather_parts`.
+    def count_rows_part(self, shape: Sequence[int]) -> int:
+        """Return the numbers in one rank's part of a tensor cut by rows, with padding.
 
         FSDP2 gives each rank equally many rows, rounded up; the last parts are smaller or empty.
+
+        >>> Ranks(count=2).count_rows_part((5, 4))
+        12
+        """
+        return math.ceil(shape[0] / self.count) * math.prod(shape[1:])
+
+    def pad_rows(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Return this rank's rows of a tensor as a flat part on `device`, for `gather_parts`.
 
         Args:
             shape: shape of the whole tensor.
         """
-        part = rows.new_zeros(math.ceil(shape[0] / self.count) * math.prod(shape[1:]), device=self.device)
+        part = rows.new_zeros(self.count_rows_part(shape), device=self.device)
         part[: rows.numel()] = rows.flatten()
         return part
 
