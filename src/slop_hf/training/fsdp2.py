@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .ranks import Ranks
 
 
-def enable_on_cpus(accelerator: Accelerator, settings: dict[str, Any] | None) -> None:
+def prepare_accelerator(accelerator: Accelerator, settings: dict[str, Any] | None) -> None:
     """Let accelerate shard over ranks on CPUs, on which it ignores that FSDP was asked for.
 
     Args:

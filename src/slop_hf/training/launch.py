@@ -52,7 +52,7 @@ def prepare_launch(args: TrainingArguments) -> None:
     Raises:
         RunError: for a launch that cannot train a staged run.
     """
-    if uses_fsdp(args):
+    if is_fsdp_requested(args):
         _prepare_fsdp(args)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = args.use_cpu or not torch.cuda.is_available()
@@ -63,7 +63,7 @@ def prepare_launch(args: TrainingArguments) -> None:
     by_launcher = bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
     if args.deepspeed is None and not by_launcher:
         # Otherwise accelerate would look for a device, find none, and let every rank train alone.
-        args.use_cpu = args.use_cpu or (on_cpu and (ranks > 1 or uses_fsdp(args)))
+        args.use_cpu = args.use_cpu or (on_cpu and (ranks > 1 or is_fsdp_requested(args)))
         return
     if args.use_cpu:
         raise RunError("use_cpu turns DeepSpeed off; leave it out: without a GPU DeepSpeed runs on the CPU by itself")
@@ -83,7 +83,7 @@ def prepare_launch(args: TrainingArguments) -> None:
     zero3.prepare_for_cpus()
 
 
-def uses_fsdp(args: TrainingArguments) -> bool:
+def is_fsdp_requested(args: TrainingArguments) -> bool:
     """Whether FSDP was asked for, by the training arguments or by `accelerate launch`."""
     return bool(args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 

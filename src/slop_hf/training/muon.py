@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ..architectures import LAYER, get_architecture
@@ -128,7 +127,7 @@ class MuonWithAdamW(Optimizer):
             elif any(parameter in self.shards for parameter in group["params"]):
                 for flat in group["params"]:
                     self._step_shards(group, flat)
-            elif any(isinstance(parameter, DTensor) for parameter in group["params"]):
+            elif any(_is_dtensor(parameter) for parameter in group["params"]):
                 self._step_rows(group)
             else:
                 whole.append(group)
@@ -176,8 +175,13 @@ class MuonWithAdamW(Optimizer):
         return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
 
 
-def _take_local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, whose class torch 2.4 does not export."""
+    return hasattr(tensor, "to_local")
+
+
+def _take_local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
 
 
 def _orthogonalize(

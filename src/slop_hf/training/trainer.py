@@ -53,7 +53,7 @@ from .checks import (
 from .divergence import NonFiniteLossGuard
 from .freezing import find_frozen, freeze_parameters, list_frozen_of_stages
 from .held_out_loss import HeldOutLoss
-from .launch import uses_fsdp
+from .launch import is_fsdp_requested
 from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler, set_new_parameter_rates
 from .leftovers import remove_leftovers
 from .loggers import continue_curves
@@ -207,10 +207,10 @@ class SlopTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, but with FSDP2 also on CPUs."""
         super().create_accelerator_and_postprocess()
-        if uses_fsdp(self.args) and not self.is_fsdp_enabled:
+        if is_fsdp_requested(self.args) and not self.is_fsdp_enabled:
             from . import fsdp2
 
-            fsdp2.enable_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            fsdp2.prepare_accelerator(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
     def _choose_strategy(self) -> Strategy:
