@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "tell": ("evaluation", "hub", "report", "testing"),
     "pipeline": ("pipeline",),
     "compare": ("experiments", "probing"),
-    "talk": ("cli", "__main__"),
+    "talk": ("cli", "__main__", "launch"),
 }
 RANKS = {part: rank for rank, parts in enumerate(ROWS.values()) for part in parts}
 MAY_IMPORT_TORCH = {"grow", "feed", "train", "tell", "pipeline", "compare"}

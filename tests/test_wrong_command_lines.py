@@ -511,7 +511,16 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--zero-stage 2": "--dry-run",
         "--devices many": "--devices",
     },
-    "train": {"": "CONFIG", "run.yaml": "--output"},
+    "train": {"": "CONFIG"},
+    "init": {"tny": "'tny'.*tiny", "-o new.yaml": "--output.*name", "tiny -o run.yaml": "run.yaml exists.*--force"},
+    "launch": {
+        "": "CONFIG",
+        "missing.yaml": "missing.yaml: no such file",
+        "run.yaml --config zero": "zero.*zero3",
+        "run.yaml --config missing.yaml": "missing.yaml.*one-gpu",
+        "run.yaml --num-processes 0": "--num-processes",
+        "run.yaml --set data.seed": "key=value",
+    },
     COMPARE: {
         "--scale huge": "scale of tiny",
         "--scale tny": "'tiny'",

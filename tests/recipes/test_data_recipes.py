@@ -34,5 +34,5 @@ def test_the_local_mixture_runs(output_of, monkeypatch, tmp_path):
     small = "sources.code.max_documents=20", f"data.cache_dir={tmp_path}", "data.vocab_size=400", "data.held_out=0"
     options = [text for change in small for text in ("--set", change)]
     made = json.loads(output_of("data", "tokenize", "recipes/data/local.yaml", *options, "--json"))
-    assert [(row["name"], row["weight"]) for row in made["sources"]] == [("code", 0.95), ("prose", 0.05)]
+    assert [(row["name"], row["weight"]) for row in made["sources"]] == [("code", 1.0)]
     assert all(row["training_tokens"] > 1000 for row in made["sources"])

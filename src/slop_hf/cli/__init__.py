@@ -21,6 +21,8 @@ from .compare import compare_command
 from .data import data_app
 from .evaluate import HELP, evaluate_command
 from .grow import grow_command
+from .init import begin_command
+from .launch import LAUNCH_HELP, launch_command
 from .plan import plan_command
 from .probe import probe_command
 from .publish import publish_command
@@ -39,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("init", cls=Command)(begin_command)
 app.command("advise", cls=Command)(advise_command)
 app.command("plan", cls=Command)(plan_command)
 app.command("probe", cls=Command)(probe_command)
@@ -46,6 +49,7 @@ app.command("grow", cls=Command)(grow_command)
 app.command("upscale", cls=Command)(upscale_command)
 app.add_typer(data_app, name="data")
 app.command("train", cls=Command)(train_command)
+app.command("launch", cls=Command, help=LAUNCH_HELP)(launch_command)
 app.command("compare", cls=Command)(compare_command)
 app.command("publish", cls=Command)(publish_command)
 app.command("rollback", cls=Command)(rollback_command)

@@ -1,4 +1,4 @@
-"""`slop train`: the command, its dry run and the summary at its end; `recipes/grow_1b.py` shares the latter two."""
+"""`slop train`: the command, its dry run and the summary at its end; `slop_hf.launch` shares the latter two."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file of the run: schedule, model, data, training.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/ and the name of the file.")
+    ] = None,
     schedule: Annotated[
         Path | None, typer.Option("--schedule", "-s", help="Schedule written by `slop plan`; replaces the config's.")
     ] = None,
@@ -76,8 +78,11 @@ def train_command(
     A run at a constant rate (a trunk) gives a family of models: `--decay-from STEP` continues its checkpoint of that
     step in another directory, RUN-decay-STEP, and lets the learning rate fall to 0. The trunk itself stays as it is.
 
-    Example: `slop train recipes/grow_tiny.yaml -o runs/tiny`
+    `slop launch` does the same on several devices; `slop init` writes a run file to begin with.
+
+    Example: `slop train run.yaml -o runs/first`
     """
+    output = output or Path("runs", config.stem)
     check_run_options(config, output, devices, zero_stage, dry_run=dry_run)
     run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
     if decay_from is None and decay_steps is not None:
@@ -132,7 +137,7 @@ def check_run_options(
     """
     if not dry_run and (devices is not None or zero_stage is not None):
         name = "--zero-stage" if devices is None else "--devices"
-        raise RunError(f"{name} is for --dry-run: to train on several devices, use `accelerate launch`")
+        raise RunError(f"{name} is for --dry-run: to train on several devices, use `slop launch`")
     if devices is not None:
         require_whole_number(devices, "--devices", error=RunError)
     check_output(output, option, RunError, is_directory=True)

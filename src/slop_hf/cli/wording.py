@@ -43,6 +43,8 @@ def name_options(message: str, options: Mapping[str, str], given: Collection[str
     >>> name_options("3 stages need tokens: give tokens, got stages=3", options)
     '3 stages need tokens: give --tokens, got --stages 3'
     """
+    if not options:
+        return message
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
     argument = rf"""(?<![\w.'"/=,-])(?P<name>{names})(?P<value>=True\b|=(?=\S)|(?![\w'"/=-]|\.\w))"""
 
@@ -85,10 +87,15 @@ class RecipeParser(argparse.ArgumentParser):
 
 def run_recipe(parser: RecipeParser, run: Callable[[argparse.Namespace], None]) -> None:
     """Call a function with the options on a recipe's command line; print an error of the user as `slop` does."""
+    names: list[str] = []
     try:
-        run(parser.parse_args())
+        given = parser.parse_args()
+        names += vars(given)
+        run(given)
     except SlopError as caught:
-        options = {name: f"--{name.replace('_', '-')}" for name in vars(parser.parse_args([]))}
+        help_text = parser.format_help()
+        options = {name: f"--{name.replace('_', '-')}" for name in names}
+        options = {name: option for name, option in options.items() if option in help_text}  # an argument has none
         options |= {name: option for name, option in _ALIASES.items() if option in options.values()}
         print_error(name_options(str(caught), options))
         sys.exit(2)
