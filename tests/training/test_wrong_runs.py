@@ -17,13 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainin
 
 from slop_hf import ModelDims, RunConfig, RunDirectory, build_trainer, preview_run
 from slop_hf.errors import RunError, SlopError
-from slop_hf.runs.directory import RunFacts
+from slop_hf.runs.directory import RunFacts, list_checkpoints
 from slop_hf.runs.lock import LOCK_DIRECTORY
 from slop_hf.runs.rollback import plan_rollback
 from slop_hf.runs.settings import RunSettings
 from slop_hf.training import arguments as training_arguments
 from slop_hf.training import config as training_config
-from slop_hf.training.checkpoints import list_checkpoints
 from slop_hf.training.checks import check_deepspeed_config, check_precision
 
 INITIAL = ModelDims(16, 32, 2, 2)

@@ -12,11 +12,10 @@ import numpy as np
 
 from ..errors import RunError, SlopError
 from ..io.serialization import Json, hash_json, to_plain
-from ..runs.directory import RunDirectory
+from ..runs.directory import CHECKPOINT, RunDirectory
 from ..schedule import GrowthSchedule
 from ..training.arguments import ADAMW
 from ..training.batches import keep_first_stages
-from ..training.checkpoints import CHECKPOINT
 from ..training.config import RatePreview, RunConfig, preview_rates
 from ..training.run_plan import with_inits
 from ..training.spans import StageSpan

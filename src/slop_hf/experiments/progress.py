@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import RunError
 from ..io.record import Record
-from ..runs.directory import RunDirectory
-from ..training.checkpoints import list_checkpoints, parse_step, read_resumption
+from ..runs.directory import RunDirectory, list_checkpoints, parse_step
+from ..training.checkpoints import read_resumption
 from .jobs import BRANCH_FILE, Job
 
 

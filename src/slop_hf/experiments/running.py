@@ -23,10 +23,9 @@ from ..io.numbers import require_whole_number
 from ..io.serialization import parse_yaml, read_yaml, to_yaml
 from ..pipeline import train_run
 from ..runs.branch import inherit
-from ..runs.directory import RunDirectory
+from ..runs.directory import CHECKPOINT, RunDirectory
 from ..runs.lock import lock_directory
 from ..training.callbacks import StopAtStep
-from ..training.checkpoints import CHECKPOINT
 from ..training.config import preview_run
 from .config import Experiment
 from .jobs import (

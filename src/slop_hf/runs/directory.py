@@ -17,6 +17,7 @@ A stage's directory is complete or absent: it is written under a temporary name 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,8 +38,10 @@ RECORD_FILE = "stage.json"
 STATE_FILE = "trainer_state.json"
 EVAL_FILE = "evaluations.json"
 RUNNING = ".running"  # end of the name of a directory of a stage in training
+CHECKPOINT = "checkpoint-"  # beginning of the name of a checkpoint's directory, before its step
 OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"
+_CHECKPOINT_NAME = re.compile(rf"{CHECKPOINT}([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,31 @@ class RunDirectory:
         if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
             raise RunError(f"{path} has no log_history: {INCOMPLETE}")
         return history
+
+
+def list_checkpoints(run: RunDirectory, stage: int) -> list[Path]:
+    """Return the checkpoints of a stage in training, newest first; copies under other names are not among them."""
+    paths = [path for path in run.running_dir(stage).glob(f"{CHECKPOINT}*") if _CHECKPOINT_NAME.fullmatch(path.name)]
+    paths = [path for path in paths if path.is_dir()]
+    return sorted(paths, key=parse_step, reverse=True)
+
+
+def parse_step(path: Path) -> int:
+    """Return the global step of a checkpoint, from the name of its directory."""
+    return int(path.name.removeprefix(CHECKPOINT))
+
+
+def find_newest_model(run: RunDirectory) -> Path:
+    """Return the directory of a run's newest model: its newest checkpoint, or else its last finished stage.
+
+    Raises:
+        RunError: if there is no run, or it has saved no model yet.
+    """
+    finished = run.finished_stages
+    checkpoints = list_checkpoints(run, finished) if finished < len(run.schedule.stage_names) else []
+    if not checkpoints and not finished:
+        raise RunError(f"{run.path} has no model yet: let `slop train` save its first checkpoint or finish a stage")
+    return checkpoints[0] if checkpoints else run.stage_dir(finished - 1)
 
 
 class RunFile(Record):

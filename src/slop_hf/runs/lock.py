@@ -2,6 +2,7 @@
 
     DIRECTORY/.lock/rank-0, rank-1 ...   files that the operating system locks, one per process
     DIRECTORY/.lock/processes.json       the processes, for messages
+    DIRECTORY/.lock/progress.json        how far their training is (`runs.status`)
 
 The operating system releases a lock when its process ends, however it ends: a lock is never stale. If the launcher of
 a run is killed, ranks that live on keep theirs. The files stay, and mean nothing without the locks.
@@ -154,6 +155,34 @@ class DirectoryLock:
         return RunError(
             f"{self.directory} is in use ({writers}); wait for it or stop it, or choose another output directory"
         )
+
+
+def find_writers(directory: str | Path) -> Writers | None:
+    """Return the living processes that write into a directory; None if there are none.
+
+    Processes of this machine are looked up by their number. For others, the lock decides; it is held for a moment.
+
+    Raises:
+        RunError: if the file that names them is not valid.
+    """
+    path = Path(directory) / LOCK_DIRECTORY
+    if not (path / PROCESSES_FILE).is_file():
+        return None
+    writers = Writers.from_json(path / PROCESSES_FILE)
+    living = [process for process in writers.processes if process.may_live()]
+    if any(process.host == socket.gethostname() for process in living):
+        return writers
+    return writers if living and any(map(_is_locked, path.glob("rank-*"))) else None
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path, thread_local=False).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a file system without locks, or a directory of another user
+        return False
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The checkpoints of the stage in training: list, verify, remove and read them.
+"""The checkpoints of the stage in training: verify, remove and read them.
 
 A checkpoint holds the files of a finished stage (a stock model, AdamW's state, the trainer's state), and
 `resume.json`: what else the run needs to continue as if it had never stopped.
@@ -6,7 +6,6 @@ A checkpoint holds the files of a finished stage (a stock model, AdamW's state, 
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import TypedDict, cast
@@ -15,15 +14,13 @@ from transformers.utils import logging
 
 from ..errors import RunError
 from ..io.serialization import Json, read_json
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunDirectory, list_checkpoints
 from .checksums import CHECKSUM_FILE, find_corruption
 from .ranks import Ranks
 
 logger = logging.get_logger(__name__)
 
 RESUME_FILE = "resume.json"
-CHECKPOINT = "checkpoint-"
-_NAME = re.compile(rf"{CHECKPOINT}([0-9]+)")
 
 
 class LossSums(TypedDict):
@@ -72,18 +69,6 @@ class Resumption(TypedDict, total=False):
     scaler: dict[str, Json] | None
     losses: LossSums
     random: list[dict[str, Json]]
-
-
-def list_checkpoints(run: RunDirectory, stage: int) -> list[Path]:
-    """Return the checkpoints of a stage in training, newest first; copies under other names are not among them."""
-    paths = [path for path in run.running_dir(stage).glob(f"{CHECKPOINT}*") if _NAME.fullmatch(path.name)]
-    paths = [path for path in paths if path.is_dir()]
-    return sorted(paths, key=parse_step, reverse=True)
-
-
-def parse_step(path: Path) -> int:
-    """Return the global step of a checkpoint, from the name of its directory."""
-    return int(path.name.removeprefix(CHECKPOINT))
 
 
 def find_last_good_checkpoint(run: RunDirectory, stage: int, ranks: Ranks) -> Path | None:

@@ -10,10 +10,9 @@ from ..io.files import check_output
 from ..io.numbers import is_finite_number
 from ..io.serialization import Json
 from ..runs.branch import inherit
-from ..runs.directory import RunDirectory, RunFacts
+from ..runs.directory import RunDirectory, RunFacts, list_checkpoints, parse_step
 from ..schedule import GrowthSchedule
 from .batches import keep_first_stages
-from .checkpoints import list_checkpoints, parse_step
 from .config import RunConfig, preview_rates
 from .ranks import Ranks
 from .spans import StageSpan

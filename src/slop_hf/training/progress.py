@@ -1,16 +1,21 @@
-"""`RunProgress`: progress bars of the run and its stage, and logs as readable lines."""
+"""`RunProgress`: progress bars of the run and its stage, and logs as readable lines; `ProgressFile`: a run's state."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
 from ..io.serialization import Json
+from ..io.units import format_count
+from ..runs.status import LIVE_VALUES, LiveProgress
 from .spans import StageSpan
 
 Bar: TypeAlias = "tqdm[Any]"
@@ -32,6 +37,8 @@ _IN_BAR = ("loss", "tokens_per_second", "mfu", "seconds_left")
 _HIDDEN = frozenset({"stage", "tokens", "train_flops", "total_flos", "epoch", "grad_norm", "num_input_tokens_seen"})
 _HIDDEN_ENDINGS = ("_per_second", "_runtime", "_preparation_time")
 _MAX_CHARACTERS = 100
+#: Least seconds between two writes of the progress file, which wait for the disk.
+PROGRESS_SECONDS = 2.0
 
 
 def format_log_line(stage: str, step: int, steps: int, logs: Mapping[str, Json]) -> str:
@@ -58,12 +65,77 @@ def format_log_line(stage: str, step: int, steps: int, logs: Mapping[str, Json])
     return "  ".join([*parts, *(f"{key} {_format_value(value)}" for key, value in others.items())])
 
 
+def describe_run(spans: Sequence[StageSpan], directory: str, step: int) -> str:
+    """Return the line that training begins with: what is trained, where, and how it is stopped.
+
+    Args:
+        directory: run directory.
+        step: optimizer steps already done.
+    """
+    first, last = spans[0], spans[-1]
+    count = format_count
+    sizes = count(last.parameters)
+    if len(spans) > 1:
+        sizes = f"{count(first.parameters)} to {sizes} parameters in {len(spans)} stages"
+    else:
+        sizes += " parameters"
+    begun = f", continued at step {step:,} of {last.end_step:,}" if step else ""
+    amount = f"{count(last.end_token)} tokens, {last.first_flops + last.flops:.2e} FLOPs"
+    return f"training {directory}: {sizes}, {amount}{begun}; Ctrl-C saves the state and stops"
+
+
 def _format_shown(logs: Mapping[str, Json], names: Iterable[str]) -> list[str]:
     return [_SHOWN[name](logs[name]) for name in names if logs.get(name) is not None]
 
 
 def _format_value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:_MAX_CHARACTERS]
+
+
+class ProgressFile(TrainerCallback):
+    """Writes into a run's directory how far its training is, for `slop status`; only the main process writes.
+
+    Args:
+        directory: run directory.
+        get_span: function that returns the stage in training.
+        last: the last stage of the run.
+        clock: function that returns seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        get_span: Callable[[], StageSpan],
+        last: StageSpan,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.directory, self.get_span, self.last, self.clock = directory, get_span, last, clock
+        self._values: dict[str, float] = {}
+        self._written = float("-inf")
+
+    def on_log(
+        self, args: object, state: TrainerState, control: object, logs: Mapping[str, Json] | None, **kwargs: object
+    ) -> None:
+        """Remember the newest values, and write them if the file is older than `PROGRESS_SECONDS`."""
+        if not state.is_world_process_zero or not logs:
+            return
+        self._values |= {name: logs[name] for name in LIVE_VALUES if logs.get(name) is not None}
+        now, span = self.clock(), self.get_span()
+        if now - self._written < PROGRESS_SECONDS:
+            return
+        self._written = now
+        tokens, _ = span.count_until(state.global_step)
+        progress = LiveProgress(
+            time=now,
+            stage=span.number,
+            step=state.global_step,
+            steps=self.last.end_step,
+            tokens=tokens,
+            total_tokens=self.last.end_token,
+            **self._values,
+        )
+        with suppress(OSError):  # training does not end because of it
+            progress.save(self.directory)
 
 
 class RunProgress(ProgressCallback):
@@ -103,6 +175,7 @@ class RunProgress(ProgressCallback):
             self.close()
         span, last = self.get_span(), self.spans[-1]
         if self.run_bar is None:
+            tqdm.write(describe_run(self.spans, str(getattr(args, "output_dir", "")), state.global_step), self.file)
             done, _ = span.count_until(state.global_step)
             self.run_bar = self._open_bar(
                 desc="run", total=last.end_token, initial=done, unit="tokens", unit_scale=True, bar_format=_RUN_BAR

@@ -11,11 +11,11 @@ from transformers.utils import logging
 
 from ..errors import RunError
 from ..growth import resolve_inits
-from ..runs.directory import OPTIMIZER_STEM, SCHEDULE_FILE, RunDirectory, RunFacts
+from ..runs.directory import OPTIMIZER_STEM, SCHEDULE_FILE, RunDirectory, RunFacts, parse_step
 from ..runs.settings import RunSettings
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW_STATE
-from .checkpoints import check_stage, find_last_good_checkpoint, parse_step
+from .checkpoints import check_stage, find_last_good_checkpoint
 from .checksums import find_corruption
 from .ranks import Ranks
 from .run_plan import RunPlan, with_inits

@@ -17,9 +17,9 @@ from ..errors import RunError
 from ..growth import WEIGHT, hide_progress_bars
 from ..io.files import flush_to_disk, make_temporary_path, write_text
 from ..io.serialization import Json
-from ..runs.directory import RECORD_FILE, STATE_FILE, RunDirectory
+from ..runs.directory import CHECKPOINT, RECORD_FILE, STATE_FILE, RunDirectory
 from ..runs.records import StageRecord
-from .checkpoints import CHECKPOINT, RESUME_FILE, Resumption, remove_checkpoint, remove_old_checkpoints
+from .checkpoints import RESUME_FILE, Resumption, remove_checkpoint, remove_old_checkpoints
 from .checksums import Checksum, write_checksums
 from .random_state import get_random_state
 from .ranks import Ranks

@@ -31,13 +31,13 @@ from ..data.tokenizing import hash_vocabulary
 from ..errors import RunError
 from ..growth import GrownStateReader, hide_progress_bars, plan_growth
 from ..growth.adamw import StepPolicy
-from ..runs.directory import STATE_FILE, RunDirectory, RunFacts
+from ..runs.directory import STATE_FILE, RunDirectory, RunFacts, list_checkpoints
 from ..runs.records import EVAL_LOSS, compute_perplexity
 from ..schedule import GrowthSchedule
 from .arguments import ADAMW_STATE, SlopTrainingArguments, name_optimizer
 from .block_lengths import EqualBlocks, check_batch, check_collator, check_lengths
 from .callbacks import StageEnd
-from .checkpoints import GrowthFacts, LossSums, Resumption, list_checkpoints, read_resumption
+from .checkpoints import GrowthFacts, LossSums, Resumption, read_resumption
 from .checks import (
     check_adapters,
     check_blocks,
@@ -60,7 +60,7 @@ from .loggers import continue_curves
 from .muon import MUON, build_muon
 from .parameter_groups import list_adding_stages, split_groups
 from .preemption import StopOnSignal
-from .progress import RunProgress
+from .progress import ProgressFile, RunProgress
 from .random_state import set_random_state
 from .ranks import Ranks
 from .resuming import Position, begin_run, resume_run
@@ -201,6 +201,7 @@ class SlopTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(self._progress)
+        self.add_callback(ProgressFile(self.run.path, lambda: self._span, self.spans[-1]))
         self.add_callback(self._stop)
         self.add_callback(StageEnd(lambda: self._span.end_step))
 

@@ -1,0 +1,101 @@
+"""`slop status`: where a run stands."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ..io.serialization import to_plain
+from ..io.units import format_count
+from ..runs.directory import RunDirectory
+from ..runs.records import compute_perplexity
+from ..runs.status import RunStatus, read_status
+from .options import AsJson, Run
+from .shared import print_json
+
+
+def status_command(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat it until the run is no longer training.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run stands: its stage, share done, speed, time left, losses, and which process trains it.
+
+    It reads the run's files, so it also works on another machine with the same disk. Ctrl-C ends `--watch`, not the
+    run.
+
+    Example: `slop status runs/first --watch`
+    """
+    directory = RunDirectory(run)
+    status = read_status(directory)
+    if not watch or status.state != "running":
+        _print(status, as_json)
+        return
+    if as_json or not sys.stdout.isatty():
+        while True:
+            _print(status, as_json)
+            if status.state != "running":
+                return
+            time.sleep(interval)
+            status = read_status(directory)
+    with Live(_build_page(status), auto_refresh=False) as live:
+        while status.state == "running":
+            time.sleep(interval)
+            status = read_status(directory)
+            live.update(_build_page(status), refresh=True)
+
+
+def _print(status: RunStatus, as_json: bool) -> None:
+    if as_json:
+        print_json({**_to_mapping(status), "share": round(status.share, 4)})
+    else:
+        Console(highlight=False).print(_build_page(status))
+    sys.stdout.flush()
+
+
+def _to_mapping(status: RunStatus) -> dict[str, object]:
+    plain = to_plain(status)
+    assert isinstance(plain, dict)
+    return {**plain}
+
+
+def _build_page(status: RunStatus) -> Table:
+    """Return the rows of a status; what is unknown is left out."""
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "run": f"{status.run}: {status.state}",
+        "stage": f"{status.stage + 1} of {status.stages} ({status.stage_name})",
+        "done": _describe_share(status),
+        "speed": status.tokens_per_second and f"{status.tokens_per_second:,.0f} tokens per second",
+        "time left": status.seconds_left is not None and str(timedelta(seconds=round(status.seconds_left))),
+        "training loss": status.loss and f"{status.loss:.4g}",
+        "held-out loss": status.eval_loss
+        and f"{status.eval_loss:.4g} (perplexity {compute_perplexity(status.eval_loss):.4g})",
+        "process": status.writers is not None and str(status.writers),
+        "next": _describe_next(status),
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(name, text)
+    return table
+
+
+def _describe_share(status: RunStatus) -> str:
+    steps = "" if status.steps is None else f" of {status.steps:,}"
+    step = "" if status.step is None else f", step {status.step:,}{steps}"
+    counts = f"{format_count(status.tokens)} of {format_count(status.total_tokens)} tokens"
+    return f"{status.share:.0%} ({counts}{step})"
+
+
+def _describe_next(status: RunStatus) -> str:
+    if status.state == "finished":
+        return f"slop sample {status.run} PROMPT; slop report {status.run}"
+    return f"slop train CONFIG -o {status.run} --resume" if status.state == "stopped" else ""
