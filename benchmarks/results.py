@@ -10,7 +10,8 @@ Records are written by `slop compare --record benchmarks/results/NAME.json`. In 
 
 encloses text made from a record. KIND is `table`, `countings`, `sentences`, `stages`, `ledger`, `predictions`,
 `agreement`, `figure` (loss against FLOPs), `figure-seconds`, `figure-losses`, `figure-savings` or `figure-utility`.
-The figures are in docs/images/results; those that a document shows are drawn from their records.
+The figures are in docs/images/results; those that a document shows are drawn from their records. Two blocks have no
+record: `exactness families` summarises docs/exactness.md, and `FLOPS advice` is what `slop advise --flops FLOPS` says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +62,7 @@ TEXT_KINDS: dict[str, Callable[[Comparison], str]] = {
     "agreement": lambda comparison: _fill(describe_planner_accuracy(comparison)),
 }
 KINDS = (*TEXT_KINDS, *FIGURE_KINDS)
+EXACTNESS = "docs/exactness.md"
 SHOWN = re.compile(rf"\]\([^)\s]*images/results/([^)\s]+)_({'|'.join(COMPARISON_FIGURES)})\.png\)")
 
 
@@ -89,7 +92,7 @@ def read_records(root: Path) -> dict[str, Comparison]:
     return records
 
 
-def rebuild(text: str, document: str, records: Mapping[str, Comparison]) -> str:
+def rebuild(text: str, document: str, records: Mapping[str, Comparison], root: Path = ROOT) -> str:
     """Return a document with all its blocks rebuilt from the records; the rest stays as it is.
 
     Raises:
@@ -109,14 +112,18 @@ def rebuild(text: str, document: str, records: Mapping[str, Comparison]) -> str:
             lines.append(line)
         if marker:
             begun = number
-            lines.append(build_block(marker[1].split(), where, document, records).rstrip("\n") + "\n")
+            lines.append(build_block(marker[1].split(), where, document, records, root).rstrip("\n") + "\n")
     if begun:
         raise RunError(f"{document}, line {begun}: the block has no {END}")
     return "".join(lines)
 
 
-def build_block(words: Sequence[str], where: str, document: str, records: Mapping[str, Comparison]) -> str:
+def build_block(words: Sequence[str], where: str, document: str, records: Mapping[str, Comparison], root: Path) -> str:
     """Return the content of a block."""
+    if words == ["exactness", "families"]:
+        return tabulate_families((root / EXACTNESS).read_text(encoding="utf-8"))
+    if words[1:] == ["advice"]:
+        return ask_for_advice(words[0])
     if len(words) != 2 or words[1] not in KINDS:
         raise RunError(f"{where}: expected NAME KIND, with a KIND of {', '.join(KINDS)}; got {' '.join(words)!r}")
     name, kind = words
@@ -127,6 +134,42 @@ def build_block(words: Sequence[str], where: str, document: str, records: Mappin
     shown = Shown(name, FIGURE_KINDS[kind])
     link = Path(os.path.relpath(shown.path, Path(document).parent)).as_posix()
     return f"{format_figure_link(shown.figure, link)}\n\n{_fill(COMPARISON_FIGURES[shown.figure].caption)}"
+
+
+def tabulate_families(page: str) -> str:
+    """Return a table of families and operators from the page of measured errors.
+
+    A cell is `exact` if some init of the operator keeps the function in every case, `in part` if one does in some
+    cases, `inexact` if the operator only changes it, and – if every case is refused.
+
+    Args:
+        page: text of docs/exactness.md.
+    """
+    ranks: dict[str, dict[str, int]] = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 9 or cells[0] in ("family", "---"):
+            continue
+        family, operator, keeps, refused = cells[0], cells[1], cells[3], cells[8]
+        rank = {"yes": 2 if refused else 3, "if whole": 2, "no": 1, "": 0}[keeps]
+        of_family = ranks.setdefault(family, {})
+        of_family[operator] = max(of_family.get(operator, 0), rank)
+    operators = list(next(iter(ranks.values()), {}))
+    rows = [
+        (f"`{family}`", *(("–", "inexact", "in part", "exact")[row[operator]] for operator in operators))
+        for family, row in sorted(ranks.items())
+    ]
+    lines = [("family", *operators), ["---"] * (len(operators) + 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ask_for_advice(flops: str) -> str:
+    """Return the answer of `slop advise` in a terminal of 80 columns, as a block of text."""
+    command = [sys.executable, "-m", "slop_hf", "advise", "--flops", flops]
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True)
+    lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def list_documents(root: Path) -> list[str]:
@@ -144,7 +187,7 @@ def update(root: Path, *, check: bool) -> Iterator[str]:
     shown: dict[Shown, None] = {}
     for document in list_documents(root):
         before = (root / document).read_text(encoding="utf-8")
-        after = rebuild(before, document, records)
+        after = rebuild(before, document, records, root)
         shown |= {Shown(*match): None for match in SHOWN.findall(after)}
         if after != before:
             if not check:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -28,7 +29,7 @@ def test_every_recipe_is_in_the_wheel():
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_trains_the_tiny_recipe(tmp_path):
+def test_readmes_first_run_works_with_an_installed_wheel(tmp_path):
     """In a new environment that has only the dependencies in common with this one."""
     python = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     wheels = tmp_path / "wheels"
@@ -49,14 +50,15 @@ def test_an_installed_wheel_trains_the_tiny_recipe(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def slop(*words):
-        return run("slop_hf", *words)
-
-    assert run("slop_hf.launch", "--help") and "tiny" in slop("init")
-    slop("init", "tiny", "-o", "run.yaml")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A first run")[2]
+    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
+    (first, *others) = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert [first[0], *(words[0] for words in others)] == ["init", "train", "status", "report", "sample"]
+    run("slop_hf", *first)
     recipe = (work / "run.yaml").read_text()
     (work / "run.yaml").write_text(re.sub(r"tokens: \d{6}", "tokens: 8192", recipe))  # seconds instead of minutes
-    slop("train", "run.yaml")
-    assert len(json.loads(run("slop_hf.launch", "run.yaml", "--dry-run", "--output-dir", "new", "--json"))) == 5
-    slop("report", "runs/run")
+    texts = [run("slop_hf", *words) for words in others]
+    assert "5 stages" in texts[0] and "finished" in texts[1] and texts[-1].startswith("def __init__(self")
     assert (work / "runs" / "run" / "report" / "report.html").is_file()
+    assert len(json.loads(run("slop_hf.launch", "run.yaml", "--dry-run", "--output-dir", "new", "--json"))) == 5
+    assert "runs/run" in run("slop_hf", "launch", "run.yaml", "--config", "one-gpu", "--dry-run")

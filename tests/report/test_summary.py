@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from subprocess import run as run_process
 
 import pytest
@@ -13,6 +14,7 @@ from report_runs import FFN, GROWN, HIDDEN, INITIAL, LAYER, SCRATCH
 from slop_hf.cost.flops import count_parameters
 from slop_hf.errors import RunError
 from slop_hf.report import compute_marginal_utility, name_runs, summarise
+from slop_hf.report.summary import describe_outcomes
 from slop_hf.runs.directory import RunDirectory
 
 
@@ -66,6 +68,21 @@ def test_unfinished_run_is_summarised_by_its_finished_stages(make_run):
 def test_run_without_a_finished_stage_is_rejected(make_run):
     with pytest.raises(RunError, match=r"no finished stage.*stage-0-initial.*slop train"):
         summarise(make_run(stages=0))
+
+
+def test_a_grown_run_is_compared_with_from_scratch_at_equal_flops(make_run):
+    grown = replace(summarise(make_run()), name="slop", flops=8e12, eval_loss=4.349)
+    scratch = replace(grown, name="scratch", sequence="", flops=8.01e12, eval_loss=5.031)
+    [sentence] = describe_outcomes([grown, scratch])
+    assert "grown 4.35 (slop), from scratch 5.03 (scratch) at equal FLOPs (8.00e+12)" in sentence
+    for other in (
+        replace(scratch, flops=9e12),
+        replace(scratch, target=INITIAL),
+        replace(scratch, finished=False),
+        replace(scratch, eval_loss=None),
+        grown,
+    ):
+        assert describe_outcomes([grown, other]) == []
 
 
 def test_directory_without_a_run_is_rejected(tmp_path):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import slop_hf
 
+from ..report.summary import describe_outcomes
 from ..runs.directory import RunDirectory
 from .options import AsJson
 from .shared import print_json_text
@@ -34,6 +35,9 @@ def report_command(
     if as_json:
         print_json_text((directory / "report.json").read_text(encoding="utf-8"))
         return
-    Console().print(slop_hf.build_comparison_table([slop_hf.summarise(RunDirectory(run)) for run in runs]))
+    summaries = [slop_hf.summarise(RunDirectory(run)) for run in runs]
+    Console().print(slop_hf.build_comparison_table(summaries))
+    for sentence in describe_outcomes(summaries):
+        print(sentence)
     others = sorted(path.name for path in directory.iterdir() if path.suffix in {".md", ".json", ".png"})
     print(f"written: {directory / 'report.html'}; next to it {', '.join(others)}")

@@ -100,6 +100,24 @@ def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:
     )
 
 
+def describe_outcomes(summaries: Sequence[RunSummary]) -> list[str]:
+    """Return a sentence for each grown run and the same target trained from scratch with the same FLOPs.
+
+    Runs count whose every stage has finished, with a held-out loss; FLOPs may differ by 2%, as steps are whole.
+    """
+    finished = [summary for summary in summaries if summary.finished and summary.eval_loss is not None]
+    sentences = []
+    for grown in (summary for summary in finished if summary.sequence):
+        for scratch in (summary for summary in finished if not summary.sequence):
+            if scratch.target != grown.target or not math.isclose(scratch.flops, grown.flops, rel_tol=0.02):
+                continue
+            sentences.append(
+                f"held-out loss: grown {grown.eval_loss:.2f} ({grown.name}), from scratch {scratch.eval_loss:.2f} "
+                f"({scratch.name}) at equal FLOPs ({grown.flops:.2e}), one run each"
+            )
+    return sentences
+
+
 def compute_marginal_utility(perplexities: Sequence[float], hours: Sequence[float]) -> float:
     r"""Return the marginal utility of a schedule: the drop in perplexity per device hour, summed over growth stages.
 

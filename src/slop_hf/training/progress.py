@@ -207,7 +207,10 @@ class RunProgress(ProgressCallback):
             return
         if self.run_bar is not None and "loss" in logs:
             self.run_bar.set_postfix_str(", ".join(_format_shown(logs, _IN_BAR)), refresh=False)  # the line redraws it
-        line = format_log_line(self.get_span().name, state.global_step, self.spans[-1].end_step, logs)
+        span = self.get_span()
+        is_untrained = span.growth is not None and state.global_step == span.first_step
+        stage = f"{span.name} after growth" if is_untrained else span.name
+        line = format_log_line(stage, state.global_step, self.spans[-1].end_step, logs)
         tqdm.write(line, file=self.file)
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
