@@ -9,7 +9,8 @@ from training_runs import BATCH, BLOCK, SCHEDULE, STEPS, TOKENS, small_model, tr
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from slop_hf import RunDirectory
-from slop_hf.training.progress import RunProgress, format_log_line
+from slop_hf.runs.status import LiveProgress
+from slop_hf.training.progress import ProgressFile, RunProgress, describe_run, format_log_line
 from slop_hf.training.spans import compute_stage_spans
 
 SPANS = compute_stage_spans(SCHEDULE, small_model().config, BLOCK, [BATCH] * 4)
@@ -234,7 +235,40 @@ def test_a_file_gets_lines_and_no_bars():
     run.step_to(STEPS)
     run.send("train_end")
     run.shown.close()
-    assert file.getvalue() == "stage-0-initial  step 3/32  loss 4.2\n"
+    head, line = file.getvalue().splitlines()
+    assert head == describe_run(SPANS, "", 0) and line == "stage-0-initial  step 3/32  loss 4.2"
+
+
+def test_a_run_begins_with_a_line_about_it():
+    head = describe_run(SPANS, "runs/a", 0)
+    assert head.startswith("training runs/a: ") and f"in {len(SPANS)} stages, " in head and "Ctrl-C" in head
+    assert "continued" not in head and f"continued at step 3 of {LAST.end_step}" in describe_run(SPANS, "runs/a", 3)
+    assert "stages" not in describe_run(SPANS[:1], "runs/a", 0)
+
+
+def test_an_evaluation_right_after_growth_says_so():
+    file = io.StringIO()
+    run = Run(file, step=SECOND.first_step)
+    run.begin(SECOND)
+    run.send("log", logs={"eval_loss": 4.5})
+    run.step_to(SECOND.first_step + 1)
+    run.send("log", logs={"eval_loss": 4.25})
+    run.shown.close()
+    first, later = file.getvalue().splitlines()[1:]
+    assert first.startswith(f"{SECOND.name} after growth  step ") and later.startswith(f"{SECOND.name}  step ")
+
+
+def test_the_progress_file_is_written_at_most_every_two_seconds(tmp_path):
+    seconds = iter([10.0, 11.0, 12.5])
+    callback = ProgressFile(tmp_path, lambda: SECOND, LAST, clock=lambda: next(seconds))
+    state = TrainerState(global_step=SECOND.first_step + 1, is_world_process_zero=True)
+    for loss, expected in ((5.0, 5.0), (4.0, 5.0), (3.0, 3.0)):
+        callback.on_log(None, state, None, {"loss": loss, "epoch": 1.0})
+        live = LiveProgress.load(tmp_path)
+        assert (live.loss, live.stage, live.step) == (expected, SECOND.number, SECOND.first_step + 1)
+    state.is_world_process_zero = False
+    callback.on_log(None, state, None, {"loss": 1.0})
+    assert LiveProgress.load(tmp_path).loss == 3.0
 
 
 def test_only_the_main_process_writes():

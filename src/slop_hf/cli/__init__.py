@@ -31,7 +31,7 @@ from .reproduce import reproduce_command
 from .rollback import rollback_command
 from .sample import sample_command
 from .shared import make_streams_printable, print_error, set_verbosity
-from .status import status_command
+from .status import show_status
 from .train import train_command
 from .upscale import upscale_command
 from .wording import Command
@@ -52,7 +52,7 @@ app.command("upscale", cls=Command)(upscale_command)
 app.add_typer(data_app, name="data")
 app.command("train", cls=Command)(train_command)
 app.command("launch", cls=Command, help=LAUNCH_HELP)(launch_command)
-app.command("status", cls=Command)(status_command)
+app.command("status", cls=Command)(show_status)
 app.command("sample", cls=Command)(sample_command)
 app.command("compare", cls=Command)(compare_command)
 app.command("publish", cls=Command)(publish_command)

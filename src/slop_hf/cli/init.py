@@ -23,6 +23,8 @@ from .recipe_files import RecipeFile, find_recipe, list_launch_configs, list_rec
 from .shared import print_json
 
 _BUDGET = re.compile(r"([\d.,_]+(?:[eE][+-]?\d+)?)\s*(flops|tokens)", re.IGNORECASE)
+#: Titles of the recipes in a folder.
+_GROUPS = {"": "Runs", "data": "Mixtures of data", "experiments": "Experiments, for slop compare"}
 #: What the sections of a planned run hold, for the comments of its file.
 _SECTIONS = {
     "schedule": "The structure and the training tokens of each stage.",
@@ -40,11 +42,11 @@ def begin_command(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the YAML file of a run to begin with, with comments.
+    """Write a run file with comments, as a beginning for your own.
 
-    With a name, it is a copy of that recipe; files that the recipe needs, such as its mixture of data, come along.
-    Without a name, the recipes are listed. In a terminal you are then asked for a model, training text and a budget,
-    and get the run that `slop advise` proposes for them.
+    With a name, it is a copy of that recipe; files that the recipe names, such as its mixture of data, are written
+    next to it. Without a name, the recipes are listed. In a terminal you are then asked for a model, training text
+    and a budget, and get the run that `slop advise` proposes for them.
 
     Examples:
 
@@ -77,7 +79,10 @@ def _show_recipes(as_json: bool) -> None:
         print_json([{"name": recipe.name, "about": recipe.about} for recipe in list_recipes()])
         return
     console = Console(highlight=False)
-    for title, entries in (("Recipes", list_recipes()), ("Configurations for slop launch", list_launch_configs())):
+    groups: dict[str, list[RecipeFile]] = {title: [] for title in _GROUPS.values()}
+    for recipe in list_recipes():
+        groups[_GROUPS[recipe.name.rpartition("/")[0].partition("/")[0]]].append(recipe)
+    for title, entries in {**groups, "Configurations for slop launch --config": list_launch_configs()}.items():
         width = 2 + max((len(entry.name) for entry in entries), default=0)
         console.print(f"[bold]{title}")
         for entry in entries:

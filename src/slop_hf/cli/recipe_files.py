@@ -10,13 +10,15 @@ from ..errors import RunError
 from ..io.serialization import describe_alternatives, parse_yaml
 
 _PACKAGE = Path(__file__).parents[1]
-#: Folders of the recipes whose files are no use on their own.
+#: Folders whose files are parts of recipes, or of launches.
 _PARTS = ("accelerate", "scales")
 _LAUNCHES = {
     "one_gpu": "one-gpu",
     "eight_gpus_zero3": "zero3-8gpu",
     "multi_node_zero3": "zero3-multi-node",
     "cpu_zero3": "zero3-cpu",
+    "eight_gpus_fsdp2": "fsdp2-8gpu",
+    "cpu_fsdp2": "fsdp2-cpu",
 }
 _YAML_NAME = re.compile(r"(?<![\w./-])[\w./-]+\.yaml\b")
 
@@ -130,8 +132,8 @@ def find_deepspeed_file(config: Path) -> Path | None:
 def plan_copies(recipe: Path, output: Path) -> dict[Path, str]:
     """Return the files that a copy of a recipe consists of, with their text.
 
-    The files that it names, such as the mixture of a run, come along; they lie next to it. In comments, the paths of
-    the recipes become those of the copies.
+    The files that it names, such as the mixture of a run, are copied next to it. In comments, the paths of the recipes
+    become those of the copies.
 
     Args:
         recipe: file among the recipes.

@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.text import Text
 
 from ..io.serialization import to_plain
 from ..io.units import format_count
@@ -21,7 +20,7 @@ from .options import AsJson, Run
 from .shared import print_json
 
 
-def status_command(
+def show_status(
     run: Run,
     watch: Annotated[bool, typer.Option("--watch", help="Repeat it until the run is no longer training.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")] = 5.0,
@@ -46,18 +45,18 @@ def status_command(
                 return
             time.sleep(interval)
             status = read_status(directory)
-    with Live(_build_page(status), auto_refresh=False) as live:
+    with Live(Text(_build_page(status)), auto_refresh=False) as live:
         while status.state == "running":
             time.sleep(interval)
             status = read_status(directory)
-            live.update(_build_page(status), refresh=True)
+            live.update(Text(_build_page(status)), refresh=True)
 
 
 def _print(status: RunStatus, as_json: bool) -> None:
     if as_json:
         print_json({**_to_mapping(status), "share": round(status.share, 4)})
     else:
-        Console(highlight=False).print(_build_page(status))
+        print(_build_page(status))
     sys.stdout.flush()
 
 
@@ -67,11 +66,11 @@ def _to_mapping(status: RunStatus) -> dict[str, object]:
     return {**plain}
 
 
-def _build_page(status: RunStatus) -> Table:
-    """Return the rows of a status; what is unknown is left out."""
-    table = Table.grid(padding=(0, 2))
+def _build_page(status: RunStatus) -> str:
+    """Return a status as lines; what is unknown is left out."""
     rows = {
-        "run": f"{status.run}: {status.state}",
+        "run": str(status.run),
+        "state": status.state,
         "stage": f"{status.stage + 1} of {status.stages} ({status.stage_name})",
         "done": _describe_share(status),
         "speed": status.tokens_per_second and f"{status.tokens_per_second:,.0f} tokens per second",
@@ -82,10 +81,7 @@ def _build_page(status: RunStatus) -> Table:
         "process": status.writers is not None and str(status.writers),
         "next": _describe_next(status),
     }
-    for name, text in rows.items():
-        if text:
-            table.add_row(name, text)
-    return table
+    return "\n".join(f"{name:<15}{text}" for name, text in rows.items() if text)
 
 
 def _describe_share(status: RunStatus) -> str:

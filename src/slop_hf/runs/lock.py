@@ -158,9 +158,11 @@ class DirectoryLock:
 
 
 def find_writers(directory: str | Path) -> Writers | None:
-    """Return the living processes that write into a directory; None if there are none.
+    """Return the processes that write into a directory; None if there are none.
 
-    Processes of this machine are looked up by their number. For others, the lock decides; it is held for a moment.
+    They have to live, as far as this machine can tell, and to hold the lock, which is tried only then: a run that
+    begins in the same moment would find it taken. If it cannot be tried, as in a directory of another user, it counts
+    as held.
 
     Raises:
         RunError: if the file that names them is not valid.
@@ -169,20 +171,16 @@ def find_writers(directory: str | Path) -> Writers | None:
     if not (path / PROCESSES_FILE).is_file():
         return None
     writers = Writers.from_json(path / PROCESSES_FILE)
-    living = [process for process in writers.processes if process.may_live()]
-    if any(process.host == socket.gethostname() for process in living):
-        return writers
-    return writers if living and any(map(_is_locked, path.glob("rank-*"))) else None
+    may_write = any(process.may_live() for process in writers.processes)
+    return writers if may_write and any(map(_is_locked, path.glob("rank-*"))) else None
 
 
 def _is_locked(path: Path) -> bool:
     try:
         with FileLock(path, thread_local=False).acquire(timeout=0):
             return False
-    except Timeout:
+    except (Timeout, OSError, NotImplementedError):
         return True
-    except (OSError, NotImplementedError):  # a file system without locks, or a directory of another user
-        return False
 
 
 @contextmanager
