@@ -58,7 +58,9 @@ def list_launch_configs() -> list[RecipeFile]:
     """Return the configurations of `accelerate launch`."""
     paths = sorted((find_recipes() / "accelerate").glob("*.yaml"))
     return [
-        RecipeFile(_LAUNCHES.get(path.stem, path.stem.replace("_", "-")), path, read_first_sentence(path))
+        RecipeFile(
+            _LAUNCHES.get(path.stem, path.stem.replace("_", "-")), path, read_first_sentence(path).partition(";")[0]
+        )
         for path in paths
     ]
 
