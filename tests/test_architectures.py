@@ -110,8 +110,16 @@ def test_a_file_says_what_differs_from_another_family(write):
         (f"model_type: mine\n{ROW}  a: {{axes: [hidden], part: keys}}\n", "a is part 'keys', expected query or key"),
         (f"model_type: mine\n{ROW}  a: {{axes: [hidden], tied_to: b}}\n", "a is tied to b, which has no row"),
         (f"model_type: mine\n{ROW}  a: {{axes: [hidden], is_post: true}}\n", "unknown key 'is_post'; did you mean"),
+        (
+            f"model_type: mine\n{ROW}  'a.{{layer}}': {{axes: [experts, hidden, ffn]}}\n",
+            "has the axes experts, hidden, ffn and 0 stored_parts; a projection of all experts has axes",
+        ),
+        (
+            f"model_type: mine\n{ROW}  'a.{{layer}}': {{axes: [experts, gate_up, hidden], stored_parts: ['w1']}}\n",
+            "has the stored_parts w1; name 2 per expert, each with {layer} and {expert}",
+        ),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_wrong_file_is_refused(write, text, message):
     with pytest.raises(ArchitectureError, match=message):

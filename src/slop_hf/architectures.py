@@ -17,9 +17,11 @@ The axes and their sizes, as functions of `ModelDims`:
     head_dim          d       one head
     vocab             v       vocab_size; growth never changes it
     position          p       max_position_embeddings of learned positions; growth never changes it
+    experts           e       num_experts
 
 Weight matrices are listed as `torch.nn.Linear` stores them: (axis written, axis read). With `is_transposed`, as
-transformers' `Conv1D` does: (axis read, axis written).
+transformers' `Conv1D` does: (axis read, axis written). The matrices of all experts of a layer are one parameter in
+memory, (experts, axis written, axis read), and several tensors in a checkpoint, which `stored_parts` names.
 """
 
 from __future__ import annotations
@@ -39,12 +41,23 @@ if TYPE_CHECKING:
     from .dims import ModelConfig
 
 Axis = Literal[
-    "hidden", "ffn", "query", "key_value", "fused", "query_key_value", "gate_up", "head_dim", "vocab", "position"
+    "hidden",
+    "ffn",
+    "query",
+    "key_value",
+    "fused",
+    "query_key_value",
+    "gate_up",
+    "head_dim",
+    "vocab",
+    "position",
+    "experts",
 ]
 Kind = Literal["embedding", "projection", "norm", "bias", "norm_bias"]
 Role = Literal["write", "read", "norm"]
 Part = Literal["query", "key", "value"]
 LAYER = "{layer}"
+EXPERT = "{expert}"
 #: Group of entry points under which a package adds families: `model_type = "module:object"`.
 ENTRY_POINTS = "slop_hf.families"
 #: Axes that are made of others, one after another, each with the input of the attention that it is, if any.
@@ -66,6 +79,8 @@ class Parameter:
         exists_if: config flag that must be set for the parameter to exist; None if it always exists.
         tied_to: parameter whose storage this one shares if `tie_word_embeddings` is set.
         stored_as: name in checkpoints (and in models of older releases), if it differs from `name`.
+        stored_parts: for a parameter that stacks the matrices of all experts, the name in checkpoints of each tensor
+            that an expert has in its place; `{expert}` stands for the index of the expert.
         is_post_norm: whether it is the gain of a norm at the end of a branch, just before the residual stream.
         part: input of the attention that it produces; rotary embeddings treat queries and keys specially.
         exists_unless: config flag that must not be set for the parameter to exist.
@@ -84,6 +99,7 @@ class Parameter:
     exists_unless: str | None = None
     is_transposed: bool = False
     is_normalised: bool = False
+    stored_parts: tuple[str, ...] = ()
 
     @property
     def is_in_layer(self) -> bool:
@@ -91,16 +107,53 @@ class Parameter:
         return LAYER in self.name
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether the parameter stacks the matrices of all experts along its first dimension."""
+        return bool(self.stored_parts)
+
+    @property
     def read_dimension(self) -> int | None:
         """The dimension along which the parameter reads its input; None if it only writes."""
         if self.kind != "projection":
             return None
-        return 0 if self.is_transposed else len(self.axes) - 1
+        return len(self.axes) - (2 if self.is_transposed else 1)
 
     @property
     def write_dimension(self) -> int:
         """The dimension along which the parameter writes its output; an embedding's is its last."""
-        return len(self.axes) - 1 if self.is_transposed or self.kind == "embedding" else 0
+        if self.kind == "projection" and not self.is_transposed:
+            return len(self.axes) - 2
+        return len(self.axes) - 1 if self.kind in ("projection", "embedding") else 0
+
+    def name_in_layer(self, layer: int) -> str:
+        """Return the name of this row's parameter in a layer."""
+        return self.name.replace(LAYER, str(layer))
+
+    def find_layer(self, name: str) -> str | None:
+        """Return the number of the layer in a name that this row gives its parameters; None for any other name.
+
+        >>> Parameter("layers.{layer}.norm.weight", ("hidden",), "norm").find_layer("layers.12.norm.weight")
+        '12'
+        """
+        return _match_layer(self.name, name)
+
+    def list_stored_names(self, name: str, experts: int = 0) -> list[str]:
+        """Return the names in a checkpoint of the tensors that hold one of this row's parameters.
+
+        Args:
+            name: name of the parameter in the state dict.
+            experts: number of experts, if the parameter stacks their matrices; the names are then those of the first
+                expert's tensors, in the order of its matrix, then those of the second's.
+
+        >>> row = Parameter("{layer}.down", ("experts", "hidden", "ffn"), stored_parts=("{layer}.{expert}.w2",))
+        >>> row.list_stored_names("7.down", 2)
+        ['7.0.w2', '7.1.w2']
+        """
+        layer = self.find_layer(name) or ""
+        if not self.is_stacked:
+            return [self.stored_as.replace(LAYER, layer) if self.stored_as else name]
+        parts = [part.replace(LAYER, layer) for part in self.stored_parts]
+        return [part.replace(EXPERT, str(expert)) for expert in range(experts) for part in parts]
 
     def role(self, dimension: int) -> Role:
         """Return what the parameter does along a dimension: write the axis, read it, or scale it as a norm's gain."""
@@ -127,6 +180,7 @@ class Architecture:
         layer_lists: config fields that hold a list with one entry per layer.
         defaults: values of config fields that a plain dict may leave out.
         unsupported: config flags that growth cannot handle, each with the reason and a remedy.
+        required: config fields that must have the family's usual value, which a config may leave out.
         test_settings: config fields of the small models of `slop_hf.testing`, chosen so that mistakes show.
 
     Raises:
@@ -147,6 +201,7 @@ class Architecture:
     layer_lists: tuple[str, ...] = ("layer_types",)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
+    required: Mapping[str, Any] = field(default_factory=dict)
     test_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,13 +231,25 @@ class Architecture:
 
     def canonical_name(self, name: str) -> str:
         """Return the table's name of a parameter, given its name in a checkpoint or in an older release."""
-        return next((row.name for row in self.parameters if row.stored_as == name), name)
+        for row in self.parameters:
+            if row.stored_as and (layer := _match_layer(row.stored_as, name)) is not None:
+                return row.name.replace(LAYER, layer)
+        return name
+
+    def find_row(self, name: str) -> Parameter | None:
+        """Return the row of a parameter, given its name in the state dict; None if no row has that name."""
+        return next((row for row in self.parameters if row.find_layer(name) is not None), None)
 
     @property
     def flags(self) -> list[str]:
         """The config flags that decide which parameters exist, sorted."""
         flags = {flag for row in self.parameters for flag in (row.exists_if, row.exists_unless) if flag}
         return sorted(flags)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward networks of the layers are experts with a router."""
+        return any("experts" in row.axes for row in self.parameters)
 
     @property
     def has_head_norms(self) -> bool:
@@ -201,6 +268,15 @@ BuiltT = TypeVar("BuiltT", Parameter, Architecture)
 def read_setting(config: ModelConfig, name: str, default: Any = None) -> Any:
     """Return a field of a transformers config, or of its dict; `default` if the config has no such field."""
     return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
+
+
+def _match_layer(pattern: str, name: str) -> str | None:
+    """Return the number that stands for `{layer}` in a name ("" if the pattern has no layer); None if it differs."""
+    before, has_layer, after = pattern.partition(LAYER)
+    if not has_layer:
+        return "" if name == pattern else None
+    number = name[len(before) : len(name) - len(after)]
+    return number if number.isdigit() and name == f"{before}{number}{after}" else None
 
 
 def _check_table(table: Architecture) -> None:
@@ -227,6 +303,26 @@ def _check_table(table: Architecture) -> None:
             )
         if row.tied_to is not None and row.tied_to not in names:
             raise ArchitectureError(f"{where}: {row.name} is tied to {row.tied_to}, which has no row; correct tied_to")
+        _check_stack(row, where)
+
+
+def _check_stack(row: Parameter, where: str) -> None:
+    """Raise an `ArchitectureError` unless a row stacks matrices exactly if it names the tensors of an expert."""
+    is_stack = len(row.axes) == 3 and row.axes[0] == "experts" and row.kind == "projection" and row.is_in_layer
+    is_stack = is_stack and not row.is_transposed
+    if is_stack != row.is_stacked or ("experts" in row.axes[1:]):
+        raise ArchitectureError(
+            f"{where}: {row.name} has the axes {', '.join(row.axes)} and {len(row.stored_parts)} stored_parts; a "
+            "projection of all experts has axes [experts, WRITTEN, READ] and names its tensors, no other row does"
+        )
+    parts = len(JOINED_AXES.get(row.axes[row.write_dimension], ("",)))
+    if row.is_stacked and (
+        len(row.stored_parts) != parts or not all(EXPERT in name and LAYER in name for name in row.stored_parts)
+    ):
+        raise ArchitectureError(
+            f"{where}: {row.name} has the stored_parts {', '.join(row.stored_parts)}; name {parts} per expert, each "
+            f"with {LAYER} and {EXPERT}"
+        )
 
 
 def read_architecture(path: str | Path) -> Architecture:

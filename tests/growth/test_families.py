@@ -47,10 +47,17 @@ FIXED_HEADS = {
     **{(operator, init): "head_dim stays 12" for operator in ("mha", "head_dim") for init in INITS[operator]},
     **TIED_LAYER_NORMS,
 }
+#: Norms over all heads together, and a hidden size that grows with the heads.
+OLMOE = {
+    **{(operator, init): "head_dim stays 12" for operator in ("mha", "head_dim") for init in INITS[operator]},
+    ("hidden", "preserving"): "would begin with keys and queries of 0",
+    ("hidden", "copy"): "has to copy all of them equally often",
+}
 REFUSED = {
-    **dict.fromkeys(("qwen3", "gemma3_text"), HEAD_NORMS),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "gemma3_text"), HEAD_NORMS),
     **dict.fromkeys(("olmo2", "olmo3"), ALL_HEADS_NORMS),
     **dict.fromkeys(("gpt_neox", "gpt2", "stablelm"), FIXED_HEADS),
+    "olmoe": OLMOE,
     "starcoder2": {**UNEVEN_SPREAD, **TIED_LAYER_NORMS},
 }
 #: Families all of whose short cases run in the usual suite; of the others a few, and in the slow tests all.
@@ -515,12 +522,17 @@ def test_uneven_copies_of_normalised_heads_are_not_exact():
     [
         ("stablelm", "qk_layernorm", "stablelm with qk_layernorm cannot grow: each head has a norm of its own"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", "the attention of a layer would change with its number; set it"),
+        (
+            "qwen3_moe",
+            "mlp_only_layers",
+            "the layers that it lists have no experts, and growth needs layers of one kind",
+        ),
         ("gpt2", "add_cross_attention", "it belongs to an encoder; use a model without it"),
     ],
 )
 def test_settings_that_a_family_cannot_grow_with(family, flag, message):
     with pytest.raises(GrowthError, match=message):
-        grow_model(build_tiny_model(family, MHA, **{flag: True}), "ffn", 60)
+        plan_growth({**build_tiny_model(family, MHA).config.to_dict(), flag: True}, "ffn", 60)
 
 
 @pytest.mark.parametrize("init", ["preserving", "copy"])

@@ -136,7 +136,7 @@ def random_model(family, dims, **settings):
     if family == "llama":
         settings.update(attention_bias=True, mlp_bias=True)
     config = dims.to_config(AutoConfig.for_model(family, vocab_size=50, initializer_range=0.2, **settings))
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -202,6 +202,8 @@ def test_old_entries_take_the_moments_of_their_new_gradient(family, dims, tied, 
         ("gemma3_text", GROUPED, "hidden", 40, "preserving"),
         ("granite", GROUPED, "hidden", 40, "copy"),
         ("starcoder2", GROUPED, "layer", 5, "preserving"),
+        ("mixtral", GROUPED, "ffn", 60, "copy"),
+        ("qwen3_moe", GROUPED, "hidden", 40, "preserving"),
         ("stablelm", GROUPED, "hidden", {"hidden_size": 48, "num_attention_heads": 12}, "copy"),
     ],
 )

@@ -21,7 +21,7 @@ def list_stored_names(directory):
 
 
 #: The families with names of their own; those of the others are Llama's.
-FAMILIES = [(family, tied) for family in ("llama", "gpt_neox", "gpt2", "phi3") for tied in (False, True)]
+FAMILIES = [(family, tied) for family in ("llama", "gpt_neox", "gpt2", "phi3", "mixtral") for tied in (False, True)]
 OTHERS = [(family, tied) for family in ARCHITECTURES for tied in (False, True) if (family, tied) not in FAMILIES]
 
 

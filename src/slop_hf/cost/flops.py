@@ -57,8 +57,8 @@ def count_layer_matrices(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CON
     42467328
     """
     sizes = compute_axis_sizes(dims, config)
-    rows = get_architecture(config).rows(config)
-    matrices = (_numel(row, sizes) for row in rows if row.is_in_layer and row.kind == "projection")
+    rows = _list_muon_rows(config)
+    matrices = (_numel(row, sizes) for row in rows)
     return dims.num_hidden_layers * reduce(add, matrices)
 
 
@@ -70,7 +70,7 @@ def count_flops_per_token(
     `q` is the width of the query projection and `S` the sequence length; the second term is for the scores and values
     of causal attention, half of the full square. The output projection counts even if it is tied, the embedding
     look-up never does. Recomputation of activations is not counted. With Llama's vocabulary and S = 2048, the
-    paper's GPU hours are a linear function of this number.
+    paper's GPU hours are a linear function of this number. Of experts, the active ones count.
 
     Raises:
         PlanError: if `sequence_length` or the config's `vocab_size` is not a whole number, 1 or more.
@@ -82,7 +82,9 @@ def count_flops_per_token(
     require_whole_number(sequence_length, "sequence_length", most=LARGEST_SIZE, error=PlanError)
     sizes = compute_axis_sizes(dims, config)
     rows = [row for row in get_architecture(config).rows(config, tied=True) if row.kind == "projection"]
-    weights = reduce(add, (_numel(row, sizes) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows))
+    weights = reduce(
+        add, (_count_active(row, sizes, config) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows)
+    )
     return 6 * (weights + dims.num_hidden_layers * sizes["query"] * sequence_length)
 
 
@@ -97,9 +99,19 @@ def count_muon_flops(dims: ModelDims, config: ModelConfig = DEFAULT_CONFIG, iter
     842551787520
     """
     sizes = compute_axis_sizes(dims, config)
-    rows = get_architecture(config).rows(config)
-    shapes = [sorted(sizes[axis] for axis in row.axes) for row in rows if row.is_in_layer and row.kind == "projection"]
+    rows = _list_muon_rows(config)
+    shapes = [sorted(sizes[axis] for axis in row.axes) for row in rows]
     return dims.num_hidden_layers * iterations * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
+
+
+def _list_muon_rows(config: ModelConfig) -> list[Parameter]:
+    """Return the rows of the matrices that Muon updates; raise a `PlanError` for a family with experts."""
+    family = get_architecture(config)
+    if family.has_experts:
+        raise PlanError(
+            f"Muon takes one matrix per tensor, and {family.model_type} stacks those of its experts in one; use AdamW"
+        )
+    return [row for row in family.rows(config) if row.is_in_layer and row.kind == "projection"]
 
 
 def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> dict[str, Size]:
@@ -122,7 +134,43 @@ def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFI
     if any("position" in row.axes for row in family.parameters):
         sizes["position"] = family.read(config, "max_position_embeddings")
         require_whole_number(sizes["position"], "max_position_embeddings", most=LARGEST_SIZE, error=PlanError)
+    if family.has_experts:
+        sizes["experts"] = family.read(config, "num_experts")
+        require_whole_number(sizes["experts"], "num_experts", most=LARGEST_SIZE, error=PlanError)
     return sizes
+
+
+def count_active_experts(config: ModelConfig) -> int:
+    """Return the number of experts per layer that each token passes through; refuse more than there are.
+
+    >>> count_active_experts({"model_type": "mixtral"})
+    2
+    """
+    family = get_architecture(config)
+    active, experts = (family.read(config, name) for name in ("num_experts_per_tok", "num_experts"))
+    require_whole_number(active, "num_experts_per_tok", most=experts, error=PlanError)
+    return int(active)
+
+
+def count_active_parameters(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> Size:
+    """Count the parameters that a token uses: all of them, or, with experts, only those of the active ones.
+
+    >>> from slop_hf import ModelDims
+    >>> dims, mixtral = ModelDims(4096, 14336, 32, 32, 8), {"model_type": "mixtral", "vocab_size": 32000}
+    >>> count_parameters(dims, mixtral), count_active_parameters(dims, mixtral)
+    (46702792704, 12879925248)
+    """
+    sizes = compute_axis_sizes(dims, config)
+    rows = get_architecture(config).rows(config)
+    counts = (_count_active(row, sizes, config) * (dims.num_hidden_layers if row.is_in_layer else 1) for row in rows)
+    return reduce(add, counts)
+
+
+def _count_active(row: Parameter, sizes: Mapping[str, Size], config: ModelConfig) -> Size:
+    """Count the entries of a row that a token uses: of a stack of experts, those of the active ones."""
+    if not row.is_stacked:
+        return _numel(row, sizes)
+    return _numel(row, {**sizes, "experts": count_active_experts(config)})
 
 
 def _numel(row: Parameter, sizes: Mapping[str, Size]) -> Size:

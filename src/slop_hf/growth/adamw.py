@@ -141,7 +141,7 @@ def grow_moment(
         )
     if (power == 1 and (has_no_gradient or plan.zeroed)) or (step == "per_parameter" and plan.is_added):
         return allocate_grown(moment, plan.maps, out).zero_()
-    if plan.joined_dimension is not None:
+    if plan.parts:
         grown = allocate_grown(moment, plan.maps, out)
         for old, new_part, part in split_parts(moment, grown, plan):
             grow_moment(old, part, power, step=step, has_no_gradient=has_no_gradient, out=new_part)

@@ -77,6 +77,12 @@ class AxisMap:
         """Take no old slot: all slots are new."""
         return cls(old_size, (Segment(0, new_size, None, 1, operator),))
 
+    def renew_all(self, operator: str) -> AxisMap:
+        """Return a map between the same sizes, and with the same parts, that takes no old slot."""
+        if self.parts:
+            return AxisMap.join([part.renew_all(operator) for part in self.parts])
+        return AxisMap.renew(self.old_size, self.new_size, operator)
+
     @classmethod
     def append(cls, old_size: int, new_size: int, operator: str) -> AxisMap:
         """Put new slots after the old ones."""

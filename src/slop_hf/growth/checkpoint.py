@@ -55,6 +55,7 @@ from .safetensors_io import (
     read_tensor,
     write_tensor,
 )
+from .stacks import split_stacks
 from .tensors import ThreadMemory, grow_parameter, start_worker_threads
 from .verify import combine_hashes, hash_tensor, probe_checkpoints
 
@@ -214,13 +215,14 @@ def plan_checkpoint_growth(
     require_absent(target, "directory", error=GrowthError)
     directory = find_checkpoint_directory(source)
     growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise)
-    stored = read_checkpoint_headers(directory)
+    stored = split_stacks(read_checkpoint_headers(directory), growths[0].architecture)
     free = _count_free_bytes(target)
     width = min((FLOATS[tensor.dtype].itemsize for tensor in stored.values() if tensor.dtype in FLOATS), default=1)
     _check_space(target, count_parameters(growths[-1].new, growths[-1].config()) * width, free)
     chains: dict[str, tuple[ParameterPlan, ...]] = {}  # parameter of the last model -> its plan in each growth
     for growth in growths:
-        chains = {parameter.name: (*chains.get(parameter.source, ()), parameter) for parameter in growth.parameters()}
+        pieces = (piece for parameter in growth.parameters() for piece in parameter.pieces)
+        chains = {piece.name: (*chains.get(piece.source, ()), piece) for piece in pieces}
     # Several parameters may grow from one; those that take nothing from it may not say how it is stored.
     firsts = sorted((chain[0] for chain in chains.values()), key=lambda parameter: not parameter.takes_nothing)
     sources = _match_sources(directory, growths[0], stored, {parameter.source: parameter for parameter in firsts})

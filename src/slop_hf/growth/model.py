@@ -98,6 +98,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str,
     """Return a stock model of the plan's new dims that holds `weights` themselves, not a copy."""
     config = plan.config()
     config._attn_implementation = source.config._attn_implementation
+    config._experts_implementation = source.config._experts_implementation
     state_dict = {**weights, **list_persistent_buffers(source, plan)}
     kind, dtype = type(source), source.dtype
     with hide_progress_bars():
@@ -112,7 +113,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str,
         )
     if strays := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise GrowthError(f"{kind.__name__} does not take {strays[0]}, which it has; grow a model of a stock class")
-    if any(row.stored_as for row in plan.architecture.parameters):
+    if any(row.stored_as or row.is_stacked for row in plan.architecture.parameters):
         # The names that were converted on loading decide those on saving. None were here: return to the family's.
         vars(grown).pop("_weight_conversions", None)
     for name, parameter in grown.named_parameters():

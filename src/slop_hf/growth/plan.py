@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..architectures import JOINED_AXES, LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
+from ..architectures import EXPERT, JOINED_AXES, LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
 from ..cost.flops import count_parameters
 from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
@@ -67,6 +67,11 @@ class ParameterPlan:
         branch_share: share of its layer in what the copies of the old layer add to the residual stream: under the init
             `scaled`, one over their number, else 1. All its gradients, times the scale, shrink alike.
         part_scales: factor of each part of a fused parameter, in place of `scale`; empty for all others.
+        stored_names, stored_sources: names of the parameter, and of its source, in a checkpoint. A parameter that
+            stacks the matrices of all experts has one name per part of an expert's matrix, with `{expert}` for its
+            index.
+        source_shape: shape of the source if it differs from the maps' old sizes, as for the first layers of a model
+            with experts.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -86,6 +91,9 @@ class ParameterPlan:
     is_added: bool = False
     branch_share: float = 1.0
     part_scales: tuple[float, ...] = ()
+    stored_names: tuple[str, ...] = ()
+    stored_sources: tuple[str, ...] = ()
+    source_shape: tuple[int, ...] = ()
 
     @cached_property
     def joined_dimension(self) -> int | None:
@@ -94,10 +102,16 @@ class ParameterPlan:
 
     @cached_property
     def parts(self) -> tuple[ParameterPlan, ...]:
-        """The plans of what a fused parameter holds (queries, keys, values), in order; empty for all others."""
+        """The plans of what a parameter holds, in order; empty if it is one matrix or vector.
+
+        A stack holds the matrix of each expert, a fused parameter queries, keys and values.
+        """
+        if self.row.is_stacked:
+            return tuple(self._plan_expert(*pair) for pair in enumerate(self.maps[0].source))
         dimension = self.joined_dimension
         if dimension is None:
             return ()
+        is_stored_apart = len(self.stored_names) > 1
 
         def put(items: tuple[PartT, ...], item: PartT) -> tuple[PartT, ...]:
             return (*items[:dimension], item, *items[dimension + 1 :])
@@ -106,16 +120,42 @@ class ParameterPlan:
         return tuple(
             replace(
                 self,
-                name=f"{self.name}[{number}]",
+                name=self.stored_names[number] if is_stored_apart else f"{self.name}[{number}]",
+                source=self.stored_sources[number] if is_stored_apart else self.source,
                 row=replace(self.row, axes=put(self.row.axes, name), part=part),
                 maps=put(self.maps, part_map),
                 scale=scale,
                 part_scales=(),
+                stored_names=self.stored_names[number : number + 1] if is_stored_apart else (),
+                stored_sources=self.stored_sources[number : number + 1] if is_stored_apart else (),
             )
             for number, ((name, part), part_map, scale) in enumerate(
                 zip(names, axis.parts, self.part_scales, strict=True)
             )
         )
+
+    def _plan_expert(self, expert: int, source: int | None) -> ParameterPlan:
+        """Return the plan of the matrix of one expert; a new expert takes only the dtype of its source, the first."""
+        names, sources = (
+            tuple(name.replace(EXPERT, str(index)) for name in stored)
+            for stored, index in ((self.stored_names, expert), (self.stored_sources, source or 0))
+        )
+        return replace(
+            self,
+            name=names[0],
+            source=sources[0],
+            row=replace(self.row, axes=self.row.axes[1:], stored_parts=()),
+            maps=self.maps[1:],
+            stored_names=names,
+            stored_sources=sources,
+        )
+
+    @cached_property
+    def pieces(self) -> tuple[ParameterPlan, ...]:
+        """The plans of the tensors that a checkpoint holds in the parameter's place: itself, unless it is a stack."""
+        if not self.row.is_stacked and len(self.stored_names) < 2:
+            return (self,)
+        return tuple(piece for part in self.parts for piece in part.pieces)
 
     @property
     def takes_nothing(self) -> bool:
@@ -125,16 +165,16 @@ class ParameterPlan:
     @property
     def stored_name(self) -> str:
         """Its name in a checkpoint on disk."""
-        return self.row.stored_as or self.name
+        return self.stored_names[0]
 
     @property
     def stored_source(self) -> str:
         """The name of its source in a checkpoint on disk."""
-        return self.row.stored_as or self.source
+        return self.stored_sources[0]
 
     @property
     def old_shape(self) -> tuple[int, ...]:
-        return tuple(axis.old_size for axis in self.maps)
+        return self.source_shape or tuple(axis.old_size for axis in self.maps)
 
     @property
     def new_shape(self) -> tuple[int, ...]:
@@ -233,6 +273,8 @@ class GrowthPlan:
         axes["vocab"] = AxisMap.append(old_tokens, self.vocab_size or old_tokens, VOCABULARY)
         if any("position" in row.axes for row in self.architecture.parameters):
             axes["position"] = AxisMap.identity(self.architecture.read(config, "max_position_embeddings"))
+        if self.architecture.has_experts:
+            axes["experts"] = AxisMap.identity(self.architecture.read(config, "num_experts"))
         return axes
 
     @cached_property
@@ -353,13 +395,18 @@ class GrowthPlan:
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
         is_added, branch_share = layer in self.added_layers, 1 / self._count_copies(layer)
         maps = tuple(self.axes[axis] for axis in row.axes)
+        old_row, source_shape = row, ()
         if is_added and (self.inits["layer"] == "random" or not self.old.num_hidden_layers):
             old = maps
             if not self.old.num_hidden_layers:
-                stand_in = self._find_stand_in(row)
-                source, old = stand_in.name, tuple(self.axes[axis] for axis in stand_in.axes)
-            sizes = zip(old, maps, strict=True)
-            maps = tuple(AxisMap.renew(axis.old_size, new.new_size, "layer") for axis, new in sizes)
+                old_row = self._find_stand_in(row)
+                source, old = old_row.name, tuple(self.axes[axis] for axis in old_row.axes)
+            if row.is_stacked:
+                source_shape = () if old_row is row else tuple(axis.old_size for axis in old)
+                maps = tuple(axis.renew_all("layer") for axis in maps)
+            else:
+                sizes = zip(old, maps, strict=True)
+                maps = tuple(AxisMap.renew(axis.old_size, new.new_size, "layer") for axis, new in sizes)
         reads_copies = row.read_dimension is not None and maps[row.read_dimension].max_copies > 1
         # If the branches of a layer end in norms (Gemma 2), inserted layers are disabled by post-norm gains of 0 and
         # not by output projections of 0: a norm behind zeros multiplies their gradients by 1 / sqrt(eps).
@@ -383,11 +430,14 @@ class GrowthPlan:
             is_added=is_added,
             branch_share=branch_share,
             part_scales=tuple(self._compute_scale(replace(row, part=part)) * share for _, part in joined),
+            stored_names=_list_stored_names(row, name),
+            stored_sources=_list_stored_names(old_row, source) * (1 if old_row is row else len(row.stored_parts) or 1),
+            source_shape=source_shape,
         )
 
     def _find_stand_in(self, row: Parameter) -> Parameter:
-        """Return a row outside the layers with as many dimensions: the embedding, or the gain of the final norm."""
-        kind = "embedding" if len(row.axes) == 2 else "norm"
+        """Return a row outside the layers of the same kind: the embedding, or the gain of the final norm."""
+        kind = "norm" if len(row.axes) == 1 else "embedding"
         rows = self.architecture.rows(self.source_config)
         return next(other for other in rows if not other.is_in_layer and other.kind == kind)
 
@@ -433,6 +483,13 @@ class GrowthPlan:
         if axis not in self._normalised_axes or not (row.is_normalised or row.kind == "norm"):
             return 1.0
         return self.axes[axis].max_copies * self.axes[axis].old_size / self.axes[axis].new_size
+
+
+def _list_stored_names(row: Parameter, name: str) -> tuple[str, ...]:
+    """Return the names in a checkpoint of a parameter; those of a stack keep `{expert}`."""
+    if row.is_stacked:
+        return tuple(part.replace(LAYER, row.find_layer(name) or "") for part in row.stored_parts)
+    return tuple(row.list_stored_names(name))
 
 
 def plan_growth(
@@ -534,6 +591,16 @@ def _check_family(plan: GrowthPlan) -> None:
     for flag, reason in architecture.unsupported.items():
         if architecture.read(plan.source_config, flag):
             raise GrowthError(f"{model_type} with {flag} cannot grow: {reason}")
+    for name, value in architecture.required.items():
+        if (got := architecture.read(plan.source_config, name)) not in (value, None):
+            raise GrowthError(
+                f"{model_type} with {name} {got!r} cannot grow, expected {value!r}: the layers would be of several "
+                f"kinds; train a model with {name} {value!r}"
+            )
+    if architecture.has_experts:
+        experts = architecture.read(plan.source_config, "num_experts")
+        if not is_whole_number(experts, least=1):
+            raise GrowthError(f"{model_type} with {experts!r} experts cannot grow; expected 1 or more")
     if not architecture.has_own_head_dim and (
         new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim
     ):

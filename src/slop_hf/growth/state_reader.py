@@ -19,6 +19,7 @@ from .adamw import (
 )
 from .plan import GrowthPlan
 from .safetensors_io import FLOATS, StoredTensor, read_checkpoint_headers, read_tensor
+from .stacks import StoredStack, find_parameters, read_parameter
 from .tensors import ThreadMemory, grow_parameter
 
 WEIGHT = "weight"
@@ -56,7 +57,7 @@ class GrownStateReader:
         self._step: StepPolicy = step
         architecture = get_architecture(config)
         stored = read_checkpoint_headers(Path(directory))
-        self._weights = {architecture.canonical_name(name): tensor for name, tensor in stored.items()}
+        self._weights = find_parameters(stored, architecture, config)
         self._moments = read_state_headers(directory) if moments else {}
         self._memory = ThreadMemory(REUSED_BYTES)
         self._plans = {} if plan is None else {parameter.name: parameter for parameter in plan.parameters()}
@@ -112,12 +113,12 @@ class GrownStateReader:
         plan, stored, has_no_gradient = self._plans.get(name), self._locate(name, key), name in self._without_gradient
         has_own_moments = plan is not None and (has_no_gradient or plan.is_added or plan.branch_share != 1)
         if plan is None or (plan.is_identity and (key == WEIGHT or not has_own_moments)):
-            return read_tensor(stored, out)
-        value = read_tensor(stored, self._memory.allocate("read", stored.shape, FLOATS[stored.dtype]))
+            return read_parameter(stored, out)
+        value = read_parameter(stored, self._memory.allocate("read", stored.shape, FLOATS[stored.dtype]))
         if key == WEIGHT:
             return grow_parameter(value, plan, out)
         return grow_entry(key, value, plan, self._step, has_no_gradient, out)
 
-    def _locate(self, name: str, key: str) -> StoredTensor:
+    def _locate(self, name: str, key: str) -> StoredTensor | StoredStack:
         source = self._plans[name].source if name in self._plans else name
         return self._weights[source] if key == WEIGHT else self._moments[source][key]

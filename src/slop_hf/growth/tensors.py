@@ -39,7 +39,7 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
             zeros = tensor.new_full(plan.old_shape, -plan.gain_offset)
             return assemble(zeros, plan.maps, plan.choose_distribution, lambda segments: 1.0, out=out)
         return allocate_grown(tensor, plan.maps, out).zero_()
-    if plan.joined_dimension is not None:
+    if plan.parts:
         grown = allocate_grown(tensor, plan.maps, out)
         for old, new, part in split_parts(tensor, grown, plan):
             grow_parameter(old, part, new)
@@ -78,12 +78,17 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
 def split_parts(
     old: torch.Tensor, grown: torch.Tensor, plan: ParameterPlan
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, ParameterPlan]]:
-    """Yield views of the parts of a fused parameter, or of its moment, before and after growth, each with its plan."""
-    dimension = plan.joined_dimension
-    assert dimension is not None
-    parts = plan.maps[dimension].parts
-    olds = old.split([part.old_size for part in parts], dimension)
-    news = grown.split([part.new_size for part in parts], dimension)
+    """Yield views of the parts of a parameter, or of its moment, before and after growth, each with its plan."""
+    if plan.row.is_stacked:
+        olds, news = [old[source or 0] for source in plan.maps[0].source], grown.unbind()
+    else:
+        dimension = plan.joined_dimension
+        assert dimension is not None
+        parts = plan.maps[dimension].parts
+        news = grown.split([part.new_size for part in parts], dimension)
+        olds = [] if plan.source_shape else list(old.split([part.old_size for part in parts], dimension))
+    if plan.source_shape:  # nothing is taken from it but the dtype
+        olds = [old] * len(news)
     yield from zip(olds, news, plan.parts, strict=True)
 
 

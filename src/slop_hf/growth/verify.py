@@ -60,7 +60,10 @@ def probe_growth(
     before, loss_before = _forward(source, tokens, vocab)
     # Families compute norms in float32 whatever the dtype, so a float64 model rounds like a float32 one.
     other = torch.float64 if source.dtype == torch.float32 else torch.float32
-    reference, _ = _forward(copy.deepcopy(source).to(other), tokens, vocab)
+    precise = copy.deepcopy(source).to(other)
+    if source.config._experts_implementation not in (None, "eager"):
+        precise.set_experts_implementation("eager")  # the others' kernels take no float64
+    reference, _ = _forward(precise, tokens, vocab)
     after, loss_after = _forward(grown, tokens.to(grown.device), vocab)
     size = before.abs().max()
     if not torch.isfinite(size) or not torch.isfinite(after).all():

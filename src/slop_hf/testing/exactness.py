@@ -31,6 +31,8 @@ and `preserving` of layers also grow the first layers of a model that has none.
   bfloat16. If an error is larger, the command fails.
 * float64 means float64 throughout. transformers computes most norms, the softmax and rotary angles in float32 whatever
   the dtype, and their rounding, about 1e-6, would hide small errors; here they are computed in float64 too.
+* In bfloat16, every expert of a model with experts is active. Otherwise rounding would decide between experts that a
+  router scores alike, before growth and after it.
 * *if whole*: the function stays if the dimension is multiplied by a whole number; the errors are of the other cases.
 * *refused* is the number of cases in the row that the library refuses to grow, with the number of the reason below;
   the errors are measured on the other cases.

@@ -31,6 +31,7 @@ from ..growth.safetensors_io import (
     plan_shards,
     write_tensor,
 )
+from ..growth.stacks import view_piece
 from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
 from .checksums import Checksum, RunningChecksum
@@ -63,26 +64,33 @@ def save_states(
         The checksums of the files with tensors that this rank has written, by name.
     """
     architecture = get_architecture(config)
-    stored = {row.name: row.stored_as or row.name for row in architecture.parameters}
     sources: dict[str, tuple[str, str]] = {}
+    pieces: dict[str, tuple[int, int]] = {}  # name in the checkpoint -> arguments of `view_piece`
     layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
     steps, momentum = states.count_steps(), states.list_momentum()
     for name, shape in states.shapes.items():
-        weight = stored.get(name, name)
-        sources[weight] = name, WEIGHT
-        layouts["model"][weight] = DTYPE_NAMES[states.get_dtype(name, WEIGHT)], shape
+        dtype_name = DTYPE_NAMES[states.get_dtype(name, WEIGHT)]
+        row = architecture.find_row(name)
+        weights = [name] if row is None else row.list_stored_names(name, shape[0] if row.is_stacked else 0)
+        for number, weight in enumerate(weights):
+            sources[weight] = name, WEIGHT
+            layouts["model"][weight] = dtype_name, shape
+            if row is not None and row.is_stacked:
+                parts = len(row.stored_parts)
+                pieces[weight] = number, parts
+                layouts["model"][weight] = dtype_name, (shape[1] // parts, *shape[2:])
         for key in (*MOMENT_KEYS, STEP) if name in steps else (MOMENTUM,) if name in momentum else ():
             sources[f"{key}/{name}"] = name, key
             dtype = torch.float32 if key == STEP else states.get_dtype(name, key)
             layouts["optimizer"][f"{key}/{name}"] = DTYPE_NAMES[dtype], () if key == STEP else shape
-    weights = plan_shards(layouts["model"], max_shard_size)
+    model_shards = plan_shards(layouts["model"], max_shard_size)
     shards = [
-        *weights,
+        *model_shards,
         *(plan_shards(layouts["optimizer"], max_shard_size, "optimizer") if layouts["optimizer"] else ()),
     ]
-    written = _write_shards(states, directory, shards, sources, steps)
-    if len(weights) > 1 and states.ranks.is_first:
-        write_text(directory / INDEX_FILE, format_index(weights))
+    written = _write_shards(states, directory, shards, sources, pieces, steps)
+    if len(model_shards) > 1 and states.ranks.is_first:
+        write_text(directory / INDEX_FILE, format_index(model_shards))
     return written
 
 
@@ -91,6 +99,7 @@ def _write_shards(
     directory: Path,
     shards: list[Shard],
     sources: Mapping[str, tuple[str, str]],
+    pieces: Mapping[str, tuple[int, int]],
     steps: Mapping[str, float],
 ) -> dict[str, Checksum]:
     """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards.
@@ -115,7 +124,7 @@ def _write_shards(
             name, key = sources[tensor.name]
             value = torch.tensor(steps[name]) if key == STEP else states.gather(name, key, owner)
             if owner == ranks.rank and value is not None:
-                job = tensor, value
+                job = tensor, view_piece(value, *pieces[tensor.name]) if tensor.name in pieces else value
         if job is not None and failed is None:
             try:
                 # Once all have gathered, so that the ranks copy and write at the same time.
