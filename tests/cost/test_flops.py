@@ -6,8 +6,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from slop_hf import ModelDims
 from slop_hf.architectures import get_architecture
-from slop_hf.cost.flops import count_flops_per_token, count_paper_params, count_parameters
-from slop_hf.errors import ArchitectureError
+from slop_hf.cost.flops import (
+    count_active_parameters,
+    count_flops_per_token,
+    count_layer_matrices,
+    count_muon_flops,
+    count_paper_params,
+    count_parameters,
+)
+from slop_hf.errors import ArchitectureError, PlanError
 from slop_hf.planning.space import DimsArray
 
 STRUCTURES = [ModelDims(64, 96, 2, 4), ModelDims(96, 200, 3, 6, 2), ModelDims(64, 96, 1, 8, 2, 16)]
@@ -77,6 +84,8 @@ def test_unknown_family_names_the_known_ones():
         ({"model_type": "phi3"}, STRUCTURES[1]),
         ({"model_type": "seed_oss", "attention_out_bias": True}, STRUCTURES[2]),
         ({"model_type": "starcoder2", "use_bias": False}, STRUCTURES[1]),
+        ({"model_type": "mixtral", "num_local_experts": 3}, STRUCTURES[1]),
+        ({"model_type": "qwen3_moe", "num_experts": 5}, STRUCTURES[1]),
         ({"model_type": "stablelm", "use_parallel_residual": True}, STRUCTURES[1]),
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else None,
@@ -88,3 +97,22 @@ def test_count_equals_the_models_of_other_families(fields, dims):
         model = AutoModelForCausalLM.from_config(config)
     assert count_parameters(dims, config) == count_parameters(dims, fields) == model.num_parameters()
     assert ModelDims.from_config(config.to_dict()) == dims
+
+
+def test_only_active_experts_cost_flops():
+    """Mixtral with one expert of which one is active costs a Mistral and its router; four times two cost twice."""
+    dims, length = STRUCTURES[1], 64
+    mistral, mixtral = ({"model_type": name, "vocab_size": 130} for name in ("mistral", "mixtral"))
+    dense = count_flops_per_token(dims, mistral, length)
+    network = dims.num_hidden_layers * 3 * dims.hidden_size * dims.intermediate_size
+    for experts, active in ((1, 1), (4, 2), (8, 2)):
+        config = {**mixtral, "num_local_experts": experts, "num_experts_per_tok": active}
+        router = dims.num_hidden_layers * experts * dims.hidden_size
+        more = (active - 1) * network + router
+        assert count_flops_per_token(dims, config, length) == dense + 6 * more
+        assert count_active_parameters(dims, config) == count_parameters(dims, mistral) + more
+    with pytest.raises(PlanError, match="num_experts_per_tok must be a whole number from 1 to 4, got 5"):
+        count_flops_per_token(dims, {**mixtral, "num_local_experts": 4, "num_experts_per_tok": 5}, length)
+    for count in (count_layer_matrices, count_muon_flops):
+        with pytest.raises(PlanError, match="mixtral stacks those of its experts in one; use AdamW"):
+            count(dims, mixtral)

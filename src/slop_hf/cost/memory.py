@@ -25,7 +25,13 @@ from ..dims import LARGEST_SIZE, DimsLike, ModelConfig, ModelDims, Size
 from ..errors import PlanError
 from ..io.numbers import is_positive_number, is_whole_number, require_whole_number
 from ..io.units import format_bytes
-from .flops import DEFAULT_CONFIG, compute_axis_sizes, count_layer_matrices, count_parameters
+from .flops import (
+    DEFAULT_CONFIG,
+    compute_axis_sizes,
+    count_active_experts,
+    count_layer_matrices,
+    count_parameters,
+)
 
 Precision = Literal["bf16", "fp32"]
 OptimizerName = Literal["adamw", "muon"]
@@ -134,6 +140,9 @@ def count_saved_activations(
       projections, `e (2q + 2k) + 4a` in attention (queries, keys, values, output, logsumexp) and `4ef` in the ffn
       (gate, silu of it, up, their product); with checkpointing only `eh`, the layer's input;
     * once: `4h + eh` in the last norm, `eh` in the input of the output projection, `4v` in log-probabilities.
+
+    With k active experts of E, `4ef` becomes `4efk`, and routing keeps `2ehk + 4E`: the input and the output of each
+    active expert, and the probabilities.
 
     Each position of a sequence keeps `2e` times the head size in the rotary tables.
 
@@ -287,8 +296,9 @@ class _Tally(Generic[Size]):
         hidden, logits = element * sizes["hidden"], _FLOAT32 * sizes["vocab"]
         norms = sum(_norm(row, family, sizes, element) for row in rows if row.kind == "norm")
         scores = _scores(dims, sequence_length, precision)
-        ffn = element * _ffn_width(rows, sizes)
-        layer = norms + _attention(rows, dims, sizes, scores, element) + 2 * ffn
+        ffn = element * _ffn_width(rows, sizes, config)
+        routing = _routing(sizes, config, element)
+        layer = norms + _attention(rows, dims, sizes, scores, element) + 2 * ffn + routing
         return cls(
             layers=dims.num_hidden_layers,
             layer_input=tokens * hidden,
@@ -352,10 +362,18 @@ def _scores(dims: DimsLike[Size], sequence_length: int, precision: Precision) ->
     return plain * _FLOAT32 * dims.num_attention_heads * sequence_length
 
 
-def _ffn_width(rows: list[Parameter], sizes: Mapping[str, Size]) -> Size:
+def _ffn_width(rows: list[Parameter], sizes: Mapping[str, Size], config: ModelConfig) -> Size:
     """Elements per token that enter the ffn's activation and, with a gate, the product; as many leave them."""
-    written = [row.axes[row.write_dimension] for row in rows if row.kind == "projection"]
-    return reduce(add, (sizes[axis] for axis in written if axis in ("ffn", "gate_up")))
+    written = [(row, row.axes[row.write_dimension]) for row in rows if row.kind == "projection"]
+    copies = {row: count_active_experts(config) if row.is_stacked else 1 for row, _ in written}
+    return reduce(add, (copies[row] * sizes[axis] for row, axis in written if axis in ("ffn", "gate_up")))
+
+
+def _routing(sizes: Mapping[str, Size], config: ModelConfig, element: int) -> Size | int:
+    """Bytes per token that routing keeps: the input and the output of each active expert, and all probabilities."""
+    if "experts" not in sizes:
+        return 0
+    return 2 * element * count_active_experts(config) * sizes["hidden"] + _FLOAT32 * sizes["experts"]
 
 
 def _larger(left: Size, right: Size) -> Size:
