@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from .errors import ArchitectureError
+from .io.numbers import is_whole_number
 from .io.serialization import describe_alternatives, describe_unknown_key, read_yaml
 
 if TYPE_CHECKING:
@@ -228,6 +229,22 @@ class Architecture:
         if value is None and own != name:
             value = read_setting(config, name)
         return self.defaults.get(own) if value is None else value
+
+    def explain_refusal(self, config: ModelConfig) -> str | None:
+        """Return the reason why a model with this config has no axis table, with a remedy; None if it has one."""
+        for flag, reason in self.unsupported.items():
+            if self.read(config, flag):
+                return f"{self.model_type} with {flag} cannot grow: {reason}"
+        for name, value in self.required.items():
+            if (got := self.read(config, name)) not in (value, None):
+                return (
+                    f"{self.model_type} with {name} {got!r} cannot grow, expected {value!r}: its layers are of "
+                    f"several kinds; take a model with {name} {value!r}"
+                )
+        experts = self.read(config, "num_experts") if self.has_experts else 1
+        if not is_whole_number(experts, least=1):
+            return f"{self.model_type} with {experts!r} experts cannot grow; expected a whole number, 1 or more"
+        return None
 
     def canonical_name(self, name: str) -> str:
         """Return the table's name of a parameter, given its name in a checkpoint or in an older release."""

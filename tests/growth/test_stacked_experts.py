@@ -138,9 +138,9 @@ def test_a_checkpoint_without_an_expert_is_refused(tmp_path):
 
 def test_refusals(tmp_path):
     config = build_tiny_model("qwen3_moe").config.to_dict()
-    with pytest.raises(GrowthError, match="decoder_sparse_step 2 cannot grow, expected 1: the layers would be of sev"):
+    with pytest.raises(GrowthError, match="decoder_sparse_step 2 cannot grow, expected 1: its layers are of sev"):
         plan_growth({**config, "decoder_sparse_step": 2}, "ffn", 60)
-    with pytest.raises(GrowthError, match="with 0 experts cannot grow; expected 1 or more"):
+    with pytest.raises(GrowthError, match="with 0 experts cannot grow; expected a whole number, 1 or more"):
         plan_growth({**config, "num_local_experts": 0}, "ffn", 60)
 
 

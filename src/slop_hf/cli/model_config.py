@@ -68,6 +68,9 @@ def split_config(config: Mapping[str, object], where: str) -> tuple[ModelDims, d
         dims = ModelDims.from_config(config)
     except DimsError as caught:
         raise PlanError(f"{where}: {caught}") from None
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    if family is not None and family.has_experts and (reason := family.explain_refusal(config)):
+        raise PlanError(f"{where}: {reason}")
     kept = dict.fromkeys((*_KEPT_BY_GROWTH, *_list_family_fields(config)))
     return dims, {name: config[name] for name in kept if name in config}
 
@@ -78,8 +81,9 @@ def _list_family_fields(config: ModelConfig) -> list[str]:
     if family is None:
         return []
     has_positions = any("position" in row.axes for row in family.parameters)
-    name = "max_position_embeddings"
-    return [*family.flags, *([family.config_fields.get(name, name)] if has_positions else [])]
+    names = ["max_position_embeddings"] if has_positions else []
+    names += ["num_experts", "num_experts_per_tok"] if family.has_experts else []
+    return [*family.flags, *names, *(family.config_fields.get(name, name) for name in names)]
 
 
 def read_structure(which: str, text: str | None, source: str | None, *options: str) -> ModelDims:

@@ -23,18 +23,19 @@ DEFAULT_CONFIG: ModelConfig = {"model_type": "llama", "vocab_size": 32000, "tie_
 ADAMW_FLOPS = 14
 
 
-def count_paper_params(dims: DimsLike[Size]) -> Size:
+def count_paper_params(dims: DimsLike[Size], experts: int = 1) -> Size:
     """Count parameters as the paper's objective does: `l * (6h^2 + 3hf)`.
 
     Only the weight matrices of the layers count: no embedding, norm or bias. The paper does not print the formula;
-    this one reproduces the products in its Tables 1 and 4 to the printed digits.
+    this one reproduces the products in its Tables 1 and 4 to the printed digits. With experts, it is
+    `l * (6h^2 + 3hf * experts)`.
 
     >>> from slop_hf import ModelDims
     >>> count_paper_params(ModelDims(768, 2048, 6, 6))
     49545216
     """
     hidden = dims.hidden_size
-    return dims.num_hidden_layers * (6 * hidden * hidden + 3 * hidden * dims.intermediate_size)
+    return dims.num_hidden_layers * (6 * hidden * hidden + 3 * hidden * dims.intermediate_size * experts)
 
 
 def count_parameters(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFIG) -> Size:
@@ -140,6 +141,16 @@ def compute_axis_sizes(dims: DimsLike[Size], config: ModelConfig = DEFAULT_CONFI
     return sizes
 
 
+def count_experts(config: ModelConfig) -> int:
+    """Return the number of experts per layer; 1 for a family without them.
+
+    >>> count_experts({"model_type": "mixtral"}), count_experts({"model_type": "llama"})
+    (8, 1)
+    """
+    family = get_architecture(config)
+    return int(family.read(config, "num_experts")) if family.has_experts else 1
+
+
 def count_active_experts(config: ModelConfig) -> int:
     """Return the number of experts per layer that each token passes through; refuse more than there are.
 
@@ -170,7 +181,7 @@ def _count_active(row: Parameter, sizes: Mapping[str, Size], config: ModelConfig
     """Count the entries of a row that a token uses: of a stack of experts, those of the active ones."""
     if not row.is_stacked:
         return _numel(row, sizes)
-    return _numel(row, {**sizes, "experts": count_active_experts(config)})
+    return reduce(mul, (sizes[axis] for axis in row.axes[1:])) * count_active_experts(config)
 
 
 def _numel(row: Parameter, sizes: Mapping[str, Size]) -> Size:

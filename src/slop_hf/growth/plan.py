@@ -395,7 +395,8 @@ class GrowthPlan:
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
         is_added, branch_share = layer in self.added_layers, 1 / self._count_copies(layer)
         maps = tuple(self.axes[axis] for axis in row.axes)
-        old_row, source_shape = row, ()
+        old_row = row
+        source_shape: tuple[int, ...] = ()
         if is_added and (self.inits["layer"] == "random" or not self.old.num_hidden_layers):
             old = maps
             if not self.old.num_hidden_layers:
@@ -588,19 +589,8 @@ def _check_family(plan: GrowthPlan) -> None:
             f"the config has a quantization_config ({_name_quantization(quantization)}), but only weights in full "
             "precision can grow; if they are, remove it from the config, and else dequantise them first"
         )
-    for flag, reason in architecture.unsupported.items():
-        if architecture.read(plan.source_config, flag):
-            raise GrowthError(f"{model_type} with {flag} cannot grow: {reason}")
-    for name, value in architecture.required.items():
-        if (got := architecture.read(plan.source_config, name)) not in (value, None):
-            raise GrowthError(
-                f"{model_type} with {name} {got!r} cannot grow, expected {value!r}: the layers would be of several "
-                f"kinds; train a model with {name} {value!r}"
-            )
-    if architecture.has_experts:
-        experts = architecture.read(plan.source_config, "num_experts")
-        if not is_whole_number(experts, least=1):
-            raise GrowthError(f"{model_type} with {experts!r} experts cannot grow; expected 1 or more")
+    if reason := architecture.explain_refusal(plan.source_config):
+        raise GrowthError(reason)
     if not architecture.has_own_head_dim and (
         new.head_dim * new.num_attention_heads != new.hidden_size or new.head_dim != plan.old.head_dim
     ):

@@ -37,7 +37,7 @@ class StoredStack:
         return (len(self.pieces) // self.parts, written * self.parts, *read)
 
 
-def view_piece(stack: torch.Tensor, number: int, parts: int) -> torch.Tensor:
+def select_piece(stack: torch.Tensor, number: int, parts: int) -> torch.Tensor:
     """Return a view of a stack's tensor that a checkpoint holds on its own.
 
     Args:
@@ -45,7 +45,7 @@ def view_piece(stack: torch.Tensor, number: int, parts: int) -> torch.Tensor:
         number: index of the tensor in `Parameter.list_stored_names`.
         parts: number of tensors per expert.
 
-    >>> view_piece(torch.arange(8).view(2, 4, 1), 3, 2).flatten()
+    >>> select_piece(torch.arange(8).view(2, 4, 1), 3, 2).flatten()
     tensor([6, 7])
     """
     expert, part = divmod(number, parts)
@@ -106,5 +106,5 @@ def read_parameter(stored: StoredTensor | StoredStack, out: torch.Tensor | None 
         return read_tensor(stored, out)
     value = torch.empty(stored.shape, dtype=FLOATS[stored.dtype]) if out is None else out
     for number, piece in enumerate(stored.pieces):
-        read_tensor(piece, view_piece(value, number, stored.parts))
+        read_tensor(piece, select_piece(value, number, stored.parts))
     return value

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..architectures import read_setting
+from ..architectures import get_architecture, read_setting
 from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_parameters
 from ..cost.growth_law import WIDENING, GrowthLaw
 from ..cost.hours import CostModel
@@ -97,6 +97,11 @@ class Question:
     def __post_init__(self) -> None:
         if self.unit not in ("flops", "hours", "tokens"):
             raise PlanError(f"unit must be 'flops', 'hours' or 'tokens', got {self.unit!r}")
+        if get_architecture(self.config).has_experts:
+            raise PlanError(
+                f"the growth law is fitted to models without experts, so it has no forecast for "
+                f"{get_architecture(self.config).model_type}; compare schedules with `slop plan --objective flops`"
+            )
         if not is_positive_number(self.budget):
             raise PlanError(f"{self.unit} must be a positive number, got {self.budget!r}: give a budget")
         if self.unit == "tokens" and self.budget > MOST_TOKENS:

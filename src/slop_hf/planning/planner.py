@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from ..architectures import get_architecture
 from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
 from ..dims import IntArray, ModelDims
@@ -149,6 +150,11 @@ class SlopPlanner:
         if self.mode not in ("once", "repeated", "joint"):
             alternatives = describe_alternatives(str(self.mode), ["once", "repeated", "joint"], list_all=False)
             raise PlanError(f"mode must be 'once', 'repeated' or 'joint', got {self.mode!r}{alternatives}")
+        if self.objective in (FINAL_LOSS, "loss_per_hour") and get_architecture(self.space.config).has_experts:
+            raise PlanError(
+                f"objective {self.objective!r} needs a law of the loss, and no law is fitted to models with experts; "
+                "choose flops, hours or delta_params"
+            )
         if not isinstance(self.loss, (LossSettings, NoneType)):
             raise PlanError(f"loss must be LossSettings, got {self.loss!r}")
         if not self._is_of_runs and self._objective.needs_cost_model and self.cost_model is None:

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..architectures import read_setting
-from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_paper_params, count_parameters
+from ..architectures import get_architecture, read_setting
+from ..cost.flops import DEFAULT_CONFIG, count_experts, count_flops_per_token, count_paper_params, count_parameters
 from ..cost.memory import MemoryLimit
 from ..dims import LARGEST_SIZE, IntArray, ModelConfig, ModelDims
 from ..errors import PlanError
@@ -177,7 +177,10 @@ class ConfigSpace:
             return DimsArray.of(self.targets)
         candidates = self._list_candidates(initial)
         sizes = candidates.to_floats()
-        counts = count_parameters(sizes, self.config) if self.count == "model" else count_paper_params(sizes)
+        if self.count == "model":
+            counts = count_parameters(sizes, self.config)
+        else:
+            counts = count_paper_params(sizes, count_experts(self.config))
         assert self.target_params is not None
         deviations = np.abs(counts / self.target_params - 1)
         if (deviations <= self.tolerance).any():
@@ -194,13 +197,16 @@ class ConfigSpace:
     def _list_candidates(self, initial: ModelDims) -> DimsArray:
         widths = self._list_widths(initial)
         fewest, most = (bound.tolist() for bound in self._bound_layers(initial, widths))
+        ratios = self.ffn_ratios
+        if get_architecture(self.config).has_experts and ratios == type(self).ffn_ratios:
+            ratios = (Fraction(initial.intermediate_size, initial.hidden_size),)  # of an expert, the model's own
         columns: list[list[int]] = []  # hidden, ffn, heads, key/value heads and head size of all depths at once
         depths: list[IntArray] = []
         for hidden, low, high in zip(widths, fewest, most, strict=True):
             heads = self._choose_heads(initial, hidden) if low <= high else None
             if heads is None:
                 continue
-            ffns = {math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple for ratio in self.ffn_ratios}
+            ffns = {math.ceil(ratio * hidden / self.ffn_multiple) * self.ffn_multiple for ratio in ratios}
             for ffn in sorted(ffns):
                 if max(initial.intermediate_size, self.min_ffn or 1) <= ffn <= (self.max_ffn or LARGEST_SIZE):
                     columns.append([hidden, ffn, *heads])

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..cost.flops import DEFAULT_CONFIG, count_flops_per_token, count_paper_params, count_parameters
+from ..cost.flops import DEFAULT_CONFIG, count_experts, count_flops_per_token, count_paper_params, count_parameters
 from ..cost.hours import CostModel
 from ..cost.scaling_law import ScalingLaw
 from ..dims import IntArray, ModelConfig, ModelDims
@@ -98,7 +98,7 @@ class DimsTable:
     @cached_property
     def paper_params(self) -> FloatArray:
         """Parameters as the paper's objective counts them, see `count_paper_params`."""
-        return self._column("paper_params", lambda: count_paper_params(self._sizes))
+        return self._column("paper_params", lambda: count_paper_params(self._sizes, count_experts(self.inputs.config)))
 
     @cached_property
     def parameters(self) -> FloatArray:

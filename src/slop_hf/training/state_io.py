@@ -31,7 +31,7 @@ from ..growth.safetensors_io import (
     plan_shards,
     write_tensor,
 )
-from ..growth.stacks import view_piece
+from ..growth.stacks import select_piece
 from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
 from .checksums import Checksum, RunningChecksum
@@ -65,7 +65,7 @@ def save_states(
     """
     architecture = get_architecture(config)
     sources: dict[str, tuple[str, str]] = {}
-    pieces: dict[str, tuple[int, int]] = {}  # name in the checkpoint -> arguments of `view_piece`
+    pieces: dict[str, tuple[int, int]] = {}  # name in the checkpoint -> arguments of `select_piece`
     layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
     steps, momentum = states.count_steps(), states.list_momentum()
     for name, shape in states.shapes.items():
@@ -124,7 +124,7 @@ def _write_shards(
             name, key = sources[tensor.name]
             value = torch.tensor(steps[name]) if key == STEP else states.gather(name, key, owner)
             if owner == ranks.rank and value is not None:
-                job = tensor, view_piece(value, *pieces[tensor.name]) if tensor.name in pieces else value
+                job = tensor, select_piece(value, *pieces[tensor.name]) if tensor.name in pieces else value
         if job is not None and failed is None:
             try:
                 # Once all have gathered, so that the ranks copy and write at the same time.
