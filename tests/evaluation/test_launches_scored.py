@@ -1,4 +1,4 @@
-"""Stages of a two-rank launch are scored on the first rank, under DDP and ZeRO-3."""
+"""Stages of a two-rank launch are scored on the first rank, under DDP, ZeRO-3 and FSDP2."""
 
 import os
 import subprocess
@@ -14,10 +14,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LAUNCHERS = {
     "ddp": ("torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
-    "zero3": (
-        *("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_zero3.yaml"),
-        *("--num_processes", "2", "--main_process_port", "0"),
-    ),
+    **{
+        kind: (
+            *("accelerate.commands.launch", "--config_file", f"recipes/accelerate/cpu_{kind}.yaml"),
+            *("--num_processes", "2", "--main_process_port", "0"),
+        )
+        for kind in ("zero3", "fsdp2")
+    },
 }
 SHARED = ("torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "slop_hf")
 
@@ -37,7 +40,7 @@ def launch(*words):
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=pytest.mark.deepspeed), "fsdp2"])
 def test_stages_of_a_launch(kind, config, tmp_path, datasets_dir):
     if kind == "zero3":
         pytest.importorskip("deepspeed")
