@@ -139,3 +139,16 @@ print("loaded", *{{"torch", "transformers"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_machines_tokenize_parts(mixture, small, tmp_path, output_of):
+    """Each says what is missing, and the last one reports the whole."""
+    first = json.loads(output_of("data", "tokenize", mixture, *small, "--part", "2/2", "--json"))
+    assert first == {"part": 2, "parts": 2, "missing": {"notes": [1], "words": [1]}}
+    assert "notes: part 2 of 2 is in the cache; missing: 1" in output_of(
+        "data", "tokenize", mixture, *small, "--part", "2/2"
+    )
+    parts = json.loads(output_of("data", "tokenize", mixture, *small, "--part", "1/2", "--json"))
+    other = [word.replace(str(tmp_path / "cache"), str(tmp_path / "other")) for word in small]
+    whole = json.loads(output_of("data", "tokenize", mixture, *other, "--json"))
+    assert parts["fingerprint"] == whole["fingerprint"]

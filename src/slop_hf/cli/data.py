@@ -25,6 +25,7 @@ from .wording import Command
 
 if TYPE_CHECKING:
     from ..data import DataConfig
+    from ..data.config import DataPart
     from ..data.corpus import SourceTokens
 
 data_app = typer.Typer(
@@ -81,6 +82,13 @@ def tokenize_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Directory or Hub id of a tokenizer; replaces the config's.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that read, tokenize and write side by side: one per core.")
+    ] = 1,
+    part: Annotated[
+        str | None,
+        typer.Option(help="K/N: only the Kth of N parts, one per machine. The machine that ends last merges them."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost only; tokenize nothing.")] = False,
     change: _Changes = None,
     as_json: AsJson = False,
@@ -88,17 +96,26 @@ def tokenize_command(
     """Tokenize a mixture into the cache, so that runs begin at once.
 
     The cost is shown first. Each source is tokenized once and cached separately: other weights, block sizes and runs
-    use the same tokens. After an interruption, the same command continues.
+    use the same tokens. After an interruption, the same command continues. With several workers or parts, the files
+    are the same to the byte.
 
     Runs find the tokens if they have the same sources, tokenizer, `held_out` and `cache_dir`.
 
-    Example: `slop data tokenize recipes/data/local.yaml --set data.cache_dir=tokens`
+    Examples:
+
+    `slop data tokenize recipes/data/local.yaml --set data.cache_dir=tokens --workers 16`
+
+    On the third of eight machines: `slop data tokenize web.yaml --set data.cache_dir=/shared/tokens --part 3/8`
     """
     data = read_data(config, change)
     if tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=tokenizer)
-    from ..data.config import find_cache
+    from ..data.config import DataPart, find_cache
+    from ..data.sources import check_parts
 
+    own_part = None if part is None else DataPart.parse(part)
+    for source in data.sources.values() if own_part is not None or workers > 1 else ():
+        check_parts(source)
     check_output(find_cache(data.cache_dir), "data.cache_dir", DataError, is_directory=True)
     summary = _summarise(data)
     if not as_json:
@@ -108,7 +125,12 @@ def tokenize_command(
             print_json(summary)
         return
     with redirect_prints(as_json=as_json):
-        corpus = slop_hf.prepare_data(data)
+        missing = {} if own_part is None else _tokenize_part(data, own_part, workers)
+        corpus = None if missing else slop_hf.prepare_data(data, workers=workers)
+    if corpus is None:
+        assert own_part is not None
+        _show_missing(own_part, missing, as_json=as_json)
+        return
     rows: list[dict[str, Json]] = [
         {
             "name": name,
@@ -129,6 +151,24 @@ def tokenize_command(
             f"{row['name']}: {row['training_tokens']:,} training tokens and {row['held_out_tokens']:,} held out, "
             f"from {row['documents']:,} documents, in {row['folder']}"
         )
+
+
+def _tokenize_part(data: DataConfig, part: DataPart, workers: int) -> dict[str, list[DataPart]]:
+    from ..data.corpus import prepare_part
+
+    return prepare_part(data, part, workers=workers)
+
+
+def _show_missing(part: DataPart, missing: Mapping[str, list[DataPart]], *, as_json: bool) -> None:
+    """Print which parts the other machines have still to tokenize."""
+    numbers: dict[str, Json] = {name: [other.number for other in parts] for name, parts in missing.items()}
+    if as_json:
+        print_json({"part": part.number, "parts": part.count, "missing": numbers})
+        return
+    for name, parts in missing.items():
+        others = ", ".join(str(other.number) for other in parts)
+        print(f"{name}: part {part.number} of {part.count} is in the cache; missing: {others}")
+    print("the machine that tokenizes the last part merges them; until then, runs do not find the tokens")
 
 
 @data_app.command("train-tokenizer", cls=Command)

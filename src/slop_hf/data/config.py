@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlsplit
@@ -93,6 +95,59 @@ class Source(Record, error=DataError):
     def places(self) -> tuple[str, ...]:
         """The places of the documents, always as a tuple."""
         return (self.source,) if isinstance(self.source, str) else self.source
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One of several contiguous parts of a source's files, each of about as many bytes.
+
+    Args:
+        number: number of the part, from 1 on.
+        count: number of parts.
+
+    Raises:
+        DataError: unless `number` is from 1 to `count`.
+
+    >>> DataPart.parse("3/8")
+    DataPart(number=3, count=8)
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not (is_whole_number(self.number, least=1) and is_whole_number(self.count, least=self.number)):
+            raise DataError(_explain_part(f"{self.number}/{self.count}"))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a part as `number/count`.
+
+        Raises:
+            DataError: for any other text.
+        """
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal()):
+            raise DataError(_explain_part(text))
+        return cls(int(number), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.number}-of-{self.count}"
+
+    def cut(self, sizes: Sequence[float]) -> range:
+        """Return the positions of this part's items in a list, given their sizes.
+
+        >>> [DataPart(number, 3).cut([5, 1, 1, 1, 5]) for number in (1, 2, 3)]
+        [range(0, 1), range(1, 4), range(4, 5)]
+        """
+        total = math.fsum(sizes) or 1.0
+        middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
+        numbers = [min(int(middle / total * self.count), self.count - 1) + 1 for middle in middles]
+        return range(bisect_left(numbers, self.number), bisect_right(numbers, self.number))
+
+
+def _explain_part(text: str) -> str:
+    return f"part must be K/N, the Kth of N parts, such as 3/8, got {text!r}: give K from 1 to N"
 
 
 @dataclass(frozen=True)

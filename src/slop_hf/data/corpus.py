@@ -5,6 +5,7 @@ Every source is tokenized once, whatever its weight:
     tokenizers/KEY/                    a trained tokenizer, as transformers saves it
     sources/KEY/train.ds, held_out.ds  tokens (see packing.py), each with .index and .metadata
     sources/KEY/source.json            counts, fingerprint, and everything that the tokens depend on
+    sources/.KEY.parts/3-of-8/         tokens of a part of the files, until all parts are merged (see parts.py)
     downloads/                         files at URLs, until their source is tokenized
 
 A folder is complete or absent; a later call resumes from `.KEY.building`. A key covers everything that the content
@@ -14,7 +15,8 @@ depends on. The block size is not part of it: blocks are cut when they are read.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +27,21 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..io.files import write_directory
+from ..io.numbers import require_whole_number
 from ..io.record import Record
 from ..io.serialization import Json, hash_json, to_plain
-from .config import STDLIB, DataConfig, Source, find_cache
+from .config import STDLIB, DataConfig, DataPart, Source, find_cache
 from .locking import lock_cache
-from .packing import MixedBlocks, PackedDataset
-from .sources import DocumentStream, discard_downloads, list_local_files, list_place_names, read_documents
+from .packing import MixedBlocks, PackedDataset, TokenWriter
+from .parts import TokenizingJob, merge_parts, tokenize_part
+from .sources import (
+    DocumentStream,
+    check_parts,
+    discard_downloads,
+    list_local_files,
+    list_place_names,
+    read_documents,
+)
 from .tokenizer import load_tokenizer, train_tokenizer
 from .tokenizing import HELD_OUT_SPLIT, SPLITS, TRAIN_SPLIT, choose_split, hash_vocabulary, tokenize
 
@@ -106,8 +117,13 @@ class _CachedSource:
     made_from: dict[str, Json]  # everything that its tokens depend on
     folder: Path  # its name is the hash of made_from
 
+    @property
+    def parts(self) -> Path:
+        """The folder of its parts, until they are merged."""
+        return self.folder.with_name(f".{self.folder.name}.parts")
 
-def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
+
+def prepare_data(config: DataConfig, *, progress: bool = True, workers: int = 1) -> Corpus:
     """Return the data that `config` describes, tokenized on the first call and from the cache after that.
 
     The tokenizer is trained on training documents alone: the first 64 MiB, shared by the weights of the sources.
@@ -118,24 +134,67 @@ def prepare_data(config: DataConfig, *, progress: bool = True) -> Corpus:
     Args:
         config: data configuration.
         progress: whether to show progress bars.
+        workers: number of processes that read, tokenize and write. Their files are those of one process.
 
     Raises:
-        DataError: for a source or tokenizer that cannot be read, training documents that fill no block, or a damaged
-            cache.
+        DataError: for a source or tokenizer that cannot be read, training documents that fill no block, a damaged
+            cache, or several workers for a source that cannot be read in parts.
     """
+    require_whole_number(workers, "workers", error=DataError)
     texts = _describe_sources(config)
     tokenizer = _prepare_tokenizer(config, texts)
     vocabulary = hash_vocabulary(tokenizer)
     sources = _find_sources(config, texts, vocabulary)
-    missing = [source for source in sources if not source.folder.is_dir()]
-    for source in missing:  # a wrong name is refused before another source is read for hours
-        DocumentStream(source.source, cache_dir=config.cache_dir)
-    for source in missing:
-        _tokenize(source, config, tokenizer, progress)
+    for source in _list_missing(sources, config, in_parts=workers > 1):
+        _tokenize(source, _make_job(source, config, tokenizer), progress, workers)
     tokens = {source.name: _load_tokens(source, config, tokenizer.eos_token_id) for source in sources}
     _warn_of_missing_held_out(config, tokens)
     content = [vocabulary, *((name, source.fingerprint, config.weights[name]) for name, source in tokens.items())]
     return Corpus(tokenizer, tokens, config.weights, hash_json(content), vocabulary)
+
+
+def prepare_part(
+    config: DataConfig, part: DataPart, *, progress: bool = True, workers: int = 1
+) -> dict[str, list[DataPart]]:
+    """Tokenize one part of each source that is not in the cache; the call that finds all parts there merges them.
+
+    Several machines can fill one cache, each with a part of its own. The files are those of one process. After an
+    interruption, the next call resumes.
+
+    Args:
+        config: data configuration, the same on all machines, with a `cache_dir` and files that they share.
+        part: part for this machine.
+        progress: whether to show progress bars.
+        workers: number of processes on this machine.
+
+    Returns:
+        The parts that are still missing, by source; empty if the cache is complete.
+
+    Raises:
+        DataError: as for `prepare_data`, and for a source that cannot be read in parts.
+    """
+    require_whole_number(workers, "workers", error=DataError)
+    texts = _describe_sources(config)
+    tokenizer = _prepare_tokenizer(config, texts)
+    sources = _find_sources(config, texts, hash_vocabulary(tokenizer))
+    missing: dict[str, list[DataPart]] = {}
+    for source in _list_missing(sources, config, in_parts=True):
+        job = _make_job(source, config, tokenizer)
+        with lock_cache(source.parts / f".{part}.lock"):
+            tokenize_part(job, source.parts / str(part), part, workers, _make_title(source, progress))
+        parts = [DataPart(number, part.count) for number in range(1, part.count + 1)]
+        with _lock(source.folder):
+            absent = [other for other in parts if not (source.parts / str(other)).is_dir()]
+            if source.folder.is_dir():
+                continue
+            if absent:
+                missing[source.name] = absent
+            else:
+                building = _make_building(source)
+                _finish(source, building, merge_parts(job, [source.parts / str(other) for other in parts], building))
+        if not absent:
+            discard_downloads(source.source, config.cache_dir)
+    return missing
 
 
 def is_cached(config: DataConfig) -> bool:
@@ -178,26 +237,58 @@ def _prepare_tokenizer(config: DataConfig, texts: Mapping[str, dict[str, Json]])
         raise _explain_damage(folder, caught) from caught
 
 
-def _tokenize(source: _CachedSource, config: DataConfig, tokenizer: PreTrainedTokenizerFast, progress: bool) -> None:
+def _list_missing(sources: Sequence[_CachedSource], config: DataConfig, *, in_parts: bool) -> list[_CachedSource]:
+    """Return the sources outside the cache; a wrong one is refused before another is read for hours."""
+    missing = [source for source in sources if not source.folder.is_dir()]
+    for source in missing:
+        DocumentStream(source.source, cache_dir=config.cache_dir)
+        if in_parts:
+            check_parts(source.source)
+    return missing
+
+
+def _make_job(source: _CachedSource, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> TokenizingJob:
+    name = config.tokenizer or f"{config.tokenizer_kind} of {config.vocab_size}"
+    return TokenizingJob(source.source, tokenizer, config.held_out, name, config.cache_dir)
+
+
+def _make_title(source: _CachedSource, progress: bool) -> str | None:
+    return f"tokenizing {source.name}" if progress else None
+
+
+def _make_building(source: _CachedSource) -> Path:
+    """Create the folder that becomes the source's in the cache when it is complete."""
+    building = source.folder.with_name(f".{source.folder.name}.building")
+    building.mkdir(exist_ok=True)
+    return building
+
+
+def _tokenize(source: _CachedSource, job: TokenizingJob, progress: bool, workers: int) -> None:
     with _lock(source.folder):
         if source.folder.is_dir():
             return
-        building = source.folder.with_name(f".{source.folder.name}.building")
-        building.mkdir(exist_ok=True)
-        name = config.tokenizer or f"{config.tokenizer_kind} of {config.vocab_size}"
-        title = f"tokenizing {source.name}" if progress else None
-        writers = tokenize(
-            source.source, tokenizer, building, config.held_out, name, title=title, cache_dir=config.cache_dir
-        )
-        record = _SourceRecord(
-            documents=sum(writer.documents for writer in writers.values()),
-            tokens={split: writer.tokens for split, writer in writers.items()},
-            fingerprint=hash_json([writer.digest for writer in writers.values()]),
-            made_from={**source.made_from, "source": list_place_names(source.source)},
-        )
-        record.to_json(building / "source.json")
-        building.rename(source.folder)
-    discard_downloads(source.source, config.cache_dir)
+        building, title = _make_building(source), _make_title(source, progress)
+        if workers == 1:
+            writers = tokenize(*job[:2], building, *job[2:4], title=title, cache_dir=job.cache_dir)
+        else:
+            part = DataPart(1, 1)
+            tokenize_part(job, source.parts / str(part), part, workers, title)
+            writers = merge_parts(job, [source.parts / str(part)], building)
+        _finish(source, building, writers)
+    discard_downloads(source.source, job.cache_dir)
+
+
+def _finish(source: _CachedSource, building: Path, writers: Mapping[str, TokenWriter]) -> None:
+    """Write the record of a source's tokens, and make their folder a part of the cache."""
+    record = _SourceRecord(
+        documents=sum(writer.documents for writer in writers.values()),
+        tokens={split: writer.tokens for split, writer in writers.items()},
+        fingerprint=hash_json([writer.digest for writer in writers.values()]),
+        made_from={**source.made_from, "source": list_place_names(source.source)},
+    )
+    record.to_json(building / "source.json")
+    building.rename(source.folder)
+    shutil.rmtree(source.parts, ignore_errors=True)
 
 
 def _lock(folder: Path) -> AbstractContextManager[None]:

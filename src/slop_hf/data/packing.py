@@ -87,8 +87,8 @@ class TokenWriter:
         self._dtype = choose_token_dtype(vocab_size)
 
     def __enter__(self) -> TokenWriter:
-        self._file = _open_at(self.path, self.tokens * self._dtype.itemsize)
-        self._index = _open_at(Path(f"{self.path}.index"), self.documents * 8)
+        self._file = open_at(self.path, self.tokens * self._dtype.itemsize)
+        self._index = open_at(Path(f"{self.path}.index"), self.documents * 8)
         return self
 
     def write(self, documents: Sequence[Sequence[int]], eos: int) -> None:
@@ -98,10 +98,19 @@ class TokenWriter:
         tokens = np.full(int(lengths.sum()), eos, dtype=self._dtype)
         for document, end, length in zip(documents, ends.tolist(), lengths.tolist(), strict=True):
             tokens[end - length : end - 1] = document
+        self.append(tokens, ends)
+
+    def append(self, tokens: npt.NDArray[np.uint16 | np.uint32], ends: npt.NDArray[np.int64 | np.uint64]) -> None:
+        """Append a batch of documents as they are stored.
+
+        Args:
+            tokens: tokens of all documents, each with its eos, shape [tokens].
+            ends: where each document ends in `tokens`, shape [documents].
+        """
         self._file.write(tokens.tobytes())
         self._index.write((ends + self.tokens).astype("<u8").tobytes())
         self.digest = blake2b(self.digest.encode() + tokens.tobytes(), digest_size=16).hexdigest()
-        self.documents += len(documents)
+        self.documents += len(ends)
         self.tokens += len(tokens)
 
     def flush(self) -> WriterState:
@@ -120,8 +129,12 @@ class TokenWriter:
             write_text(f"{self.path}.metadata", "\n".join(lines))
 
 
-def _open_at(path: Path, size: int) -> BinaryIO:
-    """Open a file to append to after its first `size` bytes."""
+def open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file to append to after its first `size` bytes.
+
+    Raises:
+        DataError: if it has fewer.
+    """
     file = path.open("ab")
     if file.tell() < size:
         raise DataError(f"{path} has {file.tell()} bytes, {size} were written: delete the folder {path.parent}")

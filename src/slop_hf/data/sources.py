@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import islice
@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..io.network_errors import is_transient, summarise_error
 from ..io.retry import Retries
 from . import download
-from .config import PACKAGES, STDLIB, Format, Source, find_cache, is_url
+from .config import PACKAGES, STDLIB, DataPart, Format, Source, find_cache, is_url
 from .download import RemoteFile
 from .formats import Cursor, File, LocalFile, Texts, find_format, get_text, read_texts
 
@@ -54,10 +54,11 @@ class DocumentStream:
         source: source of the texts.
         state: state of an earlier stream over the same source, to resume from.
         cache_dir: cache for downloads, as for `DataConfig`.
+        parts: part of the source's files to read, then part of that, and so on; default, all. A part may be empty.
 
     Raises:
         DataError: for a missing place, a missing column or one without text, a damaged file, a state that does
-            not fit and, once the texts end, for a source without any.
+            not fit, parts of a source that has none and, once the texts of all files end, for a source without any.
 
     >>> stream = DocumentStream(Source("python-stdlib", max_documents=3))
     >>> first = next(iter(stream))
@@ -65,10 +66,20 @@ class DocumentStream:
     2
     """
 
-    def __init__(self, source: Source, state: StreamState | None = None, *, cache_dir: str | None = None) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: Source,
+        state: StreamState | None = None,
+        *,
+        cache_dir: str | None = None,
+        parts: Sequence[DataPart] = (),
+    ) -> None:
+        self.source, self._is_whole = source, not parts
         self._state = state or StreamState(documents=0, place=0, at=None)
-        self._places = [_make_place(place, source, cache_dir) for place in source.places]
+        files = choose_files(source, parts) if parts else [None] * len(source.places)
+        self._places = [
+            _make_place(place, source, cache_dir, names) for place, names in zip(source.places, files, strict=True)
+        ]
         if set(self._state) != {"documents", "place", "at"} or not self._state["place"] < len(self._places):
             raise DataError(
                 f"the state {state!r} does not belong to a stream over {len(self._places)} places: begin without it"
@@ -90,7 +101,7 @@ class DocumentStream:
                 yield text
                 if self._state["documents"] == limit:
                     return
-        if not self._state["documents"]:
+        if not self._state["documents"] and self._is_whole:
             raise DataError(
                 f"no document with text in {', '.join(repr(place.name) for place in self._places)}: expected files "
                 f"of UTF-8 text or rows with text in the column {self.source.text_column!r}"
@@ -145,6 +156,57 @@ def list_local_files(place: str) -> dict[str, Path] | None:
     )
 
 
+def choose_files(source: Source, parts: Sequence[DataPart]) -> list[frozenset[str]]:
+    """Return the names of the files in a part of a source, by place; a URL counts as one file, named by itself.
+
+    Args:
+        source: source whose files are in the order in which they are read.
+        parts: part of the files, then part of that, and so on.
+
+    Raises:
+        DataError: if a dataset on the Hub, or `max_documents`, makes parts impossible.
+    """
+    check_parts(source)
+    files: list[tuple[int, str, float | None]] = []
+    for number, place in enumerate(source.places):
+        local = list_local_files(place)
+        named = {place: None} if local is None else {name: path.stat().st_size for name, path in local.items()}
+        files += [(number, name, size) for name, size in named.items()]
+    known = [size for *_, size in files if size is not None]
+    usual = sum(known) / len(known) if known else 1.0
+    sizes = [(usual if size is None else size) + 1 for *_, size in files]
+    for part in parts:
+        cut = part.cut(sizes)
+        files, sizes = files[cut.start : cut.stop], sizes[cut.start : cut.stop]
+    return [frozenset(name for place, name, _ in files if place == number) for number in range(len(source.places))]
+
+
+def check_parts(source: Source) -> None:
+    """Refuse a source that cannot be read in parts.
+
+    Raises:
+        DataError: if it has a dataset on the Hub, or `max_documents`.
+    """
+    remedy = "or leave `workers` and `part` out"
+    for place in source.places:
+        if list_local_files(place) is None and not is_url(place):
+            name = place.partition(":")[0]
+            raise DataError(
+                f"source {place!r} is a Hub dataset, which cannot be read in parts: download its files "
+                f"(`hf download {name} --repo-type dataset --local-dir DIR`) and give the folder, {remedy}"
+            )
+    if source.max_documents is not None:
+        raise DataError(
+            f"max_documents {source.max_documents} counts from the first document on, which a part does not know: "
+            f"leave max_documents out, {remedy}"
+        )
+
+
+def count_files(source: Source) -> int:
+    """Return the number of files of a source that can be read in parts."""
+    return sum(1 if (files := list_local_files(place)) is None else len(files) for place in source.places)
+
+
 def count_local_bytes(source: Source) -> int | None:
     """Return the size of a source's files, as they are stored; None if some place is not local."""
     places = [list_local_files(place) for place in source.places]
@@ -175,13 +237,17 @@ def _walk(root: Path, suffix: str = "", skipped: tuple[str, ...] = ()) -> dict[s
     return dict(sorted(files.items()))
 
 
-def _make_place(place: str, source: Source, cache_dir: str | None) -> _Files | _HubDataset:
+def _make_place(
+    place: str, source: Source, cache_dir: str | None, chosen: Collection[str] | None
+) -> _Files | _HubDataset:
+    """Return the reader of a place, or of some of its files."""
     files = list_local_files(place)
     if files is not None:
-        return _Files(place, {name: LocalFile(path) for name, path in files.items()}, source)
+        local = {name: LocalFile(path) for name, path in files.items() if chosen is None or name in chosen}
+        return _Files(place, local, source)
     if is_url(place):
         file = _open_url(place, cache_dir, source)
-        return _Files(file.name, {file.filename: file}, source)
+        return _Files(file.name, {file.filename: file} if chosen is None or chosen else {}, source)
     return _HubDataset(place, source)
 
 

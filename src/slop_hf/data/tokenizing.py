@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..io.files import write_text
 from ..io.serialization import hash_json
-from .config import Source
-from .packing import TokenWriter, WriterState
+from .config import DataPart, Source
+from .packing import TokenWriter, WriterState, open_at
 from .sources import DocumentStream, StreamState, count_local_bytes
 
 TRAIN_SPLIT, HELD_OUT_SPLIT = SPLITS = ("train", "held_out")
-JOURNAL = "journal.json"
+JOURNAL, LENGTHS = "journal.json", "lengths"
+#: Marks the length of a held-out document; no document is that long.
+HELD_OUT_BIT = np.uint32(2**31)
 # One batch for the threads of tokenizers: enough for many cores, while encodings take about 40 bytes per character.
 BATCH_CHARACTERS = 2**21
 #: Number of batches after which the files are flushed and the journal is written.
@@ -51,6 +55,7 @@ def tokenize(
     *,
     title: str | None = None,
     cache_dir: str | None = None,
+    parts: Sequence[DataPart] = (),
 ) -> dict[str, TokenWriter]:
     """Tokenize a source into `folder/train.ds` and `folder/held_out.ds`.
 
@@ -67,6 +72,8 @@ def tokenize(
         folder: existing folder; the caller renames it when `tokenize` has returned.
         name: name of the tokenizer, for the metadata.
         title: title of the progress bar; None, no bar.
+        parts: part of the source, as for `DocumentStream`. The folder then also gets `lengths`: for each document its
+            number of characters, plus 2**31 if it is held out, little-endian uint32. `parts.merge_parts` needs it.
 
     Returns:
         The closed writers by split.
@@ -79,13 +86,15 @@ def tokenize(
     journal: _Journal = {"stream": None, "bytes": 0, "train": None, "held_out": None}
     if path.exists():
         journal = json.loads(path.read_text(encoding="utf-8"))
-    stream = DocumentStream(source, journal["stream"], cache_dir=cache_dir)
+    stream = DocumentStream(source, journal["stream"], cache_dir=cache_dir, parts=parts)
     states = {TRAIN_SPLIT: journal["train"], HELD_OUT_SPLIT: journal["held_out"]}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(folder / f"{split}.ds", name, len(tokenizer), state))
             for split, state in states.items()
         }
+        done = journal["stream"]["documents"] if journal["stream"] else 0
+        lengths = stack.enter_context(open_at(folder / LENGTHS, done * 4)) if parts else None
         nbytes, total, disable = journal["bytes"], count_local_bytes(source), True if title is None else None
         bar = stack.enter_context(
             tqdm(total=total, initial=nbytes, desc=title, unit="B", unit_scale=True, disable=disable)
@@ -99,15 +108,26 @@ def tokenize(
                 ]
                 if documents:
                     writer.write(documents, eos)
+            if lengths is not None:
+                lengths.write(_pack_lengths(batch))
             nbytes += batch.nbytes
             bar.update(batch.nbytes)
             if number % JOURNAL_BATCHES == 0:
+                if lengths is not None:
+                    lengths.flush()
+                    os.fsync(lengths.fileno())
                 flushed = {split: writer.flush() for split, writer in writers.items()}
                 write_text(path, json.dumps({"stream": batch.state, "bytes": nbytes, **flushed}))
 
         _encode(_make_batches(stream, held_out), backend, write)
     path.unlink(missing_ok=True)
     return writers
+
+
+def _pack_lengths(batch: _Batch) -> bytes:
+    lengths = np.fromiter(map(len, batch.texts), dtype="<u4", count=len(batch.texts))
+    lengths[[split == HELD_OUT_SPLIT for split in batch.splits]] += HELD_OUT_BIT
+    return lengths.tobytes()
 
 
 def _encode(
