@@ -82,7 +82,7 @@ def test_bf16_keeps_weights_and_losses_in_float32(tmp_path):
 
 
 VERSION_1 = "FSDP version 1 is not supported; set fsdp_version: 2"
-ONE_RANK = "FSDP needs processes of a launch"
+ONE_RANK = "FSDP needs the processes of a launch"
 LAUNCHES = [
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "RANK": "0"}, {}, VERSION_1),
     ({"ACCELERATE_USE_FSDP": "true", "RANK": "0"}, {}, VERSION_1),  # accelerate's default

@@ -207,7 +207,7 @@ def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
         ({"growth_noise": -0.1}, "growth_noise must be a number, at least 0, got -0.1"),
         ({"rewarm_steps": -0.1}, "rewarm_steps must be a number, at least 0, got -0.1"),
         ({"peak_tflops": -1}, "peak_tflops must be a number, at least 0, got -1"),
-        ({"fsdp": True}, "FSDP needs processes of a launch"),
+        ({"fsdp": True}, "FSDP needs the processes of a launch"),
         ({"optim": "sgd"}, "optim 'sgd' keeps a state that cannot be grown .*; set optimizer_state_at_growth to new"),
     ],
 )

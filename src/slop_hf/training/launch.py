@@ -102,12 +102,12 @@ def _prepare_fsdp(args: TrainingArguments) -> None:
     if version != "2":
         raise RunError(
             f"FSDP version {version} is not supported; set fsdp_version: 2 in the configuration of "
-            "`accelerate launch`, as recipes/accelerate/eight_gpus_fsdp2.yaml does"
+            "`accelerate launch`, or use `slop launch --config fsdp2-8gpu`"
         )
     if "RANK" not in os.environ:
         raise RunError(
-            "FSDP needs processes of a launch; start it with `accelerate launch --config_file "
-            "recipes/accelerate/eight_gpus_fsdp2.yaml`, or with cpu_fsdp2.yaml without a GPU"
+            "FSDP needs the processes of a launch; start it with `slop launch --config fsdp2-8gpu` (without a GPU: "
+            "fsdp2-cpu), or with `accelerate launch`"
         )
     if args.use_cpu and torch.cuda.is_available():
         raise RunError("use_cpu turns FSDP off; leave it out, or launch without FSDP")
