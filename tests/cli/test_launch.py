@@ -3,13 +3,14 @@
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from slop_hf import launch
+from slop_hf import RunDirectory, launch
 from slop_hf.cli import launch as command
 from slop_hf.cli.recipe_files import find_recipes, list_launch_configs
 
@@ -83,6 +84,19 @@ def test_wrong_launches_are_refused(error_of, config, monkeypatch):
     assert "no such file" in error_of("launch", "missing.yaml")
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'slop-hf[deepspeed]'" in error_of("launch", config, "--config", "zero3-8gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("name", ["zero3-cpu", "fsdp2-cpu"])
+def test_two_ranks_train_from_any_directory(config, tmp_path, name):
+    """The files of accelerate and DeepSpeed are found, although the working directory has no recipes."""
+    if name.startswith("zero3"):
+        pytest.importorskip("deepspeed")
+    run = [sys.executable, "-m", "slop_hf", "launch", config, "-o", "run", "--config", name, "--set"]
+    done = subprocess.run([*run, "training.use_cpu=false"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 stages" in done.stdout and {record.devices for record in RunDirectory(tmp_path / "run").records()} == {2}
 
 
 def test_the_module_trains(monkeypatch, capfd, config, tmp_path):

@@ -59,7 +59,7 @@ def begin_command(
         asks = _is_terminal() and not as_json
         if output is not None and not asks:
             raise RunError("--output needs the name of a recipe; `slop init` lists them")
-        _show_recipes(as_json)
+        _show_recipes(as_json, runs_last=asks)
         if not asks:
             return
         name = typer.prompt("\nName of a recipe, or Enter for a run of your own", default="", show_default=False)
@@ -74,7 +74,8 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _show_recipes(as_json: bool) -> None:
+def _show_recipes(as_json: bool, *, runs_last: bool) -> None:
+    """Print the recipes; the runs last if a question follows, so that a small terminal still shows them."""
     if as_json:
         print_json([{"name": recipe.name, "about": recipe.about} for recipe in list_recipes()])
         return
@@ -82,7 +83,8 @@ def _show_recipes(as_json: bool) -> None:
     groups: dict[str, list[RecipeFile]] = {title: [] for title in _GROUPS.values()}
     for recipe in list_recipes():
         groups[_GROUPS[recipe.name.rpartition("/")[0].partition("/")[0]]].append(recipe)
-    for title, entries in {**groups, "Configurations for slop launch --config": list_launch_configs()}.items():
+    sections = [*groups.items(), ("Configurations for slop launch --config", list_launch_configs())]
+    for title, entries in reversed(sections) if runs_last else sections:
         width = 2 + max((len(entry.name) for entry in entries), default=0)
         console.print(f"[bold]{title}")
         for entry in entries:

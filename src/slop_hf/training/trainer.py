@@ -56,7 +56,7 @@ from .held_out_loss import HeldOutLoss
 from .launch import is_fsdp_requested
 from .learning_rate import build_stage_scheduler, check_scheduler, restore_scheduler, set_new_parameter_rates
 from .leftovers import remove_leftovers
-from .loggers import continue_curves
+from .loggers import continue_curves, end_curves
 from .muon import MUON, build_muon
 from .parameter_groups import list_adding_stages, split_groups
 from .preemption import StopOnSignal
@@ -318,6 +318,7 @@ class SlopTrainer(Trainer):
                         break
         finally:
             self._progress.close()
+            end_curves(self.callback_handler.callbacks)
         if self._stop.is_interrupted:
             raise KeyboardInterrupt(f"{self.run.path} was stopped; train(resume_from_checkpoint=True) continues it")
         if position.stage == len(self.spans):  # the run had finished before
