@@ -57,7 +57,8 @@ def test_readmes_first_run_works_with_an_installed_wheel(tmp_path):
     run("slop_hf", *first)
     recipe = (work / "run.yaml").read_text()
     recipe = re.sub(r"tokens: \d{6}", "tokens: 8192", recipe)  # seconds instead of minutes
-    (work / "run.yaml").write_text(recipe.replace("  block_size:", "  max_documents: 100\n  block_size:", 1))
+    recipe = recipe.replace("  held_out: 0.005", "  max_documents: 100\n  held_out: 0.05")
+    (work / "run.yaml").write_text(recipe)
     texts = [run("slop_hf", *words) for words in others]
     assert "5 stages" in texts[0] and "finished" in texts[1] and texts[-1].startswith("def __init__(self")
     assert (work / "runs" / "run" / "report" / "report.html").is_file()
