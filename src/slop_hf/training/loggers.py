@@ -20,9 +20,9 @@ def continue_curves(
     """Make the loggers continue the run's curves; to be called on the main process.
 
     By default they take each call of `Trainer.train` for a run: TensorBoard begins a directory named by the time (in
-    the working directory if an evaluation is logged first), Trackio a run in every stage, W&B a run in every process,
-    MLflow one for the first stage and another for the rest. TensorBoard drops what an interrupted process logged after
-    its last checkpoint; the others keep it and show those steps twice.
+    the working directory if an evaluation is logged first), Trackio a run in every stage, W&B a run in every process.
+    MLflow leaves its run open, so that the next one of the process would log into it. TensorBoard drops what an
+    interrupted process logged after its last checkpoint; the others keep it and show those steps twice.
 
     Args:
         args: arguments of the trainer; a missing `run_name` is set.
