@@ -12,14 +12,13 @@ import slop_hf
 ROOT = Path(slop_hf.__file__).parent
 
 VERBS = """
-    add advise allocate are assemble average begin build calibrate call carry check choose collect combine
-    compare compute continue convert copy count create darken describe disable discard draw escape estimate
-    evaluate explain extract fetch find fit flush forecast format freeze generate get grow guard hash hide hold
-    inherit inspect interpolate is judge keep label launch list load locate lock look make mask match measure
-    merge name open parse plan prepare preview print probe publish rank read redirect register remove render
-    report reproduce require resolve restore resume rollback round run sample save score select separate set
-    share shorten show split start store sum summarise tabulate to tokenize trace train transfer upscale wait
-    with write
+    add advise allocate are assemble average begin build calibrate call carry check choose collect combine compare
+    compute continue convert copy count create darken describe disable discard draw end escape estimate evaluate
+    explain extract fetch find fit flush forecast format freeze generate get grow guard hash hide hold inherit
+    inspect interpolate is judge keep label launch list load locate lock look make mask match measure merge name
+    open parse plan prepare preview print probe publish rank read redirect register remove render report reproduce
+    require resolve restore resume rollback round run sample save score select separate set share shorten show
+    split start store sum summarise tabulate to tokenize trace train transfer upscale wait with write
 """
 
 #: Registries of functions under the names that users write: module -> why its functions carry them.
