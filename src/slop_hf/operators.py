@@ -55,6 +55,11 @@ VOCABULARY = "vocab"
 #: Inits of its new rows. All keep the logits of the old tokens; the first is the default.
 VOCABULARY_INITS = ("mean", "zeros", "random")
 
+#: The operator of experts, which are not among the dims either: more experts, or experts for a dense model.
+EXPERTS = "experts"
+#: Its inits; the first is the default. `preserving` keeps the function, `noisy` keeps the number of active experts.
+EXPERT_INITS = ("preserving", "noisy")
+
 
 def get_operator(name: str) -> Operator:
     """Return the operator with this name; raise a `GrowthError` if it is unknown."""
@@ -106,16 +111,27 @@ def resolve_vocabulary_init(init: str | Mapping[str, str] | None) -> str:
     >>> resolve_vocabulary_init(None), resolve_vocabulary_init({"vocab": "zeros"})
     ('mean', 'zeros')
     """
+    return _resolve_init(VOCABULARY, VOCABULARY_INITS, "the vocabulary grows", init)
+
+
+def resolve_expert_init(init: str | Mapping[str, str] | None) -> str:
+    """Return the name of the init of experts; arguments and errors as for `resolve_vocabulary_init`.
+
+    >>> resolve_expert_init(None), resolve_expert_init({"experts": "noisy"})
+    ('preserving', 'noisy')
+    """
+    return _resolve_init(EXPERTS, EXPERT_INITS, "the experts grow", init)
+
+
+def _resolve_init(operator: str, inits: Sequence[str], what_grows: str, init: str | Mapping[str, str] | None) -> str:
+    """Return the name of the init of an operator that grows alone; None takes the first."""
     if isinstance(init, Mapping):
-        if unknown := [name for name in init if name != VOCABULARY]:
-            raise GrowthError(
-                f"init names {unknown[0]!r}, but only the vocabulary grows; grow the dims before or after it"
-            )
-        init = init.get(VOCABULARY)
-    name = VOCABULARY_INITS[0] if init is None else init
-    if name not in VOCABULARY_INITS:
-        alternatives = describe_alternatives(str(name), VOCABULARY_INITS)
-        raise GrowthError(f"unknown init {name!r} for operator {VOCABULARY!r}{alternatives}")
+        if unknown := [name for name in init if name != operator]:
+            raise GrowthError(f"init names {unknown[0]!r}, but only {what_grows}; grow the dims before or after it")
+        init = init.get(operator)
+    name = inits[0] if init is None else init
+    if name not in inits:
+        raise GrowthError(f"unknown init {name!r} for operator {operator!r}{describe_alternatives(str(name), inits)}")
     return name
 
 

@@ -16,7 +16,7 @@ from ..errors import GrowthError
 from ..io.files import check_output
 from ..io.serialization import read_json, read_yaml
 from ..io.units import format_duration
-from ..operators import VOCABULARY, find_operators, grow_dims
+from ..operators import EXPERTS, VOCABULARY, find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
 from .options import AsJson, split_list
 from .shared import print_json
@@ -34,6 +34,13 @@ def grow_command(
     vocab_size: Annotated[
         int | None,
         typer.Option(min=1, help="New number of tokens, alone: init mean (default), zeros or random."),
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="New number of experts, alone: init preserving (default) or noisy."),
+    ] = None,
+    experts_per_token: Annotated[
+        int | None, typer.Option(min=1, help="New number of active experts; default, see --experts in docs/growth.md.")
     ] = None,
     schedule: Annotated[
         Path | None,
@@ -71,6 +78,8 @@ def grow_command(
     The result is a stock transformers checkpoint with the tokenizer and a receipt, `growth_receipt.json`.
 
     Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
+
+    A Llama becomes a Mixtral with 8 experts: `slop grow ./llama --experts 8 -o ./mixtral`
     """
     check_output(output, "--output", GrowthError, is_directory=True)
     new = hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
@@ -85,7 +94,15 @@ def grow_command(
     settings: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
     settings |= {} if noise is None else {"noise": noise}
     growth: tuple[Any, ...]
-    if vocab_size is not None:
+    if experts_per_token is not None and experts is None:
+        raise GrowthError("--experts-per-token belongs to --experts: give the new number of experts too")
+    if experts is not None:
+        if sizes or schedule or vocab_size is not None:
+            raise GrowthError("--experts grows the experts alone: give the other sizes in a growth of their own")
+        counts = {"num_experts": experts, "num_experts_per_tok": experts_per_token}
+        named = {name: count for name, count in counts.items() if count is not None}
+        growth, settings = (EXPERTS, named), {**settings, "init": _read_inits(init)}
+    elif vocab_size is not None:
         if sizes or schedule:
             raise GrowthError("--vocab-size grows the vocabulary alone: give the other sizes in a growth of their own")
         growth, settings = (VOCABULARY, vocab_size), {**settings, "init": _read_inits(init)}

@@ -415,6 +415,10 @@ def _check_state(state: object) -> None:
 
 def check_state_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:
     """Raise unless `origin` holds states, and only of parameters being grown; frozen ones have none."""
+    if plan.experts is not None and plan.experts.dense is not None:
+        raise GrowthError(
+            "the optimizer state of a dense model does not grow into one of a model with experts; begin with a new one"
+        )
     expected, names = {parameter.source for parameter in plan.parameters()}, set(names)
     if not names:
         raise GrowthError(f"{origin} holds no state; grow the state of an AdamW that has taken a step")

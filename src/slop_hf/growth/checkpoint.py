@@ -168,6 +168,7 @@ class CheckpointPlan:
             "inits": self.inits,
             "stages": [{"to": str(growth.new), "inits": dict(growth.inits)} for growth in self.growths],
             **({"vocab_size": size} if (size := self.growths[-1].vocab_size) else {}),
+            **({"num_experts": experts.new} if (experts := self.growths[-1].experts) else {}),
             "preserves": self.preserves,
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
@@ -182,6 +183,8 @@ class CheckpointPlan:
         for number, growth in enumerate(self.growths, start=1):
             inits = ", ".join(f"{operator} by {init}" for operator, init in growth.inits.items())
             new = str(growth.new) if growth.vocab_size is None else f"{growth.vocab_size:,} tokens"
+            if growth.experts is not None:
+                new = f"{growth.experts.new} experts, {growth.experts.active} of them active"
             lines.append(f"  growth {number}: {inits} -> {new}" + ("" if growth.preserves else "  (not exact)"))
         for shard in self.shards:
             lines.append(f"  {shard.file}: {len(shard.tensors)} tensors, {format_bytes(shard.nbytes)}")
@@ -456,7 +459,7 @@ def grow_checkpoint(
                 noise=plan.growths[0].noise,
                 source_dims=plan.old,
                 dims=plan.new,
-                source_parameters=count_parameters(plan.old, plan.growths[0].source_config),
+                source_parameters=plan.growths[0].source_parameters,
                 parameters=plan.parameters,
                 versions=list_versions(),
                 preserves=plan.preserves,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
 from ..dims import ModelDims
@@ -44,7 +44,7 @@ def grow_model(
             with LoRA adapters, which grow with their base (`growth.peft.grow_adapters` lists what is refused).
         operator: "layer", "mha", "ffn", "hidden" or "head_dim"; or a `GrowthStage`, which brings dims and init; or
             "vocab", with the new number of tokens and the init "mean" (default), "zeros" or "random" of their rows:
-            the logits of the old tokens stay.
+            the logits of the old tokens stay; or "experts", with the new number of experts (`growth.experts`).
         new_dims: new value of the operator's first field, mapping of config fields, or `ModelDims`. The operator
             "hidden" may change heads and ffn too; only "head_dim" changes the size of a head.
         init: name in `growth.INITS`, or mapping from operator to name; None takes the paper's (`random`; for layers
@@ -71,6 +71,10 @@ def grow_model(
         require_growable(model)
     base, weights = extract_base_model(model) if has_adapters else (model, dict(model.named_parameters()))
     plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise)
+    if plan.experts is not None:
+        if has_adapters:
+            raise GrowthError("adapters do not grow with the number of experts; merge_and_unload the adapter first")
+        weights = dict(_stack_networks(weights, plan))
     check_buffers(base, plan)
     grown = build_model(base, plan, grow_weights(weights, plan))
     carry_requires_grad({name: weight.requires_grad for name, weight in weights.items()}, grown, plan)
@@ -87,11 +91,19 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
     if not isinstance(weights, Mapping):
         raise GrowthError(f"weights must map names to tensors, got {type(weights).__name__}")
     weights = {plan.architecture.canonical_name(name): tensor for name, tensor in weights.items()}
+    weights = _stack_networks(weights, plan)
     check_weights(weights, plan)
     parameters = list(plan.parameters())
     with start_worker_threads(torch.get_num_threads()) as pool:
         grown = list(pool.map(lambda parameter: grow_parameter(weights[parameter.source], parameter), parameters))
     return {parameter.name: tensor for parameter, tensor in zip(parameters, grown, strict=True)}
+
+
+def _stack_networks(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> Mapping[str, torch.Tensor]:
+    """Return the weights by the names of the plan's family, if a dense model grows into one with experts."""
+    if plan.experts is None or plan.experts.dense is None:
+        return weights
+    return plan.experts.stack_networks(weights, plan.architecture, plan.old.num_hidden_layers)
 
 
 def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -101,6 +113,8 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str,
     config._experts_implementation = source.config._experts_implementation
     state_dict = {**weights, **list_persistent_buffers(source, plan)}
     kind, dtype = type(source), source.dtype
+    if plan.experts is not None and plan.experts.dense is not None:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with hide_progress_bars():
         grown: PreTrainedModel
         grown, report = kind.from_pretrained(

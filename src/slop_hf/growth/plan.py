@@ -24,9 +24,18 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.numbers import is_finite_number, is_whole_number
 from ..io.serialization import Json
-from ..operators import VOCABULARY, find_operators, get_operator, grow_dims, resolve_vocabulary_init
+from ..operators import (
+    EXPERTS,
+    VOCABULARY,
+    find_operators,
+    get_operator,
+    grow_dims,
+    resolve_expert_init,
+    resolve_vocabulary_init,
+)
 from ..schedule import GrowthStage
 from .axes import AxisMap, build_axis_maps
+from .experts import ROUTER, ExpertGrowth, plan_expert_growth
 from .inits import EXACT, LAYER_INITS, WIDTH_INITS, InitDistribution, resolve_inits
 
 #: Standard deviation of the noise on copies, as a fraction of `initializer_range`.
@@ -72,6 +81,9 @@ class ParameterPlan:
             index.
         source_shape: shape of the source if it differs from the maps' old sizes, as for the first layers of a model
             with experts.
+        copy_noise: standard deviation of the noise on copies of experts: on their matrices, with opposite signs in
+            the two copies of a pair, or on the rows of a router.
+        noise_name: name of the random numbers that the two copies of a pair share; "" for a router.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -94,6 +106,8 @@ class ParameterPlan:
     stored_names: tuple[str, ...] = ()
     stored_sources: tuple[str, ...] = ()
     source_shape: tuple[int, ...] = ()
+    copy_noise: float = 0.0
+    noise_name: str = ""
 
     @cached_property
     def joined_dimension(self) -> int | None:
@@ -135,7 +149,14 @@ class ParameterPlan:
         )
 
     def _plan_expert(self, expert: int, source: int | None) -> ParameterPlan:
-        """Return the plan of the matrix of one expert; a new expert takes only the dtype of its source, the first."""
+        """Return the plan of the matrix of one expert; a new expert takes only the dtype of its source, the first.
+
+        Each of n copies of an expert receives 1/n of its gradient.
+        """
+        old_size, copies = self.maps[0].old_size, self.maps[0].max_copies
+        pair, is_second = divmod(expert // old_size, 2)
+        is_paired = bool(self.copy_noise) and 2 * pair + 1 < copies
+        first = 2 * pair * old_size + (source or 0)
         names, sources = (
             tuple(name.replace(EXPERT, str(index)) for name in stored)
             for stored, index in ((self.stored_names, expert), (self.stored_sources, source or 0))
@@ -148,6 +169,10 @@ class ParameterPlan:
             maps=self.maps[1:],
             stored_names=names,
             stored_sources=sources,
+            is_added=self.is_added or (copies > 1 and expert >= old_size),
+            branch_share=self.branch_share / copies,
+            copy_noise=(-1) ** is_second * self.copy_noise if is_paired else 0.0,
+            noise_name=f"{self.stored_names[0].replace(EXPERT, str(first))}+noise" if is_paired else "",
         )
 
     @cached_property
@@ -184,6 +209,7 @@ class ParameterPlan:
     def is_identity(self) -> bool:
         """Whether the grown parameter equals the old one."""
         computes = set((self.scale, *self.part_scales)) != {1.0} or self.is_centred or self.noise or self.zeroed
+        computes = computes or self.copy_noise
         return not computes and all(axis.is_identity for axis in self.maps)
 
     def choose_distribution(self, operators: Sequence[str | None]) -> InitDistribution:
@@ -214,6 +240,7 @@ class GrowthPlan:
         inits: init of each operator that grows.
         noise: standard deviation of the noise on copies, as a fraction of `initializer_range`.
         vocab_size: number of tokens after growth; None if it stays.
+        experts: growth of the number of experts; None if it stays.
 
     Raises:
         GrowthError: for an unknown init, or a seed or noise that is not a number of its kind.
@@ -227,10 +254,13 @@ class GrowthPlan:
     seed: int
     noise: float = DEFAULT_NOISE
     vocab_size: int | None = None
+    experts: ExpertGrowth | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None:
             inits = {VOCABULARY: resolve_vocabulary_init(self.inits)}
+        elif self.experts is not None:
+            inits = {EXPERTS: resolve_expert_init(self.inits)}
         else:
             inits = resolve_inits(tuple(dict.fromkeys((*self.inits, *find_operators(self.old, self.new)))), self.inits)
         if not is_whole_number(self.seed):
@@ -251,6 +281,8 @@ class GrowthPlan:
         """
         if self.vocab_size is not None:
             return True
+        if self.experts is not None:
+            return self.experts.preserves
         return all(
             init in EXACT or (init == "rms_copy" and self._copies_evenly(name)) for name, init in self.inits.items()
         )
@@ -274,7 +306,8 @@ class GrowthPlan:
         if any("position" in row.axes for row in self.architecture.parameters):
             axes["position"] = AxisMap.identity(self.architecture.read(config, "max_position_embeddings"))
         if self.architecture.has_experts:
-            axes["experts"] = AxisMap.identity(self.architecture.read(config, "num_experts"))
+            experts = self.architecture.read(config, "num_experts")
+            axes["experts"] = AxisMap.tile(experts, self.experts.new if self.experts else experts, EXPERTS)
         return axes
 
     @cached_property
@@ -338,6 +371,9 @@ class GrowthPlan:
         config, architecture = self.source_config, self.architecture
         if self.vocab_size is not None:
             changes["vocab_size"] = self.vocab_size
+        if self.experts is not None:
+            changes[architecture.config_fields.get("num_experts", "num_experts")] = self.experts.new
+            changes["num_experts_per_tok"] = self.experts.active
         if self.residual_share != 1.0:
             # RMSNorm divides by sqrt(ms + eps). Here ms' = share * ms: with eps' = share * eps the quotient changes by
             # 1 / sqrt(share), which the gains make up for (`_compute_scale`).
@@ -408,6 +444,11 @@ class GrowthPlan:
             else:
                 sizes = zip(old, maps, strict=True)
                 maps = tuple(AxisMap.renew(axis.old_size, new.new_size, "layer") for axis, new in sizes)
+        is_new_router = self.experts is not None and self.experts.dense is not None and row.axes == ROUTER
+        if is_new_router:
+            old_row = self._find_stand_in(row)
+            source, source_shape = old_row.name, tuple(self.axes[axis].old_size for axis in old_row.axes)
+            maps = tuple(axis.renew_all("layer") for axis in maps)  # as in a new model
         reads_copies = row.read_dimension is not None and maps[row.read_dimension].max_copies > 1
         # If the branches of a layer end in norms (Gemma 2), inserted layers are disabled by post-norm gains of 0 and
         # not by output projections of 0: a norm behind zeros multiplies their gradients by 1 / sqrt(eps).
@@ -432,9 +473,25 @@ class GrowthPlan:
             branch_share=branch_share,
             part_scales=tuple(self._compute_scale(replace(row, part=part)) * share for _, part in joined),
             stored_names=_list_stored_names(row, name),
-            stored_sources=_list_stored_names(old_row, source) * (1 if old_row is row else len(row.stored_parts) or 1),
+            stored_sources=self._list_stored_sources(row, old_row, source),
             source_shape=source_shape,
+            copy_noise=self.experts.get_noise(row) * self.noise * initializer_range if self.experts else 0.0,
         )
+
+    def _list_stored_sources(self, row: Parameter, old_row: Parameter, source: str) -> tuple[str, ...]:
+        """Return the names in a checkpoint of what a parameter grows from, as many as it has names itself."""
+        if row.is_stacked and old_row is row and self.experts is not None and self.experts.dense is not None:
+            return self.experts.list_networks(row, row.find_layer(source) or "")
+        return _list_stored_names(old_row, source) * (1 if old_row is row else len(row.stored_parts) or 1)
+
+    @property
+    def source_parameters(self) -> int:
+        """Number of parameters of the old model."""
+        count = int(count_parameters(self.old, self.source_config))
+        is_dense = (
+            self.experts is not None and self.experts.dense is not None
+        )  # the config has one expert, and a router
+        return count - is_dense * self.old.num_hidden_layers * self.old.hidden_size
 
     def _find_stand_in(self, row: Parameter) -> Parameter:
         """Return a row outside the layers of the same kind: the embedding, or the gain of the final norm."""
@@ -515,6 +572,13 @@ def plan_growth(
         inits = {VOCABULARY: resolve_vocabulary_init(init)}
         tokens = _read_vocabulary(config, new_dims)
         plan = GrowthPlan(architecture, config, old, old, inits, seed, noise, tokens)
+        _check_family(plan)
+        return plan
+    if operator == EXPERTS:
+        architecture, config, experts = plan_expert_growth(config, new_dims, resolve_expert_init(init))
+        inits = {EXPERTS: resolve_expert_init(init)}
+        old = ModelDims.from_config(config)
+        plan = GrowthPlan(architecture, config, old, old, inits, seed, noise, experts=experts)
         _check_family(plan)
         return plan
     if isinstance(operator, GrowthStage):

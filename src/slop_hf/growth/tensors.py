@@ -64,6 +64,8 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
         first, count = plan.maps[tokens].old_size, len(plan.maps[tokens].new_slots)
         mean = source.mean(dim=tokens, keepdim=True, dtype=torch.float64)  # which does not depend on threads
         grown.narrow(tokens, first, count).copy_(mean)
+    if plan.copy_noise:
+        add_copy_noise(grown, plan)
     if plan.noise and read_dimension is not None:
         add_zero_sum_noise(grown.movedim(read_dimension, -1), plan.maps[read_dimension], plan.noise, numbers)
         # Rows that must write zeros would write the rounding error of the noise's sum, which later layers magnify.
@@ -156,6 +158,23 @@ def add_zero_sum_noise(weight: torch.Tensor, axis: AxisMap, std: float, numbers:
             mean[..., olds] += noise[..., columns] / count
         for _, slots, olds, columns in copies:
             part[..., slots] += (noise[..., columns] - mean[..., olds]).to(part)
+
+
+def add_copy_noise(grown: torch.Tensor, plan: ParameterPlan) -> None:
+    """Break the symmetry between copies of experts.
+
+    The two copies of a pair get the same noise with opposite signs, so that the sum of both stays; a copy without a
+    partner stays as it is. In a router, the rows of all copies but the first get a noise of their own.
+
+    Args:
+        grown: matrix of an expert, or of a router, changed in place.
+    """
+    numbers = NormalStream(plan.seed, plan.noise_name or f"{plan.name}+noise")
+    rows = grown if plan.noise_name else grown[plan.maps[0].old_size :]
+    for part in split_into_chunks(rows):
+        noise = numbers.draw(part.shape, 0.0, abs(plan.copy_noise))
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        part.copy_(wide + math.copysign(1.0, plan.copy_noise) * noise.to(wide))
 
 
 def allocate_grown(source: torch.Tensor, maps: Sequence[AxisMap], out: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ VOCAB = 64
 PROBE_LENGTH, WINDOW = 20, 8
 
 #: Implementation of experts that takes every dtype; that of transformers' choice takes no float64.
-EXPERTS = "eager"
+EXPERTS_IMPLEMENTATION = "eager"
 
 #: Structures to grow from: one key/value head per query head, one per two query heads, one in all.
 MHA, GQA, MQA = (ModelDims(48, 40, 2, 4, heads, 12) for heads in (4, 2, 1))
@@ -59,7 +59,10 @@ def build_tiny_model(
     with torch.random.fork_rng(devices=[]):
         # Not `.to(dtype)` at the end: it would round the rotary frequencies too, which loading a model does not do.
         model = AutoModelForCausalLM.from_config(
-            dims.to_config(base, **fields), dtype=dtype, experts_implementation=EXPERTS, trust_remote_code=False
+            dims.to_config(base, **fields),
+            dtype=dtype,
+            experts_implementation=EXPERTS_IMPLEMENTATION,
+            trust_remote_code=False,
         ).eval()
         rows = {row.name: row for row in table.parameters}
         torch.manual_seed(seed)
