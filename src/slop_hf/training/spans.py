@@ -106,7 +106,7 @@ def compute_stage_spans(
                 tokens=steps * tokens_per_step,
                 first_flops=flops,
                 flops=float(count_flops_per_token(dims, config, block_size)) * steps * tokens_per_step
-                + float(count_muon_flops(dims, config, newton_schulz_steps)) * steps,
+                + (float(count_muon_flops(dims, config, newton_schulz_steps)) * steps if newton_schulz_steps else 0.0),
             )
         )
         step += steps
