@@ -330,6 +330,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--target 64,128,2": "--target.*hidden,ffn,layers,heads",
         "--vocab-size 0": "--vocab-size",
         "--sequence-length 0": "--sequence-length",
+        "--from model --already-seen 0 --sequence-length 100000": "--sequence-length 100000 .*max_position_embeddings",
         "--device-memory 0": "--device-memory",
         "--device-memory 1000": "--device-memory",
         "--devices 0": "--devices",

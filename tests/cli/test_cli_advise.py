@@ -71,15 +71,17 @@ def test_train_accepts_the_run_of_every_row(row, tmp_path, config, output_of):
     assert RunConfig.from_yaml(run).training["learning_rate"] == option["learning_rate"]
 
 
-def test_train_accepts_a_run_from_a_model(tmp_path, config, output_of):
+@pytest.mark.parametrize(("positions", "options"), [(64, ()), (4096, ("--sequence-length", 4096))])
+def test_train_accepts_a_run_from_a_model(tmp_path, config, output_of, positions, options):
+    """By default, sequences are as long as the model has positions for."""
     model, run = tmp_path / "model", tmp_path / "run.yaml"
     LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                max_position_embeddings=64, tie_word_embeddings=True).save_pretrained(model)  # fmt: skip
-    command = ["advise", "--from", model, "--already-seen", "1e8", "--tokens", "1e6", "--sequence-length", 64]
+                max_position_embeddings=positions, tie_word_embeddings=True).save_pretrained(model)  # fmt: skip
+    command = ["advise", "--from", model, "--already-seen", "1e8", "--tokens", "1e6", *options]
     answer = json.loads(output_of(*command, "--data", tmp_path / "texts", "-o", run, "--json"))
     content = yaml.safe_load(run.read_text())
     assert answer["options"][0]["kind"] in ("growth", "unchanged")
-    assert content["model"]["pretrained"] == str(model)
+    assert content["model"] == {"pretrained": str(model)} and content["data"]["block_size"] == positions
     content["data"] |= {"tokenizer": None, "vocab_size": 300}  # the model has none of its own
     run.write_text(yaml.safe_dump(content))
     rows = json.loads(output_of("train", run, "-o", tmp_path / "out", "--dry-run", "--json"))

@@ -18,7 +18,14 @@ from ..io.serialization import to_yaml
 from ..io.units import format_bytes, format_count, format_significant
 from ..paper import tables as paper
 from ..planning.advice import Advice, AdvisedOption, Question, advise, build_run
-from .model_config import build_config, parse_structure, read_config, read_law
+from .model_config import (
+    build_config,
+    choose_sequence_length,
+    parse_structure,
+    read_config,
+    read_law,
+    read_whole_config,
+)
 from .options import (
     AsJson,
     Checkpointing,
@@ -52,7 +59,10 @@ def advise_command(
     ] = None,
     vocab_size: Annotated[int | None, make_option(_MODEL, help="Vocabulary size. Default: --from's or 32000.")] = None,
     tied: Annotated[bool, make_option(_MODEL, "--tied", help="Tie the input and output embeddings.")] = False,
-    sequence_length: Annotated[int, make_option(_MODEL, help="Tokens per training sequence.")] = 2048,
+    sequence_length: Annotated[
+        int | None,
+        make_option(_MODEL, help="Tokens per training sequence. Default: 2048, or the model's positions if fewer."),
+    ] = None,
     data: Annotated[
         str | None, make_option(_MODEL, help="Training text for --output, as data.source names it: a file, a Hub id.")
     ] = None,
@@ -112,7 +122,9 @@ def advise_command(
         already_seen=already_seen or 0.0,
         target=None if target is None else parse_structure(target, "--target"),
         config=build_config(source, vocab_size, tied=tied),
-        sequence_length=sequence_length,
+        sequence_length=choose_sequence_length(
+            {} if source is None else read_whole_config(source, "--from"), sequence_length
+        ),
         cost_model=_choose_cost_model(cost_model, device, mfu),
         memory=MemoryLimit(
             1e18 if device_memory is None else device_memory,

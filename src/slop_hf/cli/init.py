@@ -17,7 +17,7 @@ from ..io.files import check_output, write_text
 from ..io.serialization import Json, to_plain, to_yaml
 from ..io.units import format_count
 from ..planning.advice import Advice, Question, advise, build_run
-from .model_config import build_config, read_config
+from .model_config import build_config, choose_sequence_length, read_config, read_whole_config
 from .options import AsJson
 from .recipe_files import RecipeFile, find_recipe, list_launch_configs, list_recipes, plan_copies
 from .shared import print_json
@@ -143,6 +143,9 @@ def _plan_own_run(output: Path, force: bool) -> None:
         start=read_config(answers.model, "the model")[0] if answers.model else None,
         already_seen=answers.already_seen,
         config=build_config(answers.model or None, None, tied=False),
+        sequence_length=choose_sequence_length(
+            read_whole_config(answers.model, "the model") if answers.model else {}, None
+        ),
     )
     advice = advise(question)
     content = build_run(question, advice.options[0], answers.data, answers.model or None)

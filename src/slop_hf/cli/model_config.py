@@ -13,9 +13,11 @@ from ..dims import ModelConfig, ModelDims
 from ..errors import DimsError, PlanError
 from ..io.hub_address import Address
 from ..io.network_errors import get_first_line
-from ..io.numbers import require_whole_number
+from ..io.numbers import is_whole_number, require_whole_number
 from ..io.serialization import read_json
 
+#: Tokens per training sequence, unless a model has fewer positions.
+_USUAL_LENGTH = 2048
 _KEPT_BY_GROWTH = ("model_type", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
@@ -52,6 +54,31 @@ def read_whole_config(source: str, option: str) -> dict[str, object]:
     if not isinstance(config, dict):
         raise PlanError(f"{path}: not an object of settings; {remedy}")
     return config
+
+
+def choose_sequence_length(config: Mapping[str, object], given: int | None) -> int:
+    """Return the tokens per training sequence: by default 2048, or as many as the model has positions for.
+
+    Args:
+        config: whole config of the model; empty without a model.
+        given: value of `--sequence-length`; None if it is not given.
+
+    Raises:
+        PlanError: if more are given than the model has positions for.
+
+    >>> choose_sequence_length({"model_type": "gpt2", "n_positions": 1024}, None)
+    1024
+    """
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    most = None if family is None else family.read(config, "max_position_embeddings")
+    if not is_whole_number(most, least=1):
+        return _USUAL_LENGTH if given is None else given
+    if given is not None and given > most:
+        raise PlanError(
+            f"--sequence-length {given} is above the model's max_position_embeddings {most}: give "
+            f"--sequence-length {most} or less"
+        )
+    return min(_USUAL_LENGTH, most) if given is None else given
 
 
 def split_config(config: Mapping[str, object], where: str) -> tuple[ModelDims, dict[str, object]]:

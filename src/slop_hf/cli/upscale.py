@@ -12,17 +12,15 @@ from rich.markup import escape
 
 import slop_hf
 
-from ..architectures import get_architecture
 from ..cost.flops import count_parameters
 from ..cost.memory import MemoryLimit
 from ..errors import PlanError
 from ..io.files import check_output, require_absent, write_text
-from ..io.numbers import is_whole_number
 from ..io.serialization import Json, to_yaml
 from ..io.units import format_bytes, format_count, format_duration
 from ..planning.upscaling import Upscaling, plan_upscaling
 from .advise import show_advice
-from .model_config import read_law, read_whole_config, split_config
+from .model_config import choose_sequence_length, read_law, read_whole_config, split_config
 from .options import (
     AsJson,
     Checkpointing,
@@ -70,7 +68,10 @@ def upscale_command(
         str | None,
         make_option(_TRAINING, help="Training text, as data.source names it: a file, a folder, a URL, a Hub id."),
     ] = None,
-    sequence_length: Annotated[int, make_option(_TRAINING, help="Tokens per training sequence.")] = 2048,
+    sequence_length: Annotated[
+        int | None,
+        make_option(_TRAINING, help="Tokens per training sequence. Default: 2048, or the model's positions if fewer."),
+    ] = None,
     law: Annotated[
         str | None,
         make_option(_TRAINING, help="Growth law of the forecast: a file. Default: the one that comes along."),
@@ -114,7 +115,6 @@ def upscale_command(
         raise PlanError("--already-seen is missing: give the tokens that the checkpoint was trained on, such as 15e12")
     config = read_whole_config(checkpoint, "CHECKPOINT")
     start, kept = split_config(config, checkpoint)
-    _check_length(config, sequence_length)
     plan = plan_upscaling(
         start,
         already_seen=already_seen,
@@ -123,7 +123,7 @@ def upscale_command(
         tokens=tokens,
         init=init,
         config=kept,
-        sequence_length=sequence_length,
+        sequence_length=choose_sequence_length(config, sequence_length),
         memory=MemoryLimit(
             1e18 if device_memory is None else device_memory,
             zero,
@@ -165,16 +165,6 @@ def _check_targets(output: Path, run: Path) -> None:
         raise PlanError(f"--run {run} is in the directory of the grown checkpoint: give a file next to it")
     require_absent(output, "directory", error=PlanError)
     require_absent(run, "file", error=PlanError)
-
-
-def _check_length(config: dict[str, object], sequence_length: int) -> None:
-    """Refuse sequences that the model has no positions for."""
-    most = get_architecture(config).read(config, "max_position_embeddings")
-    if is_whole_number(most) and sequence_length > most:
-        raise PlanError(
-            f"--sequence-length {sequence_length} is above the checkpoint's max_position_embeddings {most}: give "
-            f"--sequence-length {most} or less"
-        )
 
 
 def _format_run(content: dict[str, Json], checkpoint: str, plan: Upscaling) -> str:

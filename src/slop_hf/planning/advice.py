@@ -657,10 +657,9 @@ def build_run(
     settings = {name: read_setting(question.config, name) for name in ("model_type", "vocab_size")}
     settings["tie_word_embeddings"] = bool(read_setting(question.config, "tie_word_embeddings", False))
     begins_with_model = option.kind in ("unchanged", "growth") and bool(question.already_seen) and source is not None
+    model: dict[str, Json] = {**settings, "max_position_embeddings": question.sequence_length}
     if begins_with_model:
-        model: dict[str, Json] = {"pretrained": source, **settings}
-    else:
-        model = {**settings, "max_position_embeddings": question.sequence_length}
+        model = {"pretrained": source}  # whose config describes all of it
     text: dict[str, Json] = {} if data is None else {"source": data}
     text |= {"block_size": question.sequence_length}
     text |= {"vocab_size": settings["vocab_size"]} if source is None else {"tokenizer": source}

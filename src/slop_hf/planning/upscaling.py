@@ -95,9 +95,7 @@ class Upscaling:
             data: source of the training text; None to leave it out, to be filled in.
         """
         schedule = GrowthSchedule(self.stage.dims, initial_tokens=self.stage.tokens)
-        content = build_run(self.question, replace(self.option, schedule=schedule), data, directory)
-        # The grown checkpoint is there when the run begins, with a config that describes all of it.
-        return {**content, "model": {"pretrained": directory}}
+        return build_run(self.question, replace(self.option, schedule=schedule), data, directory)
 
 
 def choose_layers(layers: int, target: int | None = None, by: float | None = None) -> int:
