@@ -14,6 +14,7 @@ import yaml
 from datasets import Dataset
 from training_runs import BATCH, SCHEDULE, STEPS, Interrupt, blocks, small_model, trainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from slop_hf import ModelDims, RunConfig, RunDirectory, build_trainer, preview_run
 from slop_hf.errors import RunError, SlopError
@@ -205,6 +206,12 @@ def test_a_file_is_no_run_directory(run_file: Path, below: str, message: str) ->
             r"needs the package liger-kernel \(0.3 or newer\)",
         ),
         ({"training.use_liger_kernel": True}, True, "use_liger_kernel needs a GPU, and training would run on the CPU"),
+        pytest.param(
+            {"training.bf16": True},
+            True,
+            "bf16 needs a GPU .*--set training.bf16=false",
+            marks=pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine computes in bfloat16"),
+        ),
     ],
 )
 def test_kernels_that_are_missing_here_are_refused_before_the_data_is_read(

@@ -70,9 +70,10 @@ def choose_sequence_length(config: Mapping[str, object], given: int | None) -> i
     1024
     """
     family = ARCHITECTURES.get(str(config.get("model_type")))
-    most = None if family is None else family.read(config, "max_position_embeddings")
-    if not is_whole_number(most, least=1):
+    positions = None if family is None else family.read(config, "max_position_embeddings")
+    if positions is None or not is_whole_number(positions, least=1):
         return _USUAL_LENGTH if given is None else given
+    most = int(positions)
     if given is not None and given > most:
         raise PlanError(
             f"--sequence-length {given} is above the model's max_position_embeddings {most}: give "

@@ -229,7 +229,8 @@ class RunConfig(Record, error=RunError):
         except SlopError as caught:
             raise type(caught)(f"training: {caught}") from None
         except (ValueError, TypeError) as caught:
-            raise RunError(_describe_unknown_choice(caught, values) or f"training: {_summarise(caught)}") from None
+            known = _describe_unknown_choice(caught, values) or _describe_missing_gpu(values)
+            raise RunError(known or f"training: {_summarise(caught)}") from None
 
     def model_config(self, dims: ModelDims, vocab_size: int, *, as_described: bool = False) -> PreTrainedConfig:
         """Return the config of the initial model.
@@ -561,6 +562,16 @@ def _describe_unknown_choice(caught: Exception, values: Mapping[str, Json]) -> s
     name = next((name for name in values if str(values[name]) == value), "")
     known += [MUON] if name == "optim" else []
     return f"training.{name}: {value!r} is unknown{describe_alternatives(value, known)}"
+
+
+def _describe_missing_gpu(values: Mapping[str, Json]) -> str | None:
+    """Return a message if a run asks for bfloat16, as those planned for GPUs do, on a machine without such a GPU."""
+    if not values.get("bf16") or values.get("use_cpu") or is_torch_bf16_gpu_available():
+        return None
+    return (
+        "training.bf16 needs a GPU that computes in bfloat16, and this machine has none: --set training.bf16=false "
+        "trains in float32"
+    )
 
 
 def _summarise(caught: Exception) -> str:
