@@ -207,7 +207,7 @@ def test_a_file_is_no_run_directory(run_file: Path, below: str, message: str) ->
         ),
         ({"training.use_liger_kernel": True}, True, "use_liger_kernel needs a GPU, and training would run on the CPU"),
         pytest.param(
-            {"training.bf16": True},
+            {"training.bf16": True, "training.use_cpu": False},
             True,
             "bf16 needs a GPU .*--set training.bf16=false",
             marks=pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine computes in bfloat16"),
