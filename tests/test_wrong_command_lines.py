@@ -402,6 +402,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "model": "--output",
         "model -o deeper": "--already-seen is missing",
         "model -o deeper --already-seen 1e9 --sequence-length 100000": "max_position_embeddings",
+        "model -o . --already-seen 1e9": "exists already",
         "model/config.json -o deeper --already-seen 1e9 --sequence-length 32": "not a model directory",
     },
     UPSCALE: {

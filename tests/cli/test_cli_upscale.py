@@ -88,6 +88,13 @@ def test_nothing_is_written_by_a_dry_run(checkpoint, upscale, tmp_path):
     assert {option["kind"] for option in answer["advice"]["options"]} > {"growth", "unchanged"}
 
 
+def test_a_run_file_behind_a_link_names_the_checkpoint_from_where_the_link_leads(upscale, tmp_path):
+    (tmp_path / "deep" / "runs").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "runs")
+    answer = json.loads(upscale(tmp_path / "grown", "--run", tmp_path / "link" / "r.yaml", "--dry-run", "--json"))
+    assert (tmp_path / "link" / answer["run"]["model"]["pretrained"]).parent.samefile(tmp_path)
+
+
 def test_json_holds_what_was_written(upscale, tmp_path):
     answer = json.loads(upscale(tmp_path / "grown", "--layers", 5, "--json"))
     assert answer["receipt"]["parameters"] == answer["after"]["parameters"]

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from ..cost.device_peaks import look_up_peak_flops
 from ..cost.hours import CostModel
-from ..cost.memory import MemoryLimit
 from ..dims import ModelDims
 from ..errors import PlanError
 from ..io.files import check_output, write_text
@@ -34,6 +33,7 @@ from .options import (
     MicroBatchSize,
     PrecisionName,
     ZeroStage,
+    build_memory_limit,
     make_option,
 )
 from .shared import print_json, print_table
@@ -126,14 +126,7 @@ def advise_command(
             {} if source is None else read_whole_config(source, "--from"), sequence_length
         ),
         cost_model=_choose_cost_model(cost_model, device, mfu),
-        memory=MemoryLimit(
-            1e18 if device_memory is None else device_memory,
-            zero,
-            devices,
-            micro_batch_size,
-            checkpointing,
-            precision,  # type: ignore[arg-type]
-        ),
+        memory=build_memory_limit(device_memory, zero, devices, micro_batch_size, checkpointing, precision),
         law=read_law(law),
     )
     advice = advise(question)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..cost.memory import MemoryLimit
 from ..errors import RunError
 from ..io.serialization import Json, parse_yaml
 
@@ -38,6 +39,18 @@ Checkpointing = Annotated[
     bool, make_option(_HARDWARE, "--checkpointing", help="Recompute activations (gradient checkpointing).")
 ]
 PrecisionName = Annotated[str, make_option(_HARDWARE, help="'bf16' or 'fp32'.")]
+
+
+def build_memory_limit(
+    device_memory: float | None, zero: int, devices: int, micro_batch_size: int, checkpointing: bool, precision: str
+) -> MemoryLimit:
+    """Return the limit that these options describe; without `device_memory`, every model fits.
+
+    Raises:
+        PlanError: for a value out of range.
+    """
+    room = 1e18 if device_memory is None else device_memory
+    return MemoryLimit(room, zero, devices, micro_batch_size, checkpointing, precision)  # type: ignore[arg-type]
 
 
 def split_list(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,6 @@ from rich.markup import escape
 import slop_hf
 
 from ..cost.flops import count_parameters
-from ..cost.memory import MemoryLimit
 from ..errors import PlanError
 from ..io.files import check_output, require_absent, write_text
 from ..io.serialization import Json, to_yaml
@@ -29,6 +29,7 @@ from .options import (
     MicroBatchSize,
     PrecisionName,
     ZeroStage,
+    build_memory_limit,
     make_option,
 )
 from .shared import print_json, print_table
@@ -105,12 +106,11 @@ def upscale_command(
 
     `slop upscale ./model --already-seen 2e12 --by 1.5 --tokens 100e9 --data texts/ -o ./deeper`
     """
-    run = output.with_name(f"{output.name}.yaml") if run is None else run
-    _check_targets(output, run)
+    run = _check_targets(output, run)
     if data is not None:
         from ..data.sources import list_local_files  # with torch
 
-        list_local_files(data)  # refuses a name that is no place
+        list_local_files(data)  # refuses a source that does not exist
     if already_seen is None:
         raise PlanError("--already-seen is missing: give the tokens that the checkpoint was trained on, such as 15e12")
     config = read_whole_config(checkpoint, "CHECKPOINT")
@@ -124,18 +124,11 @@ def upscale_command(
         init=init,
         config=kept,
         sequence_length=choose_sequence_length(config, sequence_length),
-        memory=MemoryLimit(
-            1e18 if device_memory is None else device_memory,
-            zero,
-            devices,
-            micro_batch_size,
-            checkpointing,
-            precision,  # type: ignore[arg-type]
-        ),
+        memory=build_memory_limit(device_memory, zero, devices, micro_batch_size, checkpointing, precision),
         law=read_law(law),
     )
     # The run's file finds the directory next to itself, wherever both are moved to.
-    content = plan.build_run(os.path.relpath(output.absolute(), run.absolute().parent), data)
+    content = plan.build_run(os.path.relpath(output.resolve(), run.resolve().parent), data)
     settings = {"seed": seed, "max_shard_size": max_shard_size}
     files: CheckpointPlan | None = None
     if not dry_run or Path(checkpoint).expanduser().exists():
@@ -152,19 +145,21 @@ def upscale_command(
         print_json({**plan.as_dict(), "run": content, **result})
         return
     print(f"{output}: {receipt.dims}, {receipt.parameters:,} parameters, in {format_duration(receipt.seconds)}")
-    print(f"{run}: the run for `slop train {run} -o DIRECTORY`")
+    print(f"{run}: the run for `slop train {shlex.quote(str(run))} -o DIRECTORY`")
     if data is None:
         print("its training text is missing: add it to the file, or `--set data.source=TEXTS` to the command")
 
 
-def _check_targets(output: Path, run: Path) -> None:
-    """Refuse what exists, and what cannot be written."""
+def _check_targets(output: Path, run: Path | None) -> Path:
+    """Return the file of the run; refuse existing targets, and targets that cannot be written."""
     check_output(output, "--output", PlanError, is_directory=True)
-    check_output(run, "--run", PlanError)
-    if run.absolute().is_relative_to(output.absolute()):
-        raise PlanError(f"--run {run} is in the directory of the grown checkpoint: give a file next to it")
     require_absent(output, "directory", error=PlanError)
+    run = output.with_name(f"{output.name}.yaml") if run is None else run
+    check_output(run, "--run", PlanError)
+    if run.resolve().is_relative_to(output.resolve()):
+        raise PlanError(f"--run {run} is in the directory of the grown checkpoint: give a file next to it")
     require_absent(run, "file", error=PlanError)
+    return run
 
 
 def _format_run(content: dict[str, Json], checkpoint: str, plan: Upscaling) -> str:
