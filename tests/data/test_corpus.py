@@ -23,6 +23,7 @@ from slop_hf.data import (
     Source,
     corpus,
     download,
+    parts,
     prepare_data,
     read_documents,
     tokenizing,
@@ -272,8 +273,8 @@ def test_simultaneous_calls_do_the_work_once(config: DataConfig, monkeypatch: py
         calls.append(args)
         return tokenize(*args, **kwargs)
 
-    tokenize = corpus.tokenize
-    monkeypatch.setattr(corpus, "tokenize", counted)
+    tokenize = parts.tokenize
+    monkeypatch.setattr(parts, "tokenize", counted)
     with ThreadPoolExecutor(3) as pool:
         made = list(pool.map(prepare_data, [config] * 3))
     assert len({(one.fingerprint, folder_of(one)) for one in made}) == len(calls) == 1

@@ -43,7 +43,7 @@ from .sources import (
     read_documents,
 )
 from .tokenizer import load_tokenizer, train_tokenizer
-from .tokenizing import HELD_OUT_SPLIT, SPLITS, TRAIN_SPLIT, choose_split, hash_vocabulary, tokenize
+from .tokenizing import HELD_OUT_SPLIT, SPLITS, TRAIN_SPLIT, choose_split, hash_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -269,7 +269,7 @@ def _tokenize(source: _CachedSource, job: TokenizingJob, progress: bool, workers
             return
         building, title = _make_building(source), _make_title(source, progress)
         if workers == 1:
-            writers = tokenize(*job[:2], building, *job[2:4], title=title, cache_dir=job.cache_dir)
+            writers = job.run(building, title=title)
         else:
             part = DataPart(1, 1)
             tokenize_part(job, source.parts / str(part), part, workers, title)

@@ -45,6 +45,19 @@ class TokenizingJob(NamedTuple):
     name: str
     cache_dir: str | None
 
+    def run(self, folder: Path, *, title: str | None = None, parts: Sequence[DataPart] = ()) -> dict[str, TokenWriter]:
+        """Call `tokenize`."""
+        return tokenize(
+            self.source,
+            self.tokenizer,
+            folder,
+            self.held_out,
+            self.name,
+            title=title,
+            cache_dir=self.cache_dir,
+            parts=parts,
+        )
+
 
 def tokenize_part(job: TokenizingJob, folder: Path, part: DataPart, workers: int, title: str | None) -> None:
     """Tokenize a part of a source into `folder`, piece by piece; nothing is done if the folder exists.
@@ -57,7 +70,7 @@ def tokenize_part(job: TokenizingJob, folder: Path, part: DataPart, workers: int
         title: title of the progress bar; None, no bar.
 
     Raises:
-        DataError: for a source that cannot be read; what was tokenized until then is kept.
+        DataError: for a source that cannot be read; the tokens so far are kept.
     """
     if folder.is_dir():
         return
@@ -84,15 +97,15 @@ def tokenize_part(job: TokenizingJob, folder: Path, part: DataPart, workers: int
                         done.result()
                         bar.update()
                 except BaseException:
-                    pool.shutdown(cancel_futures=True)  # pieces in work are finished, and are not lost
+                    pool.shutdown(cancel_futures=True)  # pieces in work are finished first, so they are not lost
                     raise
     building.rename(folder)
 
 
 def _list_pieces(folder: Path) -> list[DataPart]:
-    """Return all pieces of a part of which some have been begun."""
-    found = [match for path in folder.iterdir() if (match := _PIECE.fullmatch(path.name))]
-    count = int(found[0][2]) if found else 0
+    """Return all pieces of a part in work; empty if none has been begun."""
+    matches = (_PIECE.fullmatch(path.name) for path in folder.iterdir())
+    count = next((int(match[2]) for match in matches if match), 0)
     return [DataPart(number, count) for number in range(1, count + 1)]
 
 
@@ -119,7 +132,7 @@ def _tokenize_alone(job: TokenizingJob, folder: Path, parts: tuple[DataPart, Dat
 def _tokenize_piece(job: TokenizingJob, folder: Path, parts: tuple[DataPart, DataPart]) -> None:
     building = folder / f".{parts[-1]}.building"
     building.mkdir(exist_ok=True)
-    tokenize(*job[:2], building, *job[2:4], cache_dir=job.cache_dir, parts=parts)
+    job.run(building, parts=parts)
     building.rename(folder / str(parts[-1]))
 
 
@@ -149,7 +162,7 @@ def merge_parts(job: TokenizingJob, folders: Sequence[Path], target: Path) -> di
                 if count:
                     writers[split].append(*readers[split].read(count))
     if not any(writer.documents for writer in writers.values()):
-        next(read_documents(job.source, cache_dir=job.cache_dir))  # says what is wrong with the source
+        next(read_documents(job.source, cache_dir=job.cache_dir))  # raises the error that describes the fault
     return writers
 
 

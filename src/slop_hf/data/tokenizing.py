@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..io.files import write_text
+from ..io.files import flush_to_disk, write_text
 from ..io.serialization import hash_json
 from .config import DataPart, Source
 from .packing import TokenWriter, WriterState, open_at
@@ -120,6 +120,8 @@ def tokenize(
                 write_text(path, json.dumps({"stream": batch.state, "bytes": nbytes, **flushed}))
 
         _encode(_make_batches(stream, held_out), backend, write)
+    if parts:
+        flush_to_disk(folder / LENGTHS)  # like the writers' files: the caller's rename says that all are complete
     path.unlink(missing_ok=True)
     return writers
 
