@@ -36,7 +36,7 @@ def read_whole_config(source: str, option: str) -> dict[str, object]:
     """Read the config of a model; arguments as for `read_config`.
 
     Raises:
-        PlanError: if there is none, or it is not an object of settings.
+        PlanError: if the config is missing, or not an object of settings.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -90,7 +90,7 @@ def split_config(config: Mapping[str, object], where: str) -> tuple[ModelDims, d
         where: name of the config, for error messages.
 
     Raises:
-        PlanError: if it describes no structure.
+        PlanError: if it describes no structure, or one with experts that cannot grow.
     """
     try:
         dims = ModelDims.from_config(config)

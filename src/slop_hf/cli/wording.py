@@ -89,9 +89,9 @@ def run_recipe(parser: RecipeParser, run: Callable[[argparse.Namespace], None]) 
     """Call a function with the options on a recipe's command line; print an error of the user as `slop` does."""
     names: list[str] = []
     try:
-        given = parser.parse_args()
-        names += vars(given)
-        run(given)
+        arguments = parser.parse_args()
+        names += vars(arguments)
+        run(arguments)
     except SlopError as caught:
         help_text = parser.format_help()
         options = {name: f"--{name.replace('_', '-')}" for name in names}

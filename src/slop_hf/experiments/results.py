@@ -222,13 +222,19 @@ def compute_saving(comparison: Comparison, arm: str, budget: float) -> Saving | 
 
     None for the reference itself, if the two share no seed, and if with some seed the loss is above that of the
     reference's shortest run, whose FLOPs say nothing then.
+
+    Args:
+        comparison: record with runs of the reference at several budgets.
+        arm: name of the arm.
+        budget: budget of the arm's runs, as a multiple of the reference's.
     """
     shares, is_bound = [], False
     if arm == comparison.reference:
         return None
     for run in _select_finished(comparison.runs_of(arm, budget)):
-        matching = [one for one in comparison.runs if (one.arm, one.seed) == (comparison.reference, run.seed)]
-        ladder = sorted(_select_finished(matching), key=lambda one: one.total_flops)
+        key = comparison.reference, run.seed
+        references = [other for other in comparison.runs if (other.arm, other.seed) == key]
+        ladder = sorted(_select_finished(references), key=lambda other: other.total_flops)
         if not ladder:
             continue
         if run.eval_loss > ladder[0].eval_loss:

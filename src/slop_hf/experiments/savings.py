@@ -37,7 +37,7 @@ _BOUND: Style = {"marker": CARETUPBASE, "markersize": 9, "linestyle": "none"}
 
 @dataclass(frozen=True)
 class _Line:
-    """An arm: what it saves by tokens per parameter of the reference."""
+    """The savings of an arm, by tokens per parameter of the reference."""
 
     arm: str
     style: Style
@@ -92,11 +92,10 @@ def _build_lines(comparison: Comparison) -> list[_Line]:
 
 def _draw_line(axes: Axes, line: _Line) -> None:
     xs, savings = zip(*line.points, strict=True)
-    axes.vlines(
-        xs, [one.shares.low for one in savings], [one.shares.high for one in savings], color=line.style["color"]
-    )
-    axes.plot(xs, [one.shares.mean for one in savings], zorder=3, **line.style)
-    bounds = [(x, one.shares.mean) for x, one in line.points if one.is_bound]
+    spreads = [saving.shares for saving in savings]
+    axes.vlines(xs, [shares.low for shares in spreads], [shares.high for shares in spreads], color=line.style["color"])
+    axes.plot(xs, [shares.mean for shares in spreads], zorder=3, **line.style)
+    bounds = [(x, saving.shares.mean) for x, saving in line.points if saving.is_bound]
     if bounds:
         axes.plot(*zip(*bounds, strict=True), color=str(line.style["color"]), zorder=3, **_BOUND)
 
@@ -110,7 +109,7 @@ def _label_axes(axes: Axes, lines: list[_Line], comparison: Comparison) -> None:
     axes.set_xticks(ratios, [f"{ratio:.3g}" for ratio in ratios])
     shown = [*ratios, *(x for line in lines for x, _ in line.points)]
     axes.set_xlim(min(shown) / _MARGIN, max(shown) * _MARGIN)
-    shares = [share for line in lines for _, one in line.points for share in one.shares.values]
+    shares = [share for line in lines for _, saving in line.points for share in saving.shares.values]
     axes.set_ylim(max(min(*shares, 0.0), _LEAST) - 0.05, max(*shares, 0.0) + 0.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel(f"tokens per parameter of {shorten_name(reference, 40)}", parse_math=False)
@@ -122,6 +121,6 @@ def _label_axes(axes: Axes, lines: list[_Line], comparison: Comparison) -> None:
 def _list_entries(lines: list[_Line], reference: str) -> list[LegendEntry]:
     entries: list[LegendEntry] = [(shorten_name(line.arm, 32), Line2D([], [], **line.style)) for line in lines]
     entries.append((f"as many FLOPs as {shorten_name(reference, 28)}", Line2D([], [], **GOAL_LINE)))
-    if any(one.is_bound for line in lines for _, one in line.points):
+    if any(saving.is_bound for line in lines for _, saving in line.points):
         entries.append(("lower bound", Line2D([], [], color="0.35", **_BOUND)))
     return entries

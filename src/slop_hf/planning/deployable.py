@@ -106,7 +106,7 @@ def list_larger(start: ModelDims) -> list[ModelDims]:
 
 
 def _scale_width(dims: ModelDims, heads: int) -> ModelDims | None:
-    """Return a structure with another number of heads, and widths in proportion; None if they are no usual ones."""
+    """Return a structure with other heads, and widths in proportion; None unless these are usual widths."""
     hidden, remainder = divmod(dims.hidden_size * heads, dims.num_attention_heads)
     kv_heads, odd = divmod(heads * dims.num_key_value_heads, dims.num_attention_heads)
     if remainder or odd or not kv_heads or hidden % SMALL_MULTIPLE or hidden % heads:

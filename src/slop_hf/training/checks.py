@@ -183,6 +183,9 @@ def check_fsdp2(plugin: FullyShardedDataParallelPlugin, parallelism: Parallelism
         plugin: accelerate's settings of FSDP2.
         parallelism: accelerate's other kinds of parallelism; None without them.
         precision: accelerate's mixed precision: "no", "bf16" or "fp16".
+
+    Raises:
+        RunError: for such a setting.
     """
     if plugin.activation_checkpointing:
         raise RunError(

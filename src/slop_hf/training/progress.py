@@ -69,6 +69,7 @@ def describe_run(spans: Sequence[StageSpan], directory: str, step: int) -> str:
     """Return the line that training begins with: what is trained, where, and how it is stopped.
 
     Args:
+        spans: stages of the run.
         directory: run directory.
         step: optimizer steps already done.
     """

@@ -105,6 +105,7 @@ class Ranks:
             part: flat part of this rank on `device`, of the same size on all ranks; the parts of all ranks, one after
                 another, are the tensor, and padding at the end.
             shape: shape of the whole tensor.
+            owner: rank that needs it.
         """
         flat = part
         if self.count > 1:
@@ -122,6 +123,8 @@ class Ranks:
         Args:
             value: the whole tensor; None on the other ranks.
             size: numbers in the part of one rank, with padding.
+            owner: rank that has the tensor.
+            dtype: dtype of the parts.
         """
         flat = torch.empty(size * self.count, dtype=dtype, device=self.device)
         if value is not None:
@@ -145,6 +148,7 @@ class Ranks:
         """Return this rank's rows of a tensor as a flat part on `device`, for `gather_parts`.
 
         Args:
+            rows: this rank's rows; none, or fewer than on the first rank, on the last ranks.
             shape: shape of the whole tensor.
         """
         part = rows.new_zeros(self.count_rows_part(shape), device=self.device)
