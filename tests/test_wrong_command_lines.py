@@ -763,6 +763,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "--part 0/3": "--part must be K/N",
         "--part 4/3": "--part must be K/N",
         "--part 3": "--part must be K/N",
+        "--part 1/1000000000": "--part 1/1000000000 is one of more than 100,000 parts: give fewer",
         "--part -1/3": "--part",
         "--part 1/2 --set data.max_documents=5": "leave max_documents out, or leave `--workers` and `--part` out",
         "--workers 2 --set data.max_documents=5": "leave max_documents out",

@@ -30,7 +30,8 @@ Workers = Annotated[int, typer.Option(min=1, help="Parallel runs on CPUs; each g
 
 # Memory of a device, in the panel "Hardware" of `slop plan`, `slop advise` and `slop upscale`.
 DeviceMemory = Annotated[
-    float | None, make_option(_HARDWARE, help="Bytes per device, e.g. 80e9; larger models are left out.")
+    float | None,
+    make_option(_HARDWARE, help="Bytes per device, e.g. 80e9; models that need more are left out or refused."),
 ]
 MemoryDevices = Annotated[int, make_option(_HARDWARE, help="Number of devices that share the training state.")]
 ZeroStage = Annotated[int, make_option(_HARDWARE, help="ZeRO stage, 0 to 3.")]

@@ -97,6 +97,10 @@ class Source(Record, error=DataError):
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
+#: Far more parts than there are machines or cores; each has a folder.
+MOST_PARTS = 100_000
+
+
 @dataclass(frozen=True)
 class DataPart:
     """One of several contiguous parts of a source's files, each of about as many bytes.
@@ -106,7 +110,7 @@ class DataPart:
         count: number of parts.
 
     Raises:
-        DataError: unless `number` is from 1 to `count`.
+        DataError: unless `number` is from 1 to `count`, which is at most `MOST_PARTS`.
 
     >>> DataPart.parse("3/8")
     DataPart(number=3, count=8)
@@ -118,6 +122,8 @@ class DataPart:
     def __post_init__(self) -> None:
         if not (is_whole_number(self.number, least=1) and is_whole_number(self.count, least=self.number)):
             raise DataError(_explain_part(f"{self.number}/{self.count}"))
+        if self.count > MOST_PARTS:
+            raise DataError(f"part {self.number}/{self.count} is one of more than {MOST_PARTS:,} parts: give fewer")
 
     @classmethod
     def parse(cls, text: str) -> Self:
