@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt src/slop_hf/__init__.py
 # Two test processes of one thread each; ARGS goes to pytest, as in make test ARGS="-k planner".
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test check results slow gpu constraints clean
+.PHONY: help demo test check results docs slow gpu constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,9 @@ check: $(VENV)/.dev  ## lint, format check and type check
 results: $(VENV)/.runtime  ## rebuild the results in README.md and docs/ from benchmarks/results
 	$(BIN)/python benchmarks/results.py
 
+docs: $(VENV)/.docs  ## build the documentation into site/ with Python 3.11 or later; every warning is an error
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/docs -c docs . site
+
 slow: $(VENV)/.dev  ## run the tests that take minutes, and more examples of random ones
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis" $(ARGS)
 
@@ -37,13 +40,13 @@ gpu:  ## measure on the first GPU, in nine minutes; installs nothing
 constraints: $(VENV)/.dev  ## pin the newest versions in constraints.txt
 	$(PIP) install uv
 	{ sed '/^#/!d' constraints.txt; \
-	  grep '^torch==' constraints.txt | $(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev \
+	  grep '^torch==' constraints.txt | $(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev --extra docs \
 	    --no-annotate --no-header pyproject.toml - | grep -vE "^(cuda-|nvidia-|triton==)|== 'emscripten'"; \
 	} > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
 clean:  ## remove .venv and caches, not runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # venv writes pip last: if it exists, the environment is complete.
@@ -56,4 +59,8 @@ $(VENV)/.runtime: $(INPUTS) | $(BIN)/pip
 
 $(VENV)/.dev: $(INPUTS) | $(BIN)/pip
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.docs: $(INPUTS) | $(BIN)/pip
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/.runtime

@@ -103,8 +103,8 @@ class ScaleConfig(Record, error=RunError):
         run: config that all runs share (model, data, training, evaluation), in place or as the path of a run's file;
             its schedule is ignored.
         structures: structures by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
-        flops: training FLOPs of each run; or
-        tokens: training tokens of each run.
+        flops: training FLOPs of each run; give these or `tokens`.
+        tokens: training tokens of each run; give these or `flops`.
         seeds: seeds; each arm is run once per seed.
         arms: names of the arms to run at this scale; empty for all.
         budgets: multiples by arm, in place of the arm's own.

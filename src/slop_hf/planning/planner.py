@@ -81,11 +81,11 @@ class SlopPlanner:
     head_dim), and ffn does in its Table 4. Schedules use only structures that transformers can load and the space
     allows.
 
-    | mode | a stage grows | number of stages | cost |
-    |---|---|---|---|
-    | `once` (the paper) | one dimension, all the way to the target | one per operator | targets x orders |
-    | `repeated` | one dimension, by any amount | given, or free | structures x values per dimension x stages |
-    | `joint` | any number of dimensions, by any amounts | given, or free | pairs of structures x stages |
+    Modes, with what a stage grows and the cost of the search:
+
+    * `once` (the paper): one dimension, all the way to the target, so one stage per operator; targets x orders.
+    * `repeated`: one dimension, by any amount; structures x values per dimension x stages.
+    * `joint`: any number of dimensions, by any amounts; pairs of structures x stages.
 
     All are exact. `once` scores every order to every target; the others are Algorithm 1 in its general form, a layered
     dynamic programme over (structure, number of stages) on the grid of the space's multiples.
@@ -99,7 +99,7 @@ class SlopPlanner:
         cost_model: device hours of the hardware, for objectives that need them.
         law: scaling law that predicts losses.
         loss: growth law and grid of objective `final_loss`; default, the law that comes along.
-        mode: see the table.
+        mode: see the list.
         stages: number of growth stages; None for mode `once`, or to let the planner choose.
         max_stages: largest number of stages if the planner chooses.
         stage_price: fixed cost added per stage, in the objective's unit; only for objectives that are summed and
