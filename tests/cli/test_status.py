@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 
 from slop_hf import ModelDims, RunConfig, RunDirectory, train_run
 from slop_hf.cli import status as status_module
+from slop_hf.errors import RunError
+from slop_hf.runs import status as status_of_runs
 from slop_hf.runs.directory import find_newest_model
 from slop_hf.runs.lock import DirectoryLock, Process, find_writers
 from slop_hf.runs.status import LiveProgress, read_status
@@ -93,6 +95,16 @@ def test_a_trainer_writes_its_progress(interrupted):
     live = LiveProgress.load(interrupted / "run")
     assert (live.steps, live.total_tokens) == (STEPS, TOKENS) and 1 <= live.step <= 8 and live.loss > 0
     assert find_writers(interrupted / "run") is None, "this process lives, but has let go of the lock"
+
+
+def test_a_checkpoint_may_be_replaced_while_it_is_read(run, monkeypatch):
+    newest = find_newest_model(RunDirectory(run))
+    gone = iter([newest.with_name("checkpoint-6")])
+    monkeypatch.setattr(status_of_runs, "find_newest_model", lambda run: next(gone, newest))
+    assert read_status(RunDirectory(run)).step == 7
+    newest.joinpath(status_of_runs.STATE_FILE).unlink()
+    with pytest.raises(RunError, match="trainer_state"):
+        read_status(RunDirectory(run))
 
 
 def test_processes_that_have_ended_write_nothing(run):

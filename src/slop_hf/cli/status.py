@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -92,6 +93,7 @@ def _describe_share(status: RunStatus) -> str:
 
 
 def _describe_next(status: RunStatus) -> str:
+    run = shlex.quote(status.run)
     if status.state == "finished":
-        return f"slop sample {status.run} PROMPT; slop report {status.run}"
-    return f"slop train CONFIG -o {status.run} --resume" if status.state == "stopped" else ""
+        return f"slop sample {run} PROMPT; slop report {run}"
+    return f"slop train CONFIG -o {run} --resume" if status.state == "stopped" else ""

@@ -141,7 +141,13 @@ def _read_newest_log(run: RunDirectory, finished: int) -> tuple[int | None, Sequ
     """Return step and log of the newest checkpoint, or of the last finished stage if there is none."""
     if not finished and not list_checkpoints(run, 0):
         return None, ()
-    state = read_json(find_newest_model(run) / STATE_FILE, if_missing=INCOMPLETE, error=RunError)
+    model = find_newest_model(run)
+    try:
+        state = read_json(model / STATE_FILE, if_missing=INCOMPLETE, error=RunError)
+    except RunError:
+        if model.exists():
+            raise
+        return _read_newest_log(run, run.finished_stages)  # a newer checkpoint has replaced it meanwhile
     if not isinstance(state, dict):
         return None, ()
     step, log = state.get("global_step"), state.get("log_history")
