@@ -106,7 +106,7 @@ def _label_axes(axes: Axes, lines: list[_Line], comparison: Comparison) -> None:
     ratios = [run.tokens_per_parameter for run in ladder]
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(ratios, [f"{ratio:.3g}" for ratio in ratios])
+    axes.set_xticks(ratios, [f"{ratio:.2g}" for ratio in ratios])
     shown = [*ratios, *(x for line in lines for x, _ in line.points)]
     axes.set_xlim(min(shown) / _MARGIN, max(shown) * _MARGIN)
     shares = [share for line in lines for _, saving in line.points for share in saving.shares.values]

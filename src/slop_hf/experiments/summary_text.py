@@ -34,7 +34,7 @@ def summarise_comparison(comparison: Comparison) -> list[str]:
     grown = [result for result in ranked if result.sequence]
     if baseline is not None and len(ranked) > 1:
         if baseline.arm == comparison.reference and not baseline.sequence and grown:
-            sentences.append(_describe_growth(grown, baseline))
+            sentences.append(_describe_growth(grown, baseline, comparison.equal))
         else:
             sentences += _describe_variants([result for result in ranked if result is not baseline], baseline)
     if comparison.reference is not None and comparison.runs_of(comparison.reference):
@@ -70,12 +70,14 @@ def _describe_lowest(comparison: Comparison, ranked: Sequence[ArmResult]) -> str
     return f"{sentence}, but not beyond the spread of seeds of {_join(close)}."
 
 
-def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult) -> str:
-    """Say whether growth paid, compared with training from scratch."""
+def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult, equal: BudgetKind) -> str:
+    """Say whether growth paid, compared with training from scratch; at equal tokens, with which FLOPs it ends where."""
     best, name = grown[0], _quote(scratch.arm)
     is_lower = best.loss.mean < scratch.loss.mean
     ends = f"ends {_subtract(best, scratch)} {'below' if is_lower else 'above'} {name}"
     who = _quote(best.arm) if is_lower or len(grown) == 1 else f"the best grown arm, {_quote(best.arm)},"
+    if equal == "tokens" and best.flops < scratch.flops:
+        return f"{who[0].upper()}{who[1:]} {ends} with {1 - best.flops / scratch.flops:.0%} fewer FLOPs."
     if _has_single_seed((best, scratch)):
         verdict = "With one seed growth seems to pay" if is_lower else "With one seed growth did not pay"
         return f"{verdict}: {who} {ends}."
