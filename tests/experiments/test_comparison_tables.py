@@ -198,6 +198,18 @@ def test_growth_that_did_not_pay():
     assert "No other arm reaches the final loss of from-scratch with every seed." in text
 
 
+def test_at_equal_tokens_growth_has_fewer_flops():
+    """So a higher loss does not say that growth did not pay."""
+    record = replace(comparison(2, 1, losses={"slop": 3.5}), equal="tokens")
+    runs = tuple(halve_flops(run) if run.arm == "slop" else run for run in record.runs)
+    text = " ".join(summarise_comparison(replace(record, runs=runs)))
+    assert "above from-scratch with 50% fewer FLOPs." in text and "did not pay" not in text
+
+
+def halve_flops(run):
+    return replace(run, stages=tuple(replace(stage, flops=stage.flops / 2) for stage in run.stages))
+
+
 def test_growth_within_the_spread():
     text = " ".join(summarise_comparison(comparison(2, losses={"slop": 3.302})))
     assert "It is uncertain whether growth paid: slop ends" in text and "within the spread of seeds" in text

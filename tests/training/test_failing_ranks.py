@@ -22,7 +22,7 @@ def test_an_error_of_any_kind_on_one_rank_ends_the_launch(tmp_path):
     ended = launch_forked("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, at={2: "raise"}, on=1)
     assert ended.code == 1 and ended.text.count(f"KeyError: '{REASON}'") == 1, ended.text
     assert ended.text.count("Traceback") == 1, ended.text
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 180, "the other rank waits until the backend's own timeout"
     assert RunDirectory(tmp_path / "out").finished_stages == 0
 
 

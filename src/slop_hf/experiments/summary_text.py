@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
+from ..baselines import BudgetKind
 from ..io.units import format_count, format_power
 from .comparison import Comparison
 from .results import ArmResult, compute_arm_results, compute_countings, find_baseline, is_below
@@ -71,7 +72,7 @@ def _describe_lowest(comparison: Comparison, ranked: Sequence[ArmResult]) -> str
 
 
 def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult, equal: BudgetKind) -> str:
-    """Say whether growth paid, compared with training from scratch; at equal tokens, with which FLOPs it ends where."""
+    """Say whether growth paid, compared with training from scratch; at equal tokens, at which loss and FLOPs."""
     best, name = grown[0], _quote(scratch.arm)
     is_lower = best.loss.mean < scratch.loss.mean
     ends = f"ends {_subtract(best, scratch)} {'below' if is_lower else 'above'} {name}"

@@ -41,6 +41,7 @@ _LEDGER_NAMES = {"trunks": "shared prefixes (first steps that several runs have 
 _NOT_REACHED = "not reached"
 _SCHEDULE_ENDS = {True: "finished", False: "unfinished", None: NOTHING}
 _MEANINGLESS = 1e9  # a perplexity or utility from here on is a sign of divergence
+_LEAST_TEXT = 14  # characters of a column of texts, before it wraps
 _ABOUT = "what"
 _SCHEDULE = "schedule"
 _BEST_SIZE = "best size not grown"
@@ -177,10 +178,12 @@ def build_arms_table(comparison: Comparison) -> Table:
 
 
 def build_terminal_table(table: TextTable, title: str) -> Table:
-    """Return a table for the terminal, with a title above it."""
+    """Return a table for the terminal, with a title above it; headings and texts wrap, and numbers do not."""
     result = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
-    for heading, right in table.columns:
-        result.add_column(heading, justify="right" if right else "left", no_wrap=not right)
+    for number, (heading, right) in enumerate(table.columns):
+        longest = max((len(row[number]) for row in table.rows), default=0)
+        least = longest if right else min(longest, _LEAST_TEXT)
+        result.add_column(heading, justify="right" if right else "left", min_width=least)
     for row in table.rows:
         result.add_row(*map(Text, row))  # a string such as `run[1]` would be read as markup
     return result
