@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from ..baselines import BudgetKind
 from ..io.units import format_count, format_power
 from .comparison import Comparison
 from .results import ArmResult, compute_arm_results, compute_countings, find_baseline, is_below
@@ -71,7 +70,7 @@ def _describe_lowest(comparison: Comparison, ranked: Sequence[ArmResult]) -> str
     return f"{sentence}, but not beyond the spread of seeds of {_join(close)}."
 
 
-def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult, equal: BudgetKind) -> str:
+def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult, equal: str) -> str:
     """Say whether growth paid, compared with training from scratch; at equal tokens, at which loss and FLOPs."""
     best, name = grown[0], _quote(scratch.arm)
     is_lower = best.loss.mean < scratch.loss.mean
