@@ -15,7 +15,7 @@ from pathlib import Path
 from slop_hf import RunConfig, train_run
 
 from .cli.options import read_changes
-from .cli.train import check_run_options, show_end, show_preview
+from .cli.train import check_run_options, choose_run_directory, show_end, show_preview
 from .cli.wording import RecipeParser, run_recipe
 from .training.launch import guard_exit
 
@@ -50,7 +50,7 @@ def build_parser(recipe: Path | None = None, description: str | None = None) -> 
 
 def run(options: argparse.Namespace) -> None:
     """Train the run that the options describe, or show what it would do."""
-    output = options.output_dir or Path("runs", options.config.stem)
+    output = options.output_dir or choose_run_directory(options.config)
     devices, zero_stage = options.devices, options.zero_stage
     check_run_options(options.config, output, devices, zero_stage, dry_run=options.dry_run, option="--output-dir")
     config = RunConfig.from_yaml(options.config, read_changes(options.set))

@@ -1,4 +1,4 @@
-"""What a wheel holds, and that it works in an environment without a checkout."""
+"""The content of a wheel, and its use in an environment without a checkout."""
 
 import json
 import os

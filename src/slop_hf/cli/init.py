@@ -106,7 +106,7 @@ def _copy_recipe(recipe: RecipeFile, output: Path, force: bool) -> None:
 
 
 def _holds(path: Path, text: str) -> bool:
-    """Whether a file has this text already, as a mixture that two recipes share."""
+    """Whether a file holds this text: two recipes may share a mixture."""
     return path.is_file() and path.read_bytes() == text.encode()
 
 
@@ -117,7 +117,7 @@ def _refuse_existing(paths: list[Path], force: bool) -> None:
 
 
 class _Answers(NamedTuple):
-    """What a user wants to train.
+    """The answers of a user.
 
     Args:
         model: directory or Hub id of the model to grow; "" for a new one.

@@ -15,8 +15,9 @@ import typer
 from ..errors import RunError
 from .options import Changes, read_changes
 from .recipe_files import find_deepspeed_file, find_launch_config, list_launch_configs
-from .train import check_run_options
+from .train import check_run_options, choose_run_directory
 
+#: Help of the command, in place of a docstring: it lists the configurations that come with slop-hf.
 LAUNCH_HELP = f"""Train a run on several devices, with `accelerate launch`.
 
 `--config` names a configuration of accelerate: your own file, or one of these:
@@ -61,7 +62,7 @@ def launch_command(
     main_process_port: Annotated[int | None, typer.Option(min=0, max=65535, help="A free port there.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; launch nothing.")] = False,
 ) -> None:
-    output = output or Path("runs", config.stem)
+    output = output or choose_run_directory(config)
     check_run_options(config, output, None, None, dry_run=dry_run)
     read_changes(change)
     settings = {

@@ -48,10 +48,9 @@ def list_recipes() -> list[RecipeFile]:
     """Return the files that `slop init` copies: runs, then mixtures and experiments under their folder's name."""
     root = find_recipes()
     paths = [path.relative_to(root) for path in root.rglob("*.yaml")]
-    paths = sorted((path for path in paths if not set(path.parts) & set(_PARTS)), key=lambda path: path.parts)
-    paths.sort(key=lambda path: len(path.parts) > 1)
-    recipes = [RecipeFile(_name_recipe(path), root / path, read_first_sentence(root / path)) for path in paths]
-    return sorted(recipes, key=lambda recipe: recipe.name != "tiny")
+    paths = [path for path in paths if not set(path.parts) & set(_PARTS)]
+    paths.sort(key=lambda path: (path.stem != "grow_tiny", len(path.parts) > 1, path.parts))
+    return [RecipeFile(_name_recipe(path), root / path, read_first_sentence(root / path)) for path in paths]
 
 
 def list_launch_configs() -> list[RecipeFile]:
@@ -94,8 +93,8 @@ def find_recipe(name: str) -> RecipeFile:
     """
     recipes = {recipe.name: recipe for recipe in list_recipes()}
     if name not in recipes:
-        raise RunError(f"there is no recipe {name!r}{describe_alternatives(name, recipes, list_all=False)}; "
-                       "`slop init` lists them")  # fmt: skip
+        alternatives = describe_alternatives(name, recipes, list_all=False)
+        raise RunError(f"there is no recipe {name!r}{alternatives}; `slop init` lists them")
     return recipes[name]
 
 

@@ -1,4 +1,4 @@
-"""`slop status`: where a run stands."""
+"""`slop status`: the state of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import typer
 from rich.live import Live
 from rich.text import Text
 
-from ..io.serialization import to_plain
 from ..io.units import format_count
 from ..runs.directory import RunDirectory
 from ..runs.records import compute_perplexity
@@ -27,7 +26,7 @@ def show_status(
     interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run stands: its stage, share done, speed, time left, losses, and which process trains it.
+    """Show the state of a run: its stage, share done, speed, time left, losses, and which process trains it.
 
     It reads the run's files, so it also works on another machine with the same disk. Ctrl-C ends `--watch`, not the
     run.
@@ -40,12 +39,12 @@ def show_status(
         _print(status, as_json)
         return
     if as_json or not sys.stdout.isatty():
-        while True:
+        while status.state == "running":
             _print(status, as_json)
-            if status.state != "running":
-                return
             time.sleep(interval)
             status = read_status(directory)
+        _print(status, as_json)
+        return
     with Live(Text(_build_page(status)), auto_refresh=False) as live:
         while status.state == "running":
             time.sleep(interval)
@@ -55,16 +54,10 @@ def show_status(
 
 def _print(status: RunStatus, as_json: bool) -> None:
     if as_json:
-        print_json({**_to_mapping(status), "share": round(status.share, 4)})
+        print_json({**vars(status), "share": round(status.share, 4)})
     else:
         print(_build_page(status))
     sys.stdout.flush()
-
-
-def _to_mapping(status: RunStatus) -> dict[str, object]:
-    plain = to_plain(status)
-    assert isinstance(plain, dict)
-    return {**plain}
 
 
 def _build_page(status: RunStatus) -> str:

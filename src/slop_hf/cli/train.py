@@ -82,7 +82,7 @@ def train_command(
 
     Example: `slop train run.yaml -o runs/first`
     """
-    output = output or Path("runs", config.stem)
+    output = output or choose_run_directory(config)
     check_run_options(config, output, devices, zero_stage, dry_run=dry_run)
     run_config = slop_hf.RunConfig.from_yaml(config, overrides=read_changes(change))
     if decay_from is None and decay_steps is not None:
@@ -120,6 +120,15 @@ def _branch_off(
     if not dry_run:
         begin_decay(trunk, step, run, config, resume=resume)
     return config, run.path, True
+
+
+def choose_run_directory(config: Path) -> Path:
+    """Return the run directory of a run file, if none is given.
+
+    >>> choose_run_directory(Path("recipes/grow_tiny.yaml")).as_posix()
+    'runs/grow_tiny'
+    """
+    return Path("runs", config.stem)
 
 
 def check_run_options(

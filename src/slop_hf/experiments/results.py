@@ -226,7 +226,7 @@ def compute_saving(comparison: Comparison, arm: str, budget: float) -> Saving | 
     Args:
         comparison: record with runs of the reference at several budgets.
         arm: name of the arm.
-        budget: budget of the arm's runs, as a multiple of the reference's.
+        budget: budget of the arm's runs, as a multiple of the comparison's.
     """
     shares, is_bound = [], False
     if arm == comparison.reference:

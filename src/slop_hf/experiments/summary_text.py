@@ -77,7 +77,8 @@ def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult, equal: str)
     ends = f"ends {_subtract(best, scratch)} {'below' if is_lower else 'above'} {name}"
     who = _quote(best.arm) if is_lower or len(grown) == 1 else f"the best grown arm, {_quote(best.arm)},"
     if equal == "tokens" and best.flops < scratch.flops:
-        return f"{who[0].upper()}{who[1:]} {ends} with {1 - best.flops / scratch.flops:.0%} fewer FLOPs."
+        who = who.replace("the best", "The best", 1) if who.startswith("the best grown arm") else who
+        return f"{who} {ends} with {1 - best.flops / scratch.flops:.0%} fewer FLOPs."
     if _has_single_seed((best, scratch)):
         verdict = "With one seed growth seems to pay" if is_lower else "With one seed growth did not pay"
         return f"{verdict}: {who} {ends}."

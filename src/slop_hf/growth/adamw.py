@@ -415,7 +415,7 @@ def _check_state(state: object) -> None:
 
 def check_state_names(names: Iterable[str], plan: GrowthPlan, origin: str) -> None:
     """Raise unless `origin` holds states, and only of parameters being grown; frozen ones have none."""
-    if plan.experts is not None and plan.experts.dense is not None:
+    if plan.dense is not None:
         raise GrowthError(
             "the optimizer state of a dense model does not grow into one of a model with experts; begin with a new one"
         )

@@ -57,7 +57,7 @@ class ExpertGrowth:
 
     @property
     def preserves(self) -> bool:
-        """Whether the function stays, see the top of this file."""
+        """Whether the function stays exactly, as derived at the top of this file."""
         return self.dense is not None or self.init == "preserving"
 
     def get_noise(self, row: Parameter) -> float:
@@ -128,7 +128,10 @@ def plan_expert_growth(
     old, old_active = (architecture.read(config, name) for name in ("num_experts", "num_experts_per_tok"))
     copies, remainder = divmod(new, old)
     if copies < 2 or remainder:
-        raise GrowthError(f"num_experts is {old}, and grows to whole multiples only, got {new}; ask for {2 * old}")
+        raise GrowthError(
+            f"num_experts is {old}, and grows to whole multiples only, got {new}; ask for {2 * old} or "
+            "another multiple"
+        )
     if init == "preserving":
         if active not in (None, copies * old_active):
             raise GrowthError(

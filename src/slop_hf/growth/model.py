@@ -101,7 +101,7 @@ def grow_weights(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> dict[
 
 def _stack_networks(weights: Mapping[str, torch.Tensor], plan: GrowthPlan) -> Mapping[str, torch.Tensor]:
     """Return the weights by the names of the plan's family, if a dense model grows into one with experts."""
-    if plan.experts is None or plan.experts.dense is None:
+    if plan.experts is None or plan.dense is None:
         return weights
     return plan.experts.stack_networks(weights, plan.architecture, plan.old.num_hidden_layers)
 
@@ -113,7 +113,7 @@ def build_model(source: PreTrainedModel, plan: GrowthPlan, weights: Mapping[str,
     config._experts_implementation = source.config._experts_implementation
     state_dict = {**weights, **list_persistent_buffers(source, plan)}
     kind, dtype = type(source), source.dtype
-    if plan.experts is not None and plan.experts.dense is not None:
+    if plan.dense is not None:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with hide_progress_bars():
         grown: PreTrainedModel

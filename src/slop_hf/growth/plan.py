@@ -444,7 +444,7 @@ class GrowthPlan:
             else:
                 sizes = zip(old, maps, strict=True)
                 maps = tuple(AxisMap.renew(axis.old_size, new.new_size, "layer") for axis, new in sizes)
-        is_new_router = self.experts is not None and self.experts.dense is not None and row.axes == ROUTER
+        is_new_router = self.dense is not None and row.axes == ROUTER
         if is_new_router:
             old_row = self._find_stand_in(row)
             source, source_shape = old_row.name, tuple(self.axes[axis].old_size for axis in old_row.axes)
@@ -480,18 +480,21 @@ class GrowthPlan:
 
     def _list_stored_sources(self, row: Parameter, old_row: Parameter, source: str) -> tuple[str, ...]:
         """Return the names in a checkpoint of what a parameter grows from, as many as it has names itself."""
-        if row.is_stacked and old_row is row and self.experts is not None and self.experts.dense is not None:
+        if row.is_stacked and old_row is row and self.experts is not None and self.dense is not None:
             return self.experts.list_networks(row, row.find_layer(source) or "")
         return _list_stored_names(old_row, source) * (1 if old_row is row else len(row.stored_parts) or 1)
+
+    @property
+    def dense(self) -> Architecture | None:
+        """Axis table of the old model if it has no experts and gets some."""
+        return None if self.experts is None else self.experts.dense
 
     @property
     def source_parameters(self) -> int:
         """Number of parameters of the old model."""
         count = int(count_parameters(self.old, self.source_config))
-        is_dense = (
-            self.experts is not None and self.experts.dense is not None
-        )  # the config has one expert, and a router
-        return count - is_dense * self.old.num_hidden_layers * self.old.hidden_size
+        # The config of a dense model that gets experts has one expert, and so a router, which the model lacks.
+        return count if self.dense is None else count - self.old.num_hidden_layers * self.old.hidden_size
 
     def _find_stand_in(self, row: Parameter) -> Parameter:
         """Return a row outside the layers of the same kind: the embedding, or the gain of the final norm."""

@@ -58,7 +58,7 @@ class Upscaling:
 
     @property
     def remark(self) -> str | None:
-        """A sentence about a factor that nobody has published results for; None within the usual range."""
+        """A sentence about a factor outside of those of published checkpoints; None within them."""
         low, high = USUAL_FACTORS
         if low <= self.factor <= high:
             return None

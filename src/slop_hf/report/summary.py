@@ -103,7 +103,7 @@ def summarise(run: RunDirectory, *, name: str | None = None) -> RunSummary:
 def describe_outcomes(summaries: Sequence[RunSummary]) -> list[str]:
     """Return a sentence for each grown run and the same target trained from scratch with the same FLOPs.
 
-    Runs count whose every stage has finished, with a held-out loss; FLOPs may differ by 2%, as steps are whole.
+    Only finished runs with a held-out loss count; FLOPs may differ by 2%, as steps are whole.
     """
     finished = [summary for summary in summaries if summary.finished and summary.eval_loss is not None]
     sentences = []

@@ -2,7 +2,7 @@
 
     DIRECTORY/.lock/rank-0, rank-1 ...   files that the operating system locks, one per process
     DIRECTORY/.lock/processes.json       the processes, for messages
-    DIRECTORY/.lock/progress.json        how far their training is (`runs.status`)
+    DIRECTORY/.lock/progress.json        progress of their training (`runs.status`)
 
 The operating system releases a lock when its process ends, however it ends: a lock is never stale. If the launcher of
 a run is killed, ranks that live on keep theirs. The files stay, and mean nothing without the locks.

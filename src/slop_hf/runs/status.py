@@ -1,4 +1,4 @@
-"""`RunStatus`: where a run stands, read from its files, whether it is training or not."""
+"""`RunStatus`: the state of a run, read from its files while it trains and after that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIVE_VALUES = ("loss", EVAL_LOSS, "tokens_per_second", "seconds_left")
 
 @dataclass(frozen=True)
 class LiveProgress(Record, error=RunError):
-    """How far a training process is, stored next to the run's lock: it means nothing after the process has ended.
+    """The progress of a training process, stored next to the run's lock: it means nothing after the process has ended.
 
     Args:
         time: when it was written, in seconds since 1970.
@@ -58,7 +58,7 @@ class LiveProgress(Record, error=RunError):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands.
+    """The state of a run.
 
     Args:
         run: run directory.
@@ -96,7 +96,7 @@ class RunStatus:
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """Return where a run stands: from its process if one is alive, or else from its newest checkpoint or stage.
+    """Return the state of a run: from its process if one is alive, or else from its newest checkpoint or stage.
 
     Raises:
         RunError: if the directory is not a run, or a file of it is not valid.

@@ -66,7 +66,7 @@ def format_log_line(stage: str, step: int, steps: int, logs: Mapping[str, Json])
 
 
 def describe_run(spans: Sequence[StageSpan], directory: str, step: int) -> str:
-    """Return the line that training begins with: what is trained, where, and how it is stopped.
+    """Return the line that training begins with: directory, parameters, tokens, FLOPs, and how to stop it.
 
     Args:
         spans: stages of the run.
@@ -94,7 +94,7 @@ def _format_value(value: object) -> str:
 
 
 class ProgressFile(TrainerCallback):
-    """Writes into a run's directory how far its training is, for `slop status`; only the main process writes.
+    """Writes the progress of a training into the run's directory, for `slop status`; only the main process writes.
 
     Args:
         directory: run directory.
