@@ -11,9 +11,11 @@ from slop_hf import CostModel, GrowthLaw, GrowthSchedule, MemoryLimit, ModelDims
 from slop_hf.cost.flops import count_parameters
 from slop_hf.cost.growth_law import GrowthConstants
 from slop_hf.cost.law_transfer import load_default_law
+from slop_hf.cost.rate_schedule import RATE_SPANS
 from slop_hf.errors import PlanError
 from slop_hf.planning.advice import FAR, SURE, Advice, Question, advise, build_run, forecast_options
 from slop_hf.planning.deployable import HEADS, list_larger, list_shapes, list_smaller, list_ways
+from slop_hf.planning.final_loss import FinalLossSearch, LossSettings
 
 TARGET = ModelDims(1024, 4096, 24, 16)
 #: An H100 at 40% of its peak in bf16, 989.5 TFLOP/s.
@@ -280,3 +282,16 @@ def test_ways_lead_from_small_to_large(dims):
     for way in ways:
         for before, after in pairwise(dims.as_dict() for dims in way):
             assert before != after and all(before[name] <= after[name] for name in before)
+
+
+def test_a_schedule_per_stage_would_hardly_change_the_losses(golden):
+    """As in docs/planning.md: advise has one learning-rate schedule over the run."""
+    for (name, _), answer in golden.items():
+        growth = next(option for option in answer.options if option.kind == "growth")
+        losses = []
+        for span in RATE_SPANS:
+            question = ask(SHAPES[name], growth.flops, "flops")
+            settings = LossSettings(question.law, spans=(span,), already_seen=question.already_seen)
+            search = FinalLossSearch(question.inputs, growth.flops, settings)
+            losses.append(search.rank([growth.schedule.structures], 1).runs[0].loss)
+        assert abs(losses[0] - losses[1]) < 0.01, name
