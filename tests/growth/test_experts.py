@@ -7,8 +7,9 @@ import torch
 from saved_models import assert_same
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from slop_hf import grow_adamw_state, grow_checkpoint, grow_model
+from slop_hf import ModelDims, grow_adamw_state, grow_checkpoint, grow_model
 from slop_hf.cli import main
+from slop_hf.cost.flops import count_active_parameters, count_parameters
 from slop_hf.errors import GrowthError
 from slop_hf.growth import plan_growth, probe_growth
 from slop_hf.growth.receipt import GrowthReceipt
@@ -18,11 +19,12 @@ DOWN = "model.layers.0.mlp.experts.down_proj"
 ROUTER = "model.layers.0.mlp.gate.weight"
 
 
-def upcycle(dense, experts, active):
-    """Llama to Mixtral in plain torch, as in the papers; the router stays random."""
-    old = dense.config
+def upcycle(dense, experts, active, shards):
+    """Llama to Mixtral in plain torch, as in the papers; the router stays random, with equal rows in each group."""
+    old, factor = dense.config, shards**0.5
     config = MixtralConfig(
-        vocab_size=old.vocab_size, hidden_size=old.hidden_size, intermediate_size=old.intermediate_size,
+        vocab_size=old.vocab_size, hidden_size=old.hidden_size,
+        intermediate_size=old.intermediate_size // shards,
         num_hidden_layers=old.num_hidden_layers, num_attention_heads=old.num_attention_heads, head_dim=old.head_dim,
         num_key_value_heads=old.num_key_value_heads, rms_norm_eps=old.rms_norm_eps,
         rope_parameters=old.rope_parameters, num_local_experts=experts, num_experts_per_tok=active,
@@ -33,24 +35,49 @@ def upcycle(dense, experts, active):
         if name.endswith("mlp.gate_proj.weight"):
             layer = name.removesuffix("gate_proj.weight")
             gate, up, down = (weights.pop(f"{layer}{part}_proj.weight") for part in ("gate", "up", "down"))
-            weights[f"{layer}experts.gate_up_proj"] = torch.cat([gate, up]).repeat(experts, 1, 1)
-            weights[f"{layer}experts.down_proj"] = down.repeat(experts, 1, 1)
-            weights[f"{layer}gate.weight"] = torch.randn(experts, old.hidden_size, dtype=dense.dtype)
+            cut = [torch.cat(pair) for pair in zip(gate.chunk(shards), (factor * up).chunk(shards), strict=True)]
+            weights[f"{layer}experts.gate_up_proj"] = torch.stack(cut).repeat(experts // shards, 1, 1)
+            downs = torch.stack((factor * down).chunk(shards, dim=1))
+            weights[f"{layer}experts.down_proj"] = downs.repeat(experts // shards, 1, 1)
+            rows = torch.randn(experts // shards, old.hidden_size, dtype=dense.dtype)
+            weights[f"{layer}gate.weight"] = rows.repeat_interleave(shards, 0)
     grown.load_state_dict(weights)
     return grown
 
 
-@pytest.mark.parametrize(("experts", "active"), [(4, 1), (8, 2), (3, 3)])
-def test_a_llama_equals_its_upcycling_by_hand(experts, active):
+@pytest.mark.parametrize(("experts", "active", "shards"), [(4, 1, 1), (8, 2, 1), (3, 3, 1), (16, 4, 4), (15, 10, 5)])
+def test_a_llama_equals_its_upcycling_by_hand(experts, active, shards):
     dense = build_tiny_model("llama", GQA, torch.float64)
-    expected = upcycle(dense, experts, active)
-    grown = grow_model(dense, "experts", {"num_experts": experts, "num_experts_per_tok": active})
+    expected = upcycle(dense, experts, active, shards)
+    width = {"moe_intermediate_size": GQA.intermediate_size // shards} if shards > 1 else {}
+    grown = grow_model(dense, "experts", {"num_experts": experts, "num_experts_per_tok": active, **width})
     assert type(grown) is MixtralForCausalLM and grown.config.num_experts_per_tok == active
     others = dict(expected.named_parameters())
     for name, weight in grown.named_parameters():
         assert torch.equal(weight, others.pop(name)) != name.endswith("gate.weight"), name
-    assert not others and 0.15 < grown.get_parameter(ROUTER).std() < 0.25
+    rows = grown.get_parameter(ROUTER).view(-1, shards, GQA.hidden_size)
+    assert rows.equal(rows[:, :1].expand_as(rows)), "the experts of a group share a row of the router"
+    assert (
+        not others and 0.15 < rows.std() < 0.25 and rows.unique(dim=0).equal(rows[:, :1].unique(dim=0).expand_as(rows))
+    )
     assert compute_logit_error(dense, expected) < 1e-12 and compute_logit_error(dense, grown) < 1e-12
+
+
+def test_finer_experts_of_qwen3():
+    """The router learns from the first step on: the experts of a group differ. Costs follow from the config."""
+    dense = build_tiny_model("qwen3", GQA, torch.float64)
+    grown = grow_model(dense, "experts", {"num_experts": 12, "moe_intermediate_size": 10})
+    config = grown.config
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (12, 8, 10)
+    assert config.intermediate_size == 40 and compute_logit_error(dense, grown) < 1e-10
+    dims = ModelDims.from_config(config)
+    assert dims.intermediate_size == 10 and count_parameters(dims, config) == grown.num_parameters()
+    dense_network, router = 3 * 48 * 40, 12 * 48
+    more = count_active_parameters(dims, config) - count_parameters(GQA, dense.config)
+    assert more == GQA.num_hidden_layers * (dense_network + router), "two networks are active in place of one"
+    ids = torch.arange(16)[None]
+    grown(ids, labels=ids).loss.backward()
+    assert grown.get_parameter(ROUTER).grad.abs().amax() > 1e-3 * grown.get_parameter(DOWN).grad.abs().amax()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -94,14 +121,21 @@ def test_noise_in_the_router():
     assert torch.equal(grown.get_parameter(DOWN), model.get_parameter(DOWN).repeat(2, 1, 1))
 
 
-@pytest.mark.parametrize(("family", "init"), [("qwen3", None), ("mixtral", "preserving"), ("olmoe", "noisy")])
-def test_on_disk_as_in_memory(tmp_path, family, init):
+@pytest.mark.parametrize(
+    ("family", "init", "sizes"),
+    [
+        ("qwen3", None, {"num_experts": 8, "moe_intermediate_size": 20}),
+        ("mixtral", "preserving", 8),
+        ("olmoe", "noisy", 8),
+    ],
+)
+def test_on_disk_as_in_memory(tmp_path, family, init, sizes):
     model = build_tiny_model(family, GQA)
     model.save_pretrained(tmp_path / "source")
     receipt = grow_checkpoint(
-        tmp_path / "source", tmp_path / "grown", "experts", 8, init=init, max_shard_size="40KB", verify=True
+        tmp_path / "source", tmp_path / "grown", "experts", sizes, init=init, max_shard_size="40KB", verify=True
     )
-    grown = grow_model(AutoModelForCausalLM.from_pretrained(tmp_path / "source"), "experts", 8, init=init)
+    grown = grow_model(AutoModelForCausalLM.from_pretrained(tmp_path / "source"), "experts", sizes, init=init)
     assert_same(tmp_path / "grown", grown)
     assert receipt.source_parameters == model.num_parameters() and receipt.parameters == grown.num_parameters()
     assert receipt.operators == ("experts",) and receipt.preserves == (init != "noisy")
@@ -163,8 +197,30 @@ def test_adapters_are_refused():
             "with num_experts_per_tok 4, got 2; leave",
         ),
         ("mixtral", {}, {"num_experts": 8, "num_experts_per_tok": 9}, "noisy", "num_experts_per_tok is 9, but there"),
+        (
+            "llama",
+            {},
+            {"num_experts": 8, "moe_intermediate_size": 12},
+            None,
+            "moe_intermediate_size must divide intermediate_size 40 of the dense model, got 12; ask for 20, or",
+        ),
+        (
+            "llama",
+            {},
+            {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 10},
+            None,
+            "4 experts of width 10 make up a network of the dense model, so num_experts_per_tok must be a multiple of "
+            "4, got 2; ask for 4",
+        ),
+        (
+            "mixtral",
+            {},
+            {"num_experts": 8, "moe_intermediate_size": 20},
+            None,
+            "this one has experts already; leave it",
+        ),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_refusals(family, settings, sizes, init, message):
     with pytest.raises(GrowthError, match=message):
@@ -186,6 +242,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert code == 0 and "experts by preserving -> 4 experts, 2 of them active" in " ".join(out.split())
     assert json.loads(run("--experts", "4", "--dry-run", "--json")[1])["num_experts"] == 4
     assert "--experts grows the experts alone" in run("--experts", "4", "--hidden-size", "64")[2]
+    assert "--moe-intermediate-size belongs to --experts" in run("--moe-intermediate-size", "8")[2]
+    finer = "--experts", "8", "--experts-per-token", "4", "--moe-intermediate-size", "20"
+    assert "-> 8 experts, 4 of them active, of width 20" in " ".join(run(*finer, "--dry-run")[1].split())
     assert "--experts-per-token belongs to --experts" in run("--experts-per-token", "1")[2]
     assert run("--experts", "4", "--experts-per-token", "1")[0] == 0
     assert GrowthReceipt.load(tmp_path / "grown").inits == {"experts": "preserving"}

@@ -42,6 +42,10 @@ def grow_command(
     experts_per_token: Annotated[
         int | None, typer.Option(min=1, help="New number of active experts; default, see --experts in docs/growth.md.")
     ] = None,
+    moe_intermediate_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of an expert, for a dense model: a divisor of its ffn size. Default: that."),
+    ] = None,
     schedule: Annotated[
         Path | None,
         typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages."),
@@ -80,6 +84,9 @@ def grow_command(
     Example: `slop grow ./small --hidden-size 2048 --init preserving -o ./large`
 
     A Llama becomes a Mixtral with 8 experts: `slop grow ./llama --experts 8 -o ./mixtral`
+
+    With 64 finer experts, 8 of them active (ffn 14336): `slop grow ./llama --experts 64 --experts-per-token 8
+    --moe-intermediate-size 1792 -o ./mixtral`
     """
     check_output(output, "--output", GrowthError, is_directory=True)
     new = hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
@@ -94,12 +101,20 @@ def grow_command(
     settings: dict[str, Any] = {"seed": seed, "max_shard_size": max_shard_size}
     settings |= {} if noise is None else {"noise": noise}
     growth: tuple[Any, ...]
-    if experts_per_token is not None and experts is None:
-        raise GrowthError("--experts-per-token belongs to --experts: give the new number of experts too")
+    for option, value in {
+        "--experts-per-token": experts_per_token,
+        "--moe-intermediate-size": moe_intermediate_size,
+    }.items():
+        if value is not None and experts is None:
+            raise GrowthError(f"{option} belongs to --experts: give the new number of experts too")
     if experts is not None:
         if sizes or schedule or vocab_size is not None:
             raise GrowthError("--experts grows the experts alone: give the other sizes in a growth of their own")
-        counts = {"num_experts": experts, "num_experts_per_tok": experts_per_token}
+        counts = {
+            "num_experts": experts,
+            "num_experts_per_tok": experts_per_token,
+            "moe_intermediate_size": moe_intermediate_size,
+        }
         named = {name: count for name, count in counts.items() if count is not None}
         growth, settings = (EXPERTS, named), {**settings, "init": _read_inits(init)}
     elif vocab_size is not None:

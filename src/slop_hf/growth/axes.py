@@ -73,6 +73,16 @@ class AxisMap:
         return cls(size, (Segment(0, size, 0),))
 
     @classmethod
+    def cut(cls, size: int, parts: int, number: int) -> AxisMap:
+        """Keep one of several parts of equal size, and leave out the other slots.
+
+        >>> AxisMap.cut(6, 3, 1).source
+        [2, 3]
+        """
+        length = size // parts
+        return cls(size, (Segment(0, length, number * length),))
+
+    @classmethod
     def renew(cls, old_size: int, new_size: int, operator: str) -> AxisMap:
         """Take no old slot: all slots are new."""
         return cls(old_size, (Segment(0, new_size, None, 1, operator),))

@@ -185,6 +185,7 @@ class CheckpointPlan:
             new = str(growth.new) if growth.vocab_size is None else f"{growth.vocab_size:,} tokens"
             if growth.experts is not None:
                 new = f"{growth.experts.new} experts, {growth.experts.active} of them active"
+                new += f", of width {growth.new.intermediate_size}" if growth.experts.shards > 1 else ""
             lines.append(f"  growth {number}: {inits} -> {new}" + ("" if growth.preserves else "  (not exact)"))
         for shard in self.shards:
             lines.append(f"  {shard.file}: {len(shard.tensors)} tensors, {format_bytes(shard.nbytes)}")

@@ -44,7 +44,9 @@ def grow_model(
             with LoRA adapters, which grow with their base (`growth.peft.grow_adapters` lists what is refused).
         operator: "layer", "mha", "ffn", "hidden" or "head_dim"; or a `GrowthStage`, which brings dims and init; or
             "vocab", with the new number of tokens and the init "mean" (default), "zeros" or "random" of their rows:
-            the logits of the old tokens stay; or "experts", with the new number of experts (`growth.experts`).
+            the logits of the old tokens stay; or "experts", with the new number of experts, or a mapping with
+            `num_experts`, `num_experts_per_tok` and, for a dense model, the width `moe_intermediate_size` of an expert
+            (`growth.experts`).
         new_dims: new value of the operator's first field, mapping of config fields, or `ModelDims`. The operator
             "hidden" may change heads and ffn too; only "head_dim" changes the size of a head.
         init: name in `growth.INITS`, or mapping from operator to name; None takes the paper's (`random`; for layers

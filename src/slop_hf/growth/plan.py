@@ -84,6 +84,7 @@ class ParameterPlan:
         copy_noise: standard deviation of the noise on copies of experts: on their matrices, with opposite signs in
             the two copies of a pair, or on the rows of a router.
         noise_name: name of the random numbers that the two copies of a pair share; "" for a router.
+        shards: number of experts that a network of a dense model is cut into; they share a row of the router.
         inits: init of each operator.
         initializer_range: standard deviation of new random entries.
     """
@@ -108,6 +109,7 @@ class ParameterPlan:
     source_shape: tuple[int, ...] = ()
     copy_noise: float = 0.0
     noise_name: str = ""
+    shards: int = 1
 
     @cached_property
     def joined_dimension(self) -> int | None:
@@ -166,7 +168,8 @@ class ParameterPlan:
             name=names[0],
             source=sources[0],
             row=replace(self.row, axes=self.row.axes[1:], stored_parts=()),
-            maps=self.maps[1:],
+            maps=tuple(self._cut_map(dimension, expert) for dimension in range(1, len(self.maps))),
+            shards=1,
             stored_names=names,
             stored_sources=sources,
             is_added=self.is_added or (copies > 1 and expert >= old_size),
@@ -174,6 +177,14 @@ class ParameterPlan:
             copy_noise=(-1) ** is_second * self.copy_noise if is_paired else 0.0,
             noise_name=f"{self.stored_names[0].replace(EXPERT, str(first))}+noise" if is_paired else "",
         )
+
+    def _cut_map(self, dimension: int, expert: int) -> AxisMap:
+        """Return the map of a dimension of an expert's matrix; an expert takes one shard of a network that is cut."""
+        axis = self.maps[dimension]
+        if self.shards == 1 or self.row.axes[dimension] not in ("ffn", "gate_up"):
+            return axis
+        parts = [AxisMap.cut(part.old_size, self.shards, expert % self.shards) for part in axis.parts or (axis,)]
+        return AxisMap.join(parts) if axis.parts else parts[0]
 
     @cached_property
     def pieces(self) -> tuple[ParameterPlan, ...]:
@@ -308,6 +319,10 @@ class GrowthPlan:
         if self.architecture.has_experts:
             experts = self.architecture.read(config, "num_experts")
             axes["experts"] = AxisMap.tile(experts, self.experts.new if self.experts else experts, EXPERTS)
+        if self.experts is not None and self.experts.shards > 1:
+            # The map of the first shard; each expert has its own (`ParameterPlan._cut_map`).
+            axes["ffn"] = AxisMap.cut(self.old.intermediate_size, self.experts.shards, 0)
+            axes["gate_up"] = AxisMap.join([axes["ffn"]] * 2)
         return axes
 
     @cached_property
@@ -471,11 +486,14 @@ class GrowthPlan:
             initializer_range=initializer_range,
             is_added=is_added,
             branch_share=branch_share,
-            part_scales=tuple(self._compute_scale(replace(row, part=part)) * share for _, part in joined),
+            part_scales=tuple(
+                self._compute_scale(replace(row, part=part), number) * share for number, (_, part) in enumerate(joined)
+            ),
             stored_names=_list_stored_names(row, name),
             stored_sources=self._list_stored_sources(row, old_row, source),
             source_shape=source_shape,
             copy_noise=self.experts.get_noise(row) * self.noise * initializer_range if self.experts else 0.0,
+            shards=self.experts.shards if self.experts and (row.is_stacked or is_new_router) else 1,
         )
 
     def _list_stored_sources(self, row: Parameter, old_row: Parameter, source: str) -> tuple[str, ...]:
@@ -512,8 +530,12 @@ class GrowthPlan:
             return 1
         return self.layers.count(self.layers[layer])
 
-    def _compute_scale(self, row: Parameter) -> float:
-        """Return the factor of a parameter's old entries. It is 1 unless it compensates for something that grew."""
+    def _compute_scale(self, row: Parameter, part_number: int = 0) -> float:
+        """Return the factor of a parameter's old entries. It is 1 unless it compensates for something that grew.
+
+        Args:
+            part_number: index of the part of a fused parameter that the factor is for.
+        """
         scale, share, widening = 1.0, self.residual_share, self.new.hidden_size / self.old.hidden_size
         is_tied = bool(read_setting(self.source_config, "tie_word_embeddings", False))
         scales_embedding = self.architecture.scales_embedding and (self._hidden_is_exact or self._hidden_is_copied)
@@ -536,7 +558,7 @@ class GrowthPlan:
             # With zeros in the new heads, their mean square stays if the old heads grow by 1 / sqrt(share); the gain
             # takes that back.
             scale *= math.sqrt(factor) if row.kind == "norm" else 1 / math.sqrt(factor)
-        return scale
+        return scale if self.experts is None else scale * self.experts.get_scale(row, part_number)
 
     def _find_normalised_share(self, row: Parameter) -> float:
         """Return the share of old slots and their copies in an axis of heads with a norm over it, else 1."""
@@ -581,7 +603,8 @@ def plan_growth(
         architecture, config, experts = plan_expert_growth(config, new_dims, resolve_expert_init(init))
         inits = {EXPERTS: resolve_expert_init(init)}
         old = ModelDims.from_config(config)
-        plan = GrowthPlan(architecture, config, old, old, inits, seed, noise, experts=experts)
+        new = old.replace(intermediate_size=old.intermediate_size // experts.shards)
+        plan = GrowthPlan(architecture, config, old, new, inits, seed, noise, experts=experts)
         _check_family(plan)
         return plan
     if isinstance(operator, GrowthStage):

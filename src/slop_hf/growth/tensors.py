@@ -64,6 +64,8 @@ def grow_parameter(tensor: torch.Tensor, plan: ParameterPlan, out: torch.Tensor 
         first, count = plan.maps[tokens].old_size, len(plan.maps[tokens].new_slots)
         mean = source.mean(dim=tokens, keepdim=True, dtype=torch.float64)  # which does not depend on threads
         grown.narrow(tokens, first, count).copy_(mean)
+    if plan.shards > 1:  # a router
+        grown.copy_(grown[:: plan.shards].repeat_interleave(plan.shards, dim=0))
     if plan.copy_noise:
         add_copy_noise(grown, plan)
     if plan.noise and read_dimension is not None:
