@@ -16,6 +16,7 @@ from pathlib import Path
 
 import training_boundary
 import training_memory
+import training_settings
 import training_steps
 from measuring import Context, build_goals_table, describe_circumstances, make_parser, read_options, save_part
 from rich.console import Console
@@ -24,6 +25,7 @@ PARTS = {
     "steps": training_steps,
     "boundary": training_boundary,
     "memory": training_memory,
+    "settings": training_settings,
 }
 IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"[bold]{part}[/bold] ...")
         with tempfile.TemporaryDirectory(prefix="training-benchmark-", dir=options.workdir) as directory:
             circumstances["machine"]["disk"] = disk = find_file_system(Path(directory))
-            if disk in IN_MEMORY and part != "steps":
+            if disk in IN_MEMORY and part not in ("steps", "settings"):
                 console.print(f"[yellow]the runs lie in memory ({disk}): name a disk with --workdir[/yellow]")
             context = Context(options.scale, repetitions, Path(directory))
             record = module.run(context)

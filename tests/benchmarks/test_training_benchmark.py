@@ -81,9 +81,27 @@ def test_memory(record):
             assert max(phase["anonymous"] for phase in seen) == case["anonymous_peak_bytes"][name][0] < peak
 
 
+@pytest.mark.slow
+def test_settings(record):
+    (case,) = record("settings")["cases"]
+    (name,) = case["dims"].keys() - {"heads of 8"}
+    (ours,), (theirs,) = case["seconds"]["heads of 8"], case["seconds"][name]
+    assert case["speed"] == {"heads of 8": 1.0, name: ours / theirs}
+    assert case["flops_per_second"][name] * theirs == pytest.approx(case["flops_per_second"]["heads of 8"] * ours)
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in case["shares"].values())
+    assert case["shares"][name]["attention"] > 0.01 and case["shares"][name]["matrix products"] > 0.01
+
+
+def test_operations_are_grouped(module):
+    times = {"aten::mm": 2.0, "aten::_scaled_dot_product_flash_attention_for_cpu": 5.0, "aten::mul": 3.0}
+    shares = module("training_settings").group_shares(times)
+    expected = {"attention": 0.5, "matrix products": 0.2, "loss": 0, "clipping and optimizer": 0, "other": 0.3}
+    assert shares == pytest.approx(expected)
+
+
 def test_all_parts_are_the_default(module):
     training = module("training")
-    assert training.parse([]).parts == training.parse(["all"]).parts == ["steps", "boundary", "memory"]
+    assert training.parse([]).parts == training.parse(["all"]).parts == ["steps", "boundary", "memory", "settings"]
     assert training.parse(["memory"]).parts == ["memory"]
     with pytest.raises(SystemExit):
         training.parse(["speed"])

@@ -196,6 +196,7 @@ def test_another_optimizer_begins_anew_in_every_stage(tmp_path, settings):
             "auto_find_batch_size would change the batch in the middle of a run; set stage_batch_sizes",
         ),
         ({"save_only_model": True}, "save_only_model writes checkpoints that no run can be resumed from"),
+        ({"compile_layers": True}, "compile_layers says how torch_compile compiles; set torch_compile too"),
         ({"lr_span": "stages"}, "lr_span must be one of stage, run, got 'stages'"),
         ({"batch_tokens": []}, r"batch_tokens must be positive numbers, .* got \[\]"),
         ({"batch_tokens": [64, 0]}, r"batch_tokens must be positive numbers, .* got \[64, 0\]"),
@@ -408,8 +409,14 @@ def attention(name):
         (lambda: {"model": attention("eager")}, {"attention": "eager"}),
         (lambda: {"model": small_model().to(torch.bfloat16)}, {"dtypes": {torch.bfloat16}}),
         (lambda: {"model": attention("sdpa"), "lr_span": "run"}, {}),
+        pytest.param(
+            # The grown model is evaluated in batches of another size before its first step, a resumed one is not.
+            lambda: {"torch_compile": True, "compile_layers": True, "per_device_eval_batch_size": 3},
+            {},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fused", "checkpointing", "eager", "bfloat16", "none"],
+    ids=["fused", "checkpointing", "eager", "bfloat16", "none", "compiled layers"],
 )
 def test_an_option_holds_in_every_stage_and_over_interruptions(tmp_path, settings, fact):
     usual = {"attention": "sdpa", "checkpointing": False, "dtypes": {torch.float32}, "fused": False}
@@ -447,24 +454,26 @@ def test_batches_are_pinned_only_for_a_gpu_with_memory_of_its_own(tmp_path, monk
     assert SlopTrainingArguments(str(tmp_path), report_to="none").dataloader_pin_memory is pins
 
 
-def test_each_stage_is_compiled_again(tmp_path):
+@pytest.mark.parametrize("compile_layers", [False, True], ids=["whole model", "layers"])
+def test_each_stage_is_compiled_again(tmp_path, compile_layers):
     """With a compiler that leaves graphs unchanged, and gives up if one function has had too many shapes."""
     import torch._dynamo
 
-    class Graphs(TrainerCallback):
-        made = []
+    made = []
 
+    class Graphs(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step % STEPS == 0:
-                self.made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+                made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     settings = {"schedule": PAIR, "eval_dataset": None}
     plain = train(tmp_path / "plain", model=small_model(dropout=0.0), **settings)
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=1):
         settings.update(torch_compile=True, torch_compile_backend="eager", callbacks=[Graphs()])
+        settings["compile_layers"] = compile_layers
         compiled = train(tmp_path / "compiled", model=small_model(dropout=0.0), **settings)
-    first, second = Graphs.made
+    first, second = made
     assert 0 < first < second
     for stage in range(2):
         one, other = weights(compiled, stage), weights(plain, stage)

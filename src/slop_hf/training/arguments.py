@@ -160,6 +160,11 @@ class SlopTrainingArguments(TrainingArguments):
         default=False,
         help="Keep the checkpoints of a stage that has finished (as many as save_total_limit), for `--decay-from`.",
     )
+    compile_layers: bool = HfArg(
+        default=False,
+        help="With torch_compile: compile each layer by itself, for fixed shapes, rather than the whole model. All "
+        "layers share one compilation.",
+    )
     max_shard_size: str = HfArg(default="2GB", help="Largest file of weights or optimizer state.")
     cost_model: str | None = HfArg(
         default=None, help="File written by `slop calibrate`, for the estimate of the time left."
@@ -272,6 +277,8 @@ class SlopTrainingArguments(TrainingArguments):
             raise RunError("auto_find_batch_size would change the batch in the middle of a run; set stage_batch_sizes")
         if self.save_only_model:
             raise RunError("save_only_model writes checkpoints that no run can be resumed from; leave it out")
+        if self.compile_layers and not self.torch_compile:
+            raise RunError("compile_layers says how torch_compile compiles; set torch_compile too, or leave it out")
         if self.lr_span not in LR_SPANS:
             raise RunError(f"lr_span must be one of {', '.join(LR_SPANS)}, got {self.lr_span!r}")
         for name in PER_STAGE:

@@ -24,7 +24,8 @@ CHANGEABLE = (
     # A step.
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32"),
-    *("gradient_checkpointing", "activation_checkpointing", "torch_compile", "use_liger_kernel"),
+    *("gradient_checkpointing", "activation_checkpointing", "torch_compile", "compile_layers"),
+    "use_liger_kernel",
     # Evaluation, logging and saving.
     *("eval_strategy", "eval_steps", "eval_before_growth", "eval_after_growth", "per_device_eval_batch_size"),
     *("logging_strategy", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),

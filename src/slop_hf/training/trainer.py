@@ -104,9 +104,9 @@ class SlopTrainer(Trainer):
     After SIGTERM or Ctrl-C the trainer saves a checkpoint and stops. It does the same if a callback sets
     `control.should_training_stop`; after the last step of a stage, the stage is finished instead.
 
-    It overrides private methods of `Trainer` (`_init_training_state`, `_prepare_for_training`, `_save_checkpoint`,
-    `_load_rng_state`, `_maybe_log_save_evaluate`), and `create_accelerator_and_postprocess`; `tests/training` fails if
-    a release of transformers changes them.
+    It overrides private methods of `Trainer` (`_build_accelerator_args`, `_init_training_state`,
+    `_prepare_for_training`, `_save_checkpoint`, `_load_rng_state`, `_maybe_log_save_evaluate`), and
+    `create_accelerator_and_postprocess`; `tests/training` fails if a release of transformers changes them.
 
     Args:
         model: initial model, with the schedule's initial dims.
@@ -204,6 +204,16 @@ class SlopTrainer(Trainer):
         self.add_callback(ProgressFile(self.run.path, lambda: self._span, self.spans[-1]))
         self.add_callback(self._stop)
         self.add_callback(StageEnd(lambda: self._span.end_step))
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As in `Trainer`, with the way to compile that `compile_layers` asks for."""
+        settings: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        if self.args.compile_layers:
+            plugin = settings["dynamo_plugin"]
+            # A stage may begin with an evaluation in other batches, a resumed stage does not. torch would then compile
+            # the steps of only one of them for batches of any size, and their sums would differ in the last bit.
+            plugin.use_regional_compilation, plugin.dynamic = True, False
+        return settings
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, but with FSDP2 also on CPUs."""
