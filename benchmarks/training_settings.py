@@ -32,7 +32,6 @@ CASES: dict[str, dict[str, tuple[tuple[int, ...], Record]]] = {
         "heads of 16": ((48, 128, 8, 3), {}),
         "heads of 16, compiled layers": ((48, 128, 8, 3), COMPILED),
         "heads of 24, compiled layers": ((48, 128, 8, 2), COMPILED),
-        "heads of 8, compiled layers": ((48, 128, 8, 6), COMPILED),
     },
     "nano8": {
         "heads of 8": ((88, 240, 8, 11), {}),

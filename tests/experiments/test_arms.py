@@ -193,12 +193,23 @@ def test_arms_without_a_schedule_are_named_in_the_error(make, arm, error, messag
         build_jobs(make({"one": arm}))
 
 
-def test_utility_shares_of_a_given_schedule_and_pretrained_models_are_refused(make, planned):
+def test_utility_shares_of_a_given_schedule_are_refused(make, planned):
     given = yaml.safe_load(planned[0].to_yaml())
     with pytest.raises(RunError, match="shares 'utility' are the planner's"):
         build_jobs(make({"one": {"schedule": given, "shares": "utility"}}))
-    with pytest.raises(RunError, match="experiments begin with random weights"):
-        build_jobs(make({"one": {"plan": "best"}}, model={"pretrained": "some/model"}))
+
+
+def test_runs_may_begin_with_a_pretrained_model(make):
+    """It is not loaded to count FLOPs, and needs no trained stage of its own."""
+    model = {"pretrained": "some/model", "model_type": "llama", "vocab_size": 300}
+    arms = {"not grown": {"chain": ["initial"]}, "grown": {"chain": ["initial", "target"], "shares": [0, 1]}}
+    plain, grown = add_shared_prefixes(build_jobs(make(arms, model=model)))
+    assert plain.schedule.tokens[0] > 0 and grown.schedule.tokens[0] == 0
+    assert plain.config.model == grown.config.model == {**RUN["model"], **model}
+    with pytest.raises(RunError, match="pretrained lacks model_type, vocab_size next to it"):
+        build_jobs(make(arms, model={"pretrained": "some/model"}))
+    with pytest.raises(RunError, match="arm one: control from_scratch begins with random weights, .*leave the arm out"):
+        build_jobs(make({"one": {"control": "from_scratch"}}, model=model))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------------

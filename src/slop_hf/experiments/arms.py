@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from ..baselines import ARMS, ArmRequest
+from ..baselines.arms import FROM_RANDOM
 from ..cost.flops import count_flops_per_token, count_parameters
 from ..dims import ModelConfig
 from ..errors import PlanError, RunError
@@ -20,6 +21,8 @@ from ..schedule import GrowthSchedule, GrowthStage
 from ..training.config import RunConfig, find_vocab_size
 from .config import ArmConfig, Experiment
 
+#: Fields of the model's config that FLOPs depend on.
+_FIELDS_OF_COST = ("model_type", "vocab_size", "tie_word_embeddings")
 #: The most orders that one target can have: each dimension grows in one stage.
 _MAX_ORDERS = math.factorial(len(OPERATORS))
 
@@ -27,6 +30,10 @@ _MAX_ORDERS = math.factorial(len(OPERATORS))
 def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1.0) -> GrowthSchedule:
     """Return the schedule of an arm, with as many tokens as `budget` times the scale's budget buys."""
     spend = experiment.sizes.budget * budget
+    if arm.control in FROM_RANDOM and "pretrained" in experiment.run.model:
+        raise RunError(
+            f"control {arm.control} begins with random weights, but all runs begin with model.pretrained: leave the arm out"
+        )
     if arm.schedule is not None or arm.chain is not None:
         if arm.shares == "utility":
             raise RunError("shares 'utility' are the planner's; give the shares of a schedule as its stages' tokens")
@@ -78,10 +85,18 @@ def _get_flops_per_token(experiment: Experiment, schedule: GrowthSchedule) -> li
 
 
 def get_model_fields(run: RunConfig) -> ModelConfig:
-    """Return the fields of the model's config that growth leaves alone, as the planner takes them."""
-    if "pretrained" in run.model:
-        raise RunError("experiments begin with random weights, so that seeds differ in them; leave `pretrained` out")
-    return {"model_type": "llama", "vocab_size": find_vocab_size(run), **run.model}
+    """Return the fields of the model's config that growth leaves alone, as the planner takes them.
+
+    Raises:
+        RunError: if the run begins with a pretrained model whose fields are not next to it.
+    """
+    fields = {name: value for name, value in run.model.items() if name != "pretrained"}
+    if "pretrained" in run.model and (missing := [name for name in _FIELDS_OF_COST if name not in fields]):
+        raise RunError(
+            f"model.pretrained lacks {', '.join(missing)} next to it, and FLOPs are counted before any model is loaded: "
+            "add what its config has"
+        )
+    return {"model_type": "llama", "vocab_size": find_vocab_size(run), **fields}
 
 
 def build_planner(experiment: Experiment, arm: ArmConfig) -> SlopPlanner:

@@ -101,7 +101,8 @@ class ScaleConfig(Record, error=RunError):
 
     Args:
         run: config that all runs share (model, data, training, evaluation), in place or as the path of a run's file;
-            its schedule is ignored.
+            its schedule is ignored. With `model.pretrained` all runs begin with that model, and seeds differ in the
+            order of the data and in new entries.
         structures: structures by name, `hidden,ffn,layers,heads[,kv_heads[,head_dim]]`.
         flops: training FLOPs of each run; give these or `tokens`.
         tokens: training tokens of each run; give these or `flops`.
