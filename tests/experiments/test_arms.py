@@ -209,7 +209,7 @@ def test_runs_may_begin_with_a_pretrained_model(make):
     with pytest.raises(RunError, match="pretrained lacks model_type, vocab_size next to it"):
         build_jobs(make(arms, model={"pretrained": "some/model"}))
     with pytest.raises(
-        RunError, match="arm one: control from_scratch begins with random weights, .*leave the arm out"
+        RunError, match=r"arm one: control from_scratch begins with random weights, .*leave the arm out"
     ):
         build_jobs(make({"one": {"control": "from_scratch"}}, model=model))
 

