@@ -165,8 +165,13 @@ class SlopTrainer(Trainer):
         check_collator(collator, self.blocks[0], block_size)
         if not self.is_deepspeed_enabled:
             check_precision(model, args)
+        self._init_run(model, schedule, block_size)
+        self._init_stage()
+        self._add_observers(block_size)
 
-        # The run.
+    def _init_run(self, model: PreTrainedModel, schedule: GrowthSchedule, block_size: int) -> None:
+        """Plan the run, and note what holds in all of its stages."""
+        args = self.args
         self.run = RunDirectory(args.output_dir)
         self.ranks = Ranks.from_args(args)
         self.plan = self._plan_run(model, schedule, block_size)
@@ -182,7 +187,8 @@ class SlopTrainer(Trainer):
             self._added = list_adding_stages(self.spans, model.config)
         self._frozen: list[frozenset[str]] = []  # frozen parameters of each stage, once training begins
 
-        # The stage in training.
+    def _init_stage(self) -> None:
+        """Begin with the first stage; `train` changes this."""
         self._span: StageSpan = self.spans[0]
         self._reader: GrownStateReader | None = None  # source of the states of the next model
         self._resumption: Resumption = {}  # content of the checkpoint from which the stage resumes
@@ -192,13 +198,14 @@ class SlopTrainer(Trainer):
         self._saved_step = -1  # step of the newest checkpoint of this call
         self._newest_evaluation: tuple[int, dict[str, float]] = (-1, {})  # step and metrics, of this call
 
-        # Observers.
+    def _add_observers(self, block_size: int) -> None:
+        """Watch losses, speed and signals during training."""
         self._guard = NonFiniteLossGuard(self.ranks)
         self._held_out_loss = HeldOutLoss(self.ranks, block_size)
         self._timer = self._build_timer()
         self._stop = StopOnSignal(self.ranks)
         self._progress = RunProgress(lambda: self._span, self.spans)
-        if not args.disable_tqdm:
+        if not self.args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(self._progress)
         self.add_callback(ProgressFile(self.run.path, lambda: self._span, self.spans[-1]))
