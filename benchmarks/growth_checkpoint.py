@@ -36,7 +36,7 @@ TARGETS: dict[str, dict[str, dict[str, int]]] = {
 }
 INITS = {"layer": ("stack", "preserving"), "hidden": ("random", "preserving", "copy")}
 PEAK_LIMIT = 1.5 * 2**30
-SECONDS_LIMIT = 1.5
+SECONDS_LIMIT = 1.2
 
 
 def run(context: Context) -> Record:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -523,11 +523,47 @@ def _write_weights(plan: CheckpointPlan, directory: Path, threads: int, progress
             with lock:
                 unwritten[file] -= 1
                 is_complete = not unwritten[file]
-            if is_complete:
-                flush_shard(directory, shards[file])
+            flusher.flush(shards[file], is_complete=is_complete)
 
-        _run_in_threads(plan.tensors, grow_and_write, threads)
+        with _Flusher(directory) as flusher:
+            _run_in_threads(plan.tensors, grow_and_write, threads)
     return combine_hashes((name, digest) for name, digest in hashes.items() if digest)
+
+
+class _Flusher:
+    """A thread that brings files to the disk while others grow the next tensors.
+
+    The kernel alone would begin when a tenth of the memory is to be written, and the disk would be idle until then.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pool = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+        self._lock = threading.Lock()
+
+    def flush(self, shard: Shard, *, is_complete: bool) -> None:
+        """Flush a shard: if it is complete, in any case, and otherwise if no flush is waiting or running.
+
+        Raises:
+            GrowthError: if the flush before has failed.
+        """
+        with self._lock:
+            is_idle = all(flush.done() for flush in self._flushes[-1:])
+            if is_idle and self._flushes:
+                self._flushes[-1].result()
+            if is_idle or is_complete:
+                self._flushes.append(self._pool.submit(flush_shard, self._directory, shard))
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until all shards are on the disk, unless an error ends the growth."""
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for flush in self._flushes:
+                flush.result()
 
 
 def _grow_tensor(
