@@ -1,14 +1,18 @@
 """Tokenizing, reading and resuming, compared with the libraries underneath; `README.md` explains the record.
 
 python benchmarks/data.py                 # about ten minutes, on an otherwise idle machine
+python benchmarks/data.py workers         # one part
 python benchmarks/data.py --scale tiny    # to see that it works; the numbers mean nothing
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from measuring import (
     make_goal,
     make_parser,
     read_options,
+    save_part,
     time_call,
 )
 from rich.console import Console
@@ -34,11 +39,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
 from slop_hf import RunConfig
 from slop_hf.data import MixedBlocks, PackedDataset, Source, read_documents, train_tokenizer
+from slop_hf.data.config import PACKAGES, DataPart
 from slop_hf.data.order import BlockOrder
 from slop_hf.data.packing import TokenWriter
-from slop_hf.data.tokenizing import make_plain_backend, tokenize
-from slop_hf.io.files import write_text
-from slop_hf.io.serialization import to_json
+from slop_hf.data.parts import TokenizingJob, merge_parts, tokenize_part
+from slop_hf.data.sources import list_local_files
+from slop_hf.data.tokenizing import SPLITS, make_plain_backend, tokenize
 
 TINY_RECIPE = ROOT / "recipes" / "grow_tiny.yaml"
 SOURCE = "python-stdlib"
@@ -48,6 +54,9 @@ VOCABULARIES = {"full": 32_000, "tiny": 500}
 BLOCK_SIZES, BATCH = (128, 2048), 16
 WEIGHTS = (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02)  # of the paper's seven sources
 ENCODED = 1000  # texts per call of the bare tokenizer
+#: Bytes of text for one worker and for several, and for the tokenizer that they use.
+WORKERS_BYTES = {"full": 150_000_000, "tiny": 300_000}
+TOKENIZER_BYTES = {"full": 20_000_000, "tiny": 100_000}
 
 
 def measure_tokenizing(scale: str, repetitions: int, folder: Path) -> Record:
@@ -189,34 +198,131 @@ def measure_resuming(scale: str, repetitions: int, folder: Path) -> Record:
     }
 
 
-PARTS = {"tokenizing": measure_tokenizing, "reading": measure_reading, "resuming": measure_resuming}
+def measure_workers(scale: str, repetitions: int, folder: Path) -> Record:
+    """Measure the rate of one worker per core, compared with one worker on one core times the number of cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    texts = copy_packages(folder / "texts", WORKERS_BYTES[scale])
+    documents = read_documents(Source(str(texts)))
+    tokenizer = train_tokenizer(take_bytes(documents, TOKENIZER_BYTES[scale]), VOCABULARIES[scale])
+    job = TokenizingJob(Source(str(texts)), tokenizer, 0.01, "t", None)
+    tokens: set[int] = set()
+
+    def tokenize_with(workers: int) -> float:
+        with tempfile.TemporaryDirectory(dir=folder) as made, use_cores(cores if workers > 1 else cores[:1]):
+            building = Path(made, "building")
+            building.mkdir()
+            seconds = time_call(lambda: run_workers(job, building, workers))
+            tokens.add(sum((building / f"{split}.ds").stat().st_size // 2 for split in SPLITS))
+            return seconds
+
+    # The first call starts the process that all workers are forked from, and imports what they need.
+    startup = time_call(partial(tokenize_first, texts, job, folder, len(cores)))
+    number = f"{len(cores)} workers"
+    contenders = {"1 worker": partial(tokenize_with, 1), number: partial(tokenize_with, len(cores))}
+    seconds = alternate(contenders, repetitions)
+    (count,) = tokens  # every run must give the same
+    rates = {name: count / statistics.median(runs) for name, runs in seconds.items()}
+    ratio = rates[number] / (len(cores) * rates["1 worker"])
+    nbytes = sum(path.stat().st_size for path in texts.iterdir())
+    return {
+        "documents": sum(1 for _ in texts.iterdir()),
+        "bytes": nbytes,
+        "tokens": count,
+        "vocab_size": len(tokenizer),
+        "workers": len(cores),
+        "timed": "reading, hashing, tokenizing, writing and merging; one worker has one core, and nothing to merge",
+        "startup_seconds": startup,
+        "seconds": seconds,
+        "tokens_per_second": rates,
+        "bytes_per_second": {name: nbytes / statistics.median(runs) for name, runs in seconds.items()},
+        "rate_ratio": ratio,
+        "goals": [make_goal(f"{len(cores)} x one worker's rate / that of {number}", 1 / ratio, 1 / 0.8)],
+    }
 
 
-def build_table(record: Record) -> Table:
-    """Return the median seconds of everything that was timed."""
-    table = Table("part", "what", "median s", title="data")
-    for name in PARTS:
-        part = record[name]
-        for case in part.get("cases", [part]):
-            timings = case["seconds"] if isinstance(case["seconds"], dict) else {"first batch": case["seconds"]}
-            for what, runs in timings.items():
-                label = f"{what}, blocks of {case['block_size']}" if "block_size" in case else what
-                table.add_row(name, label, f"{statistics.median(runs):.3f}")
+def copy_packages(folder: Path, nbytes: int) -> Path:
+    """Copy sources of the installed packages into a folder, in the order of their names, until it has `nbytes`."""
+    folder.mkdir()
+    copied = 0
+    for number, path in enumerate((list_local_files(PACKAGES) or {}).values()):
+        if copied >= nbytes:
+            break
+        copied += Path(shutil.copyfile(path, folder / f"{number:06}.py")).stat().st_size
+    return folder
+
+
+def take_bytes(texts: Iterator[str], nbytes: int) -> Iterator[str]:
+    """Yield texts until they have `nbytes` characters."""
+    for text in texts:
+        if nbytes <= 0:
+            break
+        nbytes -= len(text)
+        yield text
+
+
+@contextmanager
+def use_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Let this thread and those that it starts run on some cores only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def run_workers(job: TokenizingJob, building: Path, workers: int) -> None:
+    """Tokenize as `prepare_data` does: into `building`, or in pieces that are merged into it."""
+    if workers == 1:
+        job.run(building)
+        return
+    part, parts = DataPart(1, 1), building.with_name("parts")
+    tokenize_part(job, parts / str(part), part, workers, None)
+    merge_parts(job, [parts / str(part)], building)
+
+
+def tokenize_first(texts: Path, job: TokenizingJob, folder: Path, workers: int) -> None:
+    """Tokenize the first files, one per worker."""
+    files = [str(path) for path in sorted(texts.iterdir())[:workers]]
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        tokenize_part(job._replace(source=Source(files)), Path(made, "1-of-1"), DataPart(1, 1), workers, None)
+
+
+PARTS = {
+    "tokenizing": measure_tokenizing,
+    "workers": measure_workers,
+    "reading": measure_reading,
+    "resuming": measure_resuming,
+}
+
+
+def build_table(name: str, record: Record) -> Table:
+    """Return the median seconds of everything that was timed in a part."""
+    table = Table("what", "median s", title=name)
+    for case in record.get("cases", [record]):
+        timings = case["seconds"] if isinstance(case["seconds"], dict) else {"first batch": case["seconds"]}
+        for what, runs in timings.items():
+            label = f"{what}, blocks of {case['block_size']}" if "block_size" in case else what
+            table.add_row(label, f"{statistics.median(runs):.3f}")
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = read_options(make_parser("data", __doc__), "data", arguments, repetitions={"full": 3, "tiny": 3})
-    command = f"python benchmarks/data.py --scale {options.scale} --repetitions {options.repetitions}"
-    record: Record = describe_circumstances(options.scale, options.repetitions, command)
-    with tempfile.TemporaryDirectory(prefix="data-benchmark-", dir=options.workdir) as directory:
-        for name, part in PARTS.items():
-            record[name] = part(options.scale, options.repetitions, Path(directory))
-    record["goals"] = [goal for name in PARTS for goal in record[name].pop("goals")]
-    write_text(options.output, to_json(record))
+    parser = make_parser("data", __doc__)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}, or all (default)")
+    names = list(PARTS)
+    repetitions = {"full": 3, "tiny": 3}
+    options = read_options(parser, "data", arguments, repetitions=repetitions, parts=names, default_parts=names)
     console = Console()
-    console.print(build_table(record))
-    console.print(build_goals_table(record))
+    for part in options.parts:
+        command = f"python benchmarks/data.py {part} --scale {options.scale} --repetitions {options.repetitions}"
+        circumstances = describe_circumstances(options.scale, options.repetitions, command)
+        console.print(f"[bold]{part}[/bold] ...")
+        with tempfile.TemporaryDirectory(prefix="data-benchmark-", dir=options.workdir) as directory:
+            record = PARTS[part](options.scale, options.repetitions, Path(directory))
+        save_part(options.output, part, {**circumstances, **record}, PARTS)
+        console.print(build_table(part, record))
+        console.print(build_goals_table(record))
     console.print(f"record: {options.output}")
 
 

@@ -21,4 +21,8 @@ def test_it_leaves_a_record(tmp_path, monkeypatch):
     assert record["tokenizing"]["documents"] == 100 and record["tokenizing"]["rate_ratio"] > 0
     assert [case["block_size"] for case in record["reading"]["cases"]] == [128, 2048]
     assert all(rate > 0 for case in record["reading"]["cases"] for rate in case["tokens_per_second"].values())
-    assert len(record["goals"]) == 5 and all(goal["value"] > 0 for goal in record["goals"])
+    workers = record["workers"]
+    assert workers["bytes"] > 300_000 and workers["tokens"] > workers["documents"]
+    assert set(workers["seconds"]) == {"1 worker", f"{workers['workers']} workers"} and workers["rate_ratio"] > 0
+    goals = [goal for part in record.values() for goal in part["goals"]]
+    assert len(goals) == 6 and all(goal["value"] > 0 for goal in goals)
