@@ -68,10 +68,10 @@ def test_ranks_without_a_row(tmp_path):
 
 @pytest.mark.slow
 def test_bf16_keeps_weights_and_losses_in_float32(tmp_path):
-    """With FSDP2 asked for by the training arguments, under a launcher that does not know it."""
+    """With FSDP2 and its offloading asked for by the training arguments, under a launcher that does not know them."""
     alone = trainer(tmp_path / "alone", model=small_model(dropout=0.0), **SETTINGS)
     alone.train()
-    settings = {**SETTINGS, "bf16": True, "fsdp": True}
+    settings = {**SETTINGS, "bf16": True, "fsdp": True, "fsdp_config": {"cpu_offload": True}}
     ended = launch_forked("ddp", 2, output=tmp_path / "out", batch=BATCH // 2, arguments=settings)
     assert ended.code == 0, ended.text[-4000:]
     assert {weight.dtype for weight in weights(tmp_path / "out", "stage-3-hidden").values()} == {torch.float32}

@@ -37,6 +37,8 @@ def prepare_accelerator(accelerator: Accelerator, settings: dict[str, Any] | Non
     plugin = FullyShardedDataParallelPlugin(**(settings or {}))
     if state.mixed_precision != "no":
         plugin.set_mixed_precision(state.mixed_precision)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # without a GPU, torch cannot pin memory
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
