@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,8 @@ BLOCK_SIZES, BATCH = (128, 2048), 16
 WEIGHTS = (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02)  # of the paper's seven sources
 ENCODED = 1000  # texts per call of the bare tokenizer
 #: Bytes of text for one worker and for several, and for the tokenizer that they use.
-WORKERS_BYTES = {"full": 150_000_000, "tiny": 300_000}
-TOKENIZER_BYTES = {"full": 20_000_000, "tiny": 100_000}
+WORKERS_BYTES = {"full": 100_000_000, "tiny": 300_000}
+TOKENIZER_BYTES = {"full": 10_000_000, "tiny": 100_000}
 
 
 def measure_tokenizing(scale: str, repetitions: int, folder: Path) -> Record:
@@ -200,43 +200,43 @@ def measure_resuming(scale: str, repetitions: int, folder: Path) -> Record:
 
 def measure_workers(scale: str, repetitions: int, folder: Path) -> Record:
     """Measure the rate of one worker per core, compared with one worker on one core times the number of cores."""
-    cores = sorted(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0))
     texts = copy_packages(folder / "texts", WORKERS_BYTES[scale])
     documents = read_documents(Source(str(texts)))
     tokenizer = train_tokenizer(take_bytes(documents, TOKENIZER_BYTES[scale]), VOCABULARIES[scale])
     job = TokenizingJob(Source(str(texts)), tokenizer, 0.01, "t", None)
     tokens: set[int] = set()
 
-    def tokenize_with(workers: int) -> float:
-        with tempfile.TemporaryDirectory(dir=folder) as made, use_cores(cores if workers > 1 else cores[:1]):
+    def tokenize_with(count: int) -> float:
+        with tempfile.TemporaryDirectory(dir=folder) as made, use_one_core() if count == 1 else nullcontext():
             building = Path(made, "building")
             building.mkdir()
-            seconds = time_call(lambda: run_workers(job, building, workers))
+            seconds = time_call(lambda: run_workers(job, building, count))
             tokens.add(sum((building / f"{split}.ds").stat().st_size // 2 for split in SPLITS))
             return seconds
 
     # The first call starts the process that all workers are forked from, and imports what they need.
-    startup = time_call(partial(tokenize_first, texts, job, folder, len(cores)))
-    number = f"{len(cores)} workers"
-    contenders = {"1 worker": partial(tokenize_with, 1), number: partial(tokenize_with, len(cores))}
+    startup = time_call(partial(tokenize_first, texts, job, folder, workers))
+    number = f"{workers} workers"
+    contenders = {"1 worker": partial(tokenize_with, 1), number: partial(tokenize_with, workers)}
     seconds = alternate(contenders, repetitions)
-    (count,) = tokens  # every run must give the same
-    rates = {name: count / statistics.median(runs) for name, runs in seconds.items()}
-    ratio = rates[number] / (len(cores) * rates["1 worker"])
+    (total,) = tokens  # every run must give the same
+    rates = {name: total / statistics.median(runs) for name, runs in seconds.items()}
+    ratio = rates[number] / (workers * rates["1 worker"])
     nbytes = sum(path.stat().st_size for path in texts.iterdir())
     return {
         "documents": sum(1 for _ in texts.iterdir()),
         "bytes": nbytes,
-        "tokens": count,
+        "tokens": total,
         "vocab_size": len(tokenizer),
-        "workers": len(cores),
+        "workers": workers,
         "timed": "reading, hashing, tokenizing, writing and merging; one worker has one core, and nothing to merge",
         "startup_seconds": startup,
         "seconds": seconds,
         "tokens_per_second": rates,
         "bytes_per_second": {name: nbytes / statistics.median(runs) for name, runs in seconds.items()},
         "rate_ratio": ratio,
-        "goals": [make_goal(f"{len(cores)} x one worker's rate / that of {number}", 1 / ratio, 1 / 0.8)],
+        "goals": [make_goal(f"{workers} x one worker's rate / that of {number}", 1 / ratio, 1 / 0.8)],
     }
 
 
@@ -261,14 +261,19 @@ def take_bytes(texts: Iterator[str], nbytes: int) -> Iterator[str]:
 
 
 @contextmanager
-def use_cores(cores: Sequence[int]) -> Iterator[None]:
-    """Let this thread and those that it starts run on some cores only."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
+def use_one_core() -> Iterator[None]:
+    """Let this thread and those that it starts run on one core only, and tokenizers start none of its own."""
+    cores, name = os.sched_getaffinity(0), "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.sched_setaffinity(0, [min(cores)])
+    os.environ[name] = "false"
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        os.sched_setaffinity(0, cores)
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def run_workers(job: TokenizingJob, building: Path, workers: int) -> None:
