@@ -1,4 +1,4 @@
-"""The growth law that comes along: src/slop_hf/cost/laws/default.yaml, made from benchmarks/results/growth_law.yaml.
+"""The default growth law: src/slop_hf/cost/laws/default.yaml, made from benchmarks/results/growth_law.yaml.
 
 python benchmarks/default_law.py            # writes it, in a second
 python benchmarks/default_law.py --check    # changes nothing; exits 1 if the file is not the one that it would write
@@ -24,7 +24,7 @@ FITTED, LAW = "benchmarks/results/growth_law.yaml", "src/slop_hf/cost/laws/defau
 
 
 def build_law(root: Path) -> GrowthLaw:
-    """Return the law that comes along, from the one fitted to all records."""
+    """Return the default law, from the one fitted to all records."""
     return transfer_growth(GrowthLaw.from_yaml(root / FITTED), [ScalingLaw(), HOFFMANN])
 
 

@@ -1,4 +1,4 @@
-"""The law that comes along is the one that its command makes of the law fitted to all records."""
+"""The default law is the one that its command makes of the law fitted to all records."""
 
 import importlib.util
 import shutil

@@ -1,4 +1,4 @@
-"""The law that comes along: published losses of one stage, and growth's effects of the fitted law."""
+"""The default law: published losses of one stage, and growth's effects of the fitted law."""
 
 import dataclasses
 import math

@@ -151,7 +151,7 @@ def test_a_target_is_kept_and_a_small_start_does_not_hold_back():
 
 
 def make_law(**constants):
-    """The law that comes along without doubt, with other constants."""
+    """The default law without doubt, with other constants."""
     law = load_default_law()
     changed = dataclasses.replace(law.constants, **constants)
     return dataclasses.replace(law, constants=changed, replicates=(), own_deviation=0.001, most_kept=1.0)

@@ -85,7 +85,7 @@ def advise_command(
     checkpointing: Checkpointing = False,
     precision: PrecisionName = "bf16",
     law: Annotated[
-        str | None, make_option(_OUTPUT, help="Growth law: a file. Default: the one that comes along.")
+        str | None, make_option(_OUTPUT, help="Growth law: a file. Default: the law of the package.")
     ] = None,
     row: Annotated[int, make_option(_OUTPUT, help="Row of the table that --output writes.")] = 1,
     plot: Annotated[

@@ -146,7 +146,7 @@ def parse_structure(text: str, option: str) -> ModelDims:
 
 
 def read_law(path: str | Path | None, option: str = "--law") -> GrowthLaw:
-    """Read the growth law that an option names; None is the one that comes along.
+    """Read the growth law that an option names; None is the default law.
 
     Raises:
         PlanError: if the file holds no law.

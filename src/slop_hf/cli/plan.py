@@ -133,7 +133,7 @@ def plan_command(
         str | None,
         make_option(
             _TOKENS,
-            help="Growth law of the verdict and of --objective final_loss: a file. Default: the one that comes along.",
+            help="Growth law of the verdict and of --objective final_loss: a file. Default: the law of the package.",
         ),
     ] = None,
     sharing: Annotated[

@@ -75,7 +75,7 @@ def upscale_command(
     ] = None,
     law: Annotated[
         str | None,
-        make_option(_TRAINING, help="Growth law of the forecast: a file. Default: the one that comes along."),
+        make_option(_TRAINING, help="Growth law of the forecast: a file. Default: the law of the package."),
     ] = None,
     device_memory: DeviceMemory = None,
     devices: MemoryDevices = 1,

@@ -1,6 +1,6 @@
 """A growth law for another scale: the level of published scaling laws, and growth's effects of a fitted law.
 
-`load_default_law` reads the one that comes along, which `python benchmarks/default_law.py` makes.
+`load_default_law` reads the default law, which `python benchmarks/default_law.py` makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .staged_run import GROWN_DIMENSIONS
 
 _Array = npt.NDArray[np.float64]
 
-#: File of the law that comes along.
+#: File of the default law.
 DEFAULT_LAW = Path(__file__).parent / "laws" / "default.yaml"
 #: Tokens of the smallest and the largest run of Hoffmann et al. 2022.
 FITTED_TOKENS = (5e9, 5e11)
@@ -45,7 +45,7 @@ _NO_EFFECT = 1e-6
 
 
 def load_default_law() -> GrowthLaw:
-    """Return the law that comes along.
+    """Return the default law.
 
     Its losses of one stage are those of Besiroglu et al. 2024, its effects of growth those of the records of this
     repository, transferred by `transfer_growth`.

@@ -77,7 +77,7 @@ class Question:
         config, sequence_length: settings that growth does not change, and tokens per training sequence.
         cost_model: device hours of the hardware; needed for a budget in hours.
         memory: memory per device, and how training uses it; options that do not fit are left out.
-        law: growth law; default, the one that comes along.
+        law: growth law; None is the default law.
 
     Raises:
         PlanError: if arguments contradict each other or are out of range.

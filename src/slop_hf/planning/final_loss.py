@@ -47,7 +47,7 @@ class LossSettings:
     """How losses are predicted, and which runs are compared.
 
     Args:
-        law: growth law; default, the one that comes along.
+        law: growth law; None is the default law.
         schedule: learning-rate schedule; its span is one of `spans`.
         spans: spans of the schedule to choose from.
         already_seen: tokens that the initial model was trained on before, under a schedule that has ended.

@@ -98,7 +98,7 @@ class SlopPlanner:
             the best of its path over the tokens of its stages and the span of the learning-rate schedule.
         cost_model: device hours of the hardware, for objectives that need them.
         law: scaling law that predicts losses.
-        loss: growth law and grid of objective `final_loss`; default, the law that comes along.
+        loss: growth law and grid of objective `final_loss`; None is the default law.
         mode: see the list.
         stages: number of growth stages; None for mode `once`, or to let the planner choose.
         max_stages: largest number of stages if the planner chooses.

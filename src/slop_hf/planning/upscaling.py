@@ -153,7 +153,7 @@ def plan_upscaling(
         init: init of the operator `layer`; default that of `slop advise`.
         config, sequence_length: settings that growth does not change, and tokens per training sequence.
         memory: memory per device, and how training uses it.
-        law: growth law; default, the one that comes along.
+        law: growth law; None is the default law.
 
     Raises:
         PlanError: if a number is out of range, or the grown model does not fit into the memory of a device.
