@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt src/slop_hf/__init__.py
 # Two test processes of one thread each; ARGS goes to pytest, as in make test ARGS="-k planner".
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test check results docs slow gpu constraints clean
+.PHONY: help demo test check results docs pages slow gpu constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,10 @@ results: $(VENV)/.runtime  ## rebuild the results in README.md and docs/ from be
 
 docs: $(VENV)/.docs  ## build the documentation into site/ with Python 3.11 or later; every warning is an error
 	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/docs -c docs . site
+
+pages: $(VENV)/.dev  ## run the tutorial and the notebook again, in minutes, and write their outputs into them
+	$(BIN)/python docs/run_page.py docs/tutorial.md
+	$(BIN)/python docs/run_page.py notebooks/quickstart.ipynb
 
 slow: $(VENV)/.dev  ## run the tests that take minutes, and more examples of random ones
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis" $(ARGS)
