@@ -6,6 +6,7 @@ Settings, as JSON:
     batch: per_device_train_batch_size
     schedule: schedule file, instead of `training_runs.SCHEDULE`
     dropout: attention dropout, default 0
+    experts: sizes with which a dense model of the dims `initial` becomes the run's initial model
     frozen: parts of the names of parameters to freeze
     dump: a directory for the states that each stage begins with, and how many numbers of them each rank holds
     at: events after a step: {"6": "interrupt" | "nan" | "terminate" | "hang"}, on the rank `on` (default: all); also
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from training_runs import SCHEDULE, freeze, small_model, trainer
 from transformers import TrainerCallback
 
-from slop_hf import GrowthSchedule, RunDirectory
+from slop_hf import GrowthSchedule, ModelDims, RunDirectory, grow_model
 from slop_hf.errors import SlopError
 from slop_hf.training import state_io
 from slop_hf.training.callbacks import StageCallback
@@ -160,8 +161,11 @@ class At(TrainerCallback):
 def main(settings: dict[str, Any]) -> None:
     output = Path(settings["output"])
     schedule = SCHEDULE if "schedule" not in settings else GrowthSchedule.from_yaml(settings["schedule"])
-    model = small_model(schedule.initial, dropout=settings.get("dropout", 0.0))
+    initial = ModelDims(**settings["initial"]) if "initial" in settings else schedule.initial
+    model = small_model(initial, dropout=settings.get("dropout", 0.0))
     freeze(model, settings.get("frozen", []))
+    if "experts" in settings:
+        model = grow_model(model, "experts", settings["experts"])
     callbacks: list[Any] = [At(settings.get("at", {}), settings.get("on"))]
     if "dump" in settings:
         callbacks.append(Dump(Path(settings["dump"])))

@@ -48,9 +48,26 @@ class LoggedStates(ReplicatedStates):
         super().__init__(*parts)
         self.log = log
 
-    def gather(self, name, key, owner):
+    def gather(self, name, key, owner, numbers=None):
         self.log.append(owner)
-        return super().gather(name, key, owner)
+        return super().gather(name, key, owner, numbers)
+
+
+@pytest.mark.parametrize(("numbers", "senders"), [(range(3, 9), [0, 1, 2]), (range(4, 8), [1]), (range(8, 10), [2])])
+def test_only_ranks_with_some_of_a_slice_send(monkeypatch, numbers, senders):
+    """Rank 1 of three, for ten numbers in parts of four."""
+    whole, sent = torch.arange(10.0), []
+
+    def broadcast(tensor, src):
+        first = max(numbers.start, 4 * src)
+        if src != 1:
+            tensor.copy_(whole[first : first + len(tensor)])
+        sent.append(src)
+
+    monkeypatch.setattr("slop_hf.training.ranks.dist.broadcast", broadcast)
+    gathered = [Ranks(1, 3).gather_slice(whole[4:8], 4, numbers, owner, torch.float64) for owner in (0, 1)]
+    assert gathered[0] is None and gathered[1].equal(whole[numbers.start : numbers.stop].double())
+    assert sent == 2 * senders
 
 
 def test_ranks_write_in_rounds(trained, tmp_path, monkeypatch):

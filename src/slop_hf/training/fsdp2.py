@@ -125,8 +125,11 @@ class Fsdp2States(ReplicatedStates):
     """`States` of a model sharded by FSDP2: weights and moments are DTensors."""
 
     @torch.no_grad()
-    def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
+    def gather(self, name: str, key: str, owner: int, numbers: range | None = None) -> torch.Tensor | None:
         tensor = cast(DTensor, self._get_tensor(name, key))
+        if numbers is not None:
+            size = self.ranks.count_rows_part(tensor.shape)
+            return self.ranks.gather_slice(tensor.to_local().flatten(), size, numbers, owner, tensor.dtype)
         return self.ranks.gather_parts(self.ranks.pad_rows(tensor.to_local(), tensor.shape), tensor.shape, owner)
 
     @torch.no_grad()

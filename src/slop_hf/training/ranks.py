@@ -115,6 +115,33 @@ class Ranks:
                 return None
         return flat[: math.prod(shape)].view(tuple(shape))
 
+    def gather_slice(
+        self, part: torch.Tensor, size: int, numbers: range, owner: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Return consecutive numbers of a tensor on their owner, given the part of each rank; None on other ranks.
+
+        Only the ranks that have some of them send; each rank receives them, and nothing else.
+
+        Args:
+            part: flat part of this rank, without padding.
+            size: numbers in the part of one rank, with padding.
+            numbers: positions in the flat tensor, one after another.
+            owner: rank that needs them.
+            dtype: dtype of the result.
+
+        >>> Ranks().gather_slice(torch.arange(6), 6, range(2, 5), 0, torch.int64)
+        tensor([2, 3, 4])
+        """
+        gathered = torch.empty(len(numbers), dtype=dtype, device=self.device)
+        for rank in range(numbers.start // size, math.ceil(numbers.stop / size)):
+            first = max(numbers.start, rank * size)
+            received = gathered[first - numbers.start : min(numbers.stop, (rank + 1) * size) - numbers.start]
+            if rank == self.rank:
+                received.copy_(part[first - rank * size :][: len(received)])
+            if self.count > 1:
+                dist.broadcast(received, src=rank)  # by the connections of training, as in `gather_parts`
+        return gathered if self.rank == owner else None
+
     def cut_part(
         self, value: torch.Tensor | None, size: int, owner: int, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:

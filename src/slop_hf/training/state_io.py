@@ -31,7 +31,6 @@ from ..growth.safetensors_io import (
     plan_shards,
     write_tensor,
 )
-from ..growth.stacks import select_piece
 from ..growth.tensors import start_worker_threads
 from ..io.files import write_text
 from .checksums import Checksum, RunningChecksum
@@ -65,7 +64,7 @@ def save_states(
     """
     architecture = get_architecture(config)
     sources: dict[str, tuple[str, str]] = {}
-    pieces: dict[str, tuple[int, int]] = {}  # name in the checkpoint -> arguments of `select_piece`
+    pieces: dict[str, range] = {}  # name in the checkpoint -> its numbers in the stack that holds it
     layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"model": {}, "optimizer": {}}
     steps, momentum = states.count_steps(), states.list_momentum()
     for name, shape in states.shapes.items():
@@ -76,9 +75,10 @@ def save_states(
             sources[weight] = name, WEIGHT
             layouts["model"][weight] = dtype_name, shape
             if row is not None and row.is_stacked:
-                parts = len(row.stored_parts)
-                pieces[weight] = number, parts
-                layouts["model"][weight] = dtype_name, (shape[1] // parts, *shape[2:])
+                piece_shape = (shape[1] // len(row.stored_parts), *shape[2:])
+                layouts["model"][weight] = dtype_name, piece_shape
+                size = math.prod(piece_shape)
+                pieces[weight] = range(number * size, (number + 1) * size)
         for key in (*MOMENT_KEYS, STEP) if name in steps else (MOMENTUM,) if name in momentum else ():
             sources[f"{key}/{name}"] = name, key
             dtype = torch.float32 if key == STEP else states.get_dtype(name, key)
@@ -99,7 +99,7 @@ def _write_shards(
     directory: Path,
     shards: list[Shard],
     sources: Mapping[str, tuple[str, str]],
-    pieces: Mapping[str, tuple[int, int]],
+    pieces: Mapping[str, range],
     steps: Mapping[str, float],
 ) -> dict[str, Checksum]:
     """Write every shard, each on one rank; in each round, each rank writes one tensor of its shards.
@@ -122,9 +122,10 @@ def _write_shards(
             if tensor is None:
                 continue
             name, key = sources[tensor.name]
-            value = torch.tensor(steps[name]) if key == STEP else states.gather(name, key, owner)
+            numbers = pieces.get(tensor.name)
+            value = torch.tensor(steps[name]) if key == STEP else states.gather(name, key, owner, numbers)
             if owner == ranks.rank and value is not None:
-                job = tensor, select_piece(value, *pieces[tensor.name]) if tensor.name in pieces else value
+                job = tensor, value if numbers is None else value.view(tensor.shape)
         if job is not None and failed is None:
             try:
                 # Once all have gathered, so that the ranks copy and write at the same time.

@@ -49,8 +49,12 @@ class States(Protocol):
         A parameter has none if it is frozen, or has had no gradient yet.
         """
 
-    def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
-        """Return a weight or a moment on the owner's device; None on other ranks."""
+    def gather(self, name: str, key: str, owner: int, numbers: range | None = None) -> torch.Tensor | None:
+        """Return a weight or a moment on the owner's device; None on other ranks.
+
+        Args:
+            numbers: positions in the flat tensor, one after another, to return alone, flat; None returns all.
+        """
 
     def list_momentum(self) -> Collection[str]:
         """Return the parameters with Muon's momentum."""
@@ -95,8 +99,11 @@ class ReplicatedStates:
         state = {} if self._optimizer is None else self._optimizer.state
         return {name for name, parameter in self._parameters.items() if MOMENTUM in state.get(parameter, {})}
 
-    def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
-        return self._get_tensor(name, key).detach() if self.ranks.rank == owner else None
+    def gather(self, name: str, key: str, owner: int, numbers: range | None = None) -> torch.Tensor | None:
+        if self.ranks.rank != owner:
+            return None
+        tensor = self._get_tensor(name, key).detach()
+        return tensor if numbers is None else tensor.flatten()[numbers.start : numbers.stop]
 
     def make_moments(self, steps: Mapping[str, float], momentum: Collection[str] = ()) -> None:
         assert self._optimizer is not None

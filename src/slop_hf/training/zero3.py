@@ -213,14 +213,16 @@ class Zero3States:
         return {name for names, flat in groups if MOMENTUM in self._adamw.state.get(flat, {}) for name in names}
 
     @torch.no_grad()
-    def gather(self, name: str, key: str, owner: int) -> torch.Tensor | None:
+    def gather(self, name: str, key: str, owner: int, numbers: range | None = None) -> torch.Tensor | None:
         parameter = self._parameters[name]
         if key != WEIGHT:
             part = safe_get_local_optimizer_state(parameter, key)
         else:
             part = safe_get_local_fp32_param(parameter) if name in self._trained else parameter.ds_tensor
-        part = part.detach().flatten().to(self.ranks.device, torch.float32)
-        return self.ranks.gather_parts(part, parameter.ds_shape, owner)
+        part = part.detach().flatten()
+        if numbers is not None:
+            return self.ranks.gather_slice(part, part.numel(), numbers, owner, torch.float32)
+        return self.ranks.gather_parts(part.to(self.ranks.device, torch.float32), parameter.ds_shape, owner)
 
     def make_moments(self, steps: Mapping[str, float], momentum: Collection[str] = ()) -> None:
         # torch counts in a tensor (on the parameters' device for fused kernels), DeepSpeed's own optimizers in an int.
