@@ -186,7 +186,7 @@ def test_adapters_are_refused():
         ("llama", {}, 4, "noisy", "a dense model gets a new router, which is random; leave out the init"),
         ("llama", {}, 1, None, "num_experts must be 2 or more, got 1; ask for more"),
         ("llama", {}, 4, "copy", r"unknown init 'copy' for operator 'experts' \(known: preserving, noisy"),
-        ("mixtral", {}, 6, None, "num_experts is 4, and grows to whole multiples only, got 6; ask for 8"),
+        ("mixtral", {}, 6, None, "without utilities it grows to whole multiples only, got 6; ask for 8"),
         ("mixtral", {}, 2.5, None, "num_experts must be a whole number from 1 to 4,096, got 2.5"),
         ("mixtral", {}, {"experts": 8}, None, "experts have no 'experts'"),
         (

@@ -11,6 +11,7 @@ import typer
 
 import slop_hf
 
+from ..cost.flops import count_experts
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..io.files import check_output
@@ -18,6 +19,7 @@ from ..io.serialization import read_json, read_yaml
 from ..io.units import format_duration
 from ..operators import EXPERTS, VOCABULARY, find_operators, grow_dims
 from ..schedule import GrowthSchedule, GrowthStage
+from .data import read_data
 from .options import AsJson, split_list
 from .shared import print_json
 
@@ -46,6 +48,14 @@ def grow_command(
         int | None,
         typer.Option(min=1, help="Width of an expert, for a dense model: a divisor of its ffn size. Default: that."),
     ] = None,
+    probe_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --experts: YAML file of a run or a mixture. The experts with the highest utility on its "
+            "training text are copied most often (init noisy)."
+        ),
+    ] = None,
+    probe_blocks: Annotated[int, typer.Option(min=1, help="Blocks of --probe-data to measure on.")] = 32,
     schedule: Annotated[
         Path | None,
         typer.Option("--schedule", "-s", help="Schedule written by `slop plan`: grow through all its stages."),
@@ -87,6 +97,9 @@ def grow_command(
 
     With 64 finer experts, 8 of them active (ffn 14336): `slop grow ./llama --experts 64 --experts-per-token 8
     --moe-intermediate-size 1792 -o ./mixtral`
+
+    8 experts become 12, by their utility on the text of a run: `slop grow ./mixtral --experts 12 --probe-data run.yaml
+    -o ./larger`
     """
     check_output(output, "--output", GrowthError, is_directory=True)
     new = hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
@@ -104,6 +117,7 @@ def grow_command(
     for option, value in {
         "--experts-per-token": experts_per_token,
         "--moe-intermediate-size": moe_intermediate_size,
+        "--probe-data": probe_data,
     }.items():
         if value is not None and experts is None:
             raise GrowthError(f"{option} belongs to --experts: give the new number of experts too")
@@ -117,6 +131,12 @@ def grow_command(
         }
         named = {name: count for name, count in counts.items() if count is not None}
         growth, settings = (EXPERTS, named), {**settings, "init": _read_inits(init)}
+        if probe_data is not None:
+            # Which experts are copied changes no size, so that equal utilities do for a dry run and for refusals.
+            settings["utility"] = [[1.0] * count_experts(config)] * old.num_hidden_layers
+            if not dry_run:
+                slop_hf.plan_checkpoint_growth(source, output, *growth, **settings)
+                settings["utility"] = _measure_utility(source, probe_data, probe_blocks)
     elif vocab_size is not None:
         if sizes or schedule:
             raise GrowthError("--vocab-size grows the vocabulary alone: give the other sizes in a growth of their own")
@@ -142,6 +162,23 @@ def grow_command(
             f"largest change of a logit: {probe.max_logit_change:.1e} of the largest logit (rounding: "
             f"{probe.rounding_floor:.1e}); the loss changes by {probe.loss_change:+.1e}"
         )
+
+
+def _measure_utility(source: str, data: Path, blocks: int) -> list[list[float]]:
+    """Return the utility of each expert of a checkpoint on the first blocks that a run on this data reads."""
+    import torch  # which `slop --help` does without
+
+    from ..data import prepare_data
+    from ..data.order import BlockOrder
+    from ..evaluation.scoring import EvaluatedModel
+    from ..growth import measure_expert_utility
+
+    model = EvaluatedModel(source)
+    described = dataclasses.replace(read_data(data, None), tokenizer=str(model.directory))
+    order = BlockOrder(prepare_data(described).train, 0, blocks, seed=0)
+    rows = (order[number] for number in range(blocks))
+    batches = ({name: torch.as_tensor(values)[None] for name, values in row.items()} for row in rows)
+    return measure_expert_utility(model.model, batches)
 
 
 def _build_stage(directory: Path, old: ModelDims, sizes: dict[str, int], init: str | None) -> GrowthStage:

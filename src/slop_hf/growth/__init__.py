@@ -9,6 +9,7 @@ from .adamw import (
     save_adamw_state,
 )
 from .checkpoint import CheckpointPlan, find_checkpoint_directory, grow_checkpoint, plan_checkpoint_growth
+from .experts import measure_expert_utility
 from .inits import INITS, resolve_inits
 from .model import build_model, carry_requires_grad, grow_model, grow_weights, hide_progress_bars
 from .peft import extract_base_model, grow_adapters, is_peft_model
@@ -42,6 +43,7 @@ __all__ = [
     "hide_progress_bars",
     "is_peft_model",
     "load_adamw_file",
+    "measure_expert_utility",
     "plan_checkpoint_growth",
     "plan_growth",
     "probe_growth",

@@ -39,6 +39,7 @@ from ..io.numbers import is_whole_number, require_whole_number
 from ..io.serialization import Json, list_versions
 from ..io.units import format_bytes
 from ..schedule import GrowthStage
+from .experts import Utility
 from .plan import DEFAULT_NOISE, GrowthPlan, ParameterPlan, plan_growth
 from .receipt import RECEIPT_FILE, GrowthProbe, GrowthReceipt
 from .safetensors_io import (
@@ -146,6 +147,14 @@ class CheckpointPlan:
         return {operator: ", ".join(init for name, init in pairs if name == operator) for operator, _ in pairs}
 
     @property
+    def expert_copies(self) -> tuple[tuple[int, ...], ...] | None:
+        """For each layer, the number of copies of each old expert, if utilities have decided; else None."""
+        growth = self.growths[-1].experts
+        if growth is None or not growth.sources:
+            return None
+        return tuple(tuple(layer.count(expert) for expert in range(growth.old)) for layer in growth.sources)
+
+    @property
     def parameters(self) -> int:
         return int(count_parameters(self.new, self.growths[-1].config()))
 
@@ -206,6 +215,7 @@ def plan_checkpoint_growth(
     seed: int = 0,
     noise: float = DEFAULT_NOISE,
     max_shard_size: int | str = "5GB",
+    utility: Utility | None = None,
 ) -> CheckpointPlan:
     """Decide the growth of a checkpoint, and reject what cannot be done, without reading a weight.
 
@@ -218,7 +228,7 @@ def plan_checkpoint_growth(
     target = Path(target)
     require_absent(target, "directory", error=GrowthError)
     directory = find_checkpoint_directory(source)
-    growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise)
+    growths = _plan_growths(_read_config(directory), operator, new_dims, init, seed, noise, utility)
     stored = split_stacks(read_checkpoint_headers(directory), growths[0].architecture)
     free = _count_free_bytes(target)
     width = min((FLOATS[tensor.dtype].itemsize for tensor in stored.values() if tensor.dtype in FLOATS), default=1)
@@ -310,6 +320,7 @@ def _plan_growths(
     init: str | Mapping[str, str] | None,
     seed: int,
     noise: float,
+    utility: Utility | None,
 ) -> tuple[GrowthPlan, ...]:
     """Plan each growth, from the config that the one before it leaves."""
     stages = [operator] if isinstance(operator, (str, GrowthStage)) else operator
@@ -322,7 +333,7 @@ def _plan_growths(
     plans: list[GrowthPlan] = []
     for number, stage in enumerate(stages):
         # With the same seed, the new entries that a parameter gets in two growths would begin with the same numbers.
-        plans.append(plan_growth(config, stage, new_dims, init=init, seed=seed + number, noise=noise))
+        plans.append(plan_growth(config, stage, new_dims, init=init, seed=seed + number, noise=noise, utility=utility))
         config = plans[-1].config()
     return tuple(plans)
 
@@ -398,6 +409,7 @@ def grow_checkpoint(
     threads: int | None = None,
     progress: bool = True,
     verify: bool = False,
+    utility: Utility | None = None,
 ) -> GrowthReceipt:
     """Grow a checkpoint into a new directory, with its tokenizer, generation config and a receipt.
 
@@ -411,7 +423,7 @@ def grow_checkpoint(
         target: directory that does not exist yet.
         operator: as for `grow_model`; or several `GrowthStage`s, applied one after another in one pass over the data.
             The result equals one `grow_model` per stage, with `seed`, `seed + 1` and so on.
-        new_dims, init, seed, noise: as for `grow_model`.
+        new_dims, init, seed, noise, utility: as for `grow_model`.
         max_shard_size: size of the largest file of weights, in bytes or as "5GB".
         threads: number of threads that read, grow and write; default, one per core, at most 4.
         progress: whether to show a progress bar, if there is a terminal.
@@ -437,7 +449,15 @@ def grow_checkpoint(
     require_whole_number(threads, "threads", error=GrowthError)
     threads = int(threads)  # numpy's integers overflow
     plan = plan_checkpoint_growth(
-        source, target, operator, new_dims, init=init, seed=seed, noise=noise, max_shard_size=max_shard_size
+        source,
+        target,
+        operator,
+        new_dims,
+        init=init,
+        seed=seed,
+        noise=noise,
+        max_shard_size=max_shard_size,
+        utility=utility,
     )
     for twin, tensor in plan.twins:
         if not are_equal_tensors(twin, tensor):
@@ -464,6 +484,7 @@ def grow_checkpoint(
                 parameters=plan.parameters,
                 versions=list_versions(),
                 preserves=plan.preserves,
+                expert_copies=plan.expert_copies,
                 source_hash=source_hash,
                 probe=_verify(plan, directory) if verify else None,
                 bytes_written=plan.weight_bytes,

@@ -13,34 +13,43 @@ or p_i over the sum of the k if the model normalises them.
 * n copies of each expert, with copies of its row in the router. Each copy has the probability p_i / n. If n k are
   active, these are all copies of the k experts, with the weights w_i / n, and the function stays, normalised or not.
   If fewer are active, some experts count more than before, and the function changes.
+* n_i copies of expert i, as many as its utility earns. The copies have the probabilities p_i / sum_j n_j p_j, which no
+  factor of the experts restores: the sum depends on the token, and these routers have no bias that could take log n_i
+  away. The function changes.
 
 Sources: Komatsuzaki et al., "Sparse Upcycling" (2212.05055), for the dense model; He et al., "Upcycling Large Language
 Models into Mixture of Experts" (2410.07524), for the weights and the virtual groups. They multiply all matrices alike,
-which is exact for squared ReLU only, and found that a factor on `down` alone learns worse.
+which is exact for squared ReLU only, and found that a factor on `down` alone learns worse. Dwivedi et al., "Expert
+Upcycling" (2604.19835), for utilities and the noise on copies in the router.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import cycle, islice
+from typing import Any, TypeAlias, cast
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..architectures import ARCHITECTURES, LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
 from ..dims import LARGEST_SIZE, ModelConfig, ModelDims
 from ..errors import GrowthError
-from ..io.numbers import is_whole_number
+from ..io.numbers import is_finite_number, is_whole_number
 from ..io.serialization import describe_alternatives
 
+#: For each layer, the utility of each expert.
+Utility: TypeAlias = Sequence[Sequence[float]]
 #: Family with experts that a dense family grows into.
 FAMILIES_WITH_EXPERTS = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 #: Axes of a router's weight.
 ROUTER: tuple[Axis, ...] = ("experts", "hidden")
 #: Active experts of a dense model that gets experts, unless more are asked for.
 DEFAULT_ACTIVE = 2
+#: Copies that an expert of the highest utility gets before the next one gets any (Expert Upcycling, section 4).
+MOST_COPIES_AT_ONCE = 3
 #: Far more experts than any model has; their tensors are listed one by one.
 MOST_EXPERTS = 4096
 
@@ -55,6 +64,7 @@ class ExpertGrowth:
         init: name in `operators.EXPERT_INITS`.
         dense: axis table of the old model if it has no experts.
         shards: number G of experts that a network of the dense model is cut into.
+        sources: for each layer, the old expert of each new one, if their utilities decide; else empty.
     """
 
     old: int
@@ -63,6 +73,7 @@ class ExpertGrowth:
     init: str
     dense: Architecture | None = None
     shards: int = 1
+    sources: tuple[tuple[int, ...], ...] = ()
 
     @property
     def preserves(self) -> bool:
@@ -121,7 +132,7 @@ class ExpertGrowth:
 
 
 def plan_expert_growth(
-    config: ModelConfig, new_sizes: object, init: str
+    config: ModelConfig, new_sizes: object, init: str, utility: Utility | None = None
 ) -> tuple[Architecture, PreTrainedConfig | ModelConfig, ExpertGrowth]:
     """Return the table of the grown model, the old model's config in its family, and the growth.
 
@@ -130,34 +141,53 @@ def plan_expert_growth(
         new_sizes: new number of experts, or a mapping with `num_experts` and, optionally, `num_experts_per_tok` and,
             for a dense model, the width of an expert, `moe_intermediate_size`.
         init: name in `operators.EXPERT_INITS`.
+        utility: utility of each expert, layer by layer, as `measure_expert_utility` returns them; None copies all
+            experts equally often.
 
     Raises:
         GrowthError: if the model, the numbers and the init do not fit each other.
     """
     architecture = get_architecture(config)
     sizes = _read_sizes(new_sizes)
-    new, active = sizes["num_experts"], sizes.get("num_experts_per_tok")
-    if not architecture.has_experts:
-        grown = _find_family_with_experts(architecture, config)
-        if init != "preserving":
-            raise GrowthError("a dense model gets a new router, which is random; leave out the init 'noisy'")
-        shards = _count_shards(ModelDims.from_config(config).intermediate_size, sizes)
-        if new < 2:
-            raise GrowthError(f"num_experts must be 2 or more, got {new}; ask for more experts")
-        active = min(DEFAULT_ACTIVE * shards, new) if active is None else active
-        growth = ExpertGrowth(1, new, _check_active(active, new), init, architecture, shards)
-        return grown, _build_config(config, grown), growth
+    if architecture.has_experts:
+        return architecture, config, _plan_copies(architecture, config, sizes, init, utility)
+    if utility is not None:
+        raise GrowthError("a dense model has no experts whose utility could decide on copies; leave it out")
+    grown = _find_family_with_experts(architecture, config)
+    if init != "preserving":
+        raise GrowthError("a dense model gets a new router, which is random; leave out the init 'noisy'")
+    new, shards = sizes["num_experts"], _count_shards(ModelDims.from_config(config).intermediate_size, sizes)
+    if new < 2:
+        raise GrowthError(f"num_experts must be 2 or more, got {new}; ask for more experts")
+    active = sizes.get("num_experts_per_tok", min(DEFAULT_ACTIVE * shards, new))
+    growth = ExpertGrowth(1, new, _check_active(active, new), init, architecture, shards)
+    return grown, _build_config(config, grown), growth
+
+
+def _plan_copies(
+    architecture: Architecture, config: ModelConfig, sizes: Mapping[str, int], init: str, utility: Utility | None
+) -> ExpertGrowth:
+    """Return the growth of a model with experts; arguments and errors as for `plan_expert_growth`."""
     if "moe_intermediate_size" in sizes:
         raise GrowthError(
             "moe_intermediate_size cuts the networks of a dense model, and this one has experts already; leave it "
             "out, and grow the width of its experts with the operator 'ffn'"
         )
     old, old_active = (architecture.read(config, name) for name in ("num_experts", "num_experts_per_tok"))
+    new, active = sizes["num_experts"], sizes.get("num_experts_per_tok")
+    if utility is not None:
+        if init == "preserving":
+            raise GrowthError(
+                "init 'preserving' needs equally many copies of each expert, and utilities give some more; use init "
+                "'noisy', or leave the utilities out"
+            )
+        sources = _choose_sources(utility, architecture.read(config, "num_hidden_layers"), old, new)
+        return ExpertGrowth(old, new, _check_active(active or old_active, new), init, sources=sources)
     copies, remainder = divmod(new, old)
     if copies < 2 or remainder:
         raise GrowthError(
-            f"num_experts is {old}, and grows to whole multiples only, got {new}; ask for {2 * old} or "
-            "another multiple"
+            f"num_experts is {old}, and without utilities it grows to whole multiples only, got {new}; ask for "
+            f"{2 * old} or another multiple"
         )
     if init == "preserving":
         if active not in (None, copies * old_active):
@@ -166,8 +196,7 @@ def plan_expert_growth(
                 "leave it out, or use init 'noisy'"
             )
         active = copies * old_active
-    active = old_active if active is None else active
-    return architecture, config, ExpertGrowth(old, new, _check_active(active, new), init)
+    return ExpertGrowth(old, new, _check_active(active or old_active, new), init)
 
 
 def _read_sizes(sizes: object) -> dict[str, int]:
@@ -200,6 +229,93 @@ def _count_shards(width: int, sizes: Mapping[str, int]) -> int:
                 f"multiple of {shards}, got {count}; ask for {shards * -(-count // shards)}"
             )
     return shards
+
+
+def _choose_sources(utility: Utility, layers: int, old: int, new: int) -> tuple[tuple[int, ...], ...]:
+    """Return, for each layer, the old expert of each new one: the old ones, then copies of those of high utility.
+
+    The expert of the highest utility gets `MOST_COPIES_AT_ONCE` copies, then the next one, until there are enough.
+    """
+    rows = utility if isinstance(utility, Sequence) else []
+    values = [list(row) for row in rows if isinstance(row, Sequence)]
+    if [len(layer) for layer in values] != [old] * layers:
+        raise GrowthError(
+            f"utility must have a list per layer ({layers}) with a number per expert ({old}), as "
+            "measure_expert_utility returns it; measure it on this model"
+        )
+    if not all(is_finite_number(value, least=0) for layer in values for value in layer):
+        raise GrowthError("utility must be finite numbers, 0 or more; measure it on a model that has not diverged")
+    if new <= old:
+        raise GrowthError(f"num_experts is {old}, and growth can only enlarge it, got {new}; ask for more experts")
+    sources = []
+    for layer in values:
+        ranked = sorted(range(old), key=lambda expert: -layer[expert])
+        each = [expert for expert in ranked for _ in range(MOST_COPIES_AT_ONCE)]
+        sources.append((*range(old), *sorted(islice(cycle(each), new - old))))
+    return tuple(sources)
+
+
+def measure_expert_utility(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[list[float]]:
+    """Return the squared norm of the loss's gradient for each expert: how much the loss depends on its weights.
+
+    `u_e = ||g_e||^2`, where g_e is the mean over the batches of the gradient of the next-token loss for all matrices
+    of expert e (Expert Upcycling, section 3.3). The gradients of all experts are in memory at the same time.
+
+    Args:
+        model: causal language model with experts; it is not changed.
+        batches: arguments of the model, such as `input_ids`, int64 `[batch, length]`; `labels` default to them.
+
+    Returns:
+        For each layer, the utility of each expert.
+
+    Raises:
+        GrowthError: if the model has no experts, there is no batch, or the loss is not finite.
+
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> config = MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    >>> utility = measure_expert_utility(MixtralForCausalLM(config), [{"input_ids": torch.arange(8)[None]}])
+    >>> len(utility), len(utility[0]), min(utility[0]) >= 0
+    (1, 4, True)
+    """
+    architecture = get_architecture(model.config)
+    rows = [row for row in architecture.parameters if row.is_stacked]
+    if not rows:
+        raise GrowthError(f"{architecture.model_type} has no experts to compare; take a model with experts")
+    layers = range(architecture.read(model.config, "num_hidden_layers"))
+    stacks = [[model.get_parameter(row.name_in_layer(layer)) for row in rows] for layer in layers]
+    gradients = _sum_gradients(model, [stack for layer in stacks for stack in layer], batches)
+    norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) for gradient in gradients]
+    utility: list[list[float]] = torch.stack(norms).square().view(len(stacks), len(rows), -1).sum(1).tolist()
+    return utility
+
+
+def _sum_gradients(
+    model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter], batches: Iterable[Mapping[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return the mean over batches of the loss's gradient for some of a model's parameters, in float32 or wider."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    is_training, count = model.training, 0
+    sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    try:
+        model.eval().requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for batch in batches:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            loss = model(**{"labels": inputs["input_ids"], **inputs}, use_cache=False).loss
+            if not torch.isfinite(loss):
+                raise GrowthError("the loss on the probe batch is not finite; take a model that has not diverged")
+            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                total += gradient
+            count += 1
+    finally:
+        model.train(is_training)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    if not count:
+        raise GrowthError("there is no batch to measure utilities on; give at least one")
+    return [total / count for total in sums]
 
 
 def _check_active(active: int, experts: int) -> int:

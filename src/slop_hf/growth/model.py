@@ -13,6 +13,7 @@ from ..dims import ModelDims
 from ..errors import GrowthError
 from ..schedule import GrowthStage
 from .buffers import carry_buffers, check_buffers, list_persistent_buffers
+from .experts import Utility
 from .growable import check_weights, require_growable
 from .peft import extract_base_model, grow_adapters, is_peft_model
 from .plan import DEFAULT_NOISE, GrowthPlan, plan_growth, require_plan
@@ -27,6 +28,7 @@ def grow_model(
     init: str | Mapping[str, str] | None = None,
     seed: int = 0,
     noise: float = DEFAULT_NOISE,
+    utility: Utility | None = None,
 ) -> PreTrainedModel:
     """Return a larger model that starts from the weights of `model`.
 
@@ -54,6 +56,9 @@ def grow_model(
         seed: random seed; new entries depend on it and on the name of their parameter alone.
         noise: standard deviation, as a fraction of `initializer_range`, of the noise that breaks the symmetry of
             copies under the init `copy`. It sums to zero over the copies of a slot, so the function does not change.
+        utility: for the operator "experts", the utility of each expert, layer by layer, as
+            `growth.measure_expert_utility` returns them: the experts with the highest are copied most often. The init
+            is then `noisy`, and any number of experts above the old one is allowed. None copies all equally often.
 
     Raises:
         GrowthError: for an unknown operator or init, if a dimension would shrink or nothing would grow, or if the
@@ -72,7 +77,7 @@ def grow_model(
     if not has_adapters:
         require_growable(model)
     base, weights = extract_base_model(model) if has_adapters else (model, dict(model.named_parameters()))
-    plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise)
+    plan = plan_growth(base.config, operator, new_dims, init=init, seed=seed, noise=noise, utility=utility)
     if plan.experts is not None:
         if has_adapters:
             raise GrowthError("adapters do not grow with the number of experts; merge_and_unload the adapter first")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,7 +36,7 @@ from ..operators import (
 )
 from ..schedule import GrowthStage
 from .axes import AxisMap, build_axis_maps
-from .experts import ROUTER, ExpertGrowth, plan_expert_growth
+from .experts import ROUTER, ExpertGrowth, Utility, plan_expert_growth
 from .inits import EXACT, LAYER_INITS, WIDTH_INITS, InitDistribution, resolve_inits
 
 #: Standard deviation of the noise on copies, as a fraction of `initializer_range`.
@@ -123,7 +124,11 @@ class ParameterPlan:
         A stack holds the matrix of each expert, a fused parameter queries, keys and values.
         """
         if self.row.is_stacked:
-            return tuple(self._plan_expert(*pair) for pair in enumerate(self.maps[0].source))
+            copies = Counter(self.maps[0].source)
+            return tuple(
+                self._plan_expert(expert, source, 1 if source is None else copies[source])
+                for expert, source in enumerate(self.maps[0].source)
+            )
         dimension = self.joined_dimension
         if dimension is None:
             return ()
@@ -150,12 +155,15 @@ class ParameterPlan:
             )
         )
 
-    def _plan_expert(self, expert: int, source: int | None) -> ParameterPlan:
+    def _plan_expert(self, expert: int, source: int | None, copies: int) -> ParameterPlan:
         """Return the plan of the matrix of one expert; a new expert takes only the dtype of its source, the first.
 
         Each of n copies of an expert receives 1/n of its gradient.
+
+        Args:
+            copies: number of experts with the same source.
         """
-        old_size, copies = self.maps[0].old_size, self.maps[0].max_copies
+        old_size = self.maps[0].old_size
         pair, is_second = divmod(expert // old_size, 2)
         is_paired = bool(self.copy_noise) and 2 * pair + 1 < copies
         first = 2 * pair * old_size + (source or 0)
@@ -445,7 +453,7 @@ class GrowthPlan:
         )
         initializer_range = read_setting(self.source_config, "initializer_range", 0.02)
         is_added, branch_share = layer in self.added_layers, 1 / self._count_copies(layer)
-        maps = tuple(self.axes[axis] for axis in row.axes)
+        maps = tuple(self._get_map(axis, layer) for axis in row.axes)
         old_row = row
         source_shape: tuple[int, ...] = ()
         if is_added and (self.inits["layer"] == "random" or not self.old.num_hidden_layers):
@@ -495,6 +503,12 @@ class GrowthPlan:
             copy_noise=self.experts.get_noise(row) * self.noise * initializer_range if self.experts else 0.0,
             shards=self.experts.shards if self.experts and (row.is_stacked or is_new_router) else 1,
         )
+
+    def _get_map(self, axis: Axis, layer: int | None) -> AxisMap:
+        """Return the map of an axis; if utilities decide on the copies of experts, each layer has its own."""
+        if axis == "experts" and self.experts is not None and self.experts.sources and layer is not None:
+            return AxisMap.from_source(self.experts.sources[layer], self.experts.old, EXPERTS)
+        return self.axes[axis]
 
     def _list_stored_sources(self, row: Parameter, old_row: Parameter, source: str) -> tuple[str, ...]:
         """Return the names in a checkpoint of what a parameter grows from, as many as it has names itself."""
@@ -583,6 +597,7 @@ def plan_growth(
     init: str | Mapping[str, str] | None = None,
     seed: int = 0,
     noise: float = DEFAULT_NOISE,
+    utility: Utility | None = None,
 ) -> GrowthPlan:
     """Decide a growth; takes the arguments of `grow_model`, with the model's config in place of the model.
 
@@ -593,6 +608,10 @@ def plan_growth(
         raise GrowthError(f"expected the config of a transformers model, or its dict, got {type(config).__name__}")
     architecture = get_architecture(config)
     old = ModelDims.from_config(config)
+    if utility is not None and operator != EXPERTS:
+        raise GrowthError(
+            "utility decides on the copies of experts; leave it out, or grow with the operator 'experts'"
+        )
     if operator == VOCABULARY:
         inits = {VOCABULARY: resolve_vocabulary_init(init)}
         tokens = _read_vocabulary(config, new_dims)
@@ -600,8 +619,9 @@ def plan_growth(
         _check_family(plan)
         return plan
     if operator == EXPERTS:
-        architecture, config, experts = plan_expert_growth(config, new_dims, resolve_expert_init(init))
+        init = "noisy" if init is None and utility is not None else init
         inits = {EXPERTS: resolve_expert_init(init)}
+        architecture, config, experts = plan_expert_growth(config, new_dims, inits[EXPERTS], utility)
         old = ModelDims.from_config(config)
         new = old.replace(intermediate_size=old.intermediate_size // experts.shards)
         plan = GrowthPlan(architecture, config, old, new, inits, seed, noise, experts=experts)

@@ -66,6 +66,8 @@ class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it
         bytes_written: size of the grown weights.
         peak_memory_bytes: largest resident memory of the process.
         probe: effect on a batch of tokens; None if the growth was not verified.
+        expert_copies: for each layer, the number of copies of each old expert, itself included, if utilities have
+            decided on them; else None.
     """
 
     source: str
@@ -84,6 +86,7 @@ class GrowthReceipt(Record, error=GrowthError, if_missing="`slop grow` writes it
     bytes_written: int | None = None
     peak_memory_bytes: int | None = None
     probe: GrowthProbe | None = None
+    expert_copies: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> GrowthReceipt:
