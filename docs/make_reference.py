@@ -25,7 +25,7 @@ from slop_hf.evaluation.settings import EvalSettings
 from slop_hf.experiments.config import ArmConfig, ExperimentConfig, ScaleConfig
 from slop_hf.schedule import GrowthSchedule, GrowthStage
 from slop_hf.training.arguments import SlopTrainingArguments
-from slop_hf.training.config import RunConfig, StageEvaluation
+from slop_hf.training.config import ExpertOptions, RunConfig, StageEvaluation
 
 #: Sections of a file, with the class of their keys.
 RUN_FILE = {
@@ -33,6 +33,7 @@ RUN_FILE = {
     "`schedule`": GrowthSchedule,
     "`schedule.stages`: each growth": GrowthStage,
     "`schedule.initial` and `dims`: a structure": ModelDims,
+    "`model.experts`": ExpertOptions,
     "`data`": DataConfig,
     "`data.mixture`": Mixture,
     "`data.mixture.sources`: each source": Source,

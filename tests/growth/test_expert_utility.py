@@ -8,7 +8,7 @@ from saved_models import assert_same
 from transformers import AutoModelForCausalLM
 
 from slop_hf import RunConfig, grow_adamw_state, grow_checkpoint, grow_model, prepare_data
-from slop_hf.data.order import BlockOrder
+from slop_hf.data.order import list_first_batches
 from slop_hf.errors import GrowthError
 from slop_hf.growth import GrowthReceipt, measure_expert_utility, plan_growth
 from slop_hf.testing import GQA, build_tiny_model, compute_logit_error, make_probe_tokens
@@ -113,9 +113,8 @@ def test_the_command_measures_on_the_text_of_a_run(tmp_path, config, output_of, 
     assert "use init 'noisy'" in error_of(*command, *probe, "--experts", 8, "--init", "preserving")
     assert json.loads(output_of(*command, *probe, "--experts", 6, "--dry-run", "--json"))["num_experts"] == 6
     output_of(*command, *probe, "--experts", 6)
-    order = BlockOrder(corpus.train, 0, 4, seed=0)
-    blocks = [{name: values[None] for name, values in order[number].items()} for number in range(4)]
-    plan = plan_growth(model.config, "experts", 6, utility=measure_expert_utility(model, blocks))
+    utility = measure_expert_utility(model, list_first_batches(corpus.train, 4))
+    plan = plan_growth(model.config, "experts", 6, utility=utility)
     copies = GrowthReceipt.load(tmp_path / "grown").expert_copies
     assert copies == tuple(tuple(map(layer.count, range(4))) for layer in plan.experts.sources)
     assert [sorted(layer) for layer in copies] == [[1, 1, 1, 3]] * 2

@@ -7,13 +7,34 @@ from safetensors.torch import load_file
 from training_runs import BATCH, BLOCK, SCHEDULE, small_model, trainer
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, set_seed
 
-from slop_hf import GrowthSchedule, GrowthStage, ModelDims, RunDirectory, grow_adamw_state, grow_model
-from slop_hf.errors import PlanError
-from slop_hf.growth import load_adamw_file, plan_growth
+from slop_hf import (
+    GrowthSchedule,
+    GrowthStage,
+    ModelDims,
+    RunConfig,
+    RunDirectory,
+    build_trainer,
+    grow_adamw_state,
+    grow_model,
+    prepare_data,
+    preview_run,
+)
+from slop_hf.data.order import list_first_batches
+from slop_hf.errors import PlanError, RunError
+from slop_hf.growth import load_adamw_file, measure_expert_utility, plan_growth
 
 TOKENS = 2 * BLOCK * BATCH
 WIDER = SCHEDULE.initial.replace(intermediate_size=48)
 SHORT = GrowthSchedule(SCHEDULE.initial, (GrowthStage(("ffn",), WIDER, TOKENS, init="copy"),), initial_tokens=TOKENS)
+
+#: A dense model of width 32, and the run of what it becomes with experts of width 16, which grow to 24.
+DENSE = ModelDims(16, 32, 2, 2)
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
+FINER = [ModelDims(16, 16, 2, 2), ModelDims(16, 24, 2, 2), ModelDims(32, 24, 2, 4)]
+STAGES = (
+    GrowthStage(("ffn",), FINER[1], TOKENS, init="copy"),
+    GrowthStage(("hidden", "mha"), FINER[2], TOKENS, init="preserving"),
+)
 
 
 def build_mixtral():
@@ -38,14 +59,47 @@ def test_muon_is_refused(tmp_path):
     assert not any((tmp_path / "out").rglob("*.*")), "something was written"
 
 
-#: A dense model of width 32, and the run of what it becomes with experts of width 16, which grow to 24.
-DENSE = ModelDims(16, 32, 2, 2)
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
-FINER = [ModelDims(16, 16, 2, 2), ModelDims(16, 24, 2, 2), ModelDims(32, 24, 2, 4)]
-STAGES = (
-    GrowthStage(("ffn",), FINER[1], TOKENS, init="copy"),
-    GrowthStage(("hidden", "mha"), FINER[2], TOKENS, init="preserving"),
+def test_a_run_gives_the_pretrained_model_experts(tmp_path, config):
+    """A dense model, and then the result, whose experts are copied by their utility on the run's first blocks."""
+    corpus = prepare_data(RunConfig.from_yaml(config).data)
+    dense = small_model(DENSE, vocab_size=len(corpus.tokenizer), max_position_embeddings=32)
+    path = tmp_path / "initial"
+    corpus.tokenizer.save_pretrained(path)
+    schedule = GrowthSchedule(FINER[0], STAGES[:1], initial_tokens=TOKENS)
+
+    def build(model, **experts):
+        model.save_pretrained(path)
+        keys = {"model.pretrained": str(path), "model.experts": experts, "data.tokenizer": str(path)}
+        run = RunConfig.from_yaml(config, keys).with_schedule(schedule)
+        spans = preview_run(run, tmp_path / "preview")
+        trained = build_trainer(run, tmp_path / f"out-{len(experts)}").model
+        assert spans[0].parameters == trained.num_parameters()
+        return trained
+
+    first = build(dense, **EXPERTS)
+    expected = grow_model(dense, "experts", EXPERTS)
+    assert all(map(torch.equal, first.parameters(), expected.parameters()))
+    second = build(first, num_experts=8, probe_blocks=2)
+    utility = measure_expert_utility(first, list_first_batches(corpus.train, 2, seed=42))
+    expected = grow_model(first, "experts", 8, utility=utility)
+    assert all(map(torch.equal, second.parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"experts": {"num_experts": 8}}, "model.experts grows a pretrained model; give model.pretrained, or else"),
+        ({"experts": {"experts": 8}, "pretrained": "."}, "model.experts: .*'experts'"),
+        (
+            {"experts": {"num_experts": 8, "probe_blocks": -1}, "pretrained": "."},
+            "probe_blocks must be a whole number",
+        ),
+    ],
+    ids=["no model", "unknown key", "negative"],
 )
+def test_refused_experts_of_a_run(model, message):
+    with pytest.raises(RunError, match=message):
+        _ = RunConfig(model=model).experts
 
 
 @pytest.mark.slow

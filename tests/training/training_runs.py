@@ -31,11 +31,10 @@ def blocks(count: int, seed: int = 0, size: int = BLOCK) -> list[dict[str, torch
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def small_model(dims: ModelDims = SCHEDULE.initial, dropout: float = 0.1) -> LlamaForCausalLM:
+def small_model(dims: ModelDims = SCHEDULE.initial, dropout: float = 0.1, **settings: Any) -> LlamaForCausalLM:
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, max_position_embeddings=BLOCK, tie_word_embeddings=True, attention_dropout=dropout
-    )
+    defaults = {"vocab_size": 40, "max_position_embeddings": BLOCK, "tie_word_embeddings": True}
+    config = LlamaConfig(**{**defaults, "attention_dropout": dropout, **settings})
     return LlamaForCausalLM(dims.to_config(config))
 
 

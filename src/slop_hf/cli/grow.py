@@ -11,7 +11,6 @@ import typer
 
 import slop_hf
 
-from ..cost.flops import count_experts
 from ..dims import ModelDims
 from ..errors import GrowthError
 from ..io.files import check_output
@@ -132,8 +131,9 @@ def grow_command(
         named = {name: count for name, count in counts.items() if count is not None}
         growth, settings = (EXPERTS, named), {**settings, "init": _read_inits(init)}
         if probe_data is not None:
-            # Which experts are copied changes no size, so that equal utilities do for a dry run and for refusals.
-            settings["utility"] = [[1.0] * count_experts(config)] * old.num_hidden_layers
+            from ..growth.experts import make_equal_utility  # with torch, which `slop --help` does without
+
+            settings["utility"] = make_equal_utility(config)  # enough for a dry run, and for refusals
             if not dry_run:
                 slop_hf.plan_checkpoint_growth(source, output, *growth, **settings)
                 settings["utility"] = _measure_utility(source, probe_data, probe_blocks)
@@ -166,19 +166,14 @@ def grow_command(
 
 def _measure_utility(source: str, data: Path, blocks: int) -> list[list[float]]:
     """Return the utility of each expert of a checkpoint on the first blocks that a run on this data reads."""
-    import torch  # which `slop --help` does without
-
-    from ..data import prepare_data
-    from ..data.order import BlockOrder
+    from ..data import prepare_data  # with torch
+    from ..data.order import list_first_batches
     from ..evaluation.scoring import EvaluatedModel
     from ..growth import measure_expert_utility
 
     model = EvaluatedModel(source)
     described = dataclasses.replace(read_data(data, None), tokenizer=str(model.directory))
-    order = BlockOrder(prepare_data(described).train, 0, blocks, seed=0)
-    rows = (order[number] for number in range(blocks))
-    batches = ({name: torch.as_tensor(values)[None] for name, values in row.items()} for row in rows)
-    return measure_expert_utility(model.model, batches)
+    return measure_expert_utility(model.model, list_first_batches(prepare_data(described).train, blocks))
 
 
 def _build_stage(directory: Path, old: ModelDims, sizes: dict[str, int], init: str | None) -> GrowthStage:

@@ -5,12 +5,13 @@ Any position can be computed alone: a run resumes at any block at once, on any n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import Dataset
 
 from ..dims import IntArray
@@ -196,3 +197,20 @@ def count_consumed_tokens(
         ConsumedTokens(name, int(begin), int(end), int(count) * block_size, float(weight))
         for (name, weight), begin, end, count in zip(dataset.weights.items(), before, after, order.counts, strict=True)
     )
+
+
+def list_first_batches(dataset: MixedBlocks, blocks: int, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the first blocks of a run's stream, each as a batch of one: tensors of shape `[1, length]`.
+
+    Args:
+        dataset: blocks of all sources.
+        blocks: number of batches; above the number of blocks, blocks are repeated as in a run.
+        seed: seed of the stream.
+
+    >>> rows = MixedBlocks.wrap([{"input_ids": torch.tensor([3, 4])}])
+    >>> next(list_first_batches(rows, 1))
+    {'input_ids': tensor([[3, 4]])}
+    """
+    order = BlockOrder(dataset, 0, blocks, seed)
+    for number in range(blocks):
+        yield {name: torch.as_tensor(values)[None] for name, values in order[number].items()}

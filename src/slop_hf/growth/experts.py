@@ -35,6 +35,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..architectures import ARCHITECTURES, LAYER, Architecture, Axis, Parameter, get_architecture, read_setting
+from ..cost.flops import count_experts
 from ..dims import LARGEST_SIZE, ModelConfig, ModelDims
 from ..errors import GrowthError
 from ..io.numbers import is_finite_number, is_whole_number
@@ -253,6 +254,15 @@ def _choose_sources(utility: Utility, layers: int, old: int, new: int) -> tuple[
         each = [expert for expert in ranked for _ in range(MOST_COPIES_AT_ONCE)]
         sources.append((*range(old), *sorted(islice(cycle(each), new - old))))
     return tuple(sources)
+
+
+def make_equal_utility(config: ModelConfig) -> list[list[float]]:
+    """Return equal utilities of a model's experts, for a plan of which only the sizes matter.
+
+    >>> make_equal_utility({"model_type": "mixtral", "num_hidden_layers": 1, "num_local_experts": 2})
+    [[1.0, 1.0]]
+    """
+    return [[1.0] * count_experts(config)] * get_architecture(config).read(config, "num_hidden_layers")
 
 
 def measure_expert_utility(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[list[float]]:

@@ -32,10 +32,12 @@ from ..architectures import ARCHITECTURES
 from ..baselines import from_scratch
 from ..data import Corpus, DataConfig, load_tokenizer, prepare_data, read_documents
 from ..data.config import STDLIB, find_places
+from ..data.order import list_first_batches
 from ..data.sources import list_local_files
 from ..dims import ModelDims
 from ..errors import DataError, EvaluationError, RunError, SlopError
-from ..growth import find_checkpoint_directory
+from ..growth import find_checkpoint_directory, grow_model, measure_expert_utility, plan_growth
+from ..growth.experts import make_equal_utility
 from ..io.files import check_output, find_near
 from ..io.hub_address import Address, locate
 from ..io.hub_client import read_hub
@@ -43,6 +45,7 @@ from ..io.model_errors import explain_load_error
 from ..io.numbers import is_finite_number, is_whole_number, require_whole_number
 from ..io.record import Record
 from ..io.serialization import Json, describe_alternatives, describe_unknown_key, parse, read_yaml, set_keys
+from ..operators import EXPERTS
 from ..runs.directory import RunDirectory, RunFacts
 from ..schedule import GrowthSchedule
 from .arguments import SlopTrainingArguments
@@ -113,6 +116,35 @@ class StageEvaluation(EvalOptions, Record, error=RunError):
 
 
 @dataclass(frozen=True)
+class ExpertOptions(Record, error=RunError):
+    """Key `experts` of the section `model`: experts that the pretrained model gets before the run begins.
+
+    Args:
+        num_experts, num_experts_per_tok, moe_intermediate_size, init: as for the operator "experts" of `grow_model`.
+        probe_blocks: number of the run's first training blocks on which the utility of each expert is measured, so
+            that those with the highest are copied most often; 0 copies all equally often.
+
+    Raises:
+        RunError: if `probe_blocks` is negative.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    init: str | None = None
+    probe_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        require_whole_number(self.probe_blocks, "probe_blocks", least=0, error=RunError)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes for `grow_model`."""
+        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
 class RunConfig(Record, error=RunError):
     """The configuration of a run: schedule, model, data, training arguments and evaluation.
 
@@ -121,7 +153,8 @@ class RunConfig(Record, error=RunError):
         model: settings of the initial model's config that growth does not change, such as `tie_word_embeddings`;
             `model_type` is `llama` by default. Or `pretrained`: the directory or Hub id[@revision] of a model to begin
             with. Settings next to `pretrained` are what is expected of that model, so that a preview need not load it.
-            `attn_implementation` names the attention kernel of every stage's model, such as `sdpa`.
+            `attn_implementation` names the attention kernel of every stage's model, such as `sdpa`. `experts` next to
+            `pretrained` gives that model experts, or more of them, before the run begins (`ExpertOptions`).
         data: training data.
         training: fields of `SlopTrainingArguments`.
         evaluation: what each stage is scored on during the run; None for nothing. `slop_hf.train_run` does it; next to
@@ -200,6 +233,22 @@ class RunConfig(Record, error=RunError):
         """Name of the attention kernel; None for transformers' default."""
         return cast("str | None", self.model.get("attn_implementation"))
 
+    @property
+    def experts(self) -> ExpertOptions | None:
+        """Experts that the pretrained model gets before the run begins; None if it begins as it is.
+
+        Raises:
+            RunError: for unknown keys, or without a pretrained model.
+        """
+        if "experts" not in self.model:
+            return None
+        if "pretrained" not in self.model:
+            raise RunError(
+                "model.experts grows a pretrained model; give model.pretrained, or else the numbers of a family with "
+                "experts, such as model_type: mixtral and num_local_experts"
+            )
+        return ExpertOptions.from_plain(self.model["experts"], "model.experts")
+
     def parse_training(self) -> dict[str, Json]:
         """Return the section `training` with the types of `SlopTrainingArguments`.
 
@@ -247,13 +296,19 @@ class RunConfig(Record, error=RunError):
         pretrained = settings.pop("pretrained", None)
         _check_model_settings(pretrained, settings)
         settings.pop("attn_implementation", None)
+        settings.pop("experts", None)
+        experts = self.experts
         try:
-            if pretrained is not None and not (as_described and settings):
+            if pretrained is not None and (experts is not None or not (as_described and settings)):
                 config = _load_config(pretrained)
                 for name, value in settings.items():
                     actual = getattr(config, name, None)
                     if actual != value:
                         raise RunError(f"model.{name} is {value}, but {pretrained} has {actual}; leave it out")
+                if experts is not None:
+                    utility = make_equal_utility(config) if experts.probe_blocks else None
+                    growth = plan_growth(config, EXPERTS, experts.sizes, init=experts.init, utility=utility)
+                    config = growth.config()
             else:
                 base = AutoConfig.for_model(settings.pop("model_type", DEFAULT_FAMILY))
                 known = [*base.to_dict(), *base.attribute_map, "rope_theta", "attn_implementation"]
@@ -279,9 +334,16 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
     args = config.arguments(output_dir)
     schedule = _read_schedule(config, args, scratch=scratch)
     check_output(output_dir, "run directory", RunError, is_directory=True)
+    if config.experts is not None and is_deepspeed_zero3_enabled():
+        raise RunError(
+            "model.experts grows the whole model on each rank, and under ZeRO-3 a rank holds a part; grow it before "
+            "the run with `slop grow PRETRAINED --experts N -o DIR`, and set model.pretrained to DIR"
+        )
     _check_attention(_preview_model(config, schedule, scratch=scratch), config.attention)
     corpus = _prepare_data_in_turn(config.data, Ranks.from_args(args))
     model = _build_initial_model(config, schedule, corpus, args.seed, scratch=scratch)
+    if config.experts is not None and not scratch:
+        model = _grow_experts(model, config.experts, corpus, args)
     return SlopTrainer(
         model,
         args,
@@ -291,6 +353,20 @@ def build_trainer(config: RunConfig, output_dir: str | Path, *, scratch: bool = 
         processing_class=corpus.tokenizer,
         **kwargs,
     )
+
+
+def _grow_experts(
+    model: PreTrainedModel, experts: ExpertOptions, corpus: Corpus, args: SlopTrainingArguments
+) -> PreTrainedModel:
+    """Return the pretrained model with its new experts, the same on all ranks."""
+    utility = None
+    if experts.probe_blocks:
+        data_seed = args.seed if args.data_seed is None else args.data_seed
+        batches = list_first_batches(corpus.train, experts.probe_blocks, data_seed)
+        # The sums of a GPU may differ between ranks in their last digits, and with them the order of two experts.
+        utility = Ranks.from_args(args).from_first(measure_expert_utility(model, batches))
+    seed, noise = args.growth_seed, args.growth_noise
+    return grow_model(model, EXPERTS, experts.sizes, init=experts.init, seed=seed, noise=noise, utility=utility)
 
 
 def _prepare_data_in_turn(config: DataConfig, ranks: Ranks) -> Corpus:
