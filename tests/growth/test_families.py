@@ -29,6 +29,7 @@ from slop_hf.testing import (
     list_conformance_cases,
     make_probe_tokens,
 )
+from slop_hf.testing.suite import EXPERT_GROWTHS
 
 LONG = torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(2))
 EXACTNESS = Path(__file__).parents[2] / "docs" / "exactness.md"
@@ -582,8 +583,10 @@ def test_models_and_errors():
     )
 
 
-def rows(page):
-    lines = [line for line in page.splitlines() if line.startswith("| ")]
+def rows(page, heading="# "):
+    """Return the cells of the table below a heading."""
+    section = f"\n{page}".partition(f"\n{heading}")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -596,6 +599,12 @@ def test_the_page_in_docs_has_the_suites_rows():
         assert keeps in ("yes", "no", "", *(["if whole"] if init == "rms_copy" else [])), (family, init)
         if keeps == "yes":
             assert float(double) <= 1e-10 and float(single) <= 1e-5
+    of_experts = rows(page, "## Experts")
+    assert [(row[0], row[2], row[4]) for row in of_experts] == [
+        (family, str(sizes["num_experts"]), init) for family, sizes, init in EXPERT_GROWTHS
+    ]
+    for _, _, _, _, init, keeps, double, *_ in of_experts:
+        assert (keeps == "yes") == (init == "preserving") == (float(double) <= 1e-10)
 
 
 @pytest.mark.slow

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import __version__ as transformers_version
 
 from ..growth import INITS
-from .suite import ROUNDING_FLOORS, TOLERANCE, Result, list_conformance_cases, measure
+from ..growth.experts import FAMILIES_WITH_EXPERTS
+from .suite import (
+    EXPERT_GROWTHS,
+    ROUNDING_FLOORS,
+    TOLERANCE,
+    ExpertGrowthCase,
+    Result,
+    list_conformance_cases,
+    list_expert_cases,
+    measure,
+)
 
 COLUMNS = ("family", "operator", "init", "keeps the function", "float64", "float32", "bfloat16", "casting", "refused")
+EXPERT_COLUMNS = ("family", "becomes", "experts", "width of an expert", "init", *COLUMNS[3:])
 MEASURED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 _DOUBLE, _SINGLE = f"{TOLERANCE[torch.float64]:.0e}", f"{TOLERANCE[torch.float32]:.0e}"
@@ -39,6 +50,16 @@ and `preserving` of layers also grow the first layers of a model that has none.
 
 """
 
+_EXPERTS_HEAD = """## Experts
+
+The operator `experts` gives a dense model experts, and a model with 4 experts 8 of them. Unless a width is given,
+experts are as wide as the networks before growth, which are 40 wide. A dense model keeps its function because the
+shares of the active experts are normalised (Mixtral, and Qwen3-MoE with `norm_topk_prob`). A model with experts keeps
+it with normalised shares and without (OLMoE), if all copies of the active experts are active. Under `noisy`, and if
+utilities decide on the copies, the function changes.
+
+"""
+
 
 def build_exactness_page(families: Iterable[str]) -> str:
     """Return the page `docs/exactness.md`: one row of measured logit errors per family, operator and init.
@@ -46,6 +67,7 @@ def build_exactness_page(families: Iterable[str]) -> str:
     Raises:
         AssertionError: if an error contradicts what the library claims.
     """
+    families = list(families)
     reasons: list[str] = []
     rows = []
     for family in families:
@@ -53,13 +75,30 @@ def build_exactness_page(families: Iterable[str]) -> str:
         for row in [(operator, init) for operator, inits in INITS.items() for init in inits]:
             of_row = [[item for item in items if (item.case.operator, item.case.init) == row] for items in by_dtype]
             rows.append((family, *row, *_format_cells(of_row, reasons)))
-    table = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    table = [_format_row(cells) for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     parts = [_HEAD + "\n".join(table)]
+    if growths := [growth for growth in EXPERT_GROWTHS if growth[0] in families]:
+        parts.append(_EXPERTS_HEAD + "\n".join(_format_row(cells) for cells in _list_expert_rows(growths, reasons)))
     if reasons:
         notes = [f"{number}. {reason}." for number, reason in enumerate(reasons, 1)]
         parts.append("Reasons to refuse:\n\n" + "\n".join(notes))
     parts.append(f"Measured with torch {torch.__version__} and transformers {transformers_version} on CPU.")
     return "\n\n".join(parts) + "\n"
+
+
+def _list_expert_rows(growths: Sequence[ExpertGrowthCase], reasons: list[str]) -> Iterator[Sequence[str]]:
+    """Yield the head of the table of the operator `experts`, and the cells of one row per growth."""
+    yield from (EXPERT_COLUMNS, ["---"] * len(EXPERT_COLUMNS))
+    for family, sizes, init in growths:
+        results = [
+            [measure(case) for case in list_expert_cases(family, sizes, init, dtype)] for dtype in MEASURED_DTYPES
+        ]
+        name, width = FAMILIES_WITH_EXPERTS.get(family, family), str(sizes.get("moe_intermediate_size", "as before"))
+        yield (family, name, str(sizes["num_experts"]), width, init, *_format_cells(results, reasons))
+
+
+def _format_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _format_cells(by_dtype: Sequence[Sequence[Result]], reasons: list[str]) -> tuple[str, ...]:

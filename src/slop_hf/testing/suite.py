@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,8 +17,9 @@ from ..cost.flops import count_parameters
 from ..dims import ModelDims
 from ..errors import DimsError, GrowthError
 from ..growth import INITS, GrowthPlan, grow_model, grow_weights, hide_progress_bars, plan_growth
+from ..growth.experts import FAMILIES_WITH_EXPERTS
 from ..growth.plan import ParameterPlan
-from ..operators import get_operator, grow_dims
+from ..operators import EXPERT_INITS, EXPERTS, get_operator, grow_dims
 from ..schedule import GrowthStage
 from .models import GQA, MHA, MQA, WINDOW, build_tiny_model, compute_logit_error, compute_logits, make_probe_tokens
 
@@ -33,6 +35,15 @@ STEPS_TO_LIFE = 3
 #: The inits that leave old entries unchanged.
 IN_PLACE = frozenset({"random", "stack", "interleave", "middle"})
 
+#: A growth of the number of experts: family before it, new sizes, init.
+ExpertGrowthCase: TypeAlias = tuple[str, Mapping[str, int], str]
+#: Those whose errors are measured. The small models with experts have 4 of them.
+EXPERT_GROWTHS: tuple[ExpertGrowthCase, ...] = (
+    *((family, {"num_experts": 4}, "preserving") for family in FAMILIES_WITH_EXPERTS),
+    *((family, {"num_experts": 16, "moe_intermediate_size": 10}, "preserving") for family in FAMILIES_WITH_EXPERTS),
+    *((family, {"num_experts": 8}, init) for family in ("mixtral", "olmoe", "qwen3_moe") for init in EXPERT_INITS),
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -47,6 +58,7 @@ class Case:
         tied: whether output and input embeddings share their weights.
         dtype: dtype of the weights.
         settings: further fields of the config.
+        sizes: new sizes under the operator `experts`, which takes them in place of `new_dims`.
 
     >>> print(Case("llama", "ffn", ModelDims(48, 60, 2, 4), "copy"))
     llama ffn copy (48, 40, 2, 4) -> (48, 60, 2, 4) float32
@@ -60,17 +72,21 @@ class Case:
     tied: bool = False
     dtype: torch.dtype = torch.float32
     settings: Mapping[str, object] = field(default_factory=dict, hash=False)
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         operator = self.operator if isinstance(self.operator, str) else "+".join(self.operator)
         init = self.init if isinstance(self.init, str) else "+".join(self.init.values())
-        marks = ["tied"] * self.tied + [f"{name}={value}" for name, value in self.settings.items()]
+        marks = ["tied"] * self.tied
+        marks += [f"{name}={value}" for name, value in {**self.settings, **self.sizes}.items()]
         dtype = str(self.dtype).removeprefix("torch.")
         return " ".join([self.family, operator, init, f"{self.dims} -> {self.new_dims}", dtype, *marks])
 
     @property
-    def arguments(self) -> tuple[str | GrowthStage, ModelDims | None, str | None]:
+    def arguments(self) -> tuple[str | GrowthStage, ModelDims | Mapping[str, int] | None, str | None]:
         """`operator`, `new_dims` and `init` of `grow_model`."""
+        if self.sizes and isinstance(self.operator, str) and isinstance(self.init, str):
+            return self.operator, self.sizes, self.init
         if isinstance(self.operator, str) and isinstance(self.init, str):
             return self.operator, self.new_dims, self.init
         operators = (self.operator,) if isinstance(self.operator, str) else self.operator
@@ -153,6 +169,21 @@ def list_conformance_cases(model_type: str, dtype: torch.dtype = torch.float32, 
         empty = MHA.replace(num_hidden_layers=0)
         cases.append(Case(model_type, "layer", MHA, init, empty, tied, dtype, flagged))
     return cases
+
+
+def list_expert_cases(family: str, sizes: Mapping[str, int], init: str, dtype: torch.dtype) -> list[Case]:
+    """Return the cases of a growth of the number of experts: {MHA, GQA, MQA} × {untied, tied}.
+
+    Args:
+        family, sizes, init: an entry of `EXPERT_GROWTHS`.
+    """
+    settings: dict[str, object] = {}
+    if dtype not in TOLERANCE:  # all experts are active, as in `list_conformance_cases`
+        table = get_architecture({"model_type": family})
+        settings = {"num_experts_per_tok": table.read(table.test_settings, "num_experts")} if table.has_experts else {}
+        sizes = {**sizes, "num_experts_per_tok": sizes["num_experts"]}
+    sources = [(dims, tied) for tied in (False, True) for dims in (MHA, GQA, MQA)]
+    return [Case(family, EXPERTS, dims, init, dims, tied, dtype, settings, sizes) for dims, tied in sources]
 
 
 def check_conformance(model_type: str, dtype: torch.dtype = torch.float32, *, every: bool = True) -> list[Result]:
