@@ -110,7 +110,7 @@ def test_the_command_measures_on_the_text_of_a_run(tmp_path, config, output_of, 
     command = ("grow", tmp_path / "source", "-o", tmp_path / "grown")
     probe = ("--probe-data", config, "--probe-blocks", 4)
     assert "--probe-data belongs to --experts" in error_of(*command, *probe)
-    assert "use init 'noisy'" in error_of(*command, *probe, "--experts", 8, "--init", "preserving")
+    assert "use --init 'noisy'" in error_of(*command, *probe, "--experts", 8, "--init", "preserving")
     assert json.loads(output_of(*command, *probe, "--experts", 6, "--dry-run", "--json"))["num_experts"] == 6
     output_of(*command, *probe, "--experts", 6)
     utility = measure_expert_utility(model, list_first_batches(corpus.train, 4))

@@ -209,7 +209,7 @@ def list_first_batches(dataset: MixedBlocks, blocks: int, seed: int = 0) -> Iter
 
     >>> rows = MixedBlocks.wrap([{"input_ids": torch.tensor([3, 4])}])
     >>> next(list_first_batches(rows, 1))
-    {'input_ids': tensor([[3, 4]])}
+    {'input_ids': tensor([[3, 4]]), 'labels': tensor([[3, 4]])}
     """
     order = BlockOrder(dataset, 0, blocks, seed)
     for number in range(blocks):
