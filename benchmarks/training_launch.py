@@ -21,7 +21,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-ZERO3 = ROOT / "recipes/accelerate/cpu_zero3.yaml"  # the configuration that users launch
+#: The configurations that users launch, by strategy.
+LAUNCHES = {name: ROOT / f"recipes/accelerate/cpu_{name}.yaml" for name in ("zero3", "fsdp2")}
 #: Environment variables of an earlier launch that would affect this one.
 _OF_LAUNCHES = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMP_NUM_THREADS")
 
@@ -76,7 +77,7 @@ def start(
     settings: Mapping[str, Any],
     *,
     ranks: int = 1,
-    zero3: bool = False,
+    strategy: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Launched:
     """Start a function in new processes.
@@ -84,14 +85,14 @@ def start(
     Args:
         task: `module.function` in this directory; it returns plain data.
         settings: arguments of the function.
-        ranks: number of processes under ZeRO-3.
-        zero3: whether to launch with DeepSpeed ZeRO-3 on CPUs; otherwise there is one process.
+        ranks: number of processes, if a strategy shards the model.
+        strategy: key of `LAUNCHES`; None starts one process, without a launcher.
         environment: more environment variables.
     """
     directory = tempfile.TemporaryDirectory(prefix="training-benchmark-")
     words = [sys.executable]
-    if zero3:
-        words += ["-m", "accelerate.commands.launch", "--config_file", str(ZERO3)]
+    if strategy is not None:
+        words += ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCHES[strategy])]
         words += ["--num_processes", str(ranks), "--main_process_port", "0"]
     words += [str(Path(__file__)), task, json.dumps(settings), directory.name]
     log = Path(directory.name, "log.txt")

@@ -1,4 +1,4 @@
-"""Peak memory of a rank under ZeRO-3 on two ranks, compared with one process, in a run with one growth."""
+"""Peak memory of a rank under ZeRO-3 and FSDP2 on two ranks, compared with one process, in a run with one growth."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ STATES = 12  # bytes per parameter: weight and moments in float32
 RANKS = 2
 LIMIT = 0.75
 EVERY = 0.02  # seconds between samples
-ONE, SHARED = "one process", f"ZeRO-3, {RANKS} ranks"
+ONE = "one process"
+#: Strategy of each launch of several ranks.
+SHARED = {f"ZeRO-3, {RANKS} ranks": "zero3", f"FSDP2, {RANKS} ranks": "fsdp2"}
 
 
 def run(context: Context) -> Record:
@@ -62,8 +64,8 @@ def run(context: Context) -> Record:
     cases = []
     for allocator, environment in ALLOCATORS.items():
         contenders = {
-            name: partial(measure_ranks, context.workdir, settings, environment, shared=name == SHARED)
-            for name in (ONE, SHARED)
+            name: partial(measure_ranks, context.workdir, settings, environment, SHARED.get(name))
+            for name in (ONE, *SHARED)
         }
         results = alternate(contenders, context.repetitions)
         cases.append({"allocator": allocator, "environment": environment, **compare(results)})
@@ -78,41 +80,43 @@ def run(context: Context) -> Record:
         "deepspeed": version("deepspeed"),
         "cases": cases,
         "goals": [
-            make_goal(f"allocator {case['allocator']}: peak of a rank / peak of one process", case["ratio"], LIMIT)
+            make_goal(f"allocator {case['allocator']}, {name}: peak of a rank / peak of one process", ratio, LIMIT)
             for case in cases
+            for name, ratio in case["ratio"].items()
         ],
     }
 
 
-def measure_ranks(workdir: Path, settings: Record, environment: dict[str, str], *, shared: bool) -> list[Record]:
+def measure_ranks(workdir: Path, settings: Record, environment: dict[str, str], strategy: str | None) -> list[Record]:
     """Train under a launch, and return the memory of each rank."""
     output = workdir / "run"
     try:
         settings = {**settings, "output": str(output)}
-        ranks = RANKS if shared else 1
-        return launch("training_memory.train_and_watch", settings, ranks=ranks, zero3=shared, environment=environment)
+        ranks = 1 if strategy is None else RANKS
+        task = "training_memory.train_and_watch"
+        return launch(task, settings, ranks=ranks, strategy=strategy, environment=environment)
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
 
 def compare(results: dict[str, list[list[Record]]]) -> Record:
-    """Return the bytes of each run's largest rank, and the ratio of the largest over all runs.
+    """Return the bytes of each run's largest rank, and by launch the ratio of the largest over all runs.
 
     Args:
         results: for each launch, result of `train_and_watch` on each rank, by repetition.
     """
-    ratios: dict[str, float] = {}
+    ratios: dict[str, dict[str, float]] = {name: {} for name in SHARED}
     byte_counts: dict[str, dict[str, list[int]]] = {}
     for kind in ("peak", "baseline", "above_baseline", "anonymous_peak"):
         byte_counts[kind] = {name: [max(rank[kind] for rank in run) for run in runs] for name, runs in results.items()}
-        ratios[kind] = max(byte_counts[kind][SHARED]) / max(byte_counts[kind][ONE])
-    del ratios["baseline"]
+        for name, by_kind in ratios.items() if kind != "baseline" else ():
+            by_kind[kind] = max(byte_counts[kind][name]) / max(byte_counts[kind][ONE])
     return {
         "seconds": {name: [max(rank["seconds"] for rank in run) for run in runs] for name, runs in results.items()},
         **{f"{kind}_bytes": counts for kind, counts in byte_counts.items()},
         "phase_peak_bytes": {name: _find_phase_peaks(runs) for name, runs in results.items()},
         "ratios": ratios,
-        "ratio": ratios["peak"],
+        "ratio": {name: by_kind["peak"] for name, by_kind in ratios.items()},
     }
 
 
@@ -184,15 +188,15 @@ def read_status(line: str) -> int:
 def build_tables(record: Record) -> list[Table]:
     """Return the record as tables."""
     table = Table("allocator", "launch", "peak", "baseline", "above it", "anonymous", title="memory of a rank")
-    phases = Table("allocator", "phase", ONE, SHARED, title="peak of each phase")
+    phases = Table("allocator", "phase", ONE, *SHARED, title="peak of each phase")
     for case in record["cases"]:
         kinds = ("peak_bytes", "baseline_bytes", "above_baseline_bytes", "anonymous_peak_bytes")
-        for name in (ONE, SHARED):
+        for name in (ONE, *SHARED):
             numbers = (format_bytes(max(case[kind][name])) for kind in kinds)
             table.add_row(case["allocator"], name, *numbers)
         names = dict.fromkeys(phase for phases in case["phase_peak_bytes"].values() for phase in phases)
         for phase in names:
-            peaks = (case["phase_peak_bytes"][name].get(phase, {}).get("resident", 0) for name in (ONE, SHARED))
+            peaks = (case["phase_peak_bytes"][name].get(phase, {}).get("resident", 0) for name in (ONE, *SHARED))
             phases.add_row(case["allocator"], phase, *map(format_bytes, peaks))
         table.add_section()
         phases.add_section()
