@@ -82,7 +82,7 @@ def test_marks_are_at_the_values_of_the_record(tmp_path, drawn):
     goal = fmean(run.total_flops for run in record.runs_of("from-scratch"))
     assert marks["o"].get_xdata()[0] == pytest.approx((1 - compute_flops_saved(record, "slop").mean) * goal, rel=1e-3)
     assert list(marks["o"].get_ydata()) == [ends[-1]]
-    assert [text.get_text() for text in axes.texts] == ["27% less compute"]
+    assert [text.get_text() for text in axes.texts] == ["27% less compute"], "three seeds"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,21 @@ def test_savings_are_drawn_against_tokens_per_parameter(tmp_path, drawn):
 @pytest.mark.parametrize("budgets", [{}, {"from-scratch": (0.5, 1.0)}])
 def test_savings_need_two_budgets_of_an_arm(tmp_path, budgets):
     assert draw_savings(comparison(2, budgets=budgets), tmp_path / "savings.png") is None
+
+
+def test_ends_are_joined_in_the_order_of_their_time(tmp_path, drawn):
+    """A longer budget on a faster machine can take less time than a shorter one."""
+    record = comparison(2, 1, budgets={"slop": (0.5, 1.0)})
+    slow = [
+        replace(run, stages=tuple(replace(stage, seconds=9 * stage.seconds) for stage in run.stages))
+        if (run.arm, run.budget) == ("slop", 0.5)
+        else run
+        for run in record.runs
+    ]
+    draw_arm_curves(replace(record, runs=tuple(slow)), tmp_path / "seconds.png", against="seconds")
+    (ends,) = [line for line in drawn[0].axes[0].lines if line.get_marker() == "s"]
+    assert list(ends.get_xdata()) == sorted(ends.get_xdata())
+    assert ends.get_ydata()[0] < ends.get_ydata()[1], "the shorter budget comes last"
 
 
 def test_the_curve_is_the_mean_of_seeds(tmp_path, drawn):
@@ -165,7 +180,9 @@ def test_final_losses_are_dots(tmp_path, drawn, seeds):
     record = comparison(8, seeds)
     path = draw_final_losses(record, tmp_path / "losses.png")
     axes = drawn[0].axes[0]
-    rows = [line for line in axes.lines if line.get_marker() == "o"]
+    rows = [line for line in axes.lines if line.get_marker() in "os"]
+    grown = {run.arm for run in record.runs if run.schedule.stages}
+    assert [line.get_marker() for line in rows] == ["o" if arm in grown else "s" for arm in record.arms]
     assert [sorted(line.get_xdata()) for line in rows] == [
         sorted(run.eval_loss for run in record.runs_of(arm)) for arm in record.arms
     ]

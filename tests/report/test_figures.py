@@ -62,13 +62,19 @@ def test_losses_are_drawn_at_their_flops(make_run, tmp_path, drawn):
     run = make_run()
     draw_run_losses([run], tmp_path / "loss.png")
     axes = drawn[0].axes[0]
-    training, held_out, growths, *lines = axes.lines
+    training, held_out, growths, grown, *lines = axes.lines
     entries, records = run.history(), run.records()
     assert list(training.get_ydata()) == [entry["loss"] for entry in entries if "loss" in entry]
-    assert list(held_out.get_ydata()) == [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    ends = [record.total_flops for record in records[:-1]]
+    dots = [entry["eval_loss"] for entry in entries if "eval_loss" in entry and entry["train_flops"] not in ends]
+    assert list(held_out.get_ydata()) == dots, "the losses around growths have their own marks"
     assert training.get_xdata()[-1] == pytest.approx(records[-1].total_flops)
     before_growth = [(record.total_flops, record.eval_loss) for record in records[:-1]]
     assert list(zip(*growths.get_data(), strict=True)) == before_growth and growths.get_marker() == "^"
+    after_growth = [(flops, record.eval_loss_after_growth) for flops, record in zip(ends, records[1:], strict=True)]
+    assert list(zip(*grown.get_data(), strict=True)) == after_growth and grown.get_marker() == "v"
+    bands = [(band.get_x(), band.get_x() + band.get_width()) for band in axes.patches]
+    assert bands == [(ends[0], ends[1]), (ends[2], pytest.approx(records[-1].total_flops))], "every other stage"
     assert [line.get_xdata()[0] for line in lines] == [flops for flops, _ in before_growth]
     assert axes.get_xlabel() == "training FLOPs (× 10¹²)"
     assert [tick.get_text() for tick in axes.get_xticklabels()][1:3] == ["0", "1"]
@@ -103,7 +109,7 @@ def test_names_of_growths_in_quick_succession_do_not_touch(make_run, tmp_path, d
     schedule = GrowthSchedule(INITIAL, tuple(stages), 100 * TOKENS_PER_STEP)
     draw_run_losses([make_run(schedule=schedule)], tmp_path / "loss.png", log_x=log_x)
     axes = drawn[0].axes[0]
-    assert len(axes.lines[2].get_xdata()) == len(axes.lines[3:]) == 12, "every growth has its marks"
+    assert len(axes.lines[2].get_xdata()) == len(axes.lines[4:]) == 12, "every growth has its marks"
     labels = axes.child_axes[0].get_xticklabels()
     assert 3 <= len(labels) <= 12 and all(label.get_text() == "layer-ffn" for label in labels)
     touching = any(one.intersects_path(other) for one, other in combinations(map(outline, labels), 2))

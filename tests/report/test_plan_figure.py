@@ -1,4 +1,4 @@
-"""The figure of a plan: its lines and labels, and that labels do not overlap."""
+"""The figure of a plan: its bars, marks and labels, and that labels do not overlap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from itertools import combinations
 import matplotlib
 import pytest
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from slop_hf.cost.flops import count_flops_per_token, count_parameters
 from slop_hf.dims import ModelDims
@@ -43,7 +42,7 @@ def ordered(target: ModelDims, order: str) -> GrowthSchedule:
     return path_through(*structures)
 
 
-# Five schedules to targets of Table 1, and one arm of each kind.
+# Five schedules to targets of Table 1, and arms of several kinds.
 PLANS = [
     ordered(WIDE, "lfh"),
     ordered(DEEP, "fhl"),
@@ -60,43 +59,49 @@ ARMS = [
 ]
 
 
+LOSSES = [2.561, 2.567, 2.556, 2.547, 2.563, 2.549, None, 2.542, 2.54, 2.5405]
+
+
 def without_tokens(schedule: GrowthSchedule) -> GrowthSchedule:
     return schedule.with_shares([0] * len(schedule.structures))
 
 
-def line(axes, gid: str):
-    """The only line with this `gid`."""
-    (match,) = [line for line in axes.lines if line.get_gid() == gid]
+def get_part(axes, gid: str):
+    """Return the part of a bar with this `gid`."""
+    (match,) = [part for part in axes.patches if part.get_gid() == gid]
     return match
 
 
-def gids(axes, start: str) -> list[str]:
-    return sorted(line.get_gid() for line in axes.lines if (line.get_gid() or "").startswith(start))
+def list_labels(axes, row: str) -> list[str]:
+    """Return the labels of the parts of a bar, such as `plan-1`."""
+    return [text.get_text() for text in axes.texts if (text.get_gid() or "").startswith(f"{row}-label-")]
 
 
-def texts(axes, gid: str | None) -> list[str]:
-    return [text.get_text() for text in axes.texts if text.get_gid() == gid]
+def list_cells(figure) -> list[list[str]]:
+    """Return the rows of the table below the bars, with its headings."""
+    texts = figure.axes[-1].texts
+    width = sum(text.get_gid() == "heading" for text in texts)
+    height = len(texts) // width
+    return [[texts[column * height + row].get_text() for column in range(width)] for row in range(height)]
 
 
-def legends(figure) -> list[list[str]]:
-    return [[text.get_text() for text in panel.legends[0].get_texts()] for panel in figure.subfigs]
-
-
-def touching(figure) -> list[tuple[str, str]]:
-    """The pairs of overlapping texts and legends, and texts outside the figure."""
+def find_touching(figure) -> list[tuple[str, str]]:
+    """Return the pairs of overlapping texts, and texts that leave their part of a bar or the figure."""
     figure.draw_without_rendering()
-    boxes = [("legend", panel.legends[0].get_window_extent()) for panel in figure.subfigs]
-    boxes += [(text.get_text(), text.get_window_extent()) for part in (figure, *figure.subfigs) for text in part.texts]
+    texts = [*figure.texts, *(text for panel in figure.subfigs for text in panel.texts)]
+    texts += [text for panel in figure.subfigs for legend in panel.legends for text in legend.get_texts()]
     for axes in figure.axes:
-        for text in axes.texts:
-            patch = text.get_bbox_patch()
-            # An annotation's own extent takes in its leader.
-            box = patch.get_window_extent() if patch else Text.get_window_extent(text)
-            boxes.append((text.get_text(), box))
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            labels = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            boxes += [(text.get_text(), text.get_window_extent()) for text in (*labels, axis.label) if text.get_text()]
-    outside = [(name, "edge") for name, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > 1800 or box.y1 > 750]
+        texts += [*axes.texts, axes.xaxis.label]
+        if axes.axison:
+            for axis, limits in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+                ticks = [tick for tick in axis.get_major_ticks() if limits[0] <= tick.get_loc() <= limits[1]]
+                texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    outside = [(name, "edge") for name, box in boxes if box.x0 < 0 or box.x1 > figure.bbox.x1]
+    for label in figure.axes[0].texts:
+        part = get_part(figure.axes[0], label.get_gid().replace("-label-", "-stage-")).get_window_extent()
+        if label.get_text() and (label.get_window_extent().x0 < part.x0 or label.get_window_extent().x1 > part.x1):
+            outside.append((label.get_text(), "part"))
     return outside + [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if one.overlaps(other)]
 
 
@@ -112,7 +117,7 @@ def test_every_format_is_written(tmp_path, suffix, magic):
     assert dict(matplotlib.rcParams) == before
     if suffix == ".png":
         image = imread(path)
-        assert image.shape[:2] == (750, 1800) and image[..., :3].std() > 0.02
+        assert image.shape[1] == 1350 and image[..., :3].std() > 0.02
 
 
 @pytest.mark.parametrize(
@@ -126,108 +131,100 @@ def test_another_suffix_is_rejected_before_drawing(tmp_path, monkeypatch, name, 
     assert not list(tmp_path.iterdir())
 
 
-def test_no_schedules_are_rejected():
+def test_what_cannot_be_drawn_is_rejected():
     with pytest.raises(PlanError, match="no schedules"):
         draw_plan([], ARMS)
+    with pytest.raises(PlanError, match="2 losses to draw: expected 10"):
+        draw_plan(PLANS, ARMS, losses=[2.5, 2.6])
 
 
-def test_everything_has_its_line_and_label():
-    figure = draw_plan(PLANS, ARMS, title="Growth to $1B_")
-    left, right = figure.axes
-    assert gids(left, "plan-1-") == [f"plan-1-stage-{stage}" for stage in range(4)]
-    assert gids(left, "plan-") == [*gids(left, "plan-1-"), "plan-2", "plan-3", "plan-4", "plan-5"]
-    assert gids(left, "arm-") == [f"arm-{number}" for number in range(1, 6)]
-    assert texts(left, "growth") == ["l", "f", "h"]
-    assert sorted(texts(left, "end")) == ["1  l-f-h", "2  f-h-l", "3  l-f-h", "4  f-h-l", "5  h-f-l"]
-    assert gids(right, "axis-") == [
-        "axis-hidden_size",
-        "axis-intermediate_size",
-        "axis-num_attention_heads",
-        "axis-num_hidden_layers",
+def test_every_schedule_has_its_bar_its_label_and_its_loss():
+    figure = draw_plan(PLANS, ARMS, title="Growth to $1B_", losses=LOSSES)
+    bars, losses, _ = figure.axes
+    assert [text.get_text() for text in bars.get_yticklabels()] == [
+        "1  l-f-h → (2816, 7680, 8, 22)",
+        "2  f-h-l → (1280, 3584, 40, 10)",
+        "3  l-f-h → (2560, 6912, 10, 20)",
+        "4  f-h-l → (1536, 4096, 32, 12)",
+        "5  h-f-l → (1280, 3584, 40, 10)",
+        *("from scratch", "single stage", "msg", " odd $name$", "stacking"),
     ]
-    assert gids(right, "stage-") == [f"stage-{stage}" for stage in range(4)]
-    assert gids(right, "target-") == ["target-2", "target-3", "target-4"]  # the fifth has the second's
-    assert sorted(texts(right, "end")) == ["1", "2, 5", "3", "4"]
-    assert sorted(texts(right, None)) == sorted(["768", "2,816", "2,048", "7,680", "6", "40", "6", "22"])
-    assert legends(figure) == [
-        ["best, coloured as in (b)", "other schedules", *(name for name, _ in ARMS)],
-        [
-            "initial (768, 2048, 6, 6)",
-            "l → (768, 2048, 8, 6)",
-            "f → (768, 7680, 8, 6)",
-            "h → (2816, 7680, 8, 22)",
-            "other targets",
-        ],
-    ]
+    assert list_labels(bars, "plan-1") == ["", "l", "f 210M", "h 953M"]
+    assert list_labels(bars, "arm-2") == ["91.6M", "lfh 953M"]
+    marks = {line.get_gid(): line for line in losses.lines if line.get_gid()}
+    rows = [*(f"plan-{rank}" for rank in range(1, 6)), *(f"arm-{number}" for number in range(1, 6))]
+    for height, (row, loss) in enumerate(zip(rows, LOSSES, strict=True)):
+        assert (f"{row}-loss" in marks) == (loss is not None)
+        if loss is not None:
+            assert marks[f"{row}-loss"].get_xydata().tolist() == [[loss, height]]
+    assert {line.get_marker() for gid, line in marks.items() if gid.startswith("arm")} == {"s"}
+    assert [text.get_text() for text in losses.texts] == ["–" if loss is None else f"{loss:.3f}" for loss in LOSSES]
     assert figure.get_suptitle() == "Growth to $1B_"
-    assert touching(figure) == []
+    assert find_touching(figure) == []
 
 
-def test_steps_are_drawn_at_their_flops_and_parameters():
+def test_parts_are_as_long_as_their_flops_and_darker_if_larger():
     config = {"model_type": "llama", "vocab_size": 1000, "tie_word_embeddings": True}
     figure = draw_plan(PLANS, ARMS, config=config, sequence_length=512)
-    left = figure.axes[0]
-    assert left.get_yscale() == "log"
+    bars = figure.axes[0]
+    schedules = [("plan-2", PLANS[1]), *((f"arm-{number}", arm) for number, (_, arm) in enumerate(ARMS, start=1))]
+    for row, schedule in schedules:
+        parts = [get_part(bars, f"{row}-stage-{stage}") for stage in range(len(schedule.structures))]
+        costs = [count_flops_per_token(dims, config, 512) for dims in schedule.structures]
+        lengths = [cost * tokens for cost, tokens in zip(costs, schedule.tokens, strict=True)]
+        assert [part.get_width() for part in parts] == pytest.approx(lengths)
+        sizes = [count_parameters(dims, config) for dims in schedule.structures]
+        brightness = [sum(part.get_facecolor()[:3]) for part in parts]
+        assert brightness == sorted(brightness, reverse=True) and sizes == sorted(sizes)
     most = max(schedule.flops(config, 512) for schedule in [*PLANS, *(arm for _, arm in ARMS)])
-    assert f"{most:e}".endswith("e+19") and left.get_xlabel() == "training FLOPs (× 10¹⁹)"
-    for gid, schedule in [("plan-2", PLANS[1]), *((f"arm-{n}", arm) for n, (_, arm) in enumerate(ARMS, start=1))]:
-        xs, ys = line(left, gid).get_data()
-        assert xs[-1] == pytest.approx(schedule.flops(config, 512))
-        assert list(ys[1:]) == [count_parameters(dims, config) for dims in schedule.structures]
-        assert line(left, gid).get_drawstyle() == "steps-pre" and sorted(xs) == list(xs)
-    first = line(left, "plan-1-stage-0").get_xdata()
-    assert first[-1] == pytest.approx(count_flops_per_token(SMALL, config, 512) * 10**10)
+    assert f"{most:e}".endswith("e+19") and bars.get_xlabel() == "training FLOPs (× 10¹⁹)"
 
 
-def test_structures_are_scaled_between_the_smallest_and_the_largest():
-    right = draw_plan(PLANS).axes[1]
-    assert list(line(right, "stage-0").get_ydata()) == [0, 0, 0, 0]
-    assert list(line(right, "stage-3").get_ydata()) == pytest.approx([1, 1, 2 / 34, 1])
-    assert list(line(right, "target-2").get_ydata()) == pytest.approx([512 / 2048, 1536 / 5632, 1, 4 / 16])
-    assert [tick.get_text() for tick in right.get_xticklabels()] == ["hidden", "ffn", "layers", "heads"]
+def test_the_table_has_the_sizes_of_the_best_schedule():
+    figure = draw_plan(PLANS)
+    assert list_cells(figure) == [
+        ["stage", "hidden", "ffn", "layers", "heads", "parameters", "tokens"],
+        ["0  initial", "768", "2,048", "6", "6", "91.6M", "10B"],
+        ["1  l", "768", "2,048", "8", "6", "106M", "10B"],
+        ["2  f", "768", "7,680", "8", "6", "210M", "10B"],
+        ["3  h", "2,816", "7,680", "8", "22", "953M", "10B"],
+    ]
+    shaded = [(part.get_x(), part.get_y()) for part in figure.axes[-1].patches]
+    assert [(int(x), round(y + 0.46 - 1)) for x, y in shaded] == [(1, 3), (2, 2), (3, 1), (4, 3)]
 
 
 @pytest.mark.parametrize("which", ["all", "one arm"])
 def test_without_tokens_the_axis_counts_stages(which):
     if which == "all":
         figure = draw_plan([without_tokens(plan) for plan in PLANS])
+        assert "tokens" not in list_cells(figure)[0]
     else:
         figure = draw_plan(PLANS, [*ARMS[:1], ("bare", without_tokens(ARMS[1][1]))])
-    left = figure.axes[0]
-    assert left.get_xlabel() == "stage (0: the initial model)"
-    assert list(line(left, "plan-3").get_xdata()[1:]) == [0.5, 1.5, 2.5, 3.5]
-    assert touching(figure) == []
+    bars = figure.axes[0]
+    assert bars.get_xlabel() == "stage (0: the initial model)"
+    assert [get_part(bars, f"plan-3-stage-{stage}").get_x() for stage in range(4)] == [-0.5, 0.5, 1.5, 2.5]
+    assert find_touching(figure) == []
 
 
-def test_one_schedule_alone():
-    figure = draw_plan(PLANS[:1])
-    assert texts(figure.axes[0], "end") == ["1  l-f-h"] and texts(figure.axes[1], "end") == []
-    assert legends(figure)[0] == ["best, coloured as in (b)"]
-    assert len(legends(figure)[1]) == 4
-    assert touching(figure) == []
+def test_schedules_to_one_target_do_not_repeat_it():
+    figure = draw_plan([PLANS[1], PLANS[4]])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["1  f-h-l", "2  h-f-l"]
+    scratch = draw_plan([GrowthSchedule(SMALL)])
+    assert [text.get_text() for text in scratch.axes[0].get_yticklabels()] == ["1  no growth"]
 
 
-def test_training_from_scratch_alone():
-    figure = draw_plan([GrowthSchedule(SMALL)])
-    left, right = figure.axes
-    assert texts(left, "end") == ["1  no growth"] and left.get_yscale() == "linear"
-    assert texts(right, None) == ["768", "2,048", "6", "6"]  # a dimension that does not vary has one label
-
-
-def test_grouped_queries_and_head_dim_get_axes():
+def test_grouped_queries_and_head_dim_get_columns():
     grouped = ModelDims(1024, 3072, 8, 8, 2, 64)
     more = grouped.replace(num_attention_heads=16, num_key_value_heads=4)
     wide = more.replace(hidden_size=2048, head_dim=128)
     # Trained already: the initial model takes no tokens.
     figure = draw_plan([path_through(grouped, more, wide, tokens=[0, 10**9, 10**9])])
-    names = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
-    assert names == ["hidden", "ffn", "layers", "heads", "kv heads", "head_dim"]
-    assert list(line(figure.axes[1], "stage-1").get_ydata()) == [0, 0, 0, 1, 1, 0]
-    assert texts(figure.axes[0], "growth") == ["a", "hd"]
-    assert legends(figure)[1][0] == "initial (1024, 3072, 8, 8, kv 2, head_dim 64)"
-    assert touching(figure) == []
-    same = draw_plan([path_through(grouped, grouped.replace(num_hidden_layers=16))])
-    assert [tick.get_text() for tick in same.axes[1].get_xticklabels()] == ["hidden", "ffn", "layers", "heads"]
+    headings, *rows = list_cells(figure)
+    assert headings[1:7] == ["hidden", "ffn", "layers", "heads", "kv heads", "head_dim"]
+    assert [row[0] for row in rows] == ["0  initial", "1  a", "2  hd"] and rows[2][5:7] == ["4", "128"]
+    assert rows[0][-1] == "–"
+    same = list_cells(draw_plan([path_through(grouped, grouped.replace(num_hidden_layers=16))]))
+    assert same[0][1:5] == ["hidden", "ffn", "layers", "heads"] and "head_dim" not in same[0]
 
 
 def short_stages(count: int) -> GrowthSchedule:
@@ -241,33 +238,16 @@ def short_stages(count: int) -> GrowthSchedule:
     return path_through(*structures, tokens=[10**10, *[10**7] * count])
 
 
-def test_labels_of_many_short_stages_do_not_touch():
+def test_labels_of_many_short_stages_do_not_touch(monkeypatch):
     best = short_stages(12)
-    structures = best.structures
-    plans = [best, *(path_through(*structures[: 12 - number]) for number in range(10))]
-    figure = draw_plan(plans, [(f"arm {number}", ARMS[number % 5][1]) for number in range(8)])
-    assert texts(figure.axes[0], "growth") == ["l", "f"] * 6
-    assert len(texts(figure.axes[0], "end")) == module.MAX_LABELS
-    assert legends(figure)[1][:3] == ["0 initial", "1 l", "2 f"]
-    assert touching(figure) == []
-    styles = [module._style_arm(number) for number in range(8)]
-    assert [line(figure.axes[0], f"arm-{n}").get_color() for n in range(1, 9)] == [style["color"] for style in styles]
-    assert len({style["color"] for style in styles[:5]}) == 5 and len(set(map(str, styles))) == 8
-
-
-@pytest.mark.parametrize("count", [2, 5])
-def test_letters_of_a_few_short_stages_do_not_touch(count, monkeypatch):
-    plans = [short_stages(count), *PLANS]  # the larger models leave little of the axes to the small growths
-    figure = draw_plan(plans)
-    assert texts(figure.axes[0], "growth") == ["l", "f", "l", "f", "l"][:count]
-    assert touching(figure) == []
-    monkeypatch.setattr(module, "_lift_letters", lambda figure: None)
-    assert ("l", "f") in touching(draw_plan(plans))
-
-
-def test_labels_that_touch_are_found(monkeypatch):
-    monkeypatch.setattr(module, "END_GAP", 0.0)
-    assert ("2  f-h-l", "5  h-f-l") in map(tuple, map(sorted, touching(draw_plan(PLANS))))
+    plans = [best, *(path_through(*best.structures[: 12 - number]) for number in range(10))]
+    arms = [(f"arm {number} of a very long name that does not fit", ARMS[number % 5][1]) for number in range(8)]
+    figure = draw_plan(plans, arms)
+    assert list_labels(figure.axes[0], "plan-1") == [""] * 13
+    assert len(list_cells(figure)) == 14
+    assert find_touching(figure) == []
+    monkeypatch.setattr(module, "_fit_labels", lambda figure: None)
+    assert ("l 98.7M", "part") in find_touching(draw_plan(plans, arms))
 
 
 def test_no_torch_and_no_pyplot_are_loaded():

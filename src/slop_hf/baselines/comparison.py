@@ -77,14 +77,40 @@ def compare_at_equal_flops(
     for name, arm in schedules.items():
         loss = None
         if name in FROM_RANDOM or schedule.initial_tokens or already_seen:
-            params = [count_parameters(dims, config) for dims in arm.structures]
-            seen = 0.0 if name in FROM_RANDOM else already_seen
-            predicted = (law or ScalingLaw()).staged_losses(params, arm.tokens, seen)[-1]
-            loss = predicted if predicted < compute_chance_loss(config) else None
+            loss = _predict_loss(arm, config, law, 0.0 if name in FROM_RANDOM else already_seen)
         costs = [float(count_flops_per_token(dims, config, sequence_length)) for dims in arm.structures]
         hours = None if cost_model is None else float(sum(map(cost_model.hours, costs, arm.tokens)))
         arms.append(Arm(name, arm, arm.flops(config, sequence_length), sum(arm.tokens), hours, loss))
     return arms
+
+
+def predict_final_loss(
+    schedule: GrowthSchedule,
+    config: ModelConfig = DEFAULT_CONFIG,
+    law: ScalingLaw | None = None,
+    already_seen: float = 0.0,
+) -> float | None:
+    """Predict the final loss of a schedule as `compare_at_equal_flops` does, in nats per token.
+
+    Args:
+        schedule: schedule with tokens.
+        config: settings that growth does not change, see `slop_hf.cost.flops`.
+        law: scaling law; default `ScalingLaw()`.
+        already_seen: tokens that the initial model was trained on before.
+
+    Returns:
+        The loss; None if the law cannot say, see `Arm`.
+    """
+    is_known = schedule.initial_tokens or already_seen
+    return _predict_loss(schedule, config, law, already_seen) if is_known else None
+
+
+def _predict_loss(
+    schedule: GrowthSchedule, config: ModelConfig, law: ScalingLaw | None, already_seen: float
+) -> float | None:
+    params = [count_parameters(dims, config) for dims in schedule.structures]
+    loss = (law or ScalingLaw()).staged_losses(params, schedule.tokens, already_seen)[-1]
+    return loss if loss < compute_chance_loss(config) else None
 
 
 def is_growth_favoured(arms: Sequence[Arm]) -> bool | None:

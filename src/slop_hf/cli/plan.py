@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..architectures import read_setting
 from ..baselines import Arm, compare_at_equal_flops
+from ..baselines.comparison import predict_final_loss
 from ..cost.flops import count_parameters
 from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
@@ -289,7 +290,11 @@ def plan_command(
         best.to_yaml(output)
     if plot is not None:
         others = [(arm.name, arm.schedule) for arm in arms[1:]]
-        draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot)
+        losses: list[float | None] = []
+        if all(any(schedule.tokens) for schedule in schedules):
+            losses = [predict_final_loss(schedule, config, planner.law, already_seen) for schedule in schedules]
+            losses += [arm.loss for arm in arms[1:]]
+        draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot, losses=losses)
     if as_json:
         favours_growth = None if advice is None else _VERDICTS.get(advice.verdict.kind)
         results = {"schedules": schedules, "arms": arms, "favours_growth": favours_growth, "choices": choices}

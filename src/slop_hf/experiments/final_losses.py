@@ -28,7 +28,8 @@ from .loss_curves import GOAL_LINE
 from .results import Spread, compute_rank_correlation, find_baseline, select_main_runs
 from .tables import format_spread
 
-GROWN, NOT_GROWN = RUN_COLOURS[:2]
+#: Colour and mark of an arm that grows, and of one that does not.
+GROWN, NOT_GROWN = zip(RUN_COLOURS[:2], "os", strict=True)
 _MARKERS = "os^Dv"  # five shapes and eight colours: 40 different points
 
 
@@ -52,9 +53,9 @@ def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
             axes.axvspan(losses[baseline].low, losses[baseline].high, color="0.92", linewidth=0)
             axes.axvline(losses[baseline].mean, zorder=1, **GOAL_LINE)
         grown = {run.arm for run in comparison.runs if run.schedule.stages}
-        colours = [GROWN if arm in grown else NOT_GROWN for arm in losses]
-        for row, (spread, colour) in enumerate(zip(losses.values(), colours, strict=True)):
-            _draw_row(axes, row, spread, colour)
+        looks = [GROWN if arm in grown else NOT_GROWN for arm in losses]
+        for row, (spread, look) in enumerate(zip(losses.values(), looks, strict=True)):
+            _draw_row(axes, row, spread, *look)
         axes.set_yticks(range(len(losses)), [shorten_name(arm, 40) for arm in losses])
         for text in axes.get_yticklabels():
             text.set_parse_math(False)
@@ -63,7 +64,7 @@ def draw_final_losses(comparison: Comparison, path: str | Path) -> Path | None:
         axes.set_xlabel("held-out loss (nats/token)")
         draw_grid(axes, "x")
         axes.set_title("Held-out loss at the end", loc="left")
-        entries = _list_entries(colours, max(len(spread.values) for spread in losses.values()))
+        entries = _list_entries(looks, max(len(spread.values) for spread in losses.values()))
         if baseline in losses:
             entries.append((f"mean of {shorten_name(baseline, 28)}", Line2D([], [], **GOAL_LINE)))
         draw_legend(figure, entries, letters=96)
@@ -121,19 +122,19 @@ def _get_final_losses(comparison: Comparison) -> dict[str, Spread]:
     return {arm: Spread(values) for arm, values in finite.items() if values}
 
 
-def _draw_row(axes: Axes, row: int, spread: Spread, colour: str) -> None:
-    axes.plot(spread.values, [row] * len(spread.values), "o", color=colour, markersize=5.5, alpha=0.6, zorder=3)
+def _draw_row(axes: Axes, row: int, spread: Spread, colour: str, marker: str) -> None:
+    axes.plot(spread.values, [row] * len(spread.values), marker, color=colour, markersize=5.5, alpha=0.6, zorder=3)
     axes.plot([spread.mean] * 2, [row - 0.32, row + 0.32], color=darken(colour), linewidth=2, zorder=4)
     position = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate(format_spread(spread, 4), (1, row), (8, 0), va="center", fontsize=8, **position)
 
 
-def _list_entries(colours: Collection[str], seeds: int) -> list[LegendEntry]:
+def _list_entries(looks: Collection[tuple[str, str]], seeds: int) -> list[LegendEntry]:
     """Return the legend's entries for the kinds of marks drawn."""
     entries: list[LegendEntry] = [
-        (kind, Line2D([], [], color=colour, marker="o", linestyle="none"))
-        for kind, colour in (("grown", GROWN), ("not grown", NOT_GROWN))
-        if colour in colours
+        (kind, Line2D([], [], color=look[0], marker=look[1], linestyle="none"))
+        for kind, look in (("grown", GROWN), ("not grown", NOT_GROWN))
+        if look in looks
     ]
     if seeds > 1:
         bar = Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=2, linestyle="none")

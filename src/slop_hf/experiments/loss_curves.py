@@ -36,7 +36,8 @@ from .results import Spread, compute_costs_to_goal, is_saving_bound, select_main
 #: Measure of training on the horizontal axis.
 Against = Literal["flops", "seconds"]
 
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # one after another, each time that the colours have been used up
+#: Lines of the arms in turn, so that they differ without colours too.
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1)), (0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 1)))
 _ENDS: Style = {
     "linestyle": (0, (1, 2)),
     "linewidth": 1.2,
@@ -133,7 +134,7 @@ def _build_arms(comparison: Comparison, against: Against) -> list[_Arm]:
             continue
         style = {
             "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-            "linestyle": _DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
+            "linestyle": _DASHES[number % len(_DASHES)],
             "linewidth": 2.2 if name == comparison.reference else 1.6,
         }
         runs = select_main_runs(comparison, name)
@@ -143,6 +144,7 @@ def _build_arms(comparison: Comparison, against: Against) -> list[_Arm]:
         costs = [] if name == comparison.reference else [*compute_costs_to_goal(comparison, name, against).values()]
         is_reached = costs and max(costs) < math.inf and not is_saving_bound(comparison, name)
         goal = fmean(costs) if is_reached else None
+        ends.sort(key=lambda end: end.x)  # a longer budget can have taken less time, on another machine
         arms.append(_Arm(name, style, runs, curve, ends if len(ends) > 1 else [], growths, goal))
     return arms
 
@@ -223,8 +225,9 @@ def _draw_goal(
         axes.plot([x / scale], [end.loss.mean], color=arm.style["color"], zorder=6, **_REACHED)
     x, first = min(reaching, key=lambda pair: pair[0])
     if (saved := 1 - x / end.x) > 0:
+        seeds = ", one seed" if len(runs) == 1 else ""
         axes.annotate(  # the space below the line and left of the ring is empty
-            f"{saved:.0%} less {'compute' if against == 'flops' else 'time'}",
+            f"{saved:.0%} less {'compute' if against == 'flops' else 'time'}{seeds}",
             (x / scale, end.loss.mean),
             (-6, -5),
             textcoords="offset points",

@@ -80,7 +80,7 @@ def _build_lines(comparison: Comparison) -> list[_Line]:
         ]
         style = {
             "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-            "marker": _MARKERS[number // len(RUN_COLOURS) % len(_MARKERS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
             "linestyle": "-" if arm in grown else (0, (4, 1.5)),
             "linewidth": 1.8,
             "markersize": 5.5,

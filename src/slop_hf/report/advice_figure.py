@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from ..io.files import write_file
 from ..planning.advice import Advice, Question, forecast_options
-from .drawing import RUN_COLOURS, STYLE, LegendEntry, create_figure, draw_grid, draw_legend, shorten_name
+from .drawing import RUN_COLOURS, RUN_MARKERS, STYLE, LegendEntry, create_figure, draw_grid, draw_legend, shorten_name
 from .plan_figure import check_suffix
 
 #: Budgets drawn, relative to the one asked about.
@@ -40,12 +40,13 @@ def draw_advice(question: Question, advice: Advice, path: str | Path) -> Figure:
         axes = figure.add_subplot()
         entries: list[LegendEntry] = []
         for number, option in enumerate(advice.options):
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+            colour, marker = RUN_COLOURS[number % len(RUN_COLOURS)], RUN_MARKERS[number % len(RUN_MARKERS)]
             axes.plot(budgets, losses[number], color=colour, linewidth=1.6, gid=f"option-{number + 1}")
             low, high = losses[number] - errors[number], losses[number] + errors[number]
             axes.fill_between(budgets, low, high, color=colour, alpha=0.12, linewidth=0)
-            axes.plot([advice.budget], [option.loss], "o", color=colour, markersize=6, zorder=4)
-            entries.append((shorten_name(option.label, 46), Line2D([], [], color=colour, linewidth=2)))
+            axes.plot([advice.budget], [option.loss], marker, color=colour, markersize=6, zorder=4)
+            handle = Line2D([], [], color=colour, marker=marker, linewidth=2)
+            entries.append((shorten_name(option.label, 46), handle))
         axes.axvline(advice.budget, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         axes.set_xlabel("training FLOPs" if advice.unit == "flops" else "device hours")

@@ -32,6 +32,9 @@ from .summary import name_runs
 #: The palette of Okabe and Ito without yellow, and grey: distinct on white, also for colour-blind readers.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 
+#: Marks of runs, so that they differ without colours too; triangles mark growths.
+RUN_MARKERS = ("o", "s", "D", "P", "X", "*", "p", "h")
+
 DPI = 150  # of PNG files
 WIDTH = 9.0  # inches
 STYLE: Mapping[str, object] = {
@@ -66,6 +69,7 @@ class DrawnRun:
 
     name: str
     colour: str
+    marker: str
     sequence: str
     records: Sequence[StageRecord]
     history: Sequence[dict[str, Json]]
@@ -91,7 +95,7 @@ class DrawnRun:
 
 
 def read_runs(runs: Sequence[RunDirectory | RunSnapshot]) -> list[DrawnRun]:
-    """Read the data of runs for a figure, and give each a unique name and a colour."""
+    """Read the data of runs for a figure, and give each a unique name, a colour and a mark."""
     if not runs:
         raise RunError("no runs to draw; give at least one run directory")
     drawn_runs = []
@@ -99,8 +103,8 @@ def read_runs(runs: Sequence[RunDirectory | RunSnapshot]) -> list[DrawnRun]:
         run = run if isinstance(run, RunSnapshot) else RunSnapshot.read(run)
         if not run.records:
             raise RunError(f"{run.path} has no finished stage to draw; let `slop train` finish its first stage")
-        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-        drawn_runs.append(DrawnRun(name, colour, run.schedule.sequence, run.records, run.history))
+        colour, marker = RUN_COLOURS[number % len(RUN_COLOURS)], RUN_MARKERS[number % len(RUN_MARKERS)]
+        drawn_runs.append(DrawnRun(name, colour, marker, run.schedule.sequence, run.records, run.history))
     return drawn_runs
 
 
@@ -134,7 +138,7 @@ def draw_run_legend(
     """Draw a legend of the runs below a figure, followed by other entries; for `letters` see `draw_legend`."""
     names = [shorten_name(run.name, min(letters, 48)) for run in runs]
     names = label_runs(names, [shorten_name(run.sequence, 20) for run in runs])
-    lines = [Line2D([], [], color=run.colour, linewidth=2.4) for run in runs]
+    lines = [Line2D([], [], color=run.colour, marker=run.marker, markersize=5, linewidth=2.4) for run in runs]
     draw_legend(panel, [*zip(names, lines, strict=True), *extra], letters=letters)
 
 

@@ -45,10 +45,11 @@ _DIMENSIONS = (
     ("heads", "num_attention_heads", "#CC79A7", "D"),
 )
 
-#: The mark of a growth on a curve of losses.
 _MARK: Style = {"linestyle": "none", "markeredgecolor": "white"}
+#: The marks of a loss just before a growth, and just after it: up and filled, down and hollow.
 GROWTH_MARK: Style = {**_MARK, "marker": "^", "markersize": 6.5, "markeredgewidth": 0.7}
-_HELD_OUT: Style = {**_MARK, "marker": "o", "markersize": 5, "markeredgewidth": 0.6}
+GROWN_MARK: Style = {"linestyle": "none", "marker": "v", "markersize": 5.5, "markerfacecolor": "white"}
+_HELD_OUT: Style = {**_MARK, "markersize": 5, "markeredgewidth": 0.6}
 MAX_MARKERS = 40  # dots of held-out loss per run
 LABEL_SIZE = 7.5  # points, of the names of stages
 LABEL_GAP = 2.5 * LABEL_SIZE  # points between growths whose labels do not touch, at a slant of 30°
@@ -65,7 +66,8 @@ class LossCurve:
         style: keyword arguments of `Axes.plot`, with a `color`.
         settled: losses that the axis has to show; the other ones may leave through the top.
         band: lowest and highest loss at each point, two sequences of shape [points]; None draws no band.
-        growths: training so far and loss at each growth.
+        growths: training so far and loss just before each growth.
+        grown: training so far and loss just after each growth, if it is known.
     """
 
     x: Sequence[float]
@@ -74,10 +76,11 @@ class LossCurve:
     settled: Sequence[float]
     band: tuple[Sequence[float], Sequence[float]] | None = None
     growths: Sequence[tuple[float, float]] = ()
+    grown: Sequence[tuple[float, float]] = ()
 
 
 def draw_loss_curves(axes: Axes, curves: Sequence[LossCurve], *, most: float, log_x: bool = False) -> None:
-    """Draw losses against training, with a triangle at each growth.
+    """Draw losses against training, with a triangle just before each growth, and a hollow one just after it.
 
     The axis of losses fits the settled losses of all curves, with room below for a label; unless it is logarithmic,
     the axis of training ends at `most`. Later curves are drawn over earlier ones.
@@ -89,6 +92,8 @@ def draw_loss_curves(axes: Axes, curves: Sequence[LossCurve], *, most: float, lo
             axes.fill_between(curve.x, *curve.band, color=colour, alpha=0.18, linewidth=0, zorder=1)
         if curve.growths:
             axes.plot(*zip(*curve.growths, strict=True), color=colour, zorder=4, **GROWTH_MARK)
+        if curve.grown:
+            axes.plot(*zip(*curve.grown, strict=True), color=colour, zorder=4, **GROWN_MARK)
     if settled := [loss for curve in curves for loss in curve.settled]:
         margin = 0.08 * (max(settled) - min(settled)) or 0.1
         axes.set_ylim(min(settled) - margin, max(settled) + 0.5 * margin)
@@ -104,9 +109,10 @@ def draw_loss_curves(axes: Axes, curves: Sequence[LossCurve], *, most: float, lo
 def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path, *, log_x: bool = False) -> Path:
     """Draw loss against cumulative training FLOPs, all runs on the same axes.
 
-    Thin lines are training loss, dots held-out loss, triangles growths. If a single run is drawn, an axis at the top
-    says what grew; the legend of several runs gives their orders of growth. The first descent of the initial model
-    leaves through the top.
+    Thin lines are training loss, marks held-out loss; a filled triangle is the held-out loss just before a growth, a
+    hollow one just after it. If a single run is drawn, bands show its stages, and an axis at the top says what grew;
+    the legend of several runs gives their orders of growth. The first descent of the initial model leaves through the
+    top.
 
     Args:
         runs: runs with at least one finished stage.
@@ -131,9 +137,11 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
         axes.set_title("Loss against training compute")
         if len(drawn_runs) == 1:
             _label_growths(axes, drawn_runs[0])
-        kinds = [("training loss", {"linewidth": 0.9}), ("held-out loss", _HELD_OUT)]
-        if any(run.growths for run in drawn_runs):
-            kinds.append(("growth", GROWTH_MARK))
+        kinds = [("training loss", {"linewidth": 0.9}), ("held-out loss", {"marker": "o", **_HELD_OUT})]
+        if any(curve.growths for curve in curves):
+            kinds.append(("before growth", GROWTH_MARK))
+        if any(curve.grown for curve in curves):
+            kinds.append(("after growth", GROWN_MARK))
         extra: list[LegendEntry] = [(label, Line2D([], [], color="0.35", **style)) for label, style in kinds]
         draw_run_legend(figure, drawn_runs, extra)
         return write_png(figure, path)
@@ -143,13 +151,17 @@ def _build_curves(run: DrawnRun, number: int) -> list[LossCurve]:
     """Build the curves of a run's training losses and held-out losses."""
     style: Style = {"color": run.colour, "linewidth": 0.9, "alpha": 0.65}
     training = LossCurve(*run.losses("loss"), style, run.settled_losses)
-    flops, losses = run.losses("eval_loss")
-    every = max(1, math.ceil(len(flops) / MAX_MARKERS))
-    dots = slice((len(flops) - 1) % every, None, every)
-    style = {"color": run.colour, "zorder": 3 + number / 100, "markevery": dots, **_HELD_OUT}
     ends = [(record.total_flops, _find_loss_at_end(record, training)) for record in run.records[:-1]]
     growths = [(end, loss) for end, loss in ends if loss is not None]
-    return [training, LossCurve(flops, losses, style, [], growths=growths)]
+    after = [(end, record.eval_loss_after_growth) for (end, _), record in zip(ends, run.records[1:], strict=True)]
+    grown = [(end, loss) for end, loss in after if loss is not None and math.isfinite(loss)]
+    # The losses around growths have their own marks.
+    dots = [point for point in zip(*run.losses("eval_loss"), strict=True) if point[0] not in dict(ends)]
+    flops, losses = [point[0] for point in dots], [point[1] for point in dots]
+    every = max(1, math.ceil(len(dots) / MAX_MARKERS))
+    shown = slice((len(dots) - 1) % every, None, every)
+    style = {"color": run.colour, "marker": run.marker, "zorder": 3 + number / 100, "markevery": shown, **_HELD_OUT}
+    return [training, LossCurve(flops, losses, style, [], growths=growths, grown=grown)]
 
 
 def _find_loss_at_end(record: StageRecord, training: LossCurve) -> float | None:
@@ -161,7 +173,10 @@ def _find_loss_at_end(record: StageRecord, training: LossCurve) -> float | None:
 
 
 def _label_growths(axes: Axes, run: DrawnRun) -> None:
-    """Name what grew on an axis at the top, above a pale line at each growth; leave out names that would touch."""
+    """Shade every other stage, and name what grew on an axis at the top, leaving out names that would touch."""
+    begins = [flops for flops, _ in run.growths]
+    for begin, end in list(zip(begins, [*begins[1:], run.records[-1].total_flops], strict=True))[::2]:
+        axes.axvspan(begin, end, color="0.955", linewidth=0, zorder=0, gid="stage")
     labels: dict[float, str] = {}
     last = -math.inf
     for flops, label in run.growths:
@@ -217,7 +232,7 @@ def _draw_parameters(panel: SubFigure, runs: Sequence[DrawnRun]) -> None:
         width = 1.4 + later * min(1.2, 4 / len(runs))
         style: Style = {"color": run.colour, "linewidth": width, "solid_joinstyle": "miter"}
         axes.plot(xs, ys, drawstyle="steps-pre", zorder=2 + number / 100, **style)
-        axes.plot(xs[-1:], ys[-1:], "o", color=run.colour, markersize=width + 3.6, clip_on=False, zorder=3)
+        axes.plot(xs[-1:], ys[-1:], run.marker, color=run.colour, markersize=width + 3.6, clip_on=False, zorder=3)
     axes.set_xlim(0, most * 1.02 or 1)
     axes.set_ylim(0, max(record.parameters for run in runs for record in run.records) * 1.08)
     axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
