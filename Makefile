@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt src/slop_hf/__init__.py
 # Two test processes of one thread each; ARGS goes to pytest, as in make test ARGS="-k planner".
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test check results docs pages slow gpu constraints clean
+.PHONY: help demo test check results images docs pages slow gpu constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,6 +27,9 @@ check: $(VENV)/.dev  ## lint, format check and type check
 
 results: $(VENV)/.runtime  ## rebuild the results in README.md and docs/ from benchmarks/results
 	$(BIN)/python benchmarks/results.py
+
+images: $(VENV)/.runtime  ## draw the pictures of README and docs that are out of date, in seconds
+	$(BIN)/python docs/images/make.py
 
 docs: $(VENV)/.docs  ## build the documentation into site/ with Python 3.11 or later; every warning is an error
 	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/docs -c docs . site

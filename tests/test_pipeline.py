@@ -5,6 +5,7 @@ from transformers import TrainerCallback
 
 from slop_hf import GrowthSchedule, PublishCallback, RunConfig, train_run
 from slop_hf.errors import EvaluationError, HubError, RunError
+from slop_hf.runs.launches import RunLaunches
 
 SCORED = {"evaluation": {"tasks": ["perplexity"]}}
 
@@ -27,6 +28,8 @@ def test_a_run_is_trained_scored_and_resumed(config, tmp_path):
     with pytest.raises(RunError, match="holds another run"):
         train_run(RunConfig.from_yaml(config), run.path)
     assert train_run(RunConfig.from_yaml(config), run.path, resume=True).records() == records
+    launches = RunLaunches.load(run).launches
+    assert launches[0].data == (str(config.parent / "texts"),) and len(launches) <= 2
 
 
 def test_another_schedule_and_the_target_alone(config, tmp_path):

@@ -1,4 +1,4 @@
-"""Draws `axis_maps.png` for docs/growth.md from the library's own axis maps: `python docs/images/axis_maps.py`."""
+"""Draws `axis_maps.png` for docs/growth.md from the library's own axis maps; `make images` runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUPED, WIDER_GROUPS = ModelDims(12, 4, 1, 4, 2, 2), ModelDims(12, 4, 1, 6, 2, 
 TITLE_SIZE, TEXT_SIZE = 9.5, 8
 
 
-def main() -> None:
+def draw(path: Path) -> None:
     """Draw three maps of the axis `query`, and a matrix with two growing axes."""
     figure = Figure(figsize=(10.6, 4.9), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -31,7 +31,7 @@ def main() -> None:
     for row, (title, old, new, inits) in enumerate(maps):
         draw_map(figure.add_subplot(grid[row, 0]), title, build_axis_maps(old, new, inits)["query"], old.head_dim)
     draw_matrix(figure.add_subplot(grid[:, 1]))
-    figure.savefig(Path(__file__).with_name("axis_maps.png"), metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
 
 
 def draw_map(axes: Axes, title: str, axis_map: AxisMap, head_dim: int) -> None:
@@ -83,7 +83,3 @@ def draw_matrix(axes: Axes) -> None:
     axes.text(-0.2, 2.5, "axis that is written", fontsize=TEXT_SIZE, va="center", rotation=90, ha="right")
     axes.set(xlim=(-0.7, 5.1), ylim=(-0.1, 5.6), aspect="equal")
     axes.axis("off")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from .evaluation.runs import EvaluateStages, check_evaluation
@@ -14,6 +15,7 @@ from .hub.callback import PublishCallback
 from .hub.fetch import FetchedStage, continue_from, fetch_stage
 from .io.hub_address import Address
 from .runs.directory import RunDirectory
+from .runs.launches import RunLaunches
 from .runs.lock import require_unlocked
 from .schedule import GrowthSchedule
 from .training.config import RunConfig, build_trainer
@@ -71,7 +73,9 @@ def train_run(
     config = config.with_schedule(schedule) if stage is None else continue_from(config, stage, schedule)
     check_evaluation(config)
     publishing = _build_publishers(config, callbacks)
-    trainer = build_trainer(config, output_dir, scratch=scratch, callbacks=[*callbacks, *publishing])
+    trainer = build_trainer(
+        config, output_dir, scratch=scratch, callbacks=[RecordLaunch(directory, config), *callbacks, *publishing]
+    )
     if (evaluating := EvaluateStages.of_run(config)) is not None:
         trainer.add_callback(evaluating)
     if stage is not None and trainer.is_world_process_zero() and not directory.exists:
@@ -81,6 +85,22 @@ def train_run(
         if summary := publisher.finish():
             (report or logger.info)(summary)
     return directory
+
+
+class RecordLaunch(TrainerCallback):
+    """Writes down the command, the time and the data of a launch when its training begins."""
+
+    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
+        self.run, self.config, self._is_recorded = run, config, False
+
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        if self._is_recorded or not state.is_world_process_zero:  # a run has this event in every stage
+            return
+        self._is_recorded = True
+        sources = self.config.data.sources
+        places = {name: ", ".join(source.places) for name, source in sources.items()}
+        data = [place if len(places) == 1 else f"{name}: {place}" for name, place in places.items()]
+        (RunLaunches.load(self.run) or RunLaunches()).add(sys.argv, data).save(self.run)
 
 
 def _build_publishers(config: RunConfig, callbacks: Sequence[TrainerCallback]) -> list[PublishCallback]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ from report_runs import SCRATCH, write_evaluations, write_sources
 
 from slop_hf.errors import RunError
 from slop_hf.report import summarise, tabulate_runs, tabulate_stages, write_report
+from slop_hf.report.run_settings import list_settings
+from slop_hf.report.summary import describe_outcomes
+from slop_hf.runs.directory import RunFacts
+from slop_hf.runs.launches import RunLaunches
+from slop_hf.runs.settings import RunSettings, SettingsChange
 
+SETTINGS = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True, "devices": 2, "strategy": "zero3"}
 FILES = ["loss.png", "path.png", "report.html", "report.json", "report.md"]
 
 
@@ -43,6 +50,36 @@ def test_comparison_of_runs(make_run, tmp_path, text_only):
     slop, scratch = json.loads((target / "report.json").read_text())["runs"]
     assert slop["summary"]["sequence"] == "l-f-h" and len(slop["stages"]) == 4
     assert scratch["stages"][0]["dims"]["hidden_size"] == 128 and "marginal_utility" not in scratch["summary"]
+
+
+def test_settings_and_samples_are_listed_and_the_verdict_comes_first(make_run, tmp_path, text_only):
+    grown, scratch = make_run("slop"), make_run("scratch", SCRATCH)
+    flops = grown.records()[-1].total_flops
+    record = scratch.records()[0]
+    (scratch.stage_dir(0) / "stage.json").write_text(replace(record, total_flops=flops).to_json())
+    for run in (grown, scratch):
+        RunFacts(block_size=128, blocks=10**4, blocks_per_step=(32, 32, 64, 64), data_seed=1, seed=7).save(run)
+        changes = (SettingsChange(0, {**SETTINGS, "learning_rate": 3e-3}), SettingsChange(10, {"learning_rate": 1e-3}))
+        RunSettings(changes).save(run)
+        RunLaunches().add(["slop", "train", "run.yaml"], ["texts/"]).add(["slop", "train", "--resume"]).save(run)
+    assert list_settings(grown, grown.records()) == {
+        "begun": RunLaunches.load(grown).launches[0].time + ", resumed 1 time",
+        "command": "slop train run.yaml",
+        "data": "texts/",
+        "learning rate": "0.001; cosine over each stage, warm-up 10%",
+        "batch": "4.1k → 8.19k tokens per step, in blocks of 128",
+        "optimizer": "unknown; after a growth: unknown",
+        "seed": "7",
+        "devices": "2, zero3, bf16",
+    }
+    target = write_report([grown, scratch], tmp_path / "out", samples=[("def f", "(x):\n    <b>"), ("def f", "()")])
+    page, text = (target / "report.html").read_text(), (target / "report.md").read_text()
+    (verdict,) = describe_outcomes([summarise(grown), summarise(scratch)])
+    assert f"{verdict[1:]}.</strong>" in page[: page.index("<table>")] and verdict[1:] in text[: text.index("| ---")]
+    assert page.count("<dt>learning rate</dt>") == 2 and "- learning rate: 0.001; cosine" in text
+    assert "<strong>def f</strong>(x):\n    &lt;b&gt;" in page and "```text\ndef f(x):\n    <b>\n```" in text
+    with pytest.raises(RunError, match="1 samples for 2 runs"):
+        write_report([grown, scratch], tmp_path / "out", samples=[("a", "b")])
 
 
 def test_names_are_shown_as_they_are(make_run, text_only):

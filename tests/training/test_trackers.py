@@ -1,10 +1,12 @@
-"""MLflow and W&B show one run for a staged run, also after an interruption; with the real packages, offline."""
+"""MLflow, W&B and Trackio show one run for a staged run, also after an interruption; the real packages, offline."""
 
 from pathlib import Path
 
 import pytest
 from training_runs import STEPS, trainer
 from transformers import TrainerCallback
+
+from slop_hf.runs.directory import RunDirectory, RunFacts
 
 ALL_STEPS = set(range(1, 4 * STEPS + 1))
 
@@ -49,3 +51,20 @@ def test_wandb_has_one_run(tmp_path, monkeypatch):
     wandb.finish()
     files = list(Path(tmp_path, "wandb").rglob("run-*.wandb"))
     assert files and len({file.stem for file in files}) == 1
+
+
+def test_trackio_has_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    if trackio.TRACKIO_DIR != tmp_path / "trackio":
+        pytest.skip("an earlier test has imported trackio, with another directory")
+    monkeypatch.chdir(tmp_path)
+    train_twice(tmp_path / "out", "trackio")
+    trainer(tmp_path / "another", report_to=["trackio"]).train()
+    first, second = sorted(SQLiteStorage.get_runs("huggingface"))
+    run_id = RunFacts.load(RunDirectory(tmp_path / "out")).run_id
+    assert run_id in (first, second) and first != second, "another run has its own"
+    logged = [entry for entry in SQLiteStorage.get_logs("huggingface", run_id) if "train/loss" in entry]
+    assert {entry["train/global_step"] for entry in logged} == ALL_STEPS

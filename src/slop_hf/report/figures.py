@@ -137,7 +137,10 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
         axes.set_title("Loss against training compute")
         if len(drawn_runs) == 1:
             _label_growths(axes, drawn_runs[0])
-        kinds = [("training loss", {"linewidth": 0.9}), ("held-out loss", {"marker": "o", **_HELD_OUT})]
+        kinds: list[tuple[str, Style]] = [
+            ("training loss", {"linewidth": 0.9}),
+            ("held-out loss", {"marker": "o", **_HELD_OUT}),
+        ]
         if any(curve.growths for curve in curves):
             kinds.append(("before growth", GROWTH_MARK))
         if any(curve.grown for curve in curves):

@@ -12,15 +12,16 @@ from pathlib import Path
 from ..errors import RunError
 from ..io.files import check_output, write_text
 from ..io.serialization import Json, to_json, to_plain
-from ..io.units import format_count, format_decimals, format_significant
+from ..io.units import format_count, format_decimals, format_duration
 from ..runs.directory import RunDirectory
 from ..runs.records import EvalRecord, StageRecord
 from .comparisons import draw_heads, draw_radar, draw_time_correlation
 from .figures import draw_run_losses, draw_run_paths
 from .render import render_report, select_glossary
 from .results import tabulate_data, tabulate_held_out_losses, tabulate_stage_scores
+from .run_settings import list_settings
 from .scores import tabulate_final_scores
-from .summary import RunSummary, name_runs, summarise
+from .summary import RunSummary, describe_outcomes, name_runs, summarise
 from .tables import TextTable, tabulate_runs, tabulate_stages
 
 
@@ -39,8 +40,9 @@ REPORT_FIGURES = {
     "loss": ReportFigure(
         draw_run_losses,
         "Loss against training FLOPs",
-        "Training loss (lines) and held-out loss (dots); a triangle is the held-out loss just before a growth. The "
-        "axis of losses leaves out the steep descent at the very beginning.",
+        "Lines are training loss, marks held-out loss; a filled triangle is the held-out loss just before a growth, "
+        "a hollow one just after it, before the grown model was trained. Bands are the stages of a single run. The "
+        "steep descent of a new model may leave through the top.",
         is_wide=True,
     ),
     "path": ReportFigure(
@@ -106,7 +108,10 @@ class _ReportedRun:
 
 
 def write_report(
-    runs: Sequence[RunDirectory | str | Path] | RunDirectory | str | Path, output_dir: str | Path | None = None
+    runs: Sequence[RunDirectory | str | Path] | RunDirectory | str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    samples: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Report on one run, or compare several.
 
@@ -121,6 +126,8 @@ def write_report(
     Args:
         runs: one run directory, or several.
         output_dir: directory to write to; default: `report/` in the first run.
+        samples: a prompt and its continuation by each run's last stage (`generate_text`), in the order of the runs;
+            empty for a report without samples.
 
     Returns:
         the directory of the report.
@@ -139,6 +146,8 @@ def write_report(
     directories = [path if isinstance(path, RunDirectory) else RunDirectory(path) for path in paths]
     if not directories:
         raise RunError("no runs to report on; give one or more output directories of `slop train`")
+    if samples and len(samples) != len(directories):
+        raise RunError(f"{len(samples)} samples for {len(directories)} runs: give one per run, or none")
     reported = [_read_run(run, name) for run, name in zip(directories, name_runs(directories), strict=True)]
     target = Path(output_dir) if output_dir is not None else directories[0].path / "report"
     check_output(target, error=RunError, is_directory=True)
@@ -153,6 +162,9 @@ def write_report(
         "scores": tabulate_final_scores(summaries, [run.evaluations[-1] for run in reported]),
         "figures": _draw_figures(directories, target),
         "runs": summaries,
+        "verdicts": describe_outcomes(summaries),
+        "settings": {run.summary.name: list_settings(run.run, run.stages) for run in reported},
+        "samples": dict(zip([run.name for run in summaries], samples, strict=False)),
         "sentences": {run.name: _describe_run(run) for run in summaries},
         "tables": tables,
         "versions": {run.summary.name: run.stages[-1].versions for run in reported},
@@ -188,7 +200,7 @@ def _describe_run(run: RunSummary) -> str:
         growth = f"Grown from {run.initial} to {run.target}{size} in the order {run.sequence}"
     else:
         growth = f"Trained without growth, structure {run.target}{size}"
-    cost = f"{format_count(run.tokens)} tokens in {format_significant(run.device_hours)} device hours"
+    cost = f"{format_count(run.tokens)} tokens in {format_duration(3600 * run.device_hours)} of device time"
     loss = "" if run.eval_loss is None else f", held-out loss {format_decimals(run.eval_loss, 4)} nats per token"
     return f"{growth}: {cost}{loss}."
 

@@ -4,6 +4,7 @@
       schedule.yaml                       the growth schedule
       run.json                            the facts that must not change when the run is resumed
       settings.json                       the settings that may change, with the steps from which they hold
+      launches.json                       when `train_run` was called, with which command and data
       stage-0-initial/                    a stock transformers model, stage.json, trainer_state.json, callbacks.json;
                                           evaluations.json once it has been evaluated
       stage-1-layer/ ...                  the same for each stage
