@@ -283,7 +283,7 @@ def _count(config: DataConfig) -> tuple[dict[str, dict[str, Json]], Mapping[str,
         for name, source in corpus.sources.items()
     }
     training_tokens = {name: source.train.tokens for name, source in corpus.sources.items()}
-    return quantities, training_tokens, config.tokenizer or f"its own, of {len(corpus.tokenizer):,} tokens"
+    return quantities, training_tokens, config.tokenizer or f"trained on the text, {len(corpus.tokenizer):,} tokens"
 
 
 def _estimate(config: DataConfig) -> tuple[dict[str, dict[str, Json]], Mapping[str, int | None], str]:
@@ -332,7 +332,7 @@ def _show_summary(summary: Mapping[str, Json], title: str) -> None:
         total=("sum", "", "", *format_quantities(summary["total"], mark if is_complete else "> ")),
         wraps=("where",),
     )
-    print(f"tokens counted by {summary['tokenizer']}")
+    print(f"tokenizer: {summary['tokenizer']}")
     if tokens is None:
         print("unknown how many training tokens there are before a source repeats: no source has a known size")
     else:

@@ -120,7 +120,7 @@ def print_table(
         total: cells of a last row, below a line.
         wraps: names of columns to wrap if the terminal is narrow.
         optional: names of columns to leave out if it is narrower still, in this order; the caption names them.
-        caption: line below the table.
+        caption: line below the table, which may be longer than the table is wide.
     """
     console = Console()
     names = [column.removeprefix(">") for column in columns]
@@ -140,7 +140,7 @@ def print_table(
     if left_out:
         note = f"left out in {console.width} columns: {', '.join(left_out)}"
         caption = f"{caption}; {note}" if caption else note
-    table = Table(box=SIMPLE, title=title, caption=caption, pad_edge=False, collapse_padding=True)
+    table = Table(box=SIMPLE, title=title, pad_edge=False, collapse_padding=True)
     for number in shown:
         justify: JustifyMethod = "right" if columns[number].startswith(">") else "left"
         no_wrap = names[number] not in wraps
@@ -152,6 +152,8 @@ def print_table(
         table.add_row(*(total[number] for number in shown))
     # The lines of a table wider than the terminal are wrapped by it: not pretty, but whole.
     Console(width=max(console.width, measure())).print(table)
+    if caption:  # not the table's, which a narrow table would wrap at its own width
+        console.print(caption, style="table.caption", highlight=False)
 
 
 def _measure_cell(cell: str, *, wraps: bool) -> int:

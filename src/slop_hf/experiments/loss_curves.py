@@ -122,7 +122,7 @@ def draw_arm_curves(comparison: Comparison, path: str | Path, *, against: Agains
             axes.set_xlabel(f"training time ({unit})")
         axes.set_ylabel("held-out loss (nats/token)")
         axes.set_title(f"Held-out loss against training {'compute' if against == 'flops' else 'time'}", loc="left")
-        draw_legend(figure, [*_list_entries(arms), *goal_entries], letters=96)
+        draw_legend(figure, [*_list_entries(arms), *goal_entries], letters=96, handlelength=3.4)
         return write_png(figure, path, source=comparison.fingerprint)
 
 

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -177,8 +178,8 @@ def _find_loss_at_end(record: StageRecord, training: LossCurve) -> float | None:
 
 def _label_growths(axes: Axes, run: DrawnRun) -> None:
     """Shade every other stage, and name what grew on an axis at the top, leaving out names that would touch."""
-    begins = [flops for flops, _ in run.growths]
-    for begin, end in list(zip(begins, [*begins[1:], run.records[-1].total_flops], strict=True))[::2]:
+    edges = [*(flops for flops, _ in run.growths), run.records[-1].total_flops]
+    for begin, end in list(pairwise(edges))[::2]:
         axes.axvspan(begin, end, color="0.955", linewidth=0, zorder=0, gid="stage")
     labels: dict[float, str] = {}
     last = -math.inf
