@@ -177,8 +177,11 @@ def list_documents(root: Path) -> list[str]:
     return ["README.md", *(path.relative_to(root).as_posix() for path in sorted((root / "docs").glob("*.md")))]
 
 
-def update(root: Path, *, check: bool) -> Iterator[str]:
+def update(root: Path, *, check: bool, redraw: bool = False) -> Iterator[str]:
     """Rebuild documents and figures, or only check whether they are up to date.
+
+    Args:
+        redraw: whether to draw every figure again, for a change of how figures look.
 
     Yields:
         Path of each document or figure that was out of date.
@@ -196,7 +199,7 @@ def update(root: Path, *, check: bool) -> Iterator[str]:
     for figure in shown:
         if figure.record not in records:
             raise RunError(f"{figure.path} is shown, but there is no record {RECORDS}/{figure.record}.json")
-        if read_fingerprint(root / figure.path) != records[figure.record].fingerprint:
+        if redraw or read_fingerprint(root / figure.path) != records[figure.record].fingerprint:
             if (
                 not check
                 and COMPARISON_FIGURES[figure.figure].draw(records[figure.record], root / figure.path) is None
@@ -217,10 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Rebuild or check; return the exit code, 1 if `--check` finds something out of date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("--redraw", action="store_true", help="draw every figure again, not only those out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository")
     options = parser.parse_args(arguments)
     try:
-        outdated = list(update(options.root, check=options.check))
+        outdated = list(update(options.root, check=options.check, redraw=options.redraw))
     except RunError as caught:
         print(f"error: {caught}", file=sys.stderr)
         return 2
