@@ -151,8 +151,11 @@ def test_a_stage_that_was_fetched_once_is_read_without_network(published, api, m
 
 def test_slop_publish_plans_publishes_and_repeats(finished, hub, output_of, error_of, tmp_path):
     run, _ = finished
-    plan = output_of("publish", run, "--to", REPO, "--dry-run")
+    plan = output_of("publish", run, "--to", REPO, "--dry-run", "--wide")
     assert f"{REPO}@main: would hold" in plan and "model.safetensors" in plan and not hub.requests
+    plan = output_of("publish", run, "--to", REPO, "--dry-run", "--stage", "0")
+    assert f"{REPO} would hold" in plan and "stage-0-initial" in plan and "lineage.json" in plan
+    assert max(map(len, plan.splitlines())) <= 80 and not hub.requests
     assert f"{REPO}@{FFN}: " in output_of("publish", run, "--to", REPO, "--public")
     assert not hub.repos[REPO].private
     rows = json.loads(output_of("publish", run, "--to", REPO, "--stage", 2, "--json"))

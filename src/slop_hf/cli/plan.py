@@ -313,8 +313,10 @@ def plan_command(
     for remark in _list_remarks(best, objective, sharing):
         console.print(remark, highlight=False)
     if choices:
+        console.print()
         _show_choices(choices, OBJECTIVES[objective])
     if arms:
+        console.print()
         _show_arms(arms)
         for line in [no_verdict] if advice is None else _describe_verdict(advice):
             console.print(line, highlight=False)
