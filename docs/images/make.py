@@ -24,6 +24,7 @@ from slop_hf.errors import RunError
 from slop_hf.io.serialization import parse, read_json, to_json, to_plain
 from slop_hf.report.figures import draw_run_losses
 from slop_hf.report.plan_figure import draw_plan
+from slop_hf.runs.directory import RunDirectory
 from slop_hf.runs.records import StageRecord
 from slop_hf.runs.snapshot import RunSnapshot
 from slop_hf.schedule import GrowthSchedule
@@ -91,7 +92,7 @@ def record_demo(directory: Path) -> None:
     keys = ("step", "stage", "tokens", "train_flops", "loss", "eval_loss")
     content = {}
     for name in ("slop", "from-scratch"):
-        run = RunSnapshot.read(directory / name)
+        run = RunSnapshot.read(RunDirectory(directory / name))
         history = [
             {key: entry[key] for key in keys if key in entry} for entry in run.history if "train_flops" in entry
         ]
