@@ -58,7 +58,8 @@ def test_settings_and_samples_are_listed_and_the_verdict_comes_first(make_run, t
     record = scratch.records()[0]
     (scratch.stage_dir(0) / "stage.json").write_text(replace(record, total_flops=flops).to_json())
     for run in (grown, scratch):
-        RunFacts(block_size=128, blocks=10**4, blocks_per_step=(32, 32, 64, 64), data_seed=1, seed=7).save(run)
+        facts = RunFacts(block_size=128, blocks=10**4, blocks_per_step=(32, 32, 64, 64), data_seed=1, seed=7)
+        replace(facts, optimizer="muon", optimizer_state_at_growth="kept").save(run)
         changes = (SettingsChange(0, {**SETTINGS, "learning_rate": 3e-3}), SettingsChange(10, {"learning_rate": 1e-3}))
         RunSettings(changes).save(run)
         RunLaunches().add(["slop", "train", "run.yaml"], ["texts/"]).add(["slop", "train", "--resume"]).save(run)
@@ -68,7 +69,7 @@ def test_settings_and_samples_are_listed_and_the_verdict_comes_first(make_run, t
         "data": "texts/",
         "learning rate": "0.001; cosine over each stage, warm-up 10%",
         "batch": "4.1k → 8.19k tokens per step, in blocks of 128",
-        "optimizer": "unknown; after a growth: unknown",
+        "optimizer": "muon; keeps its state at a growth",
         "seed": "7",
         "devices": "2, zero3, bf16",
     }

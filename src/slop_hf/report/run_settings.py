@@ -11,6 +11,13 @@ from ..runs.launches import RunLaunches
 from ..runs.records import StageRecord
 from ..runs.settings import RunSettings
 
+#: What the optimizer remembers after a growth, by `optimizer_state_at_growth`.
+_STATES = {
+    "new": "starts again after a growth",
+    "carried": "carries its state over a growth",
+    "kept": "keeps its state at a growth",
+}
+
 
 def list_settings(run: RunDirectory, records: Sequence[StageRecord]) -> dict[str, str]:
     """Return what a run was trained with, by headings such as `learning rate`; empty for a run without such files.
@@ -33,8 +40,9 @@ def list_settings(run: RunDirectory, records: Sequence[StageRecord]) -> dict[str
         lines["learning rate"] = _describe_rate(settings)
     if facts is not None:
         lines["batch"] = _describe_batches(facts, len(records))
-        lines["optimizer"] = f"{facts.optimizer or 'unknown'}; after a growth: {_describe_state(facts)}"
-        lines["seed"] = "unknown" if facts.seed is None else str(facts.seed)
+        state = _STATES.get(facts.optimizer_state_at_growth or "", "")
+        lines["optimizer"] = "; ".join(filter(None, (facts.optimizer, state)))
+        lines["seed"] = "" if facts.seed is None else str(facts.seed)
     if settings:
         devices = settings.get("devices") or records[-1].devices
         precision = next((name for name in ("bf16", "fp16") if settings.get(name)), "float32")
@@ -47,19 +55,10 @@ def _describe_rate(settings: Mapping[str, Json]) -> str:
     peaks = ", ".join(f"{rate:.3g}" for rate in rates if isinstance(rate, (int, float)))
     warmup = settings.get("warmup_steps") or 0
     warm_up = f"{warmup:.0%}" if 0 < warmup < 1 else f"{warmup:g} steps"
-    span = settings.get("lr_span", "stage")
-    return f"{peaks}; {settings.get('lr_scheduler_type')} over each {span}, warm-up {warm_up}".replace(
-        "each run", "the run"
-    )
+    span = "the run" if settings.get("lr_span") == "run" else "each stage"
+    return f"{peaks}; {settings.get('lr_scheduler_type')} over {span}, warm-up {warm_up}"
 
 
 def _describe_batches(facts: RunFacts, stages: int) -> str:
-    blocks = facts.batches(stages)
-    counts = [format_count(count * facts.block_size) for count in dict.fromkeys(blocks)]
-    unit = f"tokens per step, in blocks of {facts.block_size:,}"
-    return f"{' → '.join(counts)} {unit}"
-
-
-def _describe_state(facts: RunFacts) -> str:
-    states = {"new": "a new state", "carried": "its state is carried over", "kept": "its state is kept"}
-    return states.get(facts.optimizer_state_at_growth or "", "unknown")
+    counts = [format_count(count * facts.block_size) for count in dict.fromkeys(facts.batches(stages))]
+    return f"{' → '.join(counts)} tokens per step, in blocks of {facts.block_size:,}"
