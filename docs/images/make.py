@@ -42,7 +42,7 @@ class Picture:
     Args:
         draw: writes it to a path.
         files: files that it is drawn by or from, relative to the root of the repository.
-        read: returns what it shows besides, as text.
+        read: returns the other data that it shows, as text.
     """
 
     draw: Callable[[Path], object]

@@ -153,7 +153,7 @@ def draw_run_losses(runs: Sequence[RunDirectory | RunSnapshot], path: str | Path
 
 def _build_curves(run: DrawnRun, number: int) -> list[LossCurve]:
     """Build the curves of a run's training losses and held-out losses."""
-    style: Style = {"color": run.colour, "linewidth": 0.9, "alpha": 0.65}
+    style: Style = {"color": run.colour, "linewidth": 0.9, "alpha": 0.8}
     training = LossCurve(*run.losses("loss"), style, run.settled_losses)
     ends = [(record.total_flops, _find_loss_at_end(record, training)) for record in run.records[:-1]]
     growths = [(end, loss) for end, loss in ends if loss is not None]

@@ -84,7 +84,7 @@ def draw_plan(
 
     Each schedule and each arm is a bar: its parts are the stages, as long as their training FLOPs, or all of the same
     length if a schedule or an arm has no tokens. A part is darker the larger the model, and is labelled with the
-    letters of what grows and with the parameters, as far as they fit. Predicted losses are marked next to the bars. A
+    letters of what grows and with the parameters, if they fit. Predicted losses are marked next to the bars. A
     table below has the sizes of the best schedule's structures; what grows is shaded.
 
     Args:
@@ -173,8 +173,8 @@ def _label_schedule(rank: int, schedule: GrowthSchedule, *, has_target: bool) ->
 def _draw_rows(panel: SubFigure, rows: Sequence[_Row], *, has_tokens: bool) -> None:
     has_losses = any(row.loss is not None for row in rows)
     if has_losses:
-        axes, beside = panel.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))
-        _draw_losses(beside, rows)
+        axes, right = panel.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))
+        _draw_losses(right, rows)
     else:
         axes = panel.add_subplot()
     sizes = [size for row in rows for size in row.parameters]
