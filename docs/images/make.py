@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from slop_hf import ConfigSpace, ModelDims, SlopPlanner
 from slop_hf.baselines import Arm, compare_at_equal_flops
-from slop_hf.baselines.comparison import predict_final_loss
+from slop_hf.baselines.comparison import forecast_final_loss
 from slop_hf.errors import RunError
 from slop_hf.io.serialization import parse, read_json, to_json, to_plain
 from slop_hf.report.figures import draw_run_losses
@@ -67,7 +67,7 @@ def plan_example() -> tuple[list[GrowthSchedule], list[Arm]]:
 def draw_plan_example(path: Path) -> None:
     """Draw the schedules of the example and their arms."""
     schedules, (_, *arms) = plan_example()
-    losses = [*map(predict_final_loss, schedules), *(arm.loss for arm in arms)]
+    losses = [*map(forecast_final_loss, schedules), *(arm.loss for arm in arms)]
     draw_plan(schedules, [(arm.name, arm.schedule) for arm in arms], losses=losses, path=path)
 
 

@@ -84,7 +84,7 @@ def compare_at_equal_flops(
     return arms
 
 
-def predict_final_loss(
+def forecast_final_loss(
     schedule: GrowthSchedule,
     config: ModelConfig = DEFAULT_CONFIG,
     law: ScalingLaw | None = None,

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..architectures import read_setting
 from ..baselines import Arm, compare_at_equal_flops
-from ..baselines.comparison import predict_final_loss
+from ..baselines.comparison import forecast_final_loss
 from ..cost.flops import count_parameters
 from ..cost.hours import CostModel
 from ..cost.memory import MemoryLimit
@@ -292,7 +292,7 @@ def plan_command(
         others = [(arm.name, arm.schedule) for arm in arms[1:]]
         losses: list[float | None] = []
         if all(any(schedule.tokens) for schedule in schedules):
-            losses = [predict_final_loss(schedule, config, planner.law, already_seen) for schedule in schedules]
+            losses = [forecast_final_loss(schedule, config, planner.law, already_seen) for schedule in schedules]
             losses += [arm.loss for arm in arms[1:]]
         draw_plan(schedules, others, config=config, sequence_length=sequence_length, path=plot, losses=losses)
     if as_json:
