@@ -16,6 +16,12 @@ OLD, NEW, COPY, INK = "#9ecae1", "#fdd0a2", "#6baed6", "#333333"
 TWO_HEADS, THREE_HEADS = ModelDims(6, 4, 1, 2, 2, 2), ModelDims(6, 4, 1, 3, 3, 2)
 GROUPED, WIDER_GROUPS = ModelDims(12, 4, 1, 4, 2, 2), ModelDims(12, 4, 1, 6, 2, 2)
 TITLE_SIZE, TEXT_SIZE = 9.5, 8
+#: Title, dimensions before and after, and inits of each map.
+MAPS = (
+    ("2 → 3 heads, init random or preserving: the new head is new", TWO_HEADS, THREE_HEADS, {}),
+    ("2 → 3 heads, init copy: the new head is a copy of head 0", TWO_HEADS, THREE_HEADS, {"mha": "copy"}),
+    ("4 → 6 query heads with 2 key/value heads: each group grows at its end", GROUPED, WIDER_GROUPS, {}),
+)
 
 
 def draw(path: Path) -> None:
@@ -23,15 +29,15 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(10.6, 4.9), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 2, width_ratios=(1.45, 1))
-    maps = (
-        ("2 → 3 heads, init random or preserving: the new head is new", TWO_HEADS, THREE_HEADS, {}),
-        ("2 → 3 heads, init copy: the new head is a copy of head 0", TWO_HEADS, THREE_HEADS, {"mha": "copy"}),
-        ("4 → 6 query heads with 2 key/value heads: each group grows at its end", GROUPED, WIDER_GROUPS, {}),
-    )
-    for row, (title, old, new, inits) in enumerate(maps):
+    for row, (title, old, new, inits) in enumerate(MAPS):
         draw_map(figure.add_subplot(grid[row, 0]), title, build_axis_maps(old, new, inits)["query"], old.head_dim)
     draw_matrix(figure.add_subplot(grid[:, 1]))
     figure.savefig(path, metadata={"Software": None})
+
+
+def list_sources() -> str:
+    """Return the sources of the slots in all maps, as text."""
+    return str([build_axis_maps(old, new, inits)["query"].source for _, old, new, inits in MAPS])
 
 
 def draw_map(axes: Axes, title: str, axis_map: AxisMap, head_dim: int) -> None:

@@ -110,7 +110,7 @@ PICTURES = {
         lambda path: draw_run_losses(read_demo(), path),
         ("docs/images/demo.json", "src/slop_hf/report/figures.py", DRAWING),
     ),
-    "axis_maps.png": Picture(axis_maps.draw, ("docs/images/axis_maps.py", "src/slop_hf/growth/axes.py")),
+    "axis_maps.png": Picture(axis_maps.draw, ("docs/images/axis_maps.py",), axis_maps.list_sources),
 }
 
 

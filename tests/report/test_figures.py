@@ -133,7 +133,15 @@ def test_the_legend_of_several_runs_has_their_orders_of_growth(make_run, tmp_pat
     runs = [make_run("slop"), make_run("other", OTHER_ORDER), make_run("scratch", SCRATCH)]
     draw_run_losses(runs, tmp_path / "loss.png")
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert legend == ["slop (l-f-h)", "other (h-f-l)", "scratch", "training loss", "held-out loss", "growth"]
+    assert legend == [
+        "slop (l-f-h)",
+        "other (h-f-l)",
+        "scratch",
+        "training loss",
+        "held-out loss",
+        "before growth",
+        "after growth",
+    ]
     triangles = [line for line in drawn[0].axes[0].lines if line.get_marker() == "^"]
     assert [len(line.get_xdata()) for line in triangles] == [3, 3]
 
@@ -169,7 +177,7 @@ def test_odd_names_are_shown_literally(make_run, tmp_path, drawn):
     texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert texts[:2] == names[:2]
     assert len(texts[2]) == 48 and texts[2].endswith("-end")
-    assert texts[3:] == ["training loss", "held-out loss", "growth"]
+    assert texts[3:] == ["training loss", "held-out loss", "before growth", "after growth"]
 
 
 def test_figure_says_that_no_losses_were_logged(make_run, tmp_path, drawn):
