@@ -3,14 +3,15 @@
 import ast
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from slop_hf import ModelDims
+from slop_hf import CostModel, ModelDims, RunConfig, grow_model
 from slop_hf.cli import _build_command, _ClickError
 from slop_hf.data.tokenizer import train_tokenizer
 
@@ -99,3 +100,28 @@ def test_readmes_python_runs_as_pasted(smollm, tmp_path, monkeypatch):
     assert namespace["larger"].config.num_hidden_layers == namespace["model"].config.num_hidden_layers + 2
     trained = AutoModelForCausalLM.from_pretrained("runs/mine/stage-0-initial", trust_remote_code=False)
     assert torch.equal(trained.lm_head.weight, namespace["model"].lm_head.weight), "the initial model is not trained"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_guides_runs_as_pasted(config, tmp_path, monkeypatch):
+    """All but trials of billion-parameter schedules; publishing.md and growth.md's doctests have their own tests."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(config, "recipes/grow_tiny.yaml")
+    CostModel(3e-19, 2e-12).to_yaml("cost.yaml")
+    dims = ModelDims(16, 32, 2, 2)
+    names = {
+        "grow_model": grow_model,
+        "llama": LlamaForCausalLM(dims.replace(intermediate_size=3584).to_config(LlamaConfig(vocab_size=50))),
+        "mixtral": AutoModelForCausalLM.from_config(dims.to_config(MixtralConfig(vocab_size=50))),
+        "config": RunConfig.from_yaml(config),
+        "texts": ["a short text of some words"],
+    }
+    run = 0
+    for page, language in [("training", "python"), ("evaluation", "python"), ("planning", "python"), ("growth", "py")]:
+        for block in read_blocks(ROOT / "docs" / f"{page}.md", language):
+            if not any(word in block for word in ("Probe(", "exaone4")):
+                exec(compile(block, f"{page}.md", "exec"), names)
+                run += 1
+    assert run >= 7 and (tmp_path / "law.yaml").is_file() and (tmp_path / "runs" / "tiny" / "stage-2-ffn").is_dir()
