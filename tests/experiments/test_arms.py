@@ -208,6 +208,8 @@ def test_runs_may_begin_with_a_pretrained_model(make):
     assert plain.config.model == grown.config.model == {**RUN["model"], **model}
     with pytest.raises(RunError, match="pretrained lacks model_type, vocab_size next to it"):
         build_jobs(make(arms, model={"pretrained": "some/model"}))
+    with pytest.raises(RunError, match="experiments do not give their model experts: grow it first"):
+        build_jobs(make(arms, model={**model, "experts": {"num_experts": 4}}))
     with pytest.raises(
         RunError, match=r"arm one: control from_scratch begins with random weights, .*leave the arm out"
     ):

@@ -231,7 +231,8 @@ def _show_outcome(output: Path, as_json: bool, command: Sequence[str]) -> None:
     elif records:
         last = records[-1]
         quality = f", perplexity {last.perplexity:.2f}" if last.perplexity else ""
-        print(f"{output}: {len(records)} stages, {last.total_tokens:,} tokens, {last.total_flops:.3g} FLOPs{quality}")
+        stages = "1 stage" if len(records) == 1 else f"{len(records)} stages"
+        print(f"{output}: {stages}, {last.total_tokens:,} tokens, {last.total_flops:.3g} FLOPs{quality}")
     else:
         print(f"{output}: no stage has finished yet")
     if not (run.exists and run.is_finished):

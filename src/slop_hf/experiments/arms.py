@@ -89,8 +89,10 @@ def get_model_fields(run: RunConfig) -> ModelConfig:
     """Return the fields of the model's config that growth leaves alone, as the planner takes them.
 
     Raises:
-        RunError: if the run begins with a pretrained model whose fields are not next to it.
+        RunError: if the run begins with a pretrained model whose fields are not next to it, or that gets experts.
     """
+    if "experts" in run.model:
+        raise RunError("experiments do not give their model experts: grow it first with `slop grow --experts`")
     fields = {name: value for name, value in run.model.items() if name != "pretrained"}
     if "pretrained" in run.model and (missing := [name for name in _FIELDS_OF_COST if name not in fields]):
         raise RunError(

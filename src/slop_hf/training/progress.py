@@ -209,6 +209,8 @@ class RunProgress(ProgressCallback):
         if self.run_bar is not None and "loss" in logs:
             self.run_bar.set_postfix_str(", ".join(_format_shown(logs, _IN_BAR)), refresh=False)  # the line redraws it
         span = self.get_span()
+        if "train_loss" in logs and not span.steps:
+            return  # a stage without tokens has no mean loss
         is_untrained = span.growth is not None and state.global_step == span.first_step
         stage = f"{span.name} after growth" if is_untrained else span.name
         line = format_log_line(stage, state.global_step, self.spans[-1].end_step, logs)
