@@ -58,7 +58,7 @@ EARLY = "_forecasts.json"
 #: The form of the law was chosen by its forecasts of these records. A claim rests on the others alone.
 CHOSEN_ON = ("best_nano", "longer_nano", "study_course_nano", "study_learning_rate_nano")
 #: Records that no law is fitted to, to test the law in the repository on: it forecast the runs of the first before
-#: they were trained; the second is not finished, and has another scale, another text and more tokens per parameter.
+#: they were trained; the second has another scale, another text and more tokens per parameter.
 HELD_OUT = ("unseen_nano112", "crossing_pilot")
 #: Records whose budgets are tokens; the goals are for arms at equal FLOPs.
 AT_EQUAL_TOKENS = ("crossing_pilot",)

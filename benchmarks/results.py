@@ -26,8 +26,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from slop_hf.errors import RunError
 from slop_hf.experiments.comparison import Comparison
 from slop_hf.experiments.earlier_records import add_missing_facts
@@ -37,6 +35,7 @@ from slop_hf.experiments.tables import tabulate_arm_stages, tabulate_arms, tabul
 from slop_hf.experiments.write import COMPARISON_FIGURES, format_figure_link
 from slop_hf.io.files import write_text
 from slop_hf.io.serialization import read_json
+from slop_hf.report.drawing import read_source
 
 ROOT = Path(__file__).parents[1]
 RECORDS, IMAGES = "benchmarks/results", "docs/images/results"
@@ -199,21 +198,13 @@ def update(root: Path, *, check: bool, redraw: bool = False) -> Iterator[str]:
     for figure in shown:
         if figure.record not in records:
             raise RunError(f"{figure.path} is shown, but there is no record {RECORDS}/{figure.record}.json")
-        if redraw or read_fingerprint(root / figure.path) != records[figure.record].fingerprint:
+        if redraw or read_source(root / figure.path) != records[figure.record].fingerprint:
             if (
                 not check
                 and COMPARISON_FIGURES[figure.figure].draw(records[figure.record], root / figure.path) is None
             ):
                 raise RunError(f"{RECORDS}/{figure.record}.json has nothing to draw {figure.path} from")
             yield figure.path
-
-
-def read_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint of the record that a figure was drawn from; None if there is no figure."""
-    if not path.is_file():
-        return None
-    with Image.open(path) as image:
-        return image.info.get("Source")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from slop_hf.baselines import Arm, compare_at_equal_flops
 from slop_hf.baselines.comparison import forecast_final_loss
 from slop_hf.errors import RunError
 from slop_hf.io.serialization import parse, read_json, to_json, to_plain
+from slop_hf.report.drawing import read_source
 from slop_hf.report.figures import draw_run_losses
 from slop_hf.report.plan_figure import draw_plan
 from slop_hf.runs.directory import RunDirectory
@@ -114,17 +115,9 @@ PICTURES = {
 }
 
 
-def read_digest(path: Path) -> str:
-    """Return the digest in a picture; empty without a picture or a digest."""
-    if not path.is_file():
-        return ""
-    with Image.open(path) as image:
-        return str(image.info.get("Source", ""))
-
-
 def list_outdated() -> list[str]:
     """Return the names of the pictures that are missing, or older than what they show."""
-    return [name for name, picture in PICTURES.items() if read_digest(HERE / name) != picture.digest]
+    return [name for name, picture in PICTURES.items() if read_source(HERE / name) != picture.digest]
 
 
 def make(name: str) -> None:

@@ -39,5 +39,5 @@ def test_a_picture_that_is_out_of_date_is_found(make_images, monkeypatch, capsys
 def test_a_drawn_picture_is_up_to_date(make_images, monkeypatch, tmp_path):
     monkeypatch.setattr(make_images, "HERE", tmp_path)
     make_images.make("axis_maps.png")
-    assert make_images.read_digest(tmp_path / "axis_maps.png") == make_images.PICTURES["axis_maps.png"].digest
+    assert make_images.read_source(tmp_path / "axis_maps.png") == make_images.PICTURES["axis_maps.png"].digest
     assert "axis_maps.png" not in make_images.list_outdated()

@@ -206,7 +206,7 @@ def test_runs_may_begin_with_a_pretrained_model(make):
     plain, grown = add_shared_prefixes(build_jobs(make(arms, model=model)))
     assert plain.schedule.tokens[0] > 0 and grown.schedule.tokens[0] == 0
     assert plain.config.model == grown.config.model == {**RUN["model"], **model}
-    with pytest.raises(RunError, match="pretrained lacks model_type, vocab_size next to it"):
+    with pytest.raises(RunError, match="pretrained needs model_type, vocab_size next to it"):
         build_jobs(make(arms, model={"pretrained": "some/model"}))
     with pytest.raises(RunError, match="experiments do not give their model experts: grow it first"):
         build_jobs(make(arms, model={**model, "experts": {"num_experts": 4}}))

@@ -75,9 +75,7 @@ def compare_at_equal_flops(
     schedules = {_PLAN: schedule, **{name: build(request) for name, build in ARMS.items()}}
     arms = []
     for name, arm in schedules.items():
-        loss = None
-        if name in FROM_RANDOM or schedule.initial_tokens or already_seen:
-            loss = _predict_loss(arm, config, law, 0.0 if name in FROM_RANDOM else already_seen)
+        loss = forecast_final_loss(arm, config, law, 0.0 if name in FROM_RANDOM else already_seen)
         costs = [float(count_flops_per_token(dims, config, sequence_length)) for dims in arm.structures]
         hours = None if cost_model is None else float(sum(map(cost_model.hours, costs, arm.tokens)))
         arms.append(Arm(name, arm, arm.flops(config, sequence_length), sum(arm.tokens), hours, loss))
@@ -90,7 +88,7 @@ def forecast_final_loss(
     law: ScalingLaw | None = None,
     already_seen: float = 0.0,
 ) -> float | None:
-    """Predict the final loss of a schedule as `compare_at_equal_flops` does, in nats per token.
+    """Forecast the final loss of a schedule by a scaling law, as if growth kept the loss, in nats per token.
 
     Args:
         schedule: schedule with tokens.
@@ -99,15 +97,10 @@ def forecast_final_loss(
         already_seen: tokens that the initial model was trained on before.
 
     Returns:
-        The loss; None if the law cannot say, see `Arm`.
+        The loss; None if the tokens of the initial model are unknown, or if the law's loss is above chance.
     """
-    is_known = schedule.initial_tokens or already_seen
-    return _predict_loss(schedule, config, law, already_seen) if is_known else None
-
-
-def _predict_loss(
-    schedule: GrowthSchedule, config: ModelConfig, law: ScalingLaw | None, already_seen: float
-) -> float | None:
+    if not (schedule.initial_tokens or already_seen):
+        return None
     params = [count_parameters(dims, config) for dims in schedule.structures]
     loss = (law or ScalingLaw()).staged_losses(params, schedule.tokens, already_seen)[-1]
     return loss if loss < compute_chance_loss(config) else None

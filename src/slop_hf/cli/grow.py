@@ -45,7 +45,9 @@ def grow_command(
     ] = None,
     moe_intermediate_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Width of an expert, for a dense model: a divisor of its ffn size. Default: that."),
+        typer.Option(
+            min=1, help="Width of an expert, for a dense model: a divisor of its ffn size. Default: its ffn size."
+        ),
     ] = None,
     probe_data: Annotated[
         Path | None,

@@ -96,8 +96,8 @@ def get_model_fields(run: RunConfig) -> ModelConfig:
     fields = {name: value for name, value in run.model.items() if name != "pretrained"}
     if "pretrained" in run.model and (missing := [name for name in _FIELDS_OF_COST if name not in fields]):
         raise RunError(
-            f"model.pretrained lacks {', '.join(missing)} next to it; FLOPs are counted before the model is loaded: "
-            "add what its config has"
+            f"model.pretrained needs {', '.join(missing)} next to it, because FLOPs are counted before the model is "
+            "loaded: add them as in its config"
         )
     return {"model_type": "llama", "vocab_size": find_vocab_size(run), **fields}
 

@@ -75,9 +75,11 @@ def _describe_growth(grown: Sequence[ArmResult], scratch: ArmResult, equal: str)
     best, name = grown[0], _quote(scratch.arm)
     is_lower = best.loss.mean < scratch.loss.mean
     ends = f"ends {_subtract(best, scratch)} {'below' if is_lower else 'above'} {name}"
-    who = _quote(best.arm) if is_lower or len(grown) == 1 else f"the best grown arm, {_quote(best.arm)},"
-    if equal == "tokens" and best.flops < scratch.flops:
-        who = who.replace("the best", "The best", 1) if who.startswith("the best grown arm") else who
+    has_fewer_flops = equal == "tokens" and best.flops < scratch.flops
+    who = _quote(best.arm)
+    if not is_lower and len(grown) > 1:
+        who = f"{'The' if has_fewer_flops else 'the'} best grown arm, {who},"
+    if has_fewer_flops:
         return f"{who} {ends} with {1 - best.flops / scratch.flops:.0%} fewer FLOPs."
     if _has_single_seed((best, scratch)):
         verdict = "With one seed growth seems to pay" if is_lower else "With one seed growth did not pay"

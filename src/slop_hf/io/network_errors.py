@@ -109,12 +109,13 @@ def summarise_error(caught: BaseException) -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text without the passwords and queries of its URLs, and without tokens.
+    """Return a text without the passwords and queries of its URLs, and without tokens, passwords and keys.
 
-    >>> hide_secrets("https://me:pw@host/a?Signature=xyz")
-    'https://host/a'
+    >>> hide_secrets("https://me:pw@host/a?Signature=xyz"), hide_secrets("training.hub_token=abc")
+    ('https://host/a', 'training.hub_token=...')
     """
     line = re.sub(r"\b(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\")]*", r"\1\2", text)
+    line = re.sub(r"(?i)((?:token|password|key)=)[^\s'\"]+", r"\1...", line)
     return re.sub(r"(?i)\b(bearer|basic)\s+\S+|\bhf_\w+", lambda match: f"{match[1] or 'hf_'} ...", line)
 
 

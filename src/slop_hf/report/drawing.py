@@ -20,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from ..errors import RunError
 from ..io.files import write_file
@@ -199,3 +200,11 @@ def write_png(figure: Figure, path: str | Path, *, source: str = "") -> Path:
         # `savefig` would draw twice, the first time for the layout alone.
         figure.canvas.print_png(temporary, metadata={"Source": source} if source else None)
     return Path(path)
+
+
+def read_source(path: str | Path) -> str:
+    """Return the `source` that a PNG file was written with; empty without a file or a source."""
+    if not Path(path).is_file():
+        return ""
+    with Image.open(path) as image:
+        return str(image.info.get("Source", ""))

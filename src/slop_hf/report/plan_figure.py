@@ -59,6 +59,7 @@ class _Row:
         parameters: parameter count in each stage, shape [stages].
         letters: what grows at the beginning of each stage, "" for the first, shape [stages].
         loss: predicted final loss; None if unknown.
+        is_arm: whether it is a control arm, and no schedule of the plan.
     """
 
     label: str
@@ -235,7 +236,7 @@ def _draw_losses(axes: Axes, rows: Sequence[_Row]) -> None:
     axes.tick_params(axis="y", length=0, labelleft=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("predicted loss\n(nats/token)")
-    entries: list[LegendEntry] = [("of the plan", Line2D([], [], **_PLAN_MARK))]
+    entries: list[LegendEntry] = [("schedules of the plan", Line2D([], [], **_PLAN_MARK))]
     if any(row.is_arm for row in rows):
         entries.append(("other ways", Line2D([], [], **_ARM_MARK)))
         _separate_arms(axes, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,8 +60,5 @@ def describe_command(arguments: Sequence[str]) -> str:
     'slop train run.yaml --set training.hub_token=...'
     """
     program, *words = arguments
-    words = [re.sub(r"((?:token|password|key)=).+", r"\1...", hide_secrets(word)) for word in words]
     name = Path(program).name
-    return " ".join(
-        [_PROGRAMS.get(name, shlex.quote(name)), *(word if "=..." in word else shlex.quote(word) for word in words)]
-    )
+    return " ".join([_PROGRAMS.get(name, shlex.quote(name)), *(shlex.quote(hide_secrets(word)) for word in words)])

@@ -188,7 +188,7 @@ class SlopTrainer(Trainer):
         self._frozen: list[frozenset[str]] = []  # frozen parameters of each stage, once training begins
 
     def _init_stage(self) -> None:
-        """Begin with the first stage; `train` changes this."""
+        """Set the state of the stage in training to that before the first one; `train` keeps it up to date."""
         self._span: StageSpan = self.spans[0]
         self._reader: GrownStateReader | None = None  # source of the states of the next model
         self._resumption: Resumption = {}  # content of the checkpoint from which the stage resumes
